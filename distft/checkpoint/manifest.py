@@ -1,0 +1,95 @@
+"""The last file of a checkpoint, and the only one that makes it count."""
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from distft.config import Settings
+from distft.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class StateRecord(Settings):
+    """One state of one parameter, over all files."""
+
+    dtype: str  # torch's name without the prefix: float32, bfloat16
+    fingerprint: str  # 16 hexadecimal digits; see `fragments.fingerprint`
+
+
+class ParameterRecord(Settings):
+    """One parameter, whole."""
+
+    shape: tuple[int, ...]
+    trainable: bool
+    updates: int = Field(ge=0)  # optimizer updates that it has had; AdamW's bias correction counts them
+    states: dict[str, StateRecord]
+
+
+class FileRecord(Settings):
+    """One rank's file: what it holds, and how to know that it is whole."""
+
+    name: str
+    num_bytes: int
+    checksum: str
+    intervals: dict[str, tuple[int, int]]  # parameter -> elements [start, stop), of each of its states
+
+
+class TokenizerRecord(Settings):
+    """The tokenizer that the run's token ids come from."""
+
+    fingerprint: str
+    file: str | None = None  # beside the manifest; absent where the run had token shards only
+
+
+class Progress(Settings):
+    """How far a run has come: all that a resume needs besides parameters; order and rates are functions."""
+
+    step: int = 0  # optimizer steps done, skipped ones included
+    sequences_seen: int = 0
+    tokens_seen: int = 0  # target tokens
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    loss_scale: dict[str, float] | None = None  # fp16 only
+    best: dict[str, float] | None = None  # of the evaluation metric that is watched
+
+
+class Manifest(Settings):
+    """Everything about a checkpoint but its numbers."""
+
+    format: Literal["distft-checkpoint"] = "distft-checkpoint"
+    format_version: int = FORMAT_VERSION
+    run_id: str
+    progress: Progress
+    config: dict[str, Any]  # resolved
+    label_names: list[str] | None = None
+    tokenizer: TokenizerRecord | None = None
+    written_by: dict[str, Any]  # engine, world size, versions
+    parameters: dict[str, ParameterRecord]
+    files: list[FileRecord]
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Manifest":
+        """Raises `CheckpointError` for what is not a manifest, or one of a newer format."""
+        try:
+            raw = json.loads(data)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{where} is not JSON ({error}): the checkpoint is damaged; use another."
+            ) from None
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where} has format_version={version!r}; this distft reads up to {FORMAT_VERSION}: "
+                "upgrade distft, or choose another checkpoint."
+            )
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            faults = "\n".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise CheckpointError(f"{where} is not a distft checkpoint's manifest:\n{faults}") from None

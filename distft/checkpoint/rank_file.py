@@ -1,0 +1,97 @@
+"""One rank's fragments as a safetensors file: plain bytes behind a JSON header; nothing in it can run.
+
+Keys are `parameter/state/start`; each tensor is 1-D. Any safetensors reader opens these files.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distft.checkpoint.fragments import Fragment
+from distft.errors import CheckpointError, StorageError
+from distft.storage import ChecksumWriter, open_write, read_range
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 1 << 30
+_COPY_NUMEL = 1 << 24  # elements copied from a device at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a fragment's bytes are in its file."""
+
+    dtype: torch.dtype
+    start: int  # of the fragment, in elements of the parameter
+    stop: int
+    offset: int  # of its first byte, in the file
+
+
+def write_rank_file(path: str, fragments: Sequence[Fragment]) -> ChecksumWriter:
+    """Write `fragments`; returns what knows the file's size and checksum."""
+    header: dict[str, object] = {"__metadata__": {"format": "distft-fragments"}}
+    offset = 0
+    for fragment in fragments:
+        num_bytes = fragment.values.numel() * fragment.values.element_size()
+        header[f"{fragment.parameter}/{fragment.state}/{fragment.start}"] = {
+            "dtype": _CODES[fragment.values.dtype],
+            "shape": [fragment.values.numel()],
+            "data_offsets": [offset, offset + num_bytes],
+        }
+        offset += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
+    with open_write(path) as file:
+        writer = ChecksumWriter(file)
+        writer.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for fragment in fragments:
+            for piece in torch.split(fragment.values.detach(), _COPY_NUMEL):
+                writer.write(_bytes_of(piece))
+    return writer
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    flat: Any = values.cpu().contiguous().view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def read_header(path: str) -> dict[tuple[str, str], Place]:
+    """Where each (parameter, state) of a rank's file lies; `CheckpointError` for what is no such file."""
+    try:
+        length = int.from_bytes(read_range(path, 0, _LENGTH_BYTES), "little")
+        if not 0 < length <= _MAX_HEADER_BYTES:
+            raise ValueError(f"its header would be {length} bytes long")
+        raw: Mapping[str, Mapping[str, Any]] = json.loads(
+            bytes(read_range(path, _LENGTH_BYTES, _LENGTH_BYTES + length))
+        )
+        return dict(_places(raw, _LENGTH_BYTES + length))
+    except (ValueError, KeyError, TypeError, AttributeError, StorageError) as error:
+        raise CheckpointError(
+            f"{path} is not a rank's file ({error}): damaged; use another checkpoint."
+        ) from None
+
+
+def _places(raw: Mapping[str, Mapping[str, Any]], data_offset: int) -> list[tuple[tuple[str, str], Place]]:
+    places = []
+    for key, entry in raw.items():
+        if key == "__metadata__":
+            continue
+        parameter, state, start = key.rsplit("/", 2)
+        begin, end = entry["data_offsets"]
+        dtype = _DTYPES[str(entry["dtype"])]
+        numel = (end - begin) // dtype.itemsize
+        places.append(((parameter, state), Place(dtype, int(start), int(start) + numel, data_offset + begin)))
+    return places
+
+
+def read_values(path: str, place: Place, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the parameter from a file that has them at `place`; reads no other bytes."""
+    size = place.dtype.itemsize
+    begin = place.offset + (start - place.start) * size
+    data = read_range(path, begin, begin + (stop - start) * size)
+    return torch.frombuffer(bytearray(data), dtype=place.dtype)

@@ -1,0 +1,105 @@
+"""What ranks say to each other outside of the engine: small values, votes, sums."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distft.errors import DistftError
+from distft.topology import Topology
+
+T = TypeVar("T")
+
+
+class Collectives(Protocol):
+    """Calls that every rank makes in the same order."""
+
+    rank: int
+    world_size: int
+
+    def all_gather(self, value: T) -> list[T]:
+        """The values of all ranks, by rank, on every rank. Small things only: they travel as objects."""
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks of a tensor that is on the rank's own device; the argument is kept."""
+
+
+class SingleProcess:
+    """The collectives of one process: everything is what it was."""
+
+    rank = 0
+    world_size = 1
+
+    def all_gather(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        return value.clone()
+
+
+class ProcessGroup:
+    """Collectives over torch.distributed; objects travel over gloo, tensors over the device's own backend."""
+
+    def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            if topology.is_distributed:
+                dist.init_process_group(backend, timeout=timeout)
+            else:  # one process that nobody launched, and yet an engine that wants a group
+                dist.init_process_group(
+                    backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+                )
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        # A timeout given to init_process_group is not honoured by gloo; one given to new_group is.
+        self._objects = dist.new_group(backend="gloo", timeout=timeout)
+
+    def all_gather(self, value: T) -> list[T]:
+        gathered: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._objects)
+        return gathered  # type: ignore[return-value]  # every place has been filled
+
+    def broadcast(self, value: T) -> T:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._objects)
+        return box[0]
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def close(self) -> None:
+        """Leave the group. Ranks need not arrive together."""
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together(collectives: Collectives, error_type: type[DistftError]) -> Iterator[None]:
+    """Fail on every rank if the block fails on any, so that no rank goes on alone and none hangs.
+
+    The error that is raised names each rank that failed and why. Only foreseen failures take part in the
+    vote: any other exception leaves the rank at once, and its peers by their time-out.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except (DistftError, OSError) as error:
+        failure = error
+    answers = collectives.all_gather(None if failure is None else str(failure))
+    if failure is not None and (collectives.world_size == 1 or isinstance(failure, error_type)):
+        raise failure
+    said = [f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer is not None]
+    if said:
+        raise error_type("\n".join(dict.fromkeys(said)))

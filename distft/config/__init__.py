@@ -1,0 +1,24 @@
+"""Settings: from YAML and dotted overrides to frozen, checked objects, and back.
+
+`parse(RunConfig, apply_overrides(load_yaml(path), ["train.max_steps=50"]))`
+"""
+
+from distft.config.overrides import apply_overrides
+from distft.config.parsing import parse
+from distft.config.part import Part
+from distft.config.redaction import redact
+from distft.config.schema import json_schema
+from distft.config.settings import Settings, dump_yaml
+from distft.config.yaml_text import load_yaml, parse_yaml
+
+__all__ = [
+    "Part",
+    "Settings",
+    "apply_overrides",
+    "dump_yaml",
+    "json_schema",
+    "load_yaml",
+    "parse",
+    "parse_yaml",
+    "redact",
+]

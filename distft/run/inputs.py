@@ -1,0 +1,164 @@
+"""Everything that a run reads before it touches a device: tokenizer, data, shape of the model, what learns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from distft import storage
+from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
+from distft.checkpoint.store import Checkpoint, find_checkpoint
+from distft.data.dataset import DataContext
+from distft.data.feed import Feed
+from distft.data.settings import DataConfig
+from distft.data.tokens import TokensConfig
+from distft.errors import ConfigError
+from distft.model.config import ModelConfig
+from distft.model.head import Head
+from distft.model.initialisation import initial_fragment
+from distft.model.transformer import Transformer
+from distft.optim.groups import ParameterGroup, parameter_groups
+from distft.config.keys import nearest
+from distft.optim.trainable import select_trainable
+from distft.run.config import RunConfig
+from distft.tokenizer import Tokenizer
+
+TOKENIZER_FILE = "tokenizer.model"
+_HEAD_PREFIXES = ("classifier.", "lm_head.")  # what an `init_from` may lack: a new task has a new head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What was read, checked against each other; no memory for weights yet."""
+
+    config: RunConfig  # with the model filled in
+    tokenizer: Tokenizer
+    model: ModelConfig
+    train: Feed
+    validation: Feed | None
+    label_names: tuple[str, ...] | None
+    head: Head
+    shapes: dict[str, tuple[int, ...]]
+    trainable: set[str]
+    init_from: Checkpoint | None
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Read and check; raises `ConfigError`, `DataError` or `CheckpointError` before any device is used."""
+    init_from = None if config.init_from is None else find_checkpoint(config.init_from)
+    tokenizer = Tokenizer.load(tokenizer_path(config.tokenizer, config.data, init_from))
+    shape = config.model
+    if shape is None:
+        assert init_from is not None  # or the configuration would not have passed
+        shape = ModelConfig.model_validate(init_from.manifest.config["model"])
+    shape = shape.for_vocabulary(tokenizer.vocab_size)
+    if config.batch.seq_len > shape.max_seq_len:
+        raise ConfigError(
+            f"batch.seq_len={config.batch.seq_len} is more than model.max_seq_len={shape.max_seq_len}."
+        )
+    context = data_context(tokenizer, shape, config.batch.seq_len)
+    train = config.data.build(context)
+    label_names = train.label_names
+    validation = None
+    if config.validation is not None:
+        validation = config.validation.build_in_order(replace(context, label_names=label_names))
+    head = config.objective.head(label_names)
+    shapes = parameter_shapes(shape, head)
+    trainable = select_trainable(shapes, config.trainable)
+    parameter_groups(shapes, trainable, config.optim, {})  # for its complaints
+    if init_from is not None:
+        check_fits(init_from, shapes, may_lack=_HEAD_PREFIXES)
+    return Inputs(
+        config=config.model_copy(update={"model": shape}),
+        tokenizer=tokenizer,
+        model=shape,
+        train=train,
+        validation=validation,
+        label_names=label_names,
+        head=head,
+        shapes=shapes,
+        trainable=trainable,
+        init_from=init_from,
+    )
+
+
+def data_context(
+    tokenizer: Tokenizer, model: ModelConfig, seq_len: int, label_names: tuple[str, ...] | None = None
+) -> DataContext:
+    """What data has to know of the run."""
+    return DataContext(
+        seq_len=seq_len,
+        vocab_size=model.padded_vocab_size,
+        encode=tokenizer.encode,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        token_bytes=tokenizer.token_bytes(),
+        label_names=label_names,
+    )
+
+
+def tokenizer_path(given: str | None, data: DataConfig, init_from: Checkpoint | None) -> str:
+    """The run's tokenizer: the one that is named, that of the checkpoint, or the one beside the shards."""
+    if given is not None:
+        return given
+    candidates = []
+    if init_from is not None:
+        candidates.append(storage.join(init_from.path, TOKENIZER_FILE))
+    if isinstance(data, TokensConfig):
+        candidates.append(storage.join(data.sources[0].path, TOKENIZER_FILE))
+    for candidate in candidates:
+        if storage.exists(candidate):
+            return candidate
+    looked = f" (looked for {', '.join(candidates)})" if candidates else ""
+    raise ConfigError(f"tokenizer is not set, and none was found{looked}: name a .model file in tokenizer.")
+
+
+def build_module(model: ModelConfig, head: Head, *, activation_checkpointing: bool = False) -> Transformer:
+    """The model on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        module = Transformer(model, head)
+    module.activation_checkpointing = activation_checkpointing
+    return module
+
+
+def parameter_shapes(model: ModelConfig, head: Head) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape by name, tied ones once."""
+    return {name: tuple(param.shape) for name, param in build_module(model, head).named_parameters()}
+
+
+def check_fits(
+    source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], *, may_lack: tuple[str, ...] = ()
+) -> None:
+    """Refuse a checkpoint that lacks a parameter of the model, or has it in another shape; all at once."""
+    faults = []
+    for name, shape in shapes.items():
+        found = source.shape(name)
+        if found is None and not name.startswith(may_lack or ("\0",)):
+            faults.append(f"{name} is not in it. {nearest(name, list(source.manifest.parameters))}")
+        elif found is not None and found != shape:
+            faults.append(f"{name} is {list(found)} there and {list(shape)} in this model.")
+    if faults:
+        shown = "\n".join(faults[:20]) + (f"\nand {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise ConfigError(f"The checkpoint {source.path} does not fit model:\n{shown}")
+
+
+def state_source(inputs: Inputs, resumed: Checkpoint | None) -> StateSource:
+    """Where each parameter's state comes from: the run's own checkpoint, or `init_from`, or fresh."""
+    if resumed is not None:
+        check_fits(resumed, inputs.shapes)
+        return resumed
+    seed, model = inputs.config.seed, inputs.model
+    fresh = InitialSource(
+        inputs.shapes,
+        lambda name, shape, start, stop: initial_fragment(
+            name, shape, start, stop, seed=seed, config=model
+        ),
+    )
+    return fresh if inputs.init_from is None else FirstOf([WeightsOnly(inputs.init_from), fresh])
+
+
+def groups_for(inputs: Inputs, source: StateSource) -> list[ParameterGroup]:
+    """What the optimizer treats alike, with the past that each parameter has in `source`."""
+    updates = {name: source.updates(name) for name in inputs.trainable}
+    return parameter_groups(inputs.shapes, inputs.trainable, inputs.config.optim, updates)

@@ -1,0 +1,193 @@
+"""Settings come back from YAML as they were, and all faults are told at once."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, model_validator
+
+from distft.config import Settings, dump_yaml, parse, parse_yaml
+from distft.errors import ConfigError
+
+
+class Cosine(Settings):
+    type: Literal["cosine"] = "cosine"
+    warmup_steps: int = Field(ge=0)
+    final_factor: float = Field(0.1, ge=0, le=1)  # of the peak, at the last step
+
+
+class Constant(Settings):
+    type: Literal["constant"] = "constant"
+    warmup_steps: int = 0
+
+
+Schedule = Annotated[Cosine | Constant, Field(discriminator="type")]
+
+
+class Source(Settings):
+    path: Path
+    weight: float = 1.0
+
+
+class Optim(Settings):
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: Schedule = Constant()
+
+
+class Run(Settings):
+    optim: Optim = Optim()
+    sources: tuple[Source, ...] = ()
+    scales: dict[str, float] = Field(default_factory=dict)
+    max_steps: int = 10
+    seed: int | None = None
+    compile: bool = False
+    note: str = ""
+    limit: int | Literal["auto"] = "auto"
+    held_out: Source | str = "none"
+    api_key: str | None = None
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "Run":
+        if self.max_steps == 13:
+            raise ValueError("max_steps=13\nis unlucky")
+        return self
+
+
+def faults(raw: Any, where: str = "") -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(Run, raw, where=where)
+    return str(caught.value).splitlines()
+
+
+floats = st.floats(allow_nan=False)
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+optims = st.builds(
+    Optim,
+    lr=floats,
+    betas=st.tuples(floats, floats),
+    schedule=st.builds(Constant, warmup_steps=st.integers())
+    | st.builds(Cosine, warmup_steps=st.integers(0), final_factor=st.floats(0, 1)),
+)
+sources = st.builds(Source, path=st.builds(Path, texts.filter(lambda t: "\0" not in t)), weight=floats)
+runs = st.builds(
+    Run,
+    optim=optims,
+    sources=st.lists(sources, max_size=3).map(tuple),
+    scales=st.dictionaries(texts, floats, max_size=3),
+    max_steps=st.integers().filter(lambda n: n != 13),
+    seed=st.none() | st.integers(),
+    compile=st.booleans(),
+    note=texts,
+    limit=st.integers() | st.just("auto"),
+    held_out=sources | texts,
+)
+
+
+@given(runs)
+def test_settings_come_back_equal_from_their_yaml(run: Run) -> None:
+    assert parse(Run, parse_yaml(dump_yaml(run))) == run
+
+
+@given(runs)
+def test_settings_parse_to_themselves(run: Run) -> None:
+    assert parse(Run, run) == run
+    assert parse(Run, run.model_dump()) == run
+
+
+def test_every_fault_has_a_line_with_key_value_and_remedy() -> None:
+    raw = {
+        "optim": {"lr": "fast", "schedule": {"type": "cosine", "warmup_step": 3, "final_factor": 3}},
+        "sources": [{"path": "a"}, {"path": "b", "wieght": 2}],
+        "max_step": 5,
+        "seed": "3",
+        "compile": "yes",
+    }
+    assert faults(raw) == [
+        "optim.lr='fast': Input should be a valid number.",
+        "optim.schedule.warmup_steps is missing: it has no default.",
+        "optim.schedule.final_factor=3: Input should be less than or equal to 1.",
+        "optim.schedule.warmup_step=3 is not a setting. Did you mean 'warmup_steps'?",
+        "sources.1.wieght=2 is not a setting. Did you mean 'weight'?",
+        "seed='3': Input should be a valid integer.",
+        "compile='yes': Input should be a valid boolean; write true or false.",
+        "max_step=5 is not a setting. Did you mean 'max_steps'?",
+    ]
+
+
+@pytest.mark.parametrize("value", ["3", 3.0, True, [3], {"a": 3}])
+def test_what_is_no_integer_is_not_made_one(value: Any) -> None:
+    (fault,) = faults({"max_steps": value})
+    assert fault.startswith("max_steps")
+    assert "integer" in fault
+
+
+def test_a_whole_float_for_an_integer_is_told_how_to_be_written() -> None:
+    assert faults({"max_steps": 1e6}) == [
+        "max_steps=1000000.0: Input should be a valid integer; write 1000000."
+    ]
+
+
+def test_integers_do_for_floats_and_lists_for_tuples() -> None:
+    assert parse(Optim, {"lr": 1, "betas": [0, 1]}) == Optim(lr=1.0, betas=(0.0, 1.0))
+
+
+def test_numbers_in_scientific_spelling_are_floats() -> None:
+    assert parse(Optim, parse_yaml("lr: 1e-3")).lr == 1e-3
+
+
+def test_where_stands_before_every_key() -> None:
+    assert faults({"max_steps": "x", "sede": 1}, where="runs.0") == [
+        "runs.0.max_steps='x': Input should be a valid integer.",
+        "runs.0.sede=1 is not a setting. Did you mean 'seed'?",
+    ]
+
+
+def test_an_unknown_type_offers_the_known_ones() -> None:
+    (fault,) = faults({"optim": {"schedule": {"type": "cosin"}}})
+    assert fault.startswith("optim.schedule: type 'cosin' is not known. Did you mean 'cosine'?")
+    (fault,) = faults({"optim": {"schedule": {}}})
+    assert fault.startswith("optim.schedule: type is missing")
+
+
+def test_a_union_tells_one_line_about_the_member_that_fits_best() -> None:
+    assert faults({"held_out": {"path": "x", "wight": 1}}) == [
+        "held_out.wight=1 is not a setting. Did you mean 'weight'?"
+    ]
+    (fault,) = faults({"limit": 1.5})
+    assert fault.startswith("limit=1.5: ")
+    assert " or " in fault
+
+
+def test_keys_with_dots_are_shown_in_quotes() -> None:
+    assert faults({"scales": {"layers.0": "x"}}) == [
+        "scales.\"layers.0\"='x': Input should be a valid number."
+    ]
+
+
+def test_a_fault_of_the_whole_is_one_line() -> None:
+    assert faults({"max_steps": 13}) == ["max_steps=13 is unlucky."]
+    assert faults([1]) == ["A mapping of settings is wanted here."]
+
+
+def test_a_secret_is_not_shown() -> None:
+    assert faults({"api_key": 123456}) == ["api_key=***: Input should be a valid string; put it in quotes."]
+    assert "hunter2" not in faults({"pasword": "x", "password": "hunter2"})[1]
+
+
+def test_data_that_holds_itself_is_a_fault() -> None:
+    raw: dict[str, Any] = {}
+    raw["a"] = raw
+    assert "plain data" in faults(raw)[0]
+
+
+def test_infinity_is_a_float() -> None:
+    assert parse(Optim, parse_yaml("lr: .inf")).lr == math.inf
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Run().seed = 3  # type: ignore[misc]

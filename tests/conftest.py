@@ -1,0 +1,72 @@
+"""One environment, one hypothesis profile and the reasons to skip, for every test."""
+
+import os
+import tempfile
+
+import hypothesis
+import pytest
+from distributed import start_pool
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # the ranks' own setting: sums in another order are other sums
+    "DS_ACCELERATOR": "cpu",
+    "WANDB_MODE": "offline",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+FOREIGN = (  # what a launcher, a login or a cluster may have left in the user's shell
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RAY_ADDRESS",
+    "WANDB_API_KEY",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+)
+
+hypothesis.settings.register_profile(
+    "distft", deadline=None, max_examples=30, derandomize="CI" in os.environ, print_blob=True
+)
+hypothesis.settings.load_profile("distft")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before any test module imports torch, DeepSpeed or Ray."""
+    extensions = tempfile.TemporaryDirectory(prefix="torch_extensions_")
+    config.add_cleanup(extensions.cleanup)
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    for name, value in (ENVIRONMENT | {"TORCH_EXTENSIONS_DIR": extensions.name}).items():
+        patch.setenv(name, value)
+    for name in FOREIGN:
+        patch.delenv(name, raising=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        lacking = next((reason for mark in item.iter_markers() if (reason := _lack(mark))), None)
+        if lacking is not None:
+            item.add_marker(pytest.mark.skip(reason=lacking))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Warm the pool of ranks up while the first tests run, if there is a test that wants it."""
+    if not session.config.option.collectonly and any(
+        item.get_closest_marker("ranks") for item in session.items
+    ):
+        start_pool()
+
+
+def _lack(mark: pytest.Mark) -> str | None:
+    """What this machine lacks of what the mark needs, or None."""
+    needed = {"gpu": 1, "multi_gpu": 2}.get(mark.name, 0)
+    if not needed:
+        return None
+    import torch
+
+    present = torch.cuda.device_count()
+    return None if present >= needed else f"needs {needed} CUDA device(s), and torch sees {present}"

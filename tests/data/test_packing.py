@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distft.data.batch import IGNORE_INDEX
+from distft.data.packing import PackedRows
+from distft.data.shard_writer import ShardLayout, ShardWriter
+from distft.data.shards import TokenShards
+from distft.errors import DataError
+
+VOCAB_SIZE = 300
+
+
+class Stream:
+    """Token shards as far as packing goes, in memory."""
+
+    def __init__(self, document_lengths: list[int]) -> None:
+        self.num_tokens = sum(document_lengths)
+        self.document_starts = np.cumsum([0, *document_lengths[:-1]])
+        self._tokens = np.random.default_rng(self.num_tokens).integers(0, VOCAB_SIZE, self.num_tokens)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop <= self.num_tokens
+        return self._tokens[start:stop].astype(np.uint16)
+
+
+def expected_row(stream: Stream, row: int, seq_len: int) -> list[tuple[int, int, int, int]]:
+    """(input, label, position, document) of each token of a row, worked out one token after the other."""
+    begin = row * seq_len
+    tokens = stream.tokens(0, stream.num_tokens).tolist()
+    starts = set(np.asarray(stream.document_starts).tolist())
+    found, position, document = [], 0, 0
+    for place in range(begin, begin + seq_len):
+        if place in starts and place > begin:
+            position, document = 0, document + 1
+        label = IGNORE_INDEX if place + 1 in starts else tokens[place + 1]
+        found.append((tokens[place], label, position, document))
+        position += 1
+    return found
+
+
+@given(
+    document_lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    seq_len=st.integers(1, 30),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_separate_documents_are_kept_apart_token_by_token(
+    document_lengths: list[int], seq_len: int, data: st.DataObject
+) -> None:
+    num_sequences = (sum(document_lengths) - 1) // seq_len
+    if num_sequences < 1:
+        return
+    stream = Stream(document_lengths)
+    rows = PackedRows(stream, seq_len)
+    assert rows.num_sequences == num_sequences
+    indices = np.array(data.draw(st.lists(st.integers(0, num_sequences - 1), min_size=1, max_size=6)))
+    batch = rows.batch(indices)
+    for i, row in enumerate(indices.tolist()):
+        columns = (batch.input_ids[i], batch.labels[i], batch.position_ids[i], batch.document_ids[i])
+        found = list(zip(*(column.tolist() for column in columns), strict=True))
+        assert found == expected_row(stream, row, seq_len)
+    assert batch.num_target_tokens == int((batch.labels != IGNORE_INDEX).sum())
+
+
+def test_joined_documents_are_the_plain_stream() -> None:
+    stream = Stream([10, 20, 71])
+    batch = PackedRows(stream, 20, documents="joined").batch(np.array([3, 0]))
+    assert batch.position_ids is None
+    assert batch.document_ids is None
+    for i, begin in enumerate((60, 0)):
+        assert batch.input_ids[i].tolist() == stream.tokens(begin, begin + 20).tolist()
+        assert batch.labels[i].tolist() == stream.tokens(begin + 1, begin + 21).tolist()
+    assert batch.num_target_tokens == 40
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+
+
+def test_every_token_but_the_first_is_a_target_once_when_documents_are_joined() -> None:
+    stream = Stream([50, 51])
+    rows = PackedRows(stream, 10, documents="joined")
+    labels = rows.batch(np.arange(rows.num_sequences)).labels
+    assert labels.flatten().tolist() == stream.tokens(1, 101).tolist()
+
+
+@pytest.mark.parametrize("documents", ["separate", "joined"])
+def test_a_batch_without_rows_is_a_row_in_which_nothing_counts(documents) -> None:
+    stream = Stream([10, 20])
+    rows = PackedRows(stream, 8, documents=documents, token_bytes=np.ones(VOCAB_SIZE, np.int64))
+    full, empty = rows.batch(np.array([0])), rows.batch(np.array([], np.int64))
+    assert empty.input_ids.shape == (1, 8)
+    assert (empty.labels == IGNORE_INDEX).all()
+    assert empty.num_target_tokens == empty.num_target_bytes == 0
+    for name in ("position_ids", "document_ids"):
+        assert (getattr(empty, name) is None) == (getattr(full, name) is None)
+
+
+@given(document_lengths=st.lists(st.integers(1, 30), min_size=2, max_size=6))
+@settings(max_examples=20, deadline=None)
+def test_target_bytes_are_those_of_the_tokens_that_count(document_lengths: list[int]) -> None:
+    if sum(document_lengths) < 6:
+        return
+    token_bytes = np.random.default_rng(1).integers(0, 9, VOCAB_SIZE)
+    rows = PackedRows(Stream(document_lengths), 5, token_bytes=token_bytes)
+    batch = rows.batch(np.arange(rows.num_sequences))
+    targets = [label for label in batch.labels.flatten().tolist() if label != IGNORE_INDEX]
+    assert batch.num_target_bytes == sum(int(token_bytes[label]) for label in targets)
+
+
+def test_too_few_tokens_for_one_row_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(DataError, match=r"corpus holds 12 tokens.*takes 13 .*seq_len=12"):
+        PackedRows(Stream([5, 7]), 12, name="corpus")
+
+
+def test_rows_of_shards_on_disk_are_those_of_the_same_tokens_in_memory(tmp_path: Path) -> None:
+    stream = Stream([5, 1, 30, 64])
+    layout = ShardLayout(vocab_size=VOCAB_SIZE, tokenizer_fingerprint="a", shard_tokens=37)
+    writer = ShardWriter(tmp_path, layout)
+    writer.append(stream.tokens(0, 100), stream.document_starts, 100)
+    writer.commit()
+    indices = np.array([8, 0, 3, 4, 5])
+    on_disk, in_memory = (PackedRows(s, 11).batch(indices) for s in (TokenShards.open(tmp_path), stream))
+    for name in ("input_ids", "labels", "position_ids", "document_ids"):
+        assert torch.equal(getattr(on_disk, name), getattr(in_memory, name))

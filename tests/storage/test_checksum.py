@@ -1,0 +1,46 @@
+"""A checksum taken while writing is that of the file, and every small damage shows."""
+
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distft import storage
+from distft.errors import StorageError
+
+
+@given(st.lists(st.binary(max_size=50)))
+def test_the_checksum_does_not_depend_on_how_the_bytes_were_cut(pieces: list[bytes]) -> None:
+    whole = b"".join(pieces)
+    with storage.open_write("memory://checksum/a") as file:
+        writer = storage.ChecksumWriter(file)
+        for piece in pieces:
+            writer.write(piece)
+    assert storage.read_bytes("memory://checksum/a") == whole
+    assert writer.num_bytes == len(whole)
+    assert writer.checksum == f"crc32:{zlib.crc32(whole):08x}" == storage.checksum_of_bytes(whole)
+    assert writer.checksum == storage.checksum_of("memory://checksum/a")
+    storage.verify("memory://checksum/a", checksum=writer.checksum, num_bytes=writer.num_bytes)
+
+
+@given(st.binary(min_size=1, max_size=200), st.data())
+def test_one_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
+    position = data.draw(st.integers(0, 8 * len(content) - 1))
+    damaged = bytearray(content)
+    damaged[position // 8] ^= 1 << position % 8
+    storage.commit_bytes("memory://checksum/b", bytes(damaged))
+    with pytest.raises(StorageError, match="is damaged"):
+        storage.verify("memory://checksum/b", checksum=storage.checksum_of_bytes(content))
+
+
+def test_missing_short_and_foreign_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with pytest.raises(StorageError, match="is missing"):
+        storage.verify(path, checksum="crc32:00000000")
+    path.write_bytes(b"abc")
+    with pytest.raises(StorageError, match="has 3 bytes, but was written with 4"):
+        storage.verify(path, checksum="crc32:00000000", num_bytes=4)
+    with pytest.raises(StorageError, match="not of the kind"):
+        storage.verify(path, checksum="md5:00")
