@@ -11,10 +11,9 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 # DeepSpeed comes as source. Its build, apart from the environment, needs no torch, but pinned tools too:
-# older pips read the first variable for that, newer ones the second. Bytecode is left to the first import,
-# because nine tenths of these packages are never imported (60 s instead of 100 s).
+# older pips read the first variable for that, newer ones the second.
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 .PHONY: demo test check venv clean
 

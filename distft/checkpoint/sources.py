@@ -53,11 +53,14 @@ class InitialSource:
 class WeightsOnly:
     """Another source without its moments and update counts: what `init_from` takes from a checkpoint."""
 
-    def __init__(self, source: StateSource) -> None:
+    def __init__(self, source: StateSource, *, without: tuple[str, ...] = ()) -> None:
+        """Parameters whose names begin with one of `without` are not offered."""
         self._source = source
+        self._without = without
 
     def has(self, parameter: str, state: str) -> bool:
-        return state == WEIGHT and self._source.has(parameter, state)
+        is_offered = state == WEIGHT and not parameter.startswith(self._without or ("\0",))
+        return is_offered and self._source.has(parameter, state)
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         return self._source.shape(parameter)

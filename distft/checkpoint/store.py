@@ -29,6 +29,7 @@ _STEP = "step_"
 class CheckpointConfig(Settings):
     """When a run saves, and what it keeps."""
 
+    directory: str | None = None  # a path or a URL that all ranks reach; None: checkpoints/ in run_dir
     every_steps: int | None = Field(default=None, ge=1)  # besides the last step, which is always saved
     keep_last: int = Field(default=2, ge=1)
     keep_every_steps: int | None = Field(default=None, ge=1)  # steps that are kept for good

@@ -61,6 +61,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML writes the line break U+0085 plainly and reads it as a space; in double quotes it is escaped.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 def yaml_value(text: str, *, source: str) -> Any:
     """The one value that `text` holds. Raises `ConfigError` with `source`, line and column."""

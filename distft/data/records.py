@@ -15,7 +15,7 @@ import zstandard
 
 from distft.errors import DataError
 
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MAX_FAULTS = 10  # told of one file; the rest is counted
@@ -93,7 +93,7 @@ def _parse_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     if kind not in _JSON_SUFFIXES and kind not in _DELIMITERS:
         raise DataError(
             f"{path}: the name tells no kind of file that is read here; "
-            f"it must end in .jsonl, .csv or .tsv, and may be compressed (.gz, .zst, .bz2, .xz)."
+            f"it must end in .jsonl, .csv or .tsv, and may be compressed (.gz, .zst)."
         )
     is_zstd = compression == "zstd"
     with fsspec.open(path, "rb", compression=None if is_zstd else compression) as file:

@@ -41,6 +41,7 @@ class ZeroEngine:
         A process group must exist, also for a single rank.
         """
         zero_layout.check_version()
+        zero_layout.skip_jit_builds()
         _quieten()
         self.device = device
         self.module = module

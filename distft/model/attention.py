@@ -15,7 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from distft.model.config import ModelConfig
 from distft.model.linear import Linear, ProductFormat
 
-Mask: TypeAlias = Tensor | BlockMask | None  # bool [B, 1, T, S] (True: sees), blocks of it, or nothing special
+Mask: TypeAlias = (
+    Tensor | BlockMask | None
+)  # bool [B, 1, T, S] (True: sees), blocks of it, or nothing special
 
 
 class Rotation(NamedTuple):

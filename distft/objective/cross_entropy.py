@@ -101,24 +101,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _slice_loss(logits_MK: Tensor, labels_M: Tensor, terms: CrossEntropySum) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, gradient by the logits (rows that do not count included), and which rows count (0 or 1)."""
-    dtype, vocab_size = logits_MK.dtype, logits_MK.shape[1]
     counts_M = labels_M != IGNORE_INDEX
     target_M1 = labels_M.clamp_min(0)[:, None]
-    logp_MK = torch.log_softmax(logits_MK, dim=-1, dtype=torch.float32)
-    logp_M = logp_MK.gather(1, target_M1)[:, 0]
-    smoothing = terms.label_smoothing
-    loss_M = -(1 - smoothing) * logp_M
+    smoothing, vocab_size = terms.label_smoothing, logits_MK.shape[1]
+    grad_MK = torch.softmax(logits_MK, dim=-1, dtype=torch.float32)
+    # One exponential an element: the row's largest probability is at least 1 / K, so its logarithm is exact.
+    logsumexp_M = logits_MK.amax(dim=-1).float() - grad_MK.amax(dim=-1).log()
+    loss_M = logsumexp_M - (1 - smoothing) * logits_MK.gather(1, target_M1)[:, 0]
     if smoothing:
-        loss_M = loss_M - smoothing * logp_MK.mean(dim=-1)
-    grad_MK = logp_MK.exp_()
+        loss_M = loss_M - smoothing * logits_MK.mean(dim=-1, dtype=torch.float32)
     if terms.z_loss:
-        logsumexp_M = logits_MK.gather(1, target_M1)[:, 0].float() - logp_M
         loss_M = loss_M + terms.z_loss * logsumexp_M.square()
         grad_MK = grad_MK * (1 + 2 * terms.z_loss * logsumexp_M)[:, None]
     if smoothing:
         grad_MK = grad_MK - smoothing / vocab_size
     grad_MK.scatter_add_(1, target_M1, torch.full_like(target_M1, smoothing - 1, dtype=torch.float32))
-    return loss_M.where(counts_M, 0.0).sum(), grad_MK.to(dtype), counts_M.to(dtype)
+    return loss_M.where(counts_M, 0.0).sum(), grad_MK.to(logits_MK.dtype), counts_M.to(logits_MK.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

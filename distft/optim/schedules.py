@@ -25,8 +25,8 @@ class WarmupSettings(Settings):
         """Raise `ConfigError` where the schedule does not fit in a run of `total_steps`."""
         if self.warmup_steps > total_steps:
             raise ConfigError(
-                f"schedule.warmup_steps={self.warmup_steps} is more than the {total_steps} steps of the run, "
-                f"which would never reach its learning rate: lower it, or train longer."
+                f"optim.schedule.warmup_steps={self.warmup_steps} is more than the {total_steps} steps of "
+                f"the run, which would never reach its learning rate: lower it, or train longer."
             )
 
     def _warmup(self, step: int) -> float:
@@ -101,8 +101,9 @@ class WarmupStableDecayConfig(WarmupSettings):
         super().check(total_steps)
         if self.warmup_steps + self.decay_steps > total_steps:
             raise ConfigError(
-                f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_steps={self.decay_steps} add "
-                f"up to more than the {total_steps} steps of the run: lower one of them, or train longer."
+                f"optim.schedule.warmup_steps={self.warmup_steps} and optim.schedule.decay_steps="
+                f"{self.decay_steps} add up to more than the {total_steps} steps of "
+                f"the run: lower one of them, or train longer."
             )
 
 

@@ -15,7 +15,8 @@ from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 from distft.objective.settings import CausalLM, ObjectiveConfig
 from distft.optim.adamw import AdamWConfig
-from distft.tracker.settings import TrackerConfig
+from distft.run.cluster import ClusterConfig
+from distft.tracker import TrackerConfig
 from distft.train.loop import TrainConfig
 
 EngineConfig = Annotated[LocalConfig | ZeroConfig, Part()]
@@ -40,7 +41,7 @@ class EvaluationConfig(Settings):
 class RunConfig(Settings):
     """A whole run."""
 
-    run_dir: str  # where everything of the run goes; a path or a URL
+    run_dir: str  # a directory for everything of the run; checkpoint.directory may lie elsewhere
     seed: int = 0  # of initial weights and dropout; the order of data has data_seed
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(default=None, ge=1)  # of each rank's CPU work; None: torch's choice
@@ -59,6 +60,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     trackers: tuple[TrackerConfig, ...] = ()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

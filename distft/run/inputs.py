@@ -1,4 +1,4 @@
-"""Everything that a run reads before it touches a device: tokenizer, data, shape of the model, what learns."""
+"""Everything that a run reads before it touches a device: tokenizer, data, the model's shape, what learns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +8,7 @@ import torch
 from distft import storage
 from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
 from distft.checkpoint.store import Checkpoint, find_checkpoint
+from distft.config.keys import nearest
 from distft.data.dataset import DataContext
 from distft.data.feed import Feed
 from distft.data.settings import DataConfig
@@ -18,7 +19,6 @@ from distft.model.head import Head
 from distft.model.initialisation import initial_fragment
 from distft.model.transformer import Transformer
 from distft.optim.groups import ParameterGroup, parameter_groups
-from distft.config.keys import nearest
 from distft.optim.trainable import select_trainable
 from distft.run.config import RunConfig
 from distft.tokenizer import Tokenizer
@@ -67,7 +67,13 @@ def read_inputs(config: RunConfig) -> Inputs:
     trainable = select_trainable(shapes, config.trainable)
     parameter_groups(shapes, trainable, config.optim, {})  # for its complaints
     if init_from is not None:
-        check_fits(init_from, shapes, may_lack=_HEAD_PREFIXES)
+        inherited = {n: s for n, s in shapes.items() if not n.startswith(new_head(init_from, label_names))}
+        check_fits(init_from, inherited, may_lack=_HEAD_PREFIXES)
+    config.optim.schedule.check(
+        config.train.total_steps(
+            num_sequences=train.num_sequences, global_batch_size=config.batch.global_batch_size
+        )
+    )
     return Inputs(
         config=config.model_copy(update={"model": shape}),
         tokenizer=tokenizer,
@@ -151,11 +157,19 @@ def state_source(inputs: Inputs, resumed: Checkpoint | None) -> StateSource:
     seed, model = inputs.config.seed, inputs.model
     fresh = InitialSource(
         inputs.shapes,
-        lambda name, shape, start, stop: initial_fragment(
-            name, shape, start, stop, seed=seed, config=model
-        ),
+        lambda name, shape, start, stop: initial_fragment(name, shape, start, stop, seed=seed, config=model),
     )
-    return fresh if inputs.init_from is None else FirstOf([WeightsOnly(inputs.init_from), fresh])
+    if inputs.init_from is None:
+        return fresh
+    without = new_head(inputs.init_from, inputs.label_names)
+    return FirstOf([WeightsOnly(inputs.init_from, without=without), fresh])
+
+
+def new_head(init_from: Checkpoint, label_names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Prefixes of what is not taken from `init_from`: a classifier's head, where the classes are others."""
+    before = init_from.manifest.label_names
+    is_same = before is not None and label_names is not None and tuple(before) == label_names
+    return ("\0",) if is_same else ("classifier.",)
 
 
 def groups_for(inputs: Inputs, source: StateSource) -> list[ParameterGroup]:

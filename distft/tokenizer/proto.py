@@ -111,7 +111,7 @@ def _piece(message: bytes) -> Piece:
 
 
 def _last(fields: list[tuple[int, int | bytes]], number: int) -> dict[int, int | bytes]:
-    """The fields of the message in field `number`; empty where it is absent. Later values replace earlier ones."""
+    """The fields of the message in field `number`, the last value of each; empty where it is absent."""
     merged: dict[int, int | bytes] = {}
     for found, value in fields:
         if found == number and isinstance(value, bytes):

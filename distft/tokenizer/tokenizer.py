@@ -18,9 +18,9 @@ from distft.tokenizer.words import SPACE, WordEncoder, can_go_by_words
 class Tokenizer:
     """A sentencepiece model.
 
-    `is_exact` models (what `train_tokenizer` makes, with byte fallback) give every text back: `decode(encode(s))
-    == s` for any string that UTF-8 can hold. An imported model encodes and decodes as sentencepiece itself does,
-    normalization and all.
+    Models that are `is_exact` (what `train_tokenizer` makes with byte fallback) give every text back:
+    `decode(encode(s)) == s` for any string that UTF-8 can hold. An imported model encodes and decodes as
+    sentencepiece itself does, normalization and all.
 
     Special ids are None where the model has none; nothing may be assumed about their values.
     """
@@ -54,8 +54,8 @@ class Tokenizer:
                 model = file.read()
         except (OSError, ValueError, ImportError) as error:
             raise DataError(
-                f"tokenizer {path} cannot be read: {error}. Train one with `distft tokenizer train`, or bring a "
-                "sentencepiece .model in with `distft tokenizer import`."
+                f"tokenizer {path} cannot be read: {error}. Train one with `distft tokenizer train`, or "
+                "bring a sentencepiece .model in with `distft tokenizer import`."
             ) from error
         try:
             return cls(model)
@@ -64,7 +64,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides the ids: equal for two files that encode alike, wherever they lie."""
+        """Hex digest of all that decides the ids, so equal for two files that encode alike."""
         special_ids = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
         return self._description.fingerprint(tuple(-1 if i is None else i for i in special_ids))
 
@@ -128,7 +128,7 @@ class Tokenizer:
         return b"".join([self._surfaces[i] for i in ids]).decode("utf-8", "replace")
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """How many UTF-8 bytes each id stands for [vocab_size]: 1 for byte pieces, 0 for control and unknown."""
+        """UTF-8 bytes that each id stands for [vocab_size]: 1 for byte pieces, 0 for control and unknown."""
         silent = (PieceType.CONTROL, PieceType.UNKNOWN)
         lengths = [
             0 if piece.type in silent else len(surface)

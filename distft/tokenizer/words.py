@@ -1,9 +1,9 @@
 """BPE by words: the ids that sentencepiece gives a whole text, several times as fast.
 
-Where no piece has a space behind another character, no merge crosses the place before a run of spaces, and the
-merges on its two sides do not see each other. So a text may be cut there, and a word that was met before need
-not be encoded again. Unigram models are not treated so: their search is local too, but sentencepiece adds
-scores in float32 along the whole text, and over a long one the rounding decides between near-equal cuts.
+Where no piece has a space behind another character, no merge crosses the place before a run of spaces, and
+the merges on its two sides do not see each other. So a text may be cut there, and a word that was met before
+need not be encoded again. Unigram models are not treated so: their search is local too, but sentencepiece
+adds scores in float32 along the whole text, and over a long one the rounding decides between near-equal cuts.
 """
 
 import re
@@ -31,7 +31,7 @@ EncodeAll = Callable[[list[str]], list[NDArray[np.int32]]]
 
 
 def can_go_by_words(model: ModelDescription) -> bool:
-    """Whether `WordEncoder` gives exactly the ids of whole texts, as the model's pieces and settings prove."""
+    """Whether `WordEncoder` gives exactly the ids of whole texts: the pieces and settings prove it."""
     return (
         model.algorithm == Algorithm.BPE
         and not model.charsmap

@@ -1,0 +1,31 @@
+"""Where the numbers of a run go: files, the console, wandb, TensorBoard; and progress of other long work."""
+
+from distft.config import redact
+from distft.tracker.console import ConsoleTracker
+from distft.tracker.jsonl import EVENTS_FILE, METRICS_FILE, EventLog, JsonlTracker, read_lines
+from distft.tracker.progress import ProgressDisplay, progress
+from distft.tracker.protocol import Metrics, Tracker
+from distft.tracker.tensorboard_tracker import TensorBoardConfig, TensorBoardTracker
+from distft.tracker.trackers import TrackerConfig, Trackers, build_trackers
+from distft.tracker.wandb_tracker import WandbConfig, WandbTracker
+
+__all__ = [
+    "EVENTS_FILE",
+    "METRICS_FILE",
+    "ConsoleTracker",
+    "EventLog",
+    "JsonlTracker",
+    "Metrics",
+    "ProgressDisplay",
+    "TensorBoardConfig",
+    "TensorBoardTracker",
+    "Tracker",
+    "TrackerConfig",
+    "Trackers",
+    "WandbConfig",
+    "WandbTracker",
+    "build_trackers",
+    "progress",
+    "read_lines",
+    "redact",
+]

@@ -174,7 +174,7 @@ class Trainer:
         self._skipped += result.is_skipped
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * result.is_skipped
         if self._loss_scale is not None:
-            self._loss_scale.update(has_overflowed=bool(result.is_skipped))
+            self._loss_scale.update(is_overflow=bool(result.is_skipped))
             self._engine.set_loss_scale(self._loss_scale.scale)
 
     def _check_skips(self, result: StepResult) -> None:

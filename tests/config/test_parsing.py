@@ -101,7 +101,7 @@ def test_settings_parse_to_themselves(run: Run) -> None:
 def test_every_fault_has_a_line_with_key_value_and_remedy() -> None:
     raw = {
         "optim": {"lr": "fast", "schedule": {"type": "cosine", "warmup_step": 3, "final_factor": 3}},
-        "sources": [{"path": "a"}, {"path": "b", "wieght": 2}],
+        "sources": [{"path": "a"}, {"path": "b", "weigth": 2}],
         "max_step": 5,
         "seed": "3",
         "compile": "yes",
@@ -111,7 +111,7 @@ def test_every_fault_has_a_line_with_key_value_and_remedy() -> None:
         "optim.schedule.warmup_steps is missing: it has no default.",
         "optim.schedule.final_factor=3: Input should be less than or equal to 1.",
         "optim.schedule.warmup_step=3 is not a setting. Did you mean 'warmup_steps'?",
-        "sources.1.wieght=2 is not a setting. Did you mean 'weight'?",
+        "sources.1.weigth=2 is not a setting. Did you mean 'weight'?",
         "seed='3': Input should be a valid integer.",
         "compile='yes': Input should be a valid boolean; write true or false.",
         "max_step=5 is not a setting. Did you mean 'max_steps'?",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distft.config import load_yaml, parse_yaml
@@ -25,6 +25,7 @@ values = st.recursive(scalars, lambda v: st.lists(v) | st.dictionaries(st.text("
 
 
 @given(values)
+@example(["a\x85b", {"\x85": "\u2028 \r\n"}])
 def test_what_is_written_is_read_back(value: Any) -> None:
     again = yaml_value(to_yaml(value), source="text")
     assert again == value

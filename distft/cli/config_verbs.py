@@ -1,0 +1,48 @@
+"""`distft config`: look at a configuration without running it."""
+
+import json
+from typing import Annotated
+
+import typer
+
+config_app = typer.Typer(
+    help="Check a configuration, show it resolved, or write its JSON schema.", no_args_is_help=True
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's, by dotted key."),
+]
+
+
+@config_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema, with which editors complete and check the YAML."""
+    from distft.config import json_schema
+    from distft.run.config import RunConfig
+
+    print(json.dumps(json_schema(RunConfig), indent=2))
+
+
+@config_app.command("show")
+def show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the configuration with every default filled in."""
+    from distft.config import dump_yaml
+    from distft.run.config import load_run_config
+
+    print(dump_yaml(load_run_config(config, overrides or ())), end="")
+
+
+@config_app.command("check")
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(help="Ranks that the run is meant for.")] = 1,
+) -> None:
+    """Check the configuration, and everything it names: tokenizer, data, checkpoint, parameters."""
+    from distft.run.check import describe_run
+    from distft.run.config import load_run_config
+
+    for line in describe_run(load_run_config(config, overrides or ()), world_size):
+        print(line)

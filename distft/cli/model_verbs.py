@@ -1,0 +1,86 @@
+"""`distft train`, `evaluate` and `generate`."""
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from distft.cli.config_verbs import ConfigPath, Overrides
+
+CheckpointPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT", help="A run's directory (its newest checkpoint), or one checkpoint."
+    ),
+]
+
+
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Pretrain or fine-tune as CONFIG says; goes on where the run's last checkpoint stands.
+
+    Runs in this process, or as one rank of torchrun, deepspeed or Ray.
+    """
+    from distft.run.config import load_run_config
+    from distft.run.train import run_training
+    from distft.topology import Topology
+
+    settings = load_run_config(config, overrides or ())
+    topology = Topology.from_env(os.environ)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it also where nobody launched the process
+    run_training(settings, topology)
+
+
+def evaluate(
+    checkpoint: CheckpointPath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the run's, such as validation.path=x."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure a checkpoint on its run's validation data, or on other data."""
+    from distft.run.pretrained import evaluate_checkpoint
+    from distft.topology import Topology
+
+    topology = Topology.from_env(os.environ)
+    metrics = evaluate_checkpoint(checkpoint, overrides or (), topology)
+    if not topology.is_main:
+        return
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        print(f"{name:<{width}}  {value:.6g}")
+
+
+def generate(
+    checkpoint: CheckpointPath,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="May be given several times.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest with this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Continue prompts with a checkpoint's language model."""
+    from distft.run.pretrained import generate_text
+
+    texts = generate_text(
+        checkpoint,
+        prompt or [""],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    for number, text in enumerate(texts):
+        if number:
+            print("---")
+        print(text)

@@ -1,0 +1,213 @@
+"""One run on a Ray cluster, from the driver's side.
+
+Ray gives placement, a process group, and new workers for failed ones. It carries no checkpoints: workers
+that start again find the last commit in `run_dir`, as under any launcher.
+"""
+
+import contextlib
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import ray
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from distft import storage
+from distft.cluster.console import printed_mailbox
+from distft.cluster.failures import FailureWatch, explain
+from distft.cluster.places import Places
+from distft.cluster.worker import Assignment, Train, work
+from distft.errors import ConfigError, DistftError, LaunchError
+from distft.run.cluster import ClusterConfig
+from distft.run.config import RunConfig, load_run_config
+from distft.run.engines import check_engine
+from distft.run.inputs import read_inputs
+from distft.run.train import Outcome, run_training
+from distft.topology import BatchPlan, Topology
+
+_OBJECT_STORE_BYTES = 100_000_000  # a configuration and some text pass through it; Ray's least is 75 MB
+
+
+def run_on_ray(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    environ: MutableMapping[str, str],
+    train: Train = run_training,
+) -> Outcome:
+    """Train on the cluster at `RAY_ADDRESS`, or on a Ray of this machine that lives as long as the run.
+
+    `environ` is this process's environment; Ray's own settings are put into it. What rank 0 prints is
+    printed here. Raises `ConfigError`, `DataError` or `CheckpointError` before anything is scheduled, where
+    the fault can be seen from here; later what the failed rank raised, `TrainingError` for what nobody
+    foresaw, `LaunchError` where workers cannot start or die, `Preempted` where they were asked to stop.
+    """
+    places = Places.find(environ, cwd=Path.cwd(), home=Path.home())
+    config = load_run_config(config_path, overrides)
+    config = config.model_copy(update={"run_dir": places.run_dir(config.run_dir)})
+    try:
+        with contextlib.chdir(places.working_dir):
+            check(config)
+        with _ray(config.cluster, environ), _witness(config.run_dir) as witness:
+            return _fit(config, places, train, witness)
+    except ConfigError as error:
+        raise _with_hint(error, places) from None
+    except DistftError as error:
+        raise (_with_hint(error, places) if error.exit_code == 2 else error) from None
+
+
+def check(config: RunConfig) -> None:
+    """What can be said against the run before a worker exists; reads the data's manifests, too."""
+    cluster, faults = config.cluster, []
+    topology = Topology(world_size=cluster.num_workers, is_distributed=True)
+    try:
+        check_engine(config, topology)
+    except ConfigError as error:
+        faults.append(str(error))
+    try:
+        BatchPlan(dp_world_size=topology.world_size, **config.batch.model_dump())
+    except ConfigError as error:
+        faults.append(str(error))
+    if config.device == "cuda" and cluster.gpus_per_worker == 0:
+        faults.append("device=cuda, but cluster.gpus_per_worker=0: set it to 1, or set device=cpu.")
+    if config.device == "cpu" and cluster.gpus_per_worker > 0:
+        faults.append(
+            f"device=cpu, but cluster.gpus_per_worker={cluster.gpus_per_worker:g}: "
+            "set it to 0, or set device=cuda."
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
+    read_inputs(config)
+
+
+def _with_hint(error: DistftError, places: Places) -> DistftError:
+    return type(error)("\n".join(filter(None, [str(error), places.hint()])))
+
+
+@contextlib.contextmanager
+def _ray(cluster: ClusterConfig, environ: MutableMapping[str, str]) -> Iterator[None]:
+    """A connection to the cluster; leaving the block closes it, and stops a Ray that was started for it."""
+    address = environ.get("RAY_ADDRESS")
+    environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{cluster.start_timeout_s:g}")
+    environ.update(
+        RAY_CHDIR_TO_TRIAL_DIR="0",  # relative paths keep their meaning
+        RAY_TRAIN_METRICS_ENABLED="0",  # a run has trackers
+        RAY_TRAIN_ENABLE_PRINT_PATCH="0",  # rank 0's output has a way of its own
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1",  # without GPUs asked for, a worker sees none
+    )
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # A cluster that happens to run here is not the one that was meant, so "local" starts another.
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cluster.num_workers * cluster.cpus_per_worker)),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a Ray of this machine's own"
+        raise LaunchError(f"Could not reach {where}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _witness(run_dir: str) -> Iterator[Path | None]:
+    """A file in `run_dir` by which workers know that they share it; None for a URL, which all share."""
+    directory = storage.local_path(run_dir)
+    if directory is None:
+        yield None
+        return
+    witness = directory / f".seen_by_all_{secrets.token_hex(4)}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        witness.touch()
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}.") from None
+    try:
+        yield witness
+    finally:
+        witness.unlink(missing_ok=True)
+
+
+def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) -> Outcome:
+    cluster = config.cluster
+    has_gpus = cluster.gpus_per_worker > 0
+    wanted = (
+        f"{cluster.num_workers} workers with {cluster.cpus_per_worker:g} CPUs "
+        f"and {cluster.gpus_per_worker:g} GPUs each"
+    )
+    _check_room(cluster, wanted)
+    with printed_mailbox() as mailbox, tempfile.TemporaryDirectory(prefix="distft_ray_") as scratch:
+        assignment = Assignment(
+            config=config,
+            train=train,
+            mailbox=mailbox,
+            working_dir=None if places.is_uploaded else places.working_dir,
+            witness=witness,
+        )
+        trainer = TorchTrainer(
+            partial(work, assignment),
+            torch_config=TorchConfig(
+                backend="nccl" if has_gpus else "gloo", timeout_s=math.ceil(config.timeout_s)
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_gpu=has_gpus,
+                resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker},
+            ),
+            run_config=RayRunConfig(
+                name=Path(config.run_dir).name,
+                storage_path=scratch,  # Ray wants one for its own notes; the run's truth is in run_dir
+                failure_config=FailureConfig(
+                    max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
+                ),
+                callbacks=[FailureWatch(mailbox, cluster.max_failures)],
+                worker_runtime_env={"env_vars": _worker_environment(config)},
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
+        try:
+            outcome: Outcome = trainer.fit().return_value
+        except TrainingFailedError as error:
+            raise explain(error, wanted) from None
+        return outcome
+
+
+def _check_room(cluster: ClusterConfig, wanted: str) -> None:
+    """Tell at once of a wait for nodes that may never come."""
+    there = ray.cluster_resources()
+    needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    short = [
+        f"{there.get(name, 0):g} {name}s"
+        for name, each in needed.items()
+        if each * cluster.num_workers > there.get(name, 0)
+    ]
+    if short:
+        print(
+            f"The cluster has {' and '.join(short)}, too few for {wanted}: "
+            f"waiting up to {cluster.start_timeout_s:g} s for more.",
+            flush=True,
+        )
+
+
+def _worker_environment(config: RunConfig) -> Mapping[str, str]:
+    num_threads = config.num_threads or max(1, int(config.cluster.cpus_per_worker))
+    env = {"OMP_NUM_THREADS": str(num_threads)}
+    if config.cluster.gpus_per_worker == 0:
+        env["DS_ACCELERATOR"] = "cpu"
+    return {**env, **config.cluster.env}

@@ -1,0 +1,159 @@
+"""A labelled task that every machine with Python has: which area of the standard library is a function from?
+
+Areas group modules by subject. Names differ between Python versions (3.12 has no `distutils`), and some
+systems split packages off: an area that is absent, or too small to learn from, is left out.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import sysconfig
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distft.errors import DataError
+from distft.storage import AnyPath, commit_bytes, join
+
+AREAS: tuple[tuple[str, str], ...] = (
+    ("archives", "tarfile zipfile gzip bz2 lzma _compression compression zipapp"),
+    ("arguments", "argparse optparse getopt configparser"),
+    ("asyncio", "asyncio asyncore asynchat"),
+    ("dates", "datetime _pydatetime calendar zoneinfo _strptime"),
+    ("debugging", "pdb bdb trace profile cProfile pstats traceback tracemalloc"),
+    ("distribution", "distutils ensurepip venv sysconfig"),
+    ("email", "email mailbox mailcap mimetypes"),
+    ("encodings", "encodings codecs"),
+    ("files", "pathlib os shutil tempfile glob posixpath ntpath fileinput filecmp _pyio"),
+    ("http", "http wsgiref xmlrpc cgi socketserver"),
+    ("idlelib", "idlelib"),
+    ("importlib", "importlib zipimport pkgutil modulefinder runpy"),
+    ("introspection", "inspect ast _ast_unparse dis symtable tokenize pyclbr"),
+    ("lib2to3", "lib2to3"),
+    ("logging", "logging"),
+    ("numbers", "_pydecimal fractions numbers statistics random"),
+    ("parallel", "multiprocessing concurrent threading queue subprocess"),
+    ("protocols", "ftplib imaplib nntplib poplib smtpd smtplib socket ssl telnetlib"),
+    ("serialization", "pickle pickletools shelve copy copyreg dbm json"),
+    ("terminal", "_pyrepl curses cmd code rlcompleter"),
+    ("tkinter", "tkinter turtle"),
+    ("types", "typing dataclasses enum abc types"),
+    ("unittest", "unittest doctest"),
+    ("urllib", "urllib"),
+    ("xml", "xml plistlib html"),
+)
+_NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_MIN_LINES, _MAX_LINES = 4, 60  # shorter ones say nothing of their area, longer ones fit in no row
+_MIN_FUNCTIONS = 40  # of an area: 8 of them are held out, fewer measure nothing
+_TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function or method of the standard library."""
+
+    text: str  # source, without the indentation of its surroundings
+    label: str  # area
+    origin: str  # file below the library, and line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StdlibTask:
+    """What was written."""
+
+    python: str
+    num_train: int
+    num_test: int
+    areas: dict[str, int]  # functions of each
+
+
+def write_stdlib_task(directory: AnyPath, root: AnyPath | None = None) -> StdlibTask:
+    """Write `train.jsonl` and `test.jsonl` (text, label, origin), and `task.json` last.
+
+    `root` is a standard library: None is that of this interpreter. Equal libraries give equal files. Every
+    area gives a fifth of its functions to the test, chosen by their digest. No two functions are the same
+    text, so none of the test is in training. Raises `DataError` where `root` holds fewer than two areas.
+    """
+    library = Path(sysconfig.get_path("stdlib") if root is None else root)
+    functions = find_functions(library)
+    areas = dict(sorted(Counter(function.label for function in functions).items()))
+    if len(areas) < 2:
+        raise DataError(
+            f"{os.fspath(library)} holds {len(functions)} functions in {len(areas)} known areas of the standard "
+            f"library, and at least 2 areas are needed: name a directory such as that of "
+            f"`python -c 'import os; print(os.__file__)'`."
+        )
+    train, test = split(functions)
+    task = StdlibTask(python=platform.python_version(), num_train=len(train), num_test=len(test), areas=areas)
+    commit_bytes(join(directory, "test.jsonl"), _jsonl(test))
+    commit_bytes(join(directory, "train.jsonl"), _jsonl(train))
+    commit_bytes(join(directory, "task.json"), json.dumps(asdict(task), indent=2).encode() + b"\n")
+    return task
+
+
+def find_functions(library: Path) -> list[Function]:
+    """The functions of every area that is large enough, each text once, in the order of files and lines."""
+    functions: dict[str, Function] = {}
+    for area, modules in AREAS:
+        for module in modules.split():
+            for path in _files(library, module):
+                for function in _functions_in(path, path.relative_to(library).as_posix(), area):
+                    functions.setdefault(function.text, function)
+    counts = Counter(function.label for function in functions.values())
+    return [function for function in functions.values() if counts[function.label] >= _MIN_FUNCTIONS]
+
+
+def split(functions: list[Function]) -> tuple[list[Function], list[Function]]:
+    """Training and test part. In each area those with the smallest digests are the test."""
+    by_area: dict[str, list[Function]] = {}
+    for function in functions:
+        by_area.setdefault(function.label, []).append(function)
+    test: set[Function] = set()
+    for members in by_area.values():
+        test.update(sorted(members, key=_digest)[: round(len(members) * _TEST_SHARE)])
+    return [f for f in functions if f not in test], [f for f in functions if f in test]
+
+
+def _digest(function: Function) -> bytes:
+    return hashlib.blake2b(function.text.encode(), digest_size=16).digest()
+
+
+def _files(library: Path, module: str) -> list[Path]:
+    single = library / f"{module}.py"
+    package = sorted((library / module).rglob("*.py"))
+    found = [path for path in package if not _NOT_LIBRARY.intersection(path.relative_to(library).parts)]
+    return [single, *found] if single.is_file() else found
+
+
+def _functions_in(path: Path, name: str, area: str) -> Iterator[Function]:
+    """Functions and methods of a file, but not those within functions; nothing where it cannot be parsed."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError):  # the library ships samples of broken files
+        return
+    lines = source.splitlines(keepends=True)
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            text = _source(node, lines)
+            if _MIN_LINES <= text.count("\n") + 1 <= _MAX_LINES:
+                yield Function(text, area, f"{name}:{node.lineno}")
+        else:
+            pending.extend(reversed(list(ast.iter_child_nodes(node))))
+
+
+def _source(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return textwrap.dedent("".join(lines[first - 1 : node.end_lineno])).strip()
+
+
+def _jsonl(functions: list[Function]) -> bytes:
+    return "".join(json.dumps(asdict(function)) + "\n" for function in functions).encode()

@@ -1,0 +1,37 @@
+"""What a run would be, found out without a device."""
+
+from collections.abc import Iterator
+from math import prod
+
+from distft.model.counts import training_flops_per_token
+from distft.run.config import RunConfig
+from distft.run.engines import check_engine
+from distft.run.inputs import read_inputs
+from distft.topology import BatchPlan, Topology
+
+
+def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Lines about a run on `world_size` ranks. Raises what `run_training` would raise before its first step."""
+    check_engine(config, Topology(world_size=world_size))
+    plan = BatchPlan(dp_world_size=world_size, **config.batch.model_dump())
+    inputs = read_inputs(config)
+    num_steps = config.train.total_steps(
+        num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size
+    )
+    numel = {name: prod(shape) for name, shape in inputs.shapes.items()}
+    num_trainable = sum(numel[name] for name in inputs.trainable)
+    yield f"model       {sum(numel.values()):,} parameters, {num_trainable:,} of them trainable"
+    yield f"tokenizer   {inputs.tokenizer.vocab_size:,} pieces, fingerprint {inputs.tokenizer.fingerprint}"
+    for line in inputs.train.summary.splitlines():
+        yield f"data        {line}"
+    if inputs.validation is not None:
+        for line in inputs.validation.summary.splitlines():
+            yield f"validation  {line}"
+    yield (
+        f"batch       {plan.global_batch_size} sequences of {plan.seq_len} tokens a step; on {world_size} "
+        f"rank{'s' * (world_size > 1)} {plan.gradient_accumulation_steps} micro-batches of at most "
+        f"{plan.micro_batch_size}"
+    )
+    epochs = num_steps * plan.global_batch_size / inputs.train.num_sequences
+    flops = training_flops_per_token(inputs.model, plan.seq_len) * plan.global_batch_tokens * num_steps
+    yield f"length      {num_steps:,} steps, {epochs:.2f} epochs, {flops:.2e} FLOPs"

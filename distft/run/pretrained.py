@@ -1,0 +1,136 @@
+"""Use a checkpoint: measure it, or let it write."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from distft import storage
+from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.sources import read_state
+from distft.checkpoint.store import Checkpoint, find_checkpoint
+from distft.collectives import Collectives, ProcessGroup, SingleProcess
+from distft.config import apply_overrides, parse
+from distft.data.feed import Feed
+from distft.engine.interface import DTYPES
+from distft.engine.memory import allocate
+from distft.errors import ConfigError
+from distft.model.generation import generate
+from distft.model.head import LanguageModelHead
+from distft.model.transformer import Transformer
+from distft.run.config import RunConfig
+from distft.run.engines import choose_device
+from distft.run.inputs import TOKENIZER_FILE, build_module, check_fits, data_context
+from distft.tokenizer import Tokenizer
+from distft.topology import Topology
+from distft.tracker import progress
+from distft.train.evaluation import evaluate
+
+
+def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> tuple[Checkpoint, RunConfig, Tokenizer]:
+    """A checkpoint with the configuration of its run (`overrides` over it) and its tokenizer."""
+    checkpoint = find_checkpoint(path)
+    raw: dict[str, Any] = apply_overrides(checkpoint.manifest.config, overrides)
+    config: RunConfig = parse(RunConfig, raw, where=f"the configuration of {checkpoint.path}")
+    tokenizer = Tokenizer.load(storage.join(checkpoint.path, TOKENIZER_FILE))
+    return checkpoint, config, tokenizer
+
+
+def load_model(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> Transformer:
+    """The whole model on one device, in the run's `param_dtype`, ready for evaluation."""
+    assert config.model is not None  # a resolved configuration has one
+    label_names = checkpoint.manifest.label_names
+    head = config.objective.head(None if label_names is None else tuple(label_names))
+    module = build_module(config.model, head)
+    shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
+    check_fits(checkpoint, shapes)
+    allocate(module, device, DTYPES[config.engine.param_dtype])
+    for name, param in module.named_parameters():
+        read_state(checkpoint, name, WEIGHT, param.detach().view(-1), 0)
+    return module.eval()
+
+
+def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology) -> dict[str, float]:
+    """The run's objective on its validation data, the same on any number of ranks."""
+    checkpoint, config, tokenizer = open_checkpoint(path, overrides)
+    if config.validation is None:
+        raise ConfigError(
+            f"The run of {checkpoint.path} has no validation data: "
+            "name some, such as validation.type=labelled validation.path=test.jsonl"
+        )
+    assert config.model is not None
+    names = checkpoint.manifest.label_names
+    context = data_context(tokenizer, config.model, config.batch.seq_len)
+    context = replace(context, label_names=None if names is None else tuple(names))
+    feed: Feed = config.validation.build_in_order(context)
+    device = choose_device(config, topology)
+    collectives: Collectives = SingleProcess()
+    if topology.world_size > 1:
+        collectives = ProcessGroup(topology, device, config.timeout_s)
+    module = load_model(checkpoint, config, device)
+    shown = progress(feed.num_sequences, "evaluating", "rows") if topology.is_main else nullcontext()
+    try:
+        with shown as display:
+            return evaluate(
+                module,
+                module,
+                config.objective,
+                feed,
+                micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
+                seq_len=config.batch.seq_len,
+                collectives=collectives,
+                device=device,
+                max_sequences=config.evaluation.max_sequences,
+                on_progress=None
+                if display is None
+                else lambda n: display.advance(n * collectives.world_size),
+            )
+    finally:
+        if isinstance(collectives, ProcessGroup):
+            collectives.close()
+
+
+def generate_text(
+    path: str,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> list[str]:
+    """Each prompt with what the checkpoint's language model adds to it."""
+    checkpoint, config, tokenizer = open_checkpoint(path)
+    device = choose_device(config, Topology())
+    module = load_model(checkpoint, config, device)
+    if not isinstance(module.head, LanguageModelHead):
+        raise ConfigError(f"{checkpoint.path} is a classifier: it has no language model to write with.")
+    encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
+    written = generate(
+        module,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_id=tokenizer.eos_id,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    return [
+        prompt + tokenizer.decode([token for token in new if token < tokenizer.vocab_size])
+        for prompt, new in zip(prompts, written, strict=True)
+    ]
+
+
+def _prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """A prompt begins where a document does: after the end of the one before."""
+    start = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
+    ids = tokenizer.encode(prompt)
+    if start is None and not ids:
+        raise ConfigError(
+            "The prompt is empty, and this tokenizer has no id to begin a text with: give --prompt."
+        )
+    return ids if start is None else [start, *ids]

@@ -1,0 +1,259 @@
+"""Train as a configuration says: on every rank, under whatever launcher."""
+
+import platform
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distft
+from distft import storage
+from distft.checkpoint.manifest import Progress, TokenizerRecord
+from distft.checkpoint.store import Checkpoint, CheckpointStore, ParameterInfo, RunRecord
+from distft.collectives import Collectives, ProcessGroup, together
+from distft.config import dump_yaml, redact
+from distft.engine.interface import DTYPES, Engine
+from distft.errors import ConfigError, Preempted
+from distft.model.counts import training_flops_per_token
+from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
+from distft.run.config import RunConfig, check_resumable
+from distft.run.engines import build_engine, check_engine, choose_device, join_ranks
+from distft.run.inputs import TOKENIZER_FILE, Inputs, read_inputs, state_source
+from distft.topology import BatchPlan, Topology
+from distft.tracker import Trackers, build_trackers
+from distft.train.evaluation import evaluate
+from distft.train.loop import Callbacks, Trainer, every
+from distft.train.throughput import Throughput, peak_flops_per_s
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a finished run has to say for itself, on every rank."""
+
+    step: int
+    metrics: Mapping[str, float]  # the last ones of each name, validation's under validation/
+    checkpoint: str | None  # the last one of this process; None where nothing was left to do
+
+
+def run_training(config: RunConfig, topology: Topology) -> Outcome:
+    """Train from wherever the run stands to its end, on this rank.
+
+    Every fault of configuration and data is raised before a device is used. Raises `Preempted` after a
+    SIGTERM, once the state is saved.
+    """
+    check_engine(config, topology)
+    plan = BatchPlan(dp_world_size=topology.world_size, **config.batch.model_dump())
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    inputs = read_inputs(config)
+    device = choose_device(config, topology)
+    collectives = join_ranks(config, topology, device)
+    try:
+        return _Run(inputs, plan, collectives, device).train()
+    finally:
+        if isinstance(collectives, ProcessGroup):
+            collectives.close()
+
+
+class _Run:
+    """One process's part of one run: assembles the parts, and stands between the loop and the disk."""
+
+    def __init__(
+        self, inputs: Inputs, plan: BatchPlan, collectives: Collectives, device: torch.device
+    ) -> None:
+        self._inputs = inputs
+        self._config = inputs.config
+        self._plan = plan
+        self._collectives = collectives
+        self._device = device
+        directory = self._config.checkpoint.directory or storage.join(self._config.run_dir, "checkpoints")
+        self._store = CheckpointStore(directory, collectives)
+        self._total_steps = self._config.train.total_steps(
+            num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size
+        )
+        self._trackers = Trackers()
+        self._last_metrics: dict[str, float] = {}
+        self._last_checkpoint: str | None = None
+        self._run_id = ""
+
+    def train(self) -> Outcome:
+        resumed, complaints = self._find_resume()
+        progress = Progress() if resumed is None else resumed.manifest.progress
+        self._open_run_dir(resumed, complaints)
+        status = "failed"
+        try:
+            if progress.step < self._total_steps:
+                progress = self._train_from(progress, resumed)
+            else:
+                self._trackers.event("nothing_to_do", step=progress.step, total_steps=self._total_steps)
+            status = "completed"
+        except Preempted:
+            status = "preempted"
+            raise
+        finally:
+            self._trackers.finish(status)
+        return Outcome(step=progress.step, metrics=self._last_metrics, checkpoint=self._last_checkpoint)
+
+    def _find_resume(self) -> tuple[Checkpoint | None, list[str]]:
+        resumed, complaints = self._store.newest_good()
+        if resumed is None:
+            return None, complaints
+        if not self._config.checkpoint.resume:
+            raise ConfigError(
+                f"checkpoint.resume is false, but {self._store.root} holds a run at step {resumed.step}: "
+                "choose another run_dir, delete this one, or let the run go on."
+            )
+        check_resumable(resumed.manifest.config, self._config)
+        return resumed, complaints
+
+    def _open_run_dir(self, resumed: Checkpoint | None, complaints: list[str]) -> None:
+        run_id = secrets.token_hex(4) if resumed is None else resumed.manifest.run_id
+        self._run_id = self._collectives.broadcast(run_id)
+        with together(self._collectives, ConfigError):
+            if self._collectives.rank == 0:
+                run_dir = Path(self._config.run_dir)
+                run_dir.mkdir(parents=True, exist_ok=True)
+                storage.commit_bytes(run_dir / CONFIG_FILE, dump_yaml(self._config).encode())
+                self._trackers = build_trackers(self._config.trackers, max_steps=self._total_steps)
+                self._trackers.start(
+                    self._run_id,
+                    self._config.model_dump(mode="json"),
+                    run_dir,
+                    resume_step=None if resumed is None else resumed.step,
+                )
+        for complaint in complaints:
+            self._trackers.event("damaged_checkpoint", complaint=complaint)
+        self._trackers.event(
+            "start" if resumed is None else "resume",
+            step=0 if resumed is None else resumed.step,
+            world_size=self._collectives.world_size,
+            engine=self._config.engine.type,
+            device=str(self._device),
+        )
+
+    def _train_from(self, progress: Progress, resumed: Checkpoint | None) -> Progress:
+        config, inputs = self._config, self._inputs
+        engine = build_engine(
+            inputs, state_source(inputs, resumed), self._plan, self._collectives, self._device
+        )
+        with stop_on_sigterm() as is_stop_requested:
+            trainer = Trainer(
+                engine=engine,
+                objective=config.objective,
+                feed=inputs.train,
+                plan=self._plan,
+                lr_at=lambda step: config.optim.lr(step, self._total_steps),
+                total_steps=self._total_steps,
+                config=config.train,
+                callbacks=Callbacks(
+                    log=self._log,
+                    save=lambda now: self._save(engine, now),
+                    evaluate=None if inputs.validation is None else lambda: self._evaluate(engine),
+                    is_stop_requested=is_stop_requested,
+                ),
+                collectives=self._collectives,
+                throughput=self._throughput(),
+                progress=progress,
+                save_due=every(config.checkpoint.every_steps),
+                evaluation_due=every(config.evaluation.every_steps),
+                loss_scale=self._loss_scale(progress),
+                dropout_seed=config.seed if inputs.model.dropout > 0 else None,
+            )
+            try:
+                return trainer.run()
+            finally:
+                engine.close()
+
+    def _throughput(self) -> Throughput:
+        dtype = DTYPES[self._config.engine.param_dtype]
+        return Throughput(
+            flops_per_token=training_flops_per_token(self._inputs.model, self._plan.seq_len),
+            peak_flops_per_s=peak_flops_per_s(self._device, dtype),
+            world_size=self._collectives.world_size,
+        )
+
+    def _loss_scale(self, progress: Progress) -> DynamicLossScale | None:
+        if self._config.engine.param_dtype != "fp16":
+            return None
+        loss_scale = LossScaleConfig().build()
+        if progress.loss_scale is not None:
+            loss_scale.load_state_dict(progress.loss_scale)
+        return loss_scale
+
+    def _log(self, metrics: Mapping[str, float | int], step: int) -> None:
+        self._last_metrics.update(metrics)
+        self._trackers.log(metrics, step=step)
+
+    def _evaluate(self, engine: Engine) -> dict[str, float]:
+        assert self._inputs.validation is not None
+        settings = self._config.evaluation
+        return evaluate(
+            engine.model,
+            engine.module,
+            self._config.objective,
+            self._inputs.validation,
+            micro_batch_size=settings.micro_batch_size or self._plan.micro_batch_size,
+            seq_len=self._plan.seq_len,
+            collectives=self._collectives,
+            device=self._device,
+            max_sequences=settings.max_sequences,
+        )
+
+    def _save(self, engine: Engine, progress: Progress) -> None:
+        inputs = self._inputs
+        updates = engine.updates()
+        parameters = {
+            name: ParameterInfo(shape, name in inputs.trainable, updates.get(name, 0))
+            for name, shape in inputs.shapes.items()
+        }
+        self._last_checkpoint = self._store.save(
+            progress,
+            fragments=list(engine.fragments()),
+            parameters=parameters,
+            record=RunRecord(
+                run_id=self._run_id,
+                config=dict(redact(self._config.model_dump(mode="json"))),
+                label_names=None if inputs.label_names is None else list(inputs.label_names),
+                tokenizer=TokenizerRecord(fingerprint=inputs.tokenizer.fingerprint, file=TOKENIZER_FILE),
+                written_by=self._versions(),
+            ),
+            attachments={TOKENIZER_FILE: inputs.tokenizer.to_bytes()},
+        )
+        self._trackers.event("save", step=progress.step, path=self._last_checkpoint)
+        self._store.retain(self._config.checkpoint)
+
+    def _versions(self) -> dict[str, Any]:
+        return {
+            "distft": distft.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "engine": self._config.engine.type,
+            "zero_stage": getattr(self._config.engine, "zero_stage", None),
+            "param_dtype": self._config.engine.param_dtype,
+            "world_size": self._collectives.world_size,
+        }
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM only sets what the yielded function returns.
+
+    Handlers can be set in a process's main thread alone; elsewhere (a Ray worker) nothing changes.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())  # noqa: ARG005
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

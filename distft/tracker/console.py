@@ -1,0 +1,114 @@
+"""The run as it is seen: a live bar on a terminal, plain lines in a log file."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from distft.tracker.display import duration, number, step_line
+from distft.tracker.protocol import Metrics, plain_number
+
+_WIDE_COLUMNS = 120  # fewer have no room for a bar beside all the numbers of a step
+_NARROW_METRICS = ("loss", "tokens_per_s")
+
+
+class ConsoleTracker:
+    """Shows steps with loss, lr, speed and time left; numbers without a loss, and events, get their own line.
+
+    `every_s`: seconds between plain lines, the first and the last step excepted.
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        *,
+        console: Console | None = None,
+        every_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_steps = max_steps
+        self._console = console or Console(highlight=False)
+        self._every_s = every_s
+        self._clock = clock
+        self._bar: tuple[Progress, TaskID] | None = None
+        self._began = (clock(), 0)  # when, and at which step
+        self._printed_at = float("-inf")
+        self._unprinted = ""
+
+    @property
+    def console(self) -> Console:
+        """Where it is shown: print through it, and a live bar stays whole."""
+        return self._console
+
+    def start(
+        self,
+        run_id: str,  # noqa: ARG002
+        config: Mapping[str, Any],  # noqa: ARG002
+        run_dir: Path,  # noqa: ARG002
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        self._began = (self._clock(), resume_step or 0)
+        if self._console.is_terminal:
+            bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bar = (bar, bar.add_task("", total=self._max_steps, completed=resume_step or 0))
+            bar.start()
+
+    def log(self, metrics: Metrics, *, step: int) -> None:
+        numbers = {name: plain_number(value) for name, value in metrics.items()}
+        if "loss" not in numbers:
+            shown = " | ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in numbers.items())
+            self._print(f"step {step}/{self._max_steps} | {shown}")
+            return
+        self._unprinted = f"step {step}/{self._max_steps} | {self._line(numbers, step)}"
+        if self._bar is not None:
+            bar, task = self._bar
+            if self._console.width < _WIDE_COLUMNS:
+                numbers = {name: value for name, value in numbers.items() if name in _NARROW_METRICS}
+            bar.update(task, completed=step, description=escape(self._line(numbers, step)))
+        elif step >= self._max_steps or self._clock() - self._printed_at >= self._every_s:
+            self._print_step()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        shown = [f"{name.replace('_', ' ')} {_field(value)}" for name, value in fields.items()]
+        self._print(" | ".join([kind.replace("_", " "), *shown]))
+
+    def finish(self, status: str) -> None:
+        if self._bar is not None:
+            self._bar[0].stop()
+            self._bar = None
+        self._print_step()
+        self._print(f"{status} after {duration(self._clock() - self._began[0])}")
+
+    def _line(self, numbers: dict[str, float | int], step: int) -> str:
+        return " | ".join(piece for piece in (step_line(numbers), self._time_left(step)) if piece)
+
+    def _time_left(self, step: int) -> str:
+        since, first_step = self._began
+        done = step - first_step
+        if done <= 0 or step >= self._max_steps:
+            return ""
+        return f"{duration((self._clock() - since) / done * (self._max_steps - step))} left"
+
+    def _print_step(self) -> None:
+        if self._unprinted:
+            self._print(self._unprinted)
+            self._printed_at = self._clock()
+            self._unprinted = ""
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _field(value: Any) -> str:
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,169 @@
+"""Metrics and events as lines of JSON in the run's directory."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distft.errors import StorageError
+from distft.tracker.protocol import Metrics, finite_or_none, plain_number
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+
+
+class LineWriter:
+    """Appends JSON objects to a file, each as one line by one write: a crash tears at most the last line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        is_torn = path.exists() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if is_torn:
+            self._write(b"\n")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Raises `StorageError` when the disk is full."""
+        text = json.dumps({k: _json_value(v) for k, v in record.items()}, ensure_ascii=False, allow_nan=False)
+        self._write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+    def close(self) -> None:
+        """Wait until the disk has every line, and close. A second call does nothing."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+
+class JsonlTracker:
+    """`metrics.jsonl`: one object a line, `{"step": 40, "time": ..., "loss": ...}`; null for NaN, infinity.
+
+    After a resume the file holds the final history once: lines beyond the resumed step are dropped.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._lines: LineWriter | None = None
+
+    def start(
+        self,
+        run_id: str,  # noqa: ARG002
+        config: Mapping[str, Any],  # noqa: ARG002
+        run_dir: Path,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        path = Path(run_dir) / METRICS_FILE
+        drop_lines_after(path, resume_step)
+        self._lines = LineWriter(path)
+
+    def log(self, metrics: Metrics, *, step: int) -> None:
+        if self._lines is None:
+            raise RuntimeError("log() before start()")
+        numbers = {name: plain_number(value) for name, value in metrics.items()}
+        self._lines.append({"step": step, "time": round(self._clock(), 3), **numbers})
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Events go to `events.jsonl`, by `EventLog`."""
+
+    def finish(self, status: str) -> None:  # noqa: ARG002
+        if self._lines is not None:
+            self._lines.close()
+
+
+class EventLog:
+    """`events.jsonl`: what happened to this run, over all its attempts; never cut.
+
+    `{"time": seconds since 1970, "kind": "resume", ...}`. Any process may append.
+    """
+
+    def __init__(self, run_dir: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._lines = LineWriter(Path(run_dir) / EVENTS_FILE)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event. Raises `StorageError` when the disk is full."""
+        self._lines.append({"time": round(self._clock(), 3), "kind": kind, **fields})
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def drop_lines_after(path: Path, resume_step: int | None) -> None:
+    """Keep the lines of `path` up to and with `resume_step` (none for None), by an atomic rewrite.
+
+    Torn lines go, too. A file without any such line is left untouched.
+    """
+    if not path.exists() or all(keep for _, keep in _judged(path, resume_step)):
+        return
+    draft = path.with_name(f"{path.name}.draft")
+    try:
+        with draft.open("wb") as file:
+            file.writelines(line for line, keep in _judged(path, resume_step) if keep)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, without a torn last one; empty where there is no file."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [record for line in file if (record := _record(line)) is not None]
+
+
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path}: a line cannot be written ({error.strerror}). Free some space there, then start the run "
+        "again: it resumes from its last checkpoint."
+    )
+
+
+def _judged(path: Path, resume_step: int | None) -> Iterator[tuple[bytes, bool]]:
+    with path.open("rb") as file:
+        for line in file:
+            step = (_record(line) or {}).get("step")
+            yield line, resume_step is not None and isinstance(step, int) and step <= resume_step
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and line.endswith(b"\n") else None
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
+
+
+def _json_value(value: Any) -> Any:
+    """Plain JSON for what events carry; text for anything unknown."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_json_value(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return finite_or_none(value)
+    try:
+        return finite_or_none(plain_number(value))
+    except (TypeError, ValueError):
+        return str(value)

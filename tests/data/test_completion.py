@@ -1,0 +1,109 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from distft.data.batch import IGNORE_INDEX
+from distft.data.completion import CompletionConfig
+from distft.data.dataset import DataContext
+from distft.errors import DataError
+
+EOS = 1
+CONTEXT = DataContext(
+    seq_len=20,
+    vocab_size=200,
+    encode=lambda text: [ord(letter) for letter in text],
+    tokenizer_fingerprint="letters",
+    eos_id=EOS,
+    pad_id=3,
+    token_bytes=np.arange(200),
+)
+LETTERS = st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1, max_size=30)
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@given(
+    pairs=st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=5),
+    seq_len=st.integers(1, 40),
+    eos_id=st.sampled_from([EOS, None]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_only_the_completion_is_predicted_and_all_that_fits_of_it(
+    tmp_path: Path, pairs: list[tuple[str, str]], seq_len: int, eos_id: int | None
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
+    context = replace(CONTEXT, seq_len=seq_len, eos_id=eos_id)
+    batch = CompletionConfig(path=path).build_in_order(context).batch(0, len(pairs))
+    assert batch.input_ids.shape[1] == max(batch.lengths) <= seq_len
+    num_targets = num_bytes = 0
+    for i, (prompt, completion) in enumerate(pairs):
+        length = int(batch.lengths[i])
+        inputs, labels = batch.input_ids[i].tolist(), batch.labels[i].tolist()
+        wanted = [ord(letter) for letter in completion] + ([] if eos_id is None else [eos_id])
+        targets = wanted[:seq_len]
+        shown = [ord(letter) for letter in prompt][-(seq_len + 1 - len(targets)) :]
+        whole = shown + targets
+        assert inputs[:length] == whole[:-1]
+        assert set(inputs[length:]) <= {3}
+        assert [label for label in labels if label != IGNORE_INDEX] == targets
+        assert labels[length - len(targets) : length] == targets
+        num_targets += len(targets)
+        num_bytes += sum(targets)
+    assert batch.num_target_tokens == num_targets
+    assert batch.num_target_bytes == num_bytes
+
+
+def test_what_was_cut_is_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * p, "completion": "c" * c} for p, c in [(5, 5), (30, 5), (5, 30), (30, 30)]]
+    feed = CompletionConfig(path=write(tmp_path / "a.jsonl", rows)).build(CONTEXT)
+    assert "4 rows; to fit seq_len=20, 3 prompts were cut in front, 2 completions at the end" in feed.summary
+
+
+def test_a_template_writes_the_prompt_from_the_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"q": "1+1", "context": "sums", "a": "2"}])
+    config = CompletionConfig(path=path, prompt="q", completion="a", template="{context}: {q} {{}}=")
+    batch = config.build_in_order(CONTEXT).batch(0, 1)
+    assert "".join(map(chr, batch.input_ids[0].tolist())) == "sums: 1+1 {}=2"
+    assert [label for label in batch.labels[0].tolist() if label != IGNORE_INDEX] == [ord("2"), EOS]
+
+
+@pytest.mark.parametrize(
+    "template", ["no prompt", "{prompt.x}", "{prompt!r}", "{prompt:>3}", "{", "{}{prompt}"]
+)
+def test_a_template_that_cannot_be_filled_is_refused(template: str) -> None:
+    with pytest.raises(ValidationError):
+        CompletionConfig(path="a.jsonl", template=template)
+
+
+def test_rows_without_prompt_or_completion_are_named_with_file_and_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "", "completion": "a"}, {"prompt": "a", "completion": ""}]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError) as raised:
+        CompletionConfig(path=path).build(CONTEXT)
+    assert str(raised.value).splitlines() == [
+        f"{path}:1: 'prompt' is empty once it is encoded.",
+        f"{path}:2: 'completion' is empty once it is encoded.",
+    ]
+
+
+def test_a_column_that_the_template_wants_must_be_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "contxt": "c"}])
+    with pytest.raises(DataError, match="no column 'context'; did you mean 'contxt'"):
+        CompletionConfig(path=path, template="{context}{prompt}").build(CONTEXT)
+
+
+def test_a_batch_without_rows_is_a_row_in_which_nothing_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+    batch = CompletionConfig(path=path).build(CONTEXT).batch(7, 7)
+    assert batch.input_ids.shape == batch.labels.shape == (1, 2)
+    assert (batch.labels == IGNORE_INDEX).all()
+    assert batch.num_target_tokens == batch.num_target_bytes == 0

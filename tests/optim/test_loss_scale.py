@@ -1,0 +1,63 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
+
+OVERFLOWS = st.lists(st.booleans(), max_size=60)
+
+
+@given(overflows=OVERFLOWS, growth_steps=st.integers(1, 8))
+def test_without_hysteresis_the_scale_is_that_of_torchs_grad_scaler(
+    overflows: list[bool], growth_steps: int
+) -> None:
+    ours = LossScaleConfig(growth_steps=growth_steps, hysteresis=1, min_scale=2.0**-60).build()
+    scale, tracker = torch.tensor(2.0**16), torch.tensor(0, dtype=torch.int32)
+    for is_overflow in overflows:
+        torch._amp_update_scale_(scale, tracker, torch.tensor(float(is_overflow)), 2.0, 0.5, growth_steps)
+        ours.update(is_overflow=is_overflow)
+        assert ours.scale == scale.item()
+
+
+@given(overflows=OVERFLOWS, growth_steps=st.integers(1, 8), hysteresis=st.integers(1, 4))
+def test_hysteresis_lets_so_many_overflows_pass_after_each_growth(
+    overflows: list[bool], growth_steps: int, hysteresis: int
+) -> None:
+    ours = LossScaleConfig(growth_steps=growth_steps, hysteresis=hysteresis).build()
+    since_growth = good = 0
+    for is_overflow in overflows:
+        before = ours.scale
+        ours.update(is_overflow=is_overflow)
+        since_growth += is_overflow
+        good = 0 if is_overflow else good + 1
+        if is_overflow:
+            assert ours.scale == (max(before / 2, 1.0) if since_growth >= hysteresis else before)
+        elif good % growth_steps == 0:
+            assert ours.scale == 2 * before
+            since_growth = 0
+        else:
+            assert ours.scale == before
+
+
+@given(overflows=OVERFLOWS, cut=st.integers(0, 60), hysteresis=st.integers(1, 3))
+def test_a_resume_goes_on_as_if_nothing_had_happened(
+    overflows: list[bool], cut: int, hysteresis: int
+) -> None:
+    settings = LossScaleConfig(growth_steps=3, hysteresis=hysteresis)
+    straight, before, after = (DynamicLossScale(settings) for _ in range(3))
+    for is_overflow in overflows:
+        straight.update(is_overflow=is_overflow)
+    for is_overflow in overflows[:cut]:
+        before.update(is_overflow=is_overflow)
+    after.load_state_dict(before.state_dict())
+    for is_overflow in overflows[cut:]:
+        after.update(is_overflow=is_overflow)
+    assert after.state_dict() == straight.state_dict()
+
+
+def test_the_scale_starts_at_65536_and_never_falls_below_its_minimum() -> None:
+    scale = LossScaleConfig().build()
+    assert scale.scale == 65536.0
+    for _ in range(100):
+        scale.update(is_overflow=True)
+    assert scale.scale == 1.0

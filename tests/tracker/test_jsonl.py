@@ -1,0 +1,119 @@
+"""The metrics file holds the final history, once, whatever happened on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distft.errors import StorageError
+from distft.tracker import EventLog, JsonlTracker, read_lines
+from distft.tracker.jsonl import LineWriter, drop_lines_after
+
+
+def attempt(run_dir: Path, steps: range, *, resume_step: int | None, mark: int) -> None:
+    tracker = JsonlTracker(clock=lambda: 1.0)
+    tracker.start("run", {}, run_dir, resume_step=resume_step)
+    for step in steps:
+        tracker.log({"loss": step / 2, "mark": mark}, step=step)
+    # No finish: the attempt crashes here.
+
+
+@given(crashes=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=4), torn=st.booleans())
+def test_after_crashes_and_resumes_every_step_stands_once(
+    tmp_path_factory: pytest.TempPathFactory, crashes: list[tuple[int, int]], torn: bool
+) -> None:
+    run_dir = tmp_path_factory.mktemp("run")
+    reached, resume = 0, None
+    for mark, (length, back) in enumerate(crashes):
+        start = resume or 0
+        reached = start + length
+        attempt(run_dir, range(start + 1, reached + 1), resume_step=resume, mark=mark)
+        if torn:
+            with (run_dir / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 1, "lo')
+        resume = max(reached - back, 0) or None
+    start = resume or 0
+    attempt(run_dir, range(start + 1, 61), resume_step=resume, mark=-1)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert all((line["mark"] == -1) == (line["step"] > start) for line in lines)
+
+
+def test_a_file_without_superseded_lines_is_not_touched(tmp_path: Path) -> None:
+    attempt(tmp_path, range(1, 4), resume_step=None, mark=0)
+    path = tmp_path / "metrics.jsonl"
+    before = path.stat()
+    drop_lines_after(path, 3)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    tracker = JsonlTracker(clock=lambda: 12.34567)
+    tracker.start("run", {}, tmp_path)
+    tracker.log({"loss": 1.5, "tokens_seen": 3}, step=1)
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 1, "time": 12.346, "loss": 1.5, "tokens_seen": 3}\n'
+    tracker.finish("completed")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -np.inf, torch.tensor(float("nan"))])
+def test_what_json_cannot_hold_is_null(tmp_path: Path, value: Any) -> None:
+    tracker = JsonlTracker()
+    tracker.start("run", {}, tmp_path)
+    tracker.log({"loss": value}, step=1)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    tracker.finish("completed")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (np.float32(0.5), "0.5"),
+        (np.int64(3), "3"),
+        (torch.tensor(2.5), "2.5"),
+        (torch.tensor(7), "7"),
+        (True, "1"),
+    ],
+)
+def test_scalars_of_any_library_become_numbers(tmp_path: Path, value: Any, text: str) -> None:
+    tracker = JsonlTracker()
+    tracker.start("run", {}, tmp_path)
+    tracker.log({"x": value}, step=1)
+    assert (tmp_path / "metrics.jsonl").read_text().endswith(f'"x": {text}}}\n')
+    tracker.finish("completed")
+
+
+def test_events_of_all_attempts_stay(tmp_path: Path) -> None:
+    for attempt_number in range(2):
+        events = EventLog(tmp_path, clock=lambda: 5.0)
+        events.write(
+            "start", attempt=attempt_number, path=tmp_path, sizes=(1, float("nan")), more={"é": None}
+        )
+        events.close()
+    first, second = read_lines(tmp_path / "events.jsonl")
+    assert first == {
+        "time": 5.0, "kind": "start", "attempt": 0, "path": str(tmp_path), "sizes": [1, None],
+        "more": {"é": None},
+    }  # fmt: skip
+    assert second["attempt"] == 1
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(b'{"kind": "star')
+    events = EventLog(tmp_path)
+    events.write("resume")
+    events.close()
+    assert [line["kind"] for line in read_lines(tmp_path / "events.jsonl")] == ["resume"]
+
+
+def test_a_full_disk_is_one_clear_error() -> None:
+    lines = LineWriter(Path("/dev/full"))
+    with pytest.raises(StorageError, match=r"/dev/full: a line cannot be written .*Free some space"):
+        lines.append({"step": 1})
