@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, get_context, parent_process
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from time import monotonic
 from typing import Any, NoReturn
@@ -90,22 +91,20 @@ class Ranks:
         self._output = tempfile.TemporaryDirectory(prefix="ranks_")
         self._results: dict[int, Any] = {}
         self._faults: dict[int, str] = {}
-        self._processes = []
-        self._connections = []
-        context = get_context("forkserver")
+        self._pids: list[int] = []
+        self._processes: list[ForkServerProcess] = []
+        self._connections: list[connection.Connection] = []
         launch = _launch_environment(world_size)
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            rank_env = {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank), **env}
-            process = context.Process(
-                target=_rank_main,
-                args=(call, theirs, str(self._output_of(rank)), rank_env),
-                name=f"rank {rank}",
-            )
-            process.start()
-            theirs.close()  # so that the end of the rank is the end of the pipe
-            self._processes.append(process)
-            self._connections.append(ours)
+        try:
+            for rank in range(world_size):
+                self._start(call, {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank), **env})
+        except BaseException as error:
+            self.close()
+            if isinstance(error, EOFError):
+                raise RuntimeError(
+                    "The fork server of the ranks has ended: stderr has its reason."
+                ) from error
+            raise
 
     def __enter__(self) -> "Ranks":
         return self
@@ -119,12 +118,12 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
+        return list(self._pids)
 
     def kill(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to one rank. A rank that has gone already is left in peace."""
         if self._processes[rank].is_alive():
-            os.kill(self._processes[rank].pid, number)
+            os.kill(self._pids[rank], number)
 
     def output(self, rank: int) -> str:
         """What the rank and the libraries under it have printed so far, on stdout and stderr."""
@@ -163,15 +162,33 @@ class Ranks:
     def _unsettled(self) -> list[int]:
         return [r for r in range(self.world_size) if r not in self._results and r not in self._faults]
 
+    def _start(self, call: "_Call", env: Mapping[str, str]) -> None:
+        rank = self.world_size
+        context = get_context("forkserver")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_rank_main, args=(call, theirs, str(self._output_of(rank)), env), name=f"rank {rank}"
+        )
+        process.start()
+        theirs.close()  # so that the end of the rank is the end of the pipe
+        assert process.pid is not None
+        self._pids.append(process.pid)
+        self._processes.append(process)
+        self._connections.append(ours)
+
     def _output_of(self, rank: int) -> Path:
         return Path(self._output.name) / f"rank_{rank}.txt"
 
     def _receive(self, timeout_s: float) -> None:
         """Settle the ranks that have something to say, or have ended, within `timeout_s`."""
-        watched = {self._connections[rank]: rank for rank in self._unsettled}
-        ended = {self._processes[rank].sentinel: rank for rank in self._unsettled}
-        ready = connection.wait([*watched, *ended], timeout=timeout_s)
-        settled = {watched[one] if one in watched else ended[one] for one in ready}
+        unsettled = self._unsettled
+        sources = [
+            one for rank in unsettled for one in (self._connections[rank], self._processes[rank].sentinel)
+        ]
+        ready = connection.wait(sources, timeout=timeout_s)
+        settled = [
+            r for r in unsettled if self._connections[r] in ready or self._processes[r].sentinel in ready
+        ]
         # A rank that died is the cause of what its peers raise, though their word may come first.
         for rank in sorted(settled, key=lambda rank: self._connections[rank].poll()):
             self._settle(rank)
@@ -195,10 +212,9 @@ class Ranks:
         else:
             verdict = f"was still running after {timeout_s:g} s."
         for rank in unsettled:
-            self.kill(rank, signal.SIGUSR1)  # the rank writes its stacks to its output
-        if unsettled:
-            connection.wait([self._processes[rank].sentinel for rank in unsettled], timeout=0.2)
+            self.kill(rank, signal.SIGUSR1)  # the rank writes its stacks to its output, and ends
         for rank in unsettled:
+            self._processes[rank].join(timeout=5)
             self._faults[rank] = verdict + self._last_output(rank)
 
     def _last_output(self, rank: int) -> str:
@@ -241,7 +257,7 @@ def _rank_main(call: _Call, parent: connection.Connection, output: str, env: Map
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     faulthandler.enable(stream)
-    faulthandler.register(signal.SIGUSR1, stream)
+    faulthandler.register(signal.SIGUSR1, stream, chain=True)
     os.environ.update(env)
     exit_code = 1
     try:
@@ -273,8 +289,8 @@ def _end_with_the_tests() -> None:
     os._exit(1)
 
 
-def _obituary(exit_code: int) -> str:
-    if exit_code < 0:
+def _obituary(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
         return f"was killed by {signal.Signals(-exit_code).name}."
     return f"exited with code {exit_code} in the middle of its work."
 

@@ -59,7 +59,7 @@ class WeightsOnly:
         self._without = without
 
     def has(self, parameter: str, state: str) -> bool:
-        is_offered = state == WEIGHT and not parameter.startswith(self._without or ("\0",))
+        is_offered = state == WEIGHT and not parameter.startswith(self._without)
         return is_offered and self._source.has(parameter, state)
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:

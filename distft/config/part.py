@@ -35,7 +35,10 @@ class Part:
     ) -> core_schema.CoreSchema:
         members = members_by_type(source)
         choices: dict[Any, core_schema.CoreSchema] = {
-            tag: handler.generate_schema(member) for tag, member in members.items()
+            tag: core_schema.with_info_wrap_validator_function(
+                _validate_as_json(member), handler.generate_schema(member)
+            )
+            for tag, member in members.items()
         }
         choices[OUTSIDE_TAG] = core_schema.with_info_plain_validator_function(_validate_outside)
         classes = {member: tag for tag, member in members.items()}
@@ -120,6 +123,10 @@ def import_settings(name: str) -> type[Settings]:
     return found
 
 
+def _as_json(value: Any) -> bytes:
+    return to_json(value, inf_nan_mode="constants")
+
+
 def _public(owner: Any) -> list[str]:
     return [name for name in vars(owner) if not name.startswith("_")]
 
@@ -133,6 +140,16 @@ def _why_not(value: Any, known: list[str]) -> str:
     return f"type {value['type']!r} is not known. {nearest(str(value['type']), known)} Choose one: {choices}"
 
 
+def _validate_as_json(member: type[Settings]) -> Any:
+    def validate(value: Any, plainly: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        if info.mode == "json" and not isinstance(value, Settings):
+            # What a wrapped validator hands on is Python data, of which strict mode takes no list for a tuple.
+            return member.model_validate_json(_as_json(value), strict=True)
+        return plainly(value)
+
+    return validate
+
+
 def _validate_outside(value: Any, info: ValidationInfo) -> Settings:
     if isinstance(value, Settings):
         return value
@@ -142,5 +159,5 @@ def _validate_outside(value: Any, info: ValidationInfo) -> Settings:
         raise PydanticCustomError("part_type", "{reason}", {"reason": f"type {error}"}) from error
     rest = {key: item for key, item in value.items() if key != "type"}
     if info.mode == "json":
-        return found.model_validate_json(to_json(rest, inf_nan_mode="constants"), strict=True)
+        return found.model_validate_json(_as_json(rest), strict=True)
     return found.model_validate(rest)

@@ -11,7 +11,7 @@ from distft.topology import BatchPlan, Topology
 
 
 def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Lines about a run on `world_size` ranks. Raises what `run_training` would raise before its first step."""
+    """Lines about a run on `world_size` ranks; raises what `run_training` would before its first step."""
     check_engine(config, Topology(world_size=world_size))
     plan = BatchPlan(dp_world_size=world_size, **config.batch.model_dump())
     inputs = read_inputs(config)

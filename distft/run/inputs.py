@@ -112,7 +112,8 @@ def tokenizer_path(given: str | None, data: DataConfig, init_from: Checkpoint | 
     if init_from is not None:
         candidates.append(storage.join(init_from.path, TOKENIZER_FILE))
     if isinstance(data, TokensConfig):
-        candidates.append(storage.join(data.sources[0].path, TOKENIZER_FILE))
+        shards = data.sources[0].path
+        candidates += [storage.join(shards, TOKENIZER_FILE), storage.join(shards, "..", TOKENIZER_FILE)]
     for candidate in candidates:
         if storage.exists(candidate):
             return candidate
@@ -140,7 +141,7 @@ def check_fits(
     faults = []
     for name, shape in shapes.items():
         found = source.shape(name)
-        if found is None and not name.startswith(may_lack or ("\0",)):
+        if found is None and not name.startswith(may_lack):
             faults.append(f"{name} is not in it. {nearest(name, list(source.manifest.parameters))}")
         elif found is not None and found != shape:
             faults.append(f"{name} is {list(found)} there and {list(shape)} in this model.")
@@ -169,7 +170,7 @@ def new_head(init_from: Checkpoint, label_names: tuple[str, ...] | None) -> tupl
     """Prefixes of what is not taken from `init_from`: a classifier's head, where the classes are others."""
     before = init_from.manifest.label_names
     is_same = before is not None and label_names is not None and tuple(before) == label_names
-    return ("\0",) if is_same else ("classifier.",)
+    return () if is_same else ("classifier.",)
 
 
 def groups_for(inputs: Inputs, source: StateSource) -> list[ParameterGroup]:

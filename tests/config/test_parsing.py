@@ -101,7 +101,7 @@ def test_settings_parse_to_themselves(run: Run) -> None:
 def test_every_fault_has_a_line_with_key_value_and_remedy() -> None:
     raw = {
         "optim": {"lr": "fast", "schedule": {"type": "cosine", "warmup_step": 3, "final_factor": 3}},
-        "sources": [{"path": "a"}, {"path": "b", "weigth": 2}],
+        "sources": [{"path": "a"}, {"path": "b", "weightt": 2}],
         "max_step": 5,
         "seed": "3",
         "compile": "yes",
@@ -111,7 +111,7 @@ def test_every_fault_has_a_line_with_key_value_and_remedy() -> None:
         "optim.schedule.warmup_steps is missing: it has no default.",
         "optim.schedule.final_factor=3: Input should be less than or equal to 1.",
         "optim.schedule.warmup_step=3 is not a setting. Did you mean 'warmup_steps'?",
-        "sources.1.weigth=2 is not a setting. Did you mean 'weight'?",
+        "sources.1.weightt=2 is not a setting. Did you mean 'weight'?",
         "seed='3': Input should be a valid integer.",
         "compile='yes': Input should be a valid boolean; write true or false.",
         "max_step=5 is not a setting. Did you mean 'max_steps'?",
@@ -154,8 +154,8 @@ def test_an_unknown_type_offers_the_known_ones() -> None:
 
 
 def test_a_union_tells_one_line_about_the_member_that_fits_best() -> None:
-    assert faults({"held_out": {"path": "x", "wight": 1}}) == [
-        "held_out.wight=1 is not a setting. Did you mean 'weight'?"
+    assert faults({"held_out": {"path": "x", "weightt": 1}}) == [
+        "held_out.weightt=1 is not a setting. Did you mean 'weight'?"
     ]
     (fault,) = faults({"limit": 1.5})
     assert fault.startswith("limit=1.5: ")
@@ -175,7 +175,7 @@ def test_a_fault_of_the_whole_is_one_line() -> None:
 
 def test_a_secret_is_not_shown() -> None:
     assert faults({"api_key": 123456}) == ["api_key=***: Input should be a valid string; put it in quotes."]
-    assert "hunter2" not in faults({"pasword": "x", "password": "hunter2"})[1]
+    assert "hunter2" not in faults({"passwordd": "x", "password": "hunter2"})[1]
 
 
 def test_data_that_holds_itself_is_a_fault() -> None:

@@ -144,10 +144,28 @@ def test_the_schema_accepts_what_parse_accepts(outside: str) -> None:
     assert check({"other": None})
     assert not check({"schedule": {"type": "cosine", "warmup_step": 3}})
     assert not check({"schedule": {"type": "cosin"}})
-    assert not check({"schedul": {"type": "constant"}})
+    assert not check({"schedulee": {"type": "constant"}})
 
 
 def test_comments_and_docstrings_describe_the_schema() -> None:
     schema = json_schema(Run)
     assert schema["description"] == "A run."
     assert schema["properties"]["schedule"]["description"] == "of the learning rate"
+
+
+class SeveralConfig(Settings):
+    type: Literal["several"] = "several"
+    names: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+
+
+def test_a_member_takes_lists_for_its_tuples_and_no_text_for_its_numbers() -> None:
+    union = Annotated[SeveralConfig | OtherConfig, Part()]
+    raw = {"type": "several", "names": ["a", "b"], "pairs": [[1, 2]]}
+    assert parse(union, raw) == SeveralConfig(names=("a", "b"), pairs=((1, 2),))
+    with pytest.raises(ConfigError, match=r"pairs\.0\.1"):
+        parse(union, {**raw, "pairs": [[1, "2"]]})
+
+
+class OtherConfig(Settings):
+    type: Literal["other"] = "other"

@@ -1,0 +1,177 @@
+"""`distft tokenizer`, `tokenize` and `task`: from text to what a run reads."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from distft.data.corpus import CorpusConfig
+
+tokenizer_app = typer.Typer(help="Train a tokenizer, or bring one in.", no_args_is_help=True)
+
+Corpus = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CORPUS...",
+        help="Files, directories or globs of text, JSONL or Parquet (also .gz, .zst); `stdlib` for Python's "
+        "own library; or one .yaml file with a corpus's settings, for mixtures and the rest.",
+    ),
+]
+TextColumn = Annotated[str, typer.Option(help="The column of JSONL or Parquet that holds the text.")]
+Documents = Annotated[str, typer.Option(help="One document of a text file: file, line or blank_line.")]
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    corpus: Corpus,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .model file to write.")],
+    algorithm: Annotated[str, typer.Option(help="bpe, unigram or char.")] = "bpe",
+    vocab_size: Annotated[int | None, typer.Option(help="Ids in all; 8192 unless algorithm is char.")] = None,
+    symbol: Annotated[
+        list[str] | None, typer.Option(help="A text that is to be one id always; may be given several times.")
+    ] = None,
+    text_column: TextColumn = "text",
+    documents: Documents = "file",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="A further setting as key=value, such as pad_id=3.")
+    ] = None,
+) -> None:
+    """Train a sentencepiece vocabulary on a bounded sample of a corpus."""
+    from distft.config import apply_overrides, parse
+    from distft.data import corpus as corpora
+    from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
+    from distft.tracker import progress
+
+    raw: dict[str, Any] = {"algorithm": algorithm, "user_defined_symbols": symbol or []}
+    if vocab_size is not None:
+        raw["vocab_size"] = vocab_size
+    config: TokenizerTrainConfig = parse(TokenizerTrainConfig, apply_overrides(raw, setting or []))
+    source = corpus_from_arguments(corpus, text_column, documents)
+    num_bytes = corpora.source_bytes(source)
+    with progress(num_bytes, "reading", "bytes") as display:
+
+        def texts() -> Any:
+            for document in corpora.documents(source):
+                display.advance(document.num_bytes)
+                yield document.text
+
+        tokenizer = train_tokenizer(texts(), config, output)
+    print(f"{output}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}")
+
+
+@tokenizer_app.command("import")
+def tokenizer_import(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A sentencepiece .model file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to put it.")],
+) -> None:
+    """Check a sentencepiece model that others made, and copy it; says what it is."""
+    from distft.tokenizer import import_tokenizer
+
+    tokenizer = import_tokenizer(model, output)
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
+    named = ", ".join(f"{name} {'absent' if i is None else i}" for name, i in ids.items())
+    print(f"{output}: {tokenizer.vocab_size:,} pieces; {named}; fingerprint {tokenizer.fingerprint}")
+    if not tokenizer.is_exact:
+        print("Text may come back changed: this model normalizes it, or has no ids for some characters.")
+
+
+def tokenize(
+    corpus: Corpus,
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A .model file.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="A directory; shards go to its train/.")],
+    holdout: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of documents that go to validation/.")
+    ] = 0.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core unless given.")] = None,
+    text_column: TextColumn = "text",
+    documents: Documents = "file",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove what is in the output first.")
+    ] = False,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="A further setting as key=value: shard_tokens=1000000.")
+    ] = None,
+) -> None:
+    """Turn a corpus into token shards, on all cores; goes on where an interrupted run stopped."""
+    from distft.config import apply_overrides, parse
+    from distft.prepare import TokenizeConfig, TokenizeProgress
+    from distft.prepare import tokenize as run_tokenize
+    from distft.tracker import progress
+
+    source = corpus_from_arguments(corpus, text_column, documents)
+    raw = {
+        "corpus": source.model_dump(mode="json"),
+        "tokenizer": tokenizer,
+        "output": output,
+        "holdout": holdout,
+        "num_workers": workers,
+    }
+    config: TokenizeConfig = parse(TokenizeConfig, apply_overrides(raw, setting or []))
+    with progress(None, "tokenizing", "bytes") as display:
+        seen = 0
+
+        def show(now: TokenizeProgress) -> None:
+            nonlocal seen
+            display.set_total(now.total_source_bytes)
+            display.advance(now.source_bytes - seen)
+            seen = now.source_bytes
+
+        result = run_tokenize(config, on_progress=show, overwrite=overwrite)
+    for side, shards in (("train", result.train), ("validation", result.validation)):
+        if shards is not None:
+            print(
+                f"{output}/{side}: {shards.num_tokens:,} tokens of {shards.num_documents:,} documents "
+                f"({shards.num_bytes / shards.num_tokens:.2f} bytes a token)"
+            )
+
+
+def task(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A directory for train.jsonl and test.jsonl.")
+    ],
+) -> None:
+    """Write the embedded labelled task: which area of Python's library is a function from?"""
+    from distft.prepare.stdlib_task import write_stdlib_task
+
+    written = write_stdlib_task(output)
+    print(
+        f"{output}: {written.num_train:,} functions to learn from, {written.num_test:,} to test on, "
+        f"{len(written.areas)} areas (Python {written.python})"
+    )
+
+
+def corpus_from_arguments(paths: list[str], text_column: str, documents: str) -> "CorpusConfig":
+    """The corpus that command-line arguments mean: their kind is told by their endings.
+
+    Raises `ConfigError` where they are of several kinds, or the settings are faulty.
+    """
+    from distft.config import load_yaml, parse
+    from distft.data.corpus import CorpusConfig
+    from distft.errors import ConfigError
+
+    if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
+        return parse(CorpusConfig, load_yaml(paths[0]), where=paths[0])  # type: ignore[no-any-return]
+    if paths == ["stdlib"]:
+        return parse(CorpusConfig, {"type": "stdlib"})  # type: ignore[no-any-return]
+    kinds = {_kind(path) for path in paths}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"CORPUS mixes {' and '.join(sorted(kinds))} files: describe a mixture in a .yaml file "
+            "(type: mixture, sources: [{corpus: {...}, weight: 1}]) and name that instead."
+        )
+    kind = kinds.pop()
+    rest = {"documents": documents} if kind == "text" else {"text_column": text_column}
+    return parse(CorpusConfig, {"type": kind, "paths": paths, **rest})  # type: ignore[no-any-return]
+
+
+def _kind(path: str) -> str:
+    bare = path.removesuffix(".gz").removesuffix(".zst")
+    if bare.endswith((".jsonl", ".ndjson", ".json")):
+        return "jsonl"
+    if bare.endswith(".parquet"):
+        return "parquet"
+    if not Path(path).is_dir():
+        return "text"
+    names = {_kind(entry.name) for entry in Path(path).iterdir() if entry.is_file()}
+    return names.pop() if len(names) == 1 else "text"

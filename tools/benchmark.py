@@ -1,0 +1,321 @@
+"""Speed, side by side in one run: `python tools/benchmark.py train`.
+
+Every contestant takes turns, a few steps at a time, so that whatever else the machine does hits all of them
+alike; each one's best turn counts.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from distft.model.counts import num_parameters, training_flops_per_token
+from distft.model.initialisation import initial_fragment
+from distft.objective.settings import CausalLM
+from torch import Tensor, nn
+
+from distft.checkpoint.sources import InitialSource
+from distft.collectives import ProcessGroup
+from distft.data.batch import Batch
+from distft.engine.interface import DTYPES, Engine
+from distft.engine.local import LocalConfig, LocalEngine
+from distft.engine.memory import allocate
+from distft.model.config import ModelConfig
+from distft.model.head import LanguageModelHead
+from distft.optim.adamw import AdamWConfig
+from distft.optim.groups import parameter_groups
+from distft.run.inputs import build_module
+from distft.topology import BatchPlan, Topology
+from distft.train.step import train_step
+from distft.train.throughput import measured_flops_per_s
+
+Step = Callable[[], None]
+
+SHAPES = {
+    "6.9M": ModelConfig(
+        vocab_size=8192,
+        max_seq_len=1024,
+        d_model=256,
+        num_layers=6,
+        num_heads=8,
+        d_ff=688,
+        tie_embeddings=True,
+    ),
+    "110M": ModelConfig(
+        vocab_size=32000,
+        max_seq_len=2048,
+        d_model=768,
+        num_layers=12,
+        num_heads=12,
+        d_ff=2048,
+        tie_embeddings=True,
+    ),
+    "1.3B": ModelConfig(
+        vocab_size=32000,
+        max_seq_len=2048,
+        d_model=2048,
+        num_layers=24,
+        num_heads=16,
+        d_ff=5504,
+        tie_embeddings=False,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all contestants share."""
+
+    model: ModelConfig
+    precision: str
+    micro_batch_size: int
+    seq_len: int
+    compile: bool
+    device: torch.device
+    batches: list[Batch]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.micro_batch_size * self.seq_len
+
+
+def make_batches(setup_model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
+    """Random tokens; more than one batch, so that nothing can be cached between steps."""
+    assert setup_model.vocab_size is not None
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(4):
+        ids = torch.randint(0, setup_model.vocab_size, (rows, seq_len + 1), generator=generator)
+        batch = Batch(input_ids=ids[:, :-1], labels=ids[:, 1:], num_target_tokens=rows * seq_len)
+        batches.append(batch.to(device))
+    return batches
+
+
+def distft_step(setup: Setup, zero_stage: int | None) -> Step:
+    """A training step of ours; `zero_stage` None is the local engine."""
+    module = build_module(setup.model, LanguageModelHead())
+    shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
+    optim = AdamWConfig()
+    groups = parameter_groups(shapes, set(shapes), optim, {})
+    engine: Engine
+    if zero_stage is None:
+        local = LocalConfig.model_validate({"param_dtype": setup.precision, "compile": setup.compile})
+        engine = LocalEngine(module, groups, settings=local, optim=optim, device=setup.device)
+    else:
+        from distft.engine.zero import ZeroConfig, ZeroEngine
+
+        zero = ZeroConfig.model_validate(
+            {"zero_stage": zero_stage, "param_dtype": setup.precision, "compile": setup.compile}
+        )
+        plan = BatchPlan(
+            global_batch_size=setup.micro_batch_size,
+            micro_batch_size=setup.micro_batch_size,
+            seq_len=setup.seq_len,
+            dp_world_size=1,
+        )
+        group = ProcessGroup(Topology(), setup.device, 600)
+        engine = ZeroEngine(
+            module,
+            groups,
+            settings=zero,
+            optim=optim,
+            plan=plan,
+            collectives=group,
+            device=setup.device,
+        )
+    model = setup.model
+    engine.load_fragments(
+        InitialSource(
+            shapes,
+            lambda name, shape, start, stop: initial_fragment(name, shape, start, stop, seed=0, config=model),
+        )
+    )
+    objective = CausalLM()
+    batches = _cycle(setup.batches)
+
+    def step() -> None:
+        train_step(engine, objective, [next(batches)], lr=1e-4)
+
+    return step
+
+
+def bare_step(setup: Setup) -> Step:
+    """The same model in the plainest torch loop: autocast for bf16, torch's loss, clipping and AdamW."""
+    module = build_module(setup.model, LanguageModelHead())
+    allocate(module, setup.device, torch.float32)
+    with torch.no_grad():
+        for name, param in module.named_parameters():
+            values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=0, config=setup.model)
+            param.copy_(values.view(param.shape))
+    return _plain_step(module, setup, lambda batch: module(batch.input_ids))
+
+
+def transformers_step(setup: Setup) -> Step | None:
+    """transformers' Llama of the same shape in a plain loop; None where it is not installed."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return None
+    model = setup.model
+    config = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        intermediate_size=model.d_ff,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        max_position_embeddings=model.max_seq_len,
+        tie_word_embeddings=model.tie_embeddings,
+        use_cache=False,
+    )
+    module = LlamaForCausalLM(config).to(setup.device)
+    return _plain_step(module, setup, lambda batch: module(batch.input_ids).logits)
+
+
+def _plain_step(module: nn.Module, setup: Setup, logits_of: Callable[[Batch], Tensor]) -> Step:
+    dtype = DTYPES[setup.precision]  # type: ignore[index]
+    module.to(dtype)  # weights in the type computed with, as users of a plain loop do
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    batches = _cycle(setup.batches)
+
+    def step() -> None:
+        batch = next(batches)
+        logits = logits_of(batch)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _cycle(batches: list[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
+
+
+def measure(contestants: dict[str, Step], setup: Setup, *, turns: int, steps: int) -> dict[str, float]:
+    """Tokens/s of each: the best of `turns` turns of `steps` steps, taken in rotation."""
+    best: dict[str, float] = {}
+    for name, step in contestants.items():
+        started = time.perf_counter()
+        for _ in range(2):
+            step()
+        _wait(setup.device)
+        print(f"{name}: warm after {time.perf_counter() - started:.1f} s", flush=True)
+    for _ in range(turns):
+        for name, step in contestants.items():
+            _wait(setup.device)
+            started = time.perf_counter()
+            for _ in range(steps):
+                step()
+            _wait(setup.device)
+            rate = setup.num_tokens * steps / (time.perf_counter() - started)
+            best[name] = max(best.get(name, 0.0), rate)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Measure, print a table, and a JSON line for docs/benchmarks.md."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = SHAPES[arguments.shape]
+    rows, seq_len = arguments.micro_batch_size, arguments.seq_len
+    batches = make_batches(model, rows, seq_len, device)
+    for precision in arguments.precision:
+        setup = Setup(
+            model=model,
+            precision=precision,
+            micro_batch_size=rows,
+            seq_len=seq_len,
+            compile=arguments.compile,
+            device=device,
+            batches=batches,
+        )
+        peak = measured_flops_per_s(device, DTYPES[precision])
+        contestants = {"distft local": distft_step(setup, None)}
+        for stage in arguments.zero_stage:
+            contestants[f"distft zero {stage}"] = distft_step(setup, stage)
+        contestants["bare torch loop"] = bare_step(setup)
+        theirs = transformers_step(setup)
+        if theirs is not None:
+            contestants["transformers Llama"] = theirs
+        rates = measure(contestants, setup, turns=arguments.turns, steps=arguments.steps)
+        peak = max(peak, measured_flops_per_s(device, DTYPES[precision]))
+        _print_table(rates, setup, peak)
+
+
+def _print_table(rates: dict[str, float], setup: Setup, peak_flops_per_s: float) -> None:
+    flops = training_flops_per_token(setup.model, setup.seq_len)
+    reference = rates.get("transformers Llama", rates["bare torch loop"])
+    num = num_parameters(setup.model, LanguageModelHead())
+    print(
+        f"\n{num / 1e6:.1f}M parameters, {setup.precision}, compile {setup.compile}, "
+        f"{setup.micro_batch_size} x {setup.seq_len} tokens, {_machine(setup.device)}; "
+        f"matrix product {peak_flops_per_s / 1e9:,.0f} GFLOP/s"
+    )
+    print(f"| {'contestant':<20} | tokens/s | ratio | share of the matrix rate |")
+    print(f"|{'-' * 22}|---------:|------:|-------------------------:|")
+    for name, rate in rates.items():
+        share = rate * flops / peak_flops_per_s
+        print(f"| {name:<20} | {rate:8,.0f} | {rate / reference:5.2f} | {share:24.1%} |")
+    record = {
+        "commit": _commit(),
+        "machine": _machine(setup.device),
+        "versions": {name: _version(name) for name in ("torch", "deepspeed", "transformers")},
+        "precision": setup.precision,
+        "compile": setup.compile,
+        "tokens_per_s": {name: round(rate) for name, rate in rates.items()},
+    }
+    print(json.dumps(record))
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("train", help="training steps of ours, of bare torch, and of transformers")
+    verb.add_argument("--shape", choices=SHAPES, default="6.9M")
+    verb.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    verb.add_argument("--micro-batch-size", type=int, default=8)
+    verb.add_argument("--seq-len", type=int, default=256)
+    verb.add_argument("--compile", action="store_true")
+    verb.add_argument("--zero-stage", type=int, nargs="*", default=[1])
+    verb.add_argument("--turns", type=int, default=5)
+    verb.add_argument("--steps", type=int, default=3)
+    verb.set_defaults(act=train)
+    arguments = parser.parse_args()
+    arguments.act(arguments)
+
+
+if __name__ == "__main__":
+    main()
