@@ -2,10 +2,14 @@
 
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 from distributed import start_pool
+
+if TYPE_CHECKING:
+    from distft.model.config import ModelConfig
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # the ranks' own setting: sums in another order are other sums
@@ -70,3 +74,13 @@ def _lack(mark: pytest.Mark) -> str | None:
 
     present = torch.cuda.device_count()
     return None if present >= needed else f"needs {needed} CUDA device(s), and torch sees {present}"
+
+
+@pytest.fixture
+def tiny_model_config() -> "ModelConfig":
+    """A Transformer with every kind of weight twice, and sizes that differ, so that a mixed-up axis shows."""
+    from distft.model.config import ModelConfig
+
+    return ModelConfig(
+        vocab_size=61, max_seq_len=32, d_model=24, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=40
+    )

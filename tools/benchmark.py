@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from distft.model.counts import num_parameters, training_flops_per_token
-from distft.model.initialisation import initial_fragment
-from distft.objective.settings import CausalLM
 from torch import Tensor, nn
 
 from distft.checkpoint.sources import InitialSource
@@ -26,7 +23,10 @@ from distft.engine.interface import DTYPES, Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.engine.memory import allocate
 from distft.model.config import ModelConfig
+from distft.model.counts import num_parameters, training_flops_per_token
 from distft.model.head import LanguageModelHead
+from distft.model.initialisation import initial_fragment
+from distft.objective.settings import CausalLM
 from distft.optim.adamw import AdamWConfig
 from distft.optim.groups import parameter_groups
 from distft.run.inputs import build_module

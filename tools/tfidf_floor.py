@@ -1,4 +1,4 @@
-"""The floor of a text classification: TF-IDF over words and pairs, and logistic regression. Needs scikit-learn.
+"""The floor of a text classification: TF-IDF of words and pairs, logistic regression. Needs scikit-learn.
 
 python tools/tfidf_floor.py data/trec/train.jsonl data/trec/test.jsonl
 """

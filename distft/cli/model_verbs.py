@@ -22,13 +22,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     Runs in this process, or as one rank of torchrun, deepspeed or Ray.
     """
     from distft.run.config import load_run_config
+    from distft.run.environment import enter_environment
     from distft.run.train import run_training
-    from distft.topology import Topology
 
     settings = load_run_config(config, overrides or ())
-    topology = Topology.from_env(os.environ)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it also where nobody launched the process
-    run_training(settings, topology)
+    run_training(settings, enter_environment(settings))
 
 
 def evaluate(

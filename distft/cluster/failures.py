@@ -24,15 +24,6 @@ class RankFailure:
 
     rank: int
     error: BaseException
-    traceback: str = ""
-
-    @classmethod
-    def of(cls, rank: int, error: BaseException) -> "RankFailure":
-        """Take the error out of Ray's wrappers."""
-        inner = getattr(error, "_base_exc", None)  # of UserExceptionWithTraceback: raised in training
-        if inner is not None:
-            return cls(rank=rank, error=inner, traceback=str(error))
-        return cls(rank=rank, error=getattr(error, "health_check_failure", error))
 
     @property
     def helps_if_tried_again(self) -> bool:
@@ -40,23 +31,24 @@ class RankFailure:
         return not isinstance(self.error, Preempted) and getattr(self.error, "exit_code", 1) != 2
 
     @property
-    def blame(self) -> int:
-        """Lower is nearer to the cause: a rank that lost its peer is a consequence, for instance."""
-        if isinstance(self.error, DistftError) and not self.helps_if_tried_again:
+    def distance(self) -> int:
+        """From the cause: to lose a peer, for instance, is a consequence."""
+        if not self.helps_if_tried_again:
             return 0
         if isinstance(self.error, RayError):
-            return 1  # the process is gone; nobody can see that too early
-        return 3 if _LOST_PEER.search(str(self.error)) else 2
+            return 1
+        first_line = str(self.error).partition("\n")[0]
+        return 3 if _LOST_PEER.search(first_line) else 2
 
     def as_distft_error(self) -> DistftError:
-        """The same for the user: foreseen errors as they are, with the rank where that tells something."""
+        """The same for the user: with the rank, unless every rank would say the same."""
         if isinstance(self.error, DistftError):
-            where = f"rank {self.rank}: " if self.helps_if_tried_again else ""
-            return type(self.error)(f"{where}{self.error}")
+            text = str(self.error)
+            is_told = not self.helps_if_tried_again or text.startswith("rank ")
+            return type(self.error)(text if is_told else f"rank {self.rank}: {text}")
         if isinstance(self.error, RayError):
             return LaunchError(f"rank {self.rank} {_obituary(self.error)}")
-        message = f"rank {self.rank} failed: {type(self.error).__name__}: {self.error}"
-        return TrainingError("\n\n".join(filter(None, [message, self.traceback.rstrip()])))
+        return TrainingError(f"rank {self.rank}: {type(self.error).__name__}: {self.error}")
 
 
 def _obituary(error: RayError) -> str:
@@ -68,7 +60,7 @@ def _obituary(error: RayError) -> str:
     ]
     died = f"died ({', '.join(about)})" if about else "died"
     if isinstance(error, OutOfMemoryError):
-        return f"{died}: its node ran out of memory. Lower batch.micro_batch_size, or start fewer workers a node."
+        return f"{died}: its node ran out of memory. Lower batch.micro_batch_size."
     if isinstance(error, RayActorError):
         return f"{died} without a word: killed by a signal or for want of memory, or its node is gone."
     return f"{died}: {text.splitlines()[0] if text else type(error).__name__}"
@@ -76,8 +68,11 @@ def _obituary(error: RayError) -> str:
 
 def root_cause(errors: Mapping[int, BaseException]) -> RankFailure:
     """Of the ranks that failed together, the one that the others failed for."""
-    failures = [RankFailure.of(rank, error) for rank, error in sorted(errors.items())]
-    return min(failures, key=lambda failure: failure.blame)
+    failures = [
+        RankFailure(rank=rank, error=getattr(error, "health_check_failure", error))
+        for rank, error in sorted(errors.items())
+    ]
+    return min(failures, key=lambda failure: failure.distance)
 
 
 def explain(error: TrainingFailedError, wanted: str) -> DistftError:
@@ -94,7 +89,9 @@ def explain(error: TrainingFailedError, wanted: str) -> DistftError:
             f"The cluster had no room for {wanted} within cluster.start_timeout_s: ask for less, add nodes, "
             "or wait longer."
         )
-    return LaunchError(f"Ray could not run {wanted}: {type(cause).__name__}: {cause}")
+    # Ray's message holds another process's stack; what went wrong stands at its end.
+    lines = str(cause).strip().splitlines() or [""]
+    return LaunchError(f"Ray could not run {wanted}: {type(cause).__name__}: {lines[-1].strip()}")
 
 
 class FailureWatch(UserCallback):  # type: ignore[misc]  # Ray has no types
@@ -112,5 +109,5 @@ class FailureWatch(UserCallback):  # type: ignore[misc]  # Ray has no types
             raise cause.as_distft_error()
         self._num_failures += 1
         if self._num_failures <= self._max_failures:
-            text = f"{cause.as_distft_error()}\nStarting the workers again ({self._num_failures} of {self._max_failures}).\n"
-            self._mailbox.write.remote("stderr", text)
+            again = f"Starting the workers again ({self._num_failures} of {self._max_failures})."
+            self._mailbox.write.remote("stderr", f"{cause.as_distft_error()}\n{again}\n")

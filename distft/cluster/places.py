@@ -35,10 +35,10 @@ class Places:
             return cls(working_dir=cwd, run_root=home / "distft", is_uploaded=True)
         return cls(working_dir=cwd, run_root=cwd, is_uploaded=False)
 
-    def run_dir(self, run_dir: str) -> str:
-        """`run_dir` as every worker can use it: absolute, or a URL."""
-        path = storage.local_path(run_dir)
-        return run_dir if path is None else str(self.run_root / path)
+    def outlasting(self, path: str) -> str:
+        """`path`, to be written to, as every worker can use it: absolute, or a URL."""
+        local = storage.local_path(path)
+        return path if local is None else str(self.run_root / local)
 
     def hint(self) -> str:
         """What to say beside an error about a file that is not found; empty where nothing is to be said."""
@@ -46,6 +46,6 @@ class Places:
             return ""
         return (
             "Relative paths of this job start in its copy of the submitted directory, which lacks whatever "
-            f".gitignore names: give absolute paths, or let them start in a directory of the nodes with {RUN_ROOT} "
-            "(launch/submit.sh sets it to the directory that it is called in)."
+            f".gitignore names: give absolute paths, or set {RUN_ROOT} to a directory that all nodes have "
+            "(launch/submit.sh sets it to the one that it is called in)."
         )

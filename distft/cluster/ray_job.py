@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -22,15 +23,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from distft import storage
 from distft.cluster.console import printed_mailbox
 from distft.cluster.failures import FailureWatch, explain
-from distft.cluster.places import Places
+from distft.cluster.places import RUN_ROOT, Places
 from distft.cluster.worker import Assignment, Train, work
 from distft.errors import ConfigError, DistftError, LaunchError
+from distft.run.check import describe_run
 from distft.run.cluster import ClusterConfig
 from distft.run.config import RunConfig, load_run_config
-from distft.run.engines import check_engine
-from distft.run.inputs import read_inputs
 from distft.run.train import Outcome, run_training
-from distft.topology import BatchPlan, Topology
 
 _OBJECT_STORE_BYTES = 100_000_000  # a configuration and some text pass through it; Ray's least is 75 MB
 
@@ -50,45 +49,45 @@ def run_on_ray(
     foresaw, `LaunchError` where workers cannot start or die, `Preempted` where they were asked to stop.
     """
     places = Places.find(environ, cwd=Path.cwd(), home=Path.home())
-    config = load_run_config(config_path, overrides)
-    config = config.model_copy(update={"run_dir": places.run_dir(config.run_dir)})
+    config = _placed(load_run_config(config_path, overrides), places)
     try:
         with contextlib.chdir(places.working_dir):
             check(config)
-        with _ray(config.cluster, environ), _witness(config.run_dir) as witness:
+        with _ray(config.cluster, environ), _witness(config) as witness:
             return _fit(config, places, train, witness)
-    except ConfigError as error:
-        raise _with_hint(error, places) from None
     except DistftError as error:
-        raise (_with_hint(error, places) if error.exit_code == 2 else error) from None
+        if error.exit_code != 2 or not places.hint():
+            raise
+        raise type(error)(f"{error}\n{places.hint()}") from None
 
 
 def check(config: RunConfig) -> None:
     """What can be said against the run before a worker exists; reads the data's manifests, too."""
-    cluster, faults = config.cluster, []
-    topology = Topology(world_size=cluster.num_workers, is_distributed=True)
-    try:
-        check_engine(config, topology)
-    except ConfigError as error:
-        faults.append(str(error))
-    try:
-        BatchPlan(dp_world_size=topology.world_size, **config.batch.model_dump())
-    except ConfigError as error:
-        faults.append(str(error))
-    if config.device == "cuda" and cluster.gpus_per_worker == 0:
-        faults.append("device=cuda, but cluster.gpus_per_worker=0: set it to 1, or set device=cpu.")
-    if config.device == "cpu" and cluster.gpus_per_worker > 0:
-        faults.append(
-            f"device=cpu, but cluster.gpus_per_worker={cluster.gpus_per_worker:g}: "
-            "set it to 0, or set device=cuda."
+    gpus = config.cluster.gpus_per_worker
+    if config.device == "cuda" and gpus == 0:
+        raise ConfigError("device=cuda, but cluster.gpus_per_worker=0: set it to 1, or set device=cpu.")
+    if config.device == "cpu" and gpus > 0:
+        raise ConfigError(
+            f"device=cpu, but cluster.gpus_per_worker={gpus:g}: set it to 0, or set device=cuda."
         )
-    if faults:
-        raise ConfigError("\n".join(faults))
-    read_inputs(config)
+    for _ in describe_run(config, config.cluster.num_workers):
+        pass  # told by `distft config check`; here the complaints count
 
 
-def _with_hint(error: DistftError, places: Places) -> DistftError:
-    return type(error)("\n".join(filter(None, [str(error), places.hint()])))
+def _placed(config: RunConfig, places: Places) -> RunConfig:
+    """With paths to write to that mean the same on every worker."""
+    directory = config.checkpoint.directory
+    if directory is not None:
+        directory = places.outlasting(directory)
+    placed = config.model_copy(
+        update={
+            "run_dir": places.outlasting(config.run_dir),
+            "checkpoint": config.checkpoint.model_copy(update={"directory": directory}),
+        }
+    )
+    if places.is_uploaded and placed.run_dir != config.run_dir:
+        print(f"run_dir is {placed.run_dir} on the nodes ({RUN_ROOT} chooses another root).", flush=True)
+    return placed
 
 
 @contextlib.contextmanager
@@ -97,6 +96,8 @@ def _ray(cluster: ClusterConfig, environ: MutableMapping[str, str]) -> Iterator[
     address = environ.get("RAY_ADDRESS")
     environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{cluster.start_timeout_s:g}")
+    if not address:
+        environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
     environ.update(
         RAY_CHDIR_TO_TRIAL_DIR="0",  # relative paths keep their meaning
         RAY_TRAIN_METRICS_ENABLED="0",  # a run has trackers
@@ -126,9 +127,9 @@ def _ray(cluster: ClusterConfig, environ: MutableMapping[str, str]) -> Iterator[
 
 
 @contextlib.contextmanager
-def _witness(run_dir: str) -> Iterator[Path | None]:
-    """A file in `run_dir` by which workers know that they share it; None for a URL, which all share."""
-    directory = storage.local_path(run_dir)
+def _witness(config: RunConfig) -> Iterator[Path | None]:
+    """A file beside the checkpoints, by which workers know that they share them; None for a URL."""
+    directory = storage.local_path(config.checkpoint.directory or config.run_dir)
     if directory is None:
         yield None
         return
@@ -137,7 +138,7 @@ def _witness(run_dir: str) -> Iterator[Path | None]:
         directory.mkdir(parents=True, exist_ok=True)
         witness.touch()
     except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}.") from None
+        raise ConfigError(f"{directory}, for checkpoints, cannot be written: {error.strerror}.") from None
     try:
         yield witness
     finally:
@@ -185,6 +186,11 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
             outcome: Outcome = trainer.fit().return_value
         except TrainingFailedError as error:
             raise explain(error, wanted) from None
+        except RayError as error:
+            raise LaunchError(
+                "The run was interrupted, or the node of this driver fails: Ray Train's controller is gone "
+                f"({type(error).__name__}). Start the run again: it goes on from its last checkpoint."
+            ) from None
         return outcome
 
 
@@ -207,7 +213,11 @@ def _check_room(cluster: ClusterConfig, wanted: str) -> None:
 
 def _worker_environment(config: RunConfig) -> Mapping[str, str]:
     num_threads = config.num_threads or max(1, int(config.cluster.cpus_per_worker))
-    env = {"OMP_NUM_THREADS": str(num_threads)}
+    env = {
+        "OMP_NUM_THREADS": str(num_threads),
+        # torch and DeepSpeed warn each other of deprecations that no user of ours can mend.
+        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    }
     if config.cluster.gpus_per_worker == 0:
         env["DS_ACCELERATOR"] = "cpu"
     return {**env, **config.cluster.env}

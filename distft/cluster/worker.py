@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import ray.train
 
 from distft.cluster.console import posted_to
 from distft.cluster.places import RUN_ROOT
-from distft.errors import ConfigError
+from distft.errors import ConfigError, DistftError, TrainingError
 from distft.run.config import RunConfig
 from distft.run.train import Outcome
 from distft.topology import Topology
@@ -28,11 +29,14 @@ class Assignment:
     train: Train
     mailbox: Any  # where rank 0's output goes
     working_dir: Path | None  # None: Ray has put the worker into its copy of the job's upload
-    witness: Path | None  # a file of the driver in run_dir, which every node must see; None: run_dir is a URL
+    witness: Path | None  # a file of the driver's beside the checkpoints; None: they are at a URL
 
 
 def work(assignment: Assignment) -> Outcome:
-    """Train as one rank. Ray Train has made the process group and set torchrun's environment."""
+    """Train as one rank. Ray Train has made the process group and set torchrun's environment.
+
+    Raises errors of distft only: others may not survive the way to the driver, and their traceback does not.
+    """
     context = ray.train.get_context()
     topology = Topology(
         rank=context.get_world_rank(),
@@ -43,7 +47,13 @@ def work(assignment: Assignment) -> Outcome:
     _settle(assignment)
     shown = posted_to(assignment.mailbox) if topology.is_main else contextlib.nullcontext()
     with shown:
-        return assignment.train(assignment.config, topology)
+        try:
+            return assignment.train(assignment.config, topology)
+        except DistftError:
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}\n\n{traceback.format_exc().rstrip()}"
+            raise TrainingError(text) from None
 
 
 def _settle(assignment: Assignment) -> None:
@@ -59,8 +69,9 @@ def _settle(assignment: Assignment) -> None:
             )
     if assignment.witness is not None and not assignment.witness.exists():
         faults.append(
-            f"run_dir={assignment.config.run_dir} on node {socket.gethostname()} is not the directory that the "
-            "driver sees: give a run_dir on storage that all nodes share, or a URL."
+            f"{assignment.witness.parent}, for checkpoints, is not the same directory on node "
+            f"{socket.gethostname()} and on the driver's: set run_dir to a place that all nodes share, or "
+            "checkpoint.directory to a URL."
         )
     if faults:
         raise ConfigError("\n".join(faults))

@@ -8,16 +8,15 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from distft.model.config import ModelConfig
 from distft.model.linear import Linear, ProductFormat
 
-Mask: TypeAlias = (
-    Tensor | BlockMask | None
-)  # bool [B, 1, T, S] (True: sees), blocks of it, or nothing special
+# bool [B, 1, T, S] (True: sees), blocks of it, or nothing special
+Mask: TypeAlias = Tensor | BlockMask | None
 
 
 class Rotation(NamedTuple):
@@ -35,7 +34,7 @@ class LayerCache(Protocol):
 
 
 def rotation(position_ids: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Angles of `position_ids` [1 or B, T] (Su et al. 2021, arXiv:2104.09864; pairs are halves, as in Llama)."""
+    """Angles of `position_ids` [1 or B, T] (Su et al. 2021, arXiv:2104.09864), paired by halves as in Llama."""
     exponents_R = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[..., None, None].float() * theta**-exponents_R
     return Rotation(angles.cos(), angles.sin())
@@ -154,7 +153,7 @@ class Attention(nn.Module):
             attend = _compiled_flex_attention() if _compiles(q_BTHD) else flex_attention
             mixed = attend(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)
         else:
-            mixed = F.scaled_dot_product_attention(
+            mixed = functional.scaled_dot_product_attention(
                 q_BHTD,
                 k_BGSD,
                 v_BGSD,

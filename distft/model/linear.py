@@ -1,8 +1,8 @@
 """Matrix products in the number format in which the device is fast."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def _has_native_product(dtype: torch.dtype) -> bool:
@@ -40,6 +40,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.product_format(x)
         if dtype == x.dtype:
-            return F.linear(x, self.weight, self.bias)
+            return functional.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+        return functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)

@@ -6,8 +6,8 @@ Shape letters: B rows, T positions, N = B * T, C = d_model, V = padded_vocab_siz
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distft.errors import ConfigError
@@ -32,7 +32,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BTC: Tensor = self.down(F.silu(self.gate(x_BTC)) * self.up(x_BTC))
+        y_BTC: Tensor = self.down(functional.silu(self.gate(x_BTC)) * self.up(x_BTC))
         return y_BTC
 
 
@@ -45,7 +45,7 @@ class GELU(nn.Module):
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BTC: Tensor = self.down(F.gelu(self.up(x_BTC), approximate="tanh"))
+        y_BTC: Tensor = self.down(functional.gelu(self.up(x_BTC), approximate="tanh"))
         return y_BTC
 
 
@@ -67,7 +67,7 @@ class Block(nn.Module):
         return x_BTC + self._drop(self.mlp(self.mlp_norm(x_BTC)))
 
     def _drop(self, x_BTC: Tensor) -> Tensor:
-        return F.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
+        return functional.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
 
 
 class OutputProjection(Linear):
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         else:
             turn = rotation(position_ids, self.config.head_dim, self.config.rope_theta)
         if self.config.dropout:
-            x_BTC = F.dropout(x_BTC, self.config.dropout, self.training)
+            x_BTC = functional.dropout(x_BTC, self.config.dropout, self.training)
         return x_BTC, turn
 
     def _run_blocks(

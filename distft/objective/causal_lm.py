@@ -25,7 +25,9 @@ class CausalLM(Settings):
     def head(self, label_names: tuple[str, ...] | None) -> Head:
         """The head that the objective needs. Raises `ConfigError` for labelled data."""
         if label_names is not None:
-            raise ConfigError("objective.type=causal_lm cannot learn labels: set objective.type=classification.")
+            raise ConfigError(
+                "objective.type=causal_lm cannot learn labels: set objective.type=classification."
+            )
         return LanguageModelHead()
 
     def __call__(self, model: Callable[..., Any], batch: Batch, *, vocab_size: int | None = None) -> Tensor:
@@ -42,7 +44,7 @@ class CausalLM(Settings):
         return {"sums": torch.cat([sums, counts.to(sums.device)])}
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Plain loss (no smoothing, no z-loss), perplexity, accuracy, and bits per byte where bytes are known."""
+        """Plain loss (no smoothing, no z-loss), perplexity, accuracy; bits per byte where bytes are known."""
         loss_sum, num_correct, num_tokens, num_bytes = sums["sums"].tolist()
         loss = loss_sum / max(num_tokens, 1)
         metrics = {

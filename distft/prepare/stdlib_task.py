@@ -66,7 +66,7 @@ class Function:
 class StdlibTask:
     """What was written."""
 
-    python: str
+    python: str  # version of the interpreter that parsed the library
     num_train: int
     num_test: int
     areas: dict[str, int]  # functions of each
@@ -84,9 +84,8 @@ def write_stdlib_task(directory: AnyPath, root: AnyPath | None = None) -> Stdlib
     areas = dict(sorted(Counter(function.label for function in functions).items()))
     if len(areas) < 2:
         raise DataError(
-            f"{os.fspath(library)} holds {len(functions)} functions in {len(areas)} known areas of the standard "
-            f"library, and at least 2 areas are needed: name a directory such as that of "
-            f"`python -c 'import os; print(os.__file__)'`."
+            f"{os.fspath(library)} holds {len(functions)} functions in {len(areas)} known areas of the "
+            "standard library, and at least 2 areas are needed: use a Python whose library has sources."
         )
     train, test = split(functions)
     task = StdlibTask(python=platform.python_version(), num_train=len(train), num_test=len(test), areas=areas)

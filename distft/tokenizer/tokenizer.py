@@ -98,11 +98,15 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> NDArray[np.int32]:
         """As `encode`; long texts come faster this way."""
-        if SPACE in text:
-            return self._encode_with_space_sign(text)
-        if self._words:
-            return self._words.encode(text)
-        return self._encode_natively([text])[0]
+        try:
+            if SPACE in text:
+                return self._encode_with_space_sign(text)
+            if self._words:
+                return self._words.encode(text)
+            return self._encode_natively([text])[0]
+        except DataError:
+            check_text(text)  # to name the place in this text, not in a word of it
+            raise
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """`encode` of each text, in their order; the ids do not depend on `num_threads`."""

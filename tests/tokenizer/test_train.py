@@ -91,7 +91,7 @@ def test_training_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_a_vocabulary_larger_than_the_text_allows_names_the_largest_that_works(
     algorithm: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="vocab_size=8192 is more than .* at most") as caught:
+    with pytest.raises(ConfigError, match=r"vocab_size=8192 is more than .* at most") as caught:
         train_tokenizer([TEXT], TokenizerTrainConfig(algorithm=algorithm), tmp_path / "a.model")
     largest = int(str(caught.value).partition("at most ")[2].split()[0])
     config = TokenizerTrainConfig(algorithm=algorithm, vocab_size=largest)

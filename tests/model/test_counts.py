@@ -1,0 +1,83 @@
+"""Counts from the configuration, against the real module and torch's own counter."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from distft.model.config import ModelConfig
+from distft.model.counts import forward_flops_per_token, num_parameters, training_flops_per_token
+from distft.model.head import ClassificationHead, Head, LanguageModelHead
+from distft.model.transformer import Transformer
+
+BOOLEANS = ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_embeddings")
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    num_kv_heads = draw(st.integers(1, 3))
+    chosen: dict[str, Any] = {name: draw(st.booleans()) for name in BOOLEANS}
+    return ModelConfig(
+        vocab_size=draw(st.integers(1, 40)),
+        pad_vocab_to=draw(st.sampled_from([1, 16])),
+        max_seq_len=16,
+        d_model=draw(st.integers(1, 24)),
+        num_layers=draw(st.integers(1, 3)),
+        num_heads=num_kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads=num_kv_heads,
+        head_dim=2 * draw(st.integers(1, 4)),
+        d_ff=draw(st.integers(1, 30)),
+        norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        positions=draw(st.sampled_from(["rotary", "learned"])),
+        mlp=draw(st.sampled_from(["swiglu", "gelu"])),
+        attention=draw(st.sampled_from(["causal", "bidirectional"])),
+        **chosen,
+    )
+
+
+HEADS = st.sampled_from([LanguageModelHead(), ClassificationHead(num_labels=3)])
+
+
+@given(configs(), HEADS)
+def test_parameters_are_counted_exactly(config: ModelConfig, head: Head) -> None:
+    with torch.device("meta"):
+        model = Transformer(config, head)
+    assert num_parameters(config, head) == sum(param.numel() for param in model.parameters())
+
+
+@settings(max_examples=15)
+@given(configs(), HEADS, st.integers(1, 16))
+def test_flops_are_those_that_torch_counts(config: ModelConfig, head: Head, seq_len: int) -> None:
+    with torch.device("meta"):
+        model = Transformer(config, head)
+    ids = torch.zeros(2, seq_len, dtype=torch.int64, device="meta")
+    num_tokens = 2 * seq_len
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model(ids)
+        with FlopCounterMode(display=False) as training:
+            model(ids).sum().backward()
+    assert forward.get_total_flops() == pytest.approx(
+        num_tokens * forward_flops_per_token(config, seq_len, head), rel=1e-12
+    )
+    assert training.get_total_flops() == pytest.approx(
+        num_tokens * training_flops_per_token(config, seq_len, head), rel=1e-12
+    )
+
+
+def test_llama_3_70b_has_its_published_size() -> None:
+    config = ModelConfig(
+        vocab_size=128_256,
+        max_seq_len=8192,
+        d_model=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        d_ff=28_672,
+        tie_embeddings=False,
+    )
+    assert num_parameters(config) == 70_553_706_496

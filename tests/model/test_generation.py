@@ -1,0 +1,136 @@
+"""Generation with the past kept, against the same model without."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distft.errors import ConfigError
+from distft.model.config import ModelConfig
+from distft.model.generation import Decoder, generate, sample
+from distft.model.head import ClassificationHead, Head
+from distft.model.initialisation import initial_fragment
+from distft.model.transformer import Transformer
+
+VOCAB_SIZE, MAX_SEQ_LEN = 23, 16
+
+
+def build(head: Head | None = None, **changes: Any) -> Transformer:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "pad_vocab_to": 8,
+        "max_seq_len": MAX_SEQ_LEN,
+        "d_model": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "init_std": 0.5,
+    }
+    config = ModelConfig(**sizes | changes)
+    with torch.device("meta"):
+        model = Transformer(config, head)
+    model.to_empty(device="cpu")
+    for name, param in model.named_parameters():
+        values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=3, config=config)
+        param.data.copy_(values.view_as(param))
+    return model.eval()
+
+
+def uncached_greedy(model: Transformer, prompt: list[int], max_new_tokens: int, eos_id: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + max_new_tokens, MAX_SEQ_LEN) and (
+        ids[-1] != eos_id or len(ids) == len(prompt)
+    ):
+        ids.append(int(model(torch.tensor([ids]))[0, -1, :VOCAB_SIZE].argmax()))
+    return ids[len(prompt) :]
+
+
+PROMPTS = st.lists(
+    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=MAX_SEQ_LEN), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=15)
+@given(prompts=PROMPTS, positions=st.sampled_from(["rotary", "learned"]), max_new_tokens=st.integers(0, 6))
+@torch.no_grad()
+def test_greedy_rows_of_any_lengths_equal_each_row_alone_without_a_cache(
+    prompts: list[list[int]], positions: str, max_new_tokens: int
+) -> None:
+    model = build(positions=positions)
+    written = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=0, eos_id=2)
+    assert written == [uncached_greedy(model, prompt, max_new_tokens, 2) for prompt in prompts]
+
+
+@settings(max_examples=15)
+@given(prompts=PROMPTS.filter(lambda rows: max(map(len, rows)) < MAX_SEQ_LEN - 3))
+@torch.no_grad()
+def test_cached_logits_equal_uncached_ones(prompts: list[list[int]]) -> None:
+    model = build(qk_norm=True)
+    decoder = Decoder(model, prompts, 3)
+    rows = [list(prompt) for prompt in prompts]
+    logits = decoder.read_prompts()
+    for token in (5, 0, 7):
+        plain = torch.cat([model(torch.tensor([row]))[:, -1, :VOCAB_SIZE] for row in rows])
+        torch.testing.assert_close(logits, plain, rtol=0, atol=1e-5)
+        rows = [[*row, token] for row in rows]
+        logits = decoder.read(torch.full((len(rows),), token))
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([0.1, 1.2, -0.5, 0.9]).expand(20_000, -1)
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = sample(logits, temperature, generator=generator).bincount(minlength=4) / 20_000
+        torch.testing.assert_close(drawn, (logits[0] / temperature).softmax(0), rtol=0, atol=0.015)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=5, max_size=5), st.integers(1, 7), st.floats(0.05, 1.0))
+def test_draws_stay_within_the_likeliest(scores: list[float], top_k: int, top_p: float) -> None:
+    logits = torch.tensor([scores])
+    generator = torch.Generator().manual_seed(0)
+    drawn = set(sample(logits.expand(50, -1), 1.0, top_k, top_p, generator).tolist())
+    order = sorted(range(5), key=lambda i: -logits[0, i].item())[:top_k]
+    probabilities = logits[0, order].double().softmax(0).tolist()
+    allowed, total = set(), 0.0
+    for token, probability in zip(order, probabilities, strict=True):
+        if total < top_p + 1e-5:
+            allowed.add(token)
+        total += probability
+    assert drawn <= allowed
+
+
+def test_the_same_generator_writes_the_same_text() -> None:
+    model = build()
+    first, second, other = (
+        generate(
+            model,
+            torch.tensor([[1, 2], [3, 4]]),
+            max_new_tokens=8,
+            generator=torch.Generator().manual_seed(s),
+        )
+        for s in (1, 1, 2)
+    )
+    assert first == second != other
+    assert all(token < VOCAB_SIZE for row in first for token in row)
+
+
+def test_generation_leaves_the_model_in_its_mode() -> None:
+    model = build(dropout=0.5).train()
+    first, second = (generate(model, [[1]], max_new_tokens=5, temperature=0) for _ in range(2))
+    assert model.training
+    assert first == second
+
+
+def test_nothing_to_continue_gives_nothing() -> None:
+    assert generate(build(), [], max_new_tokens=3) == []
+
+
+def test_every_fault_of_a_request_is_told() -> None:
+    model = build(ClassificationHead(num_labels=2), attention="bidirectional")
+    with pytest.raises(ConfigError) as raised:
+        generate(model, [[], [1] * 17, [23]], max_new_tokens=-1, temperature=-1, top_k=0, top_p=1.5)
+    faults = str(raised.value).splitlines()
+    assert len(faults) == 9
+    assert "Prompt 1 has 17 tokens, more than model.max_seq_len=16" in str(raised.value)

@@ -1,0 +1,310 @@
+"""The model against transformers' own, and against itself computed the plain way."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from distft.errors import ConfigError
+from distft.model.config import ModelConfig
+from distft.model.head import ClassificationHead, Head
+from distft.model.initialisation import initial_fragment
+from distft.model.linear import Linear
+from distft.model.transformer import Transformer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "max_seq_len": 24,
+    "d_model": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "d_ff": 44,
+    "init_std": 0.2,
+}
+
+
+def build(config: ModelConfig, head: Head | None = None) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config, head)
+    model.to_empty(device="cpu")
+    for name, param in model.named_parameters():
+        values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=3, config=config)
+        param.data.copy_(values.view_as(param))
+    return model.eval()
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(0, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(5))
+
+
+def foreign_name(name: str, names: dict[str, str]) -> str:
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+LLAMA_NAMES = {
+    "embed.": "model.embed_tokens.",
+    "blocks.": "model.layers.",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "attn.q.": "self_attn.q_proj.",
+    "attn.k.": "self_attn.k_proj.",
+    "attn.v.": "self_attn.v_proj.",
+    "attn.o.": "self_attn.o_proj.",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+}
+
+
+def take_llama(model: Transformer, theirs: nn.Module) -> None:
+    values = dict(theirs.named_parameters())
+    for name, param in model.named_parameters():
+        other = "model.norm.weight" if name == "norm.weight" else foreign_name(name, LLAMA_NAMES)
+        param.data.copy_(values.pop(other))
+    assert not values
+
+
+def shake(model: nn.Module) -> None:
+    """Weights far from their initial values, biases and norms too."""
+    generator = torch.Generator().manual_seed(1)
+    for param in model.parameters():
+        param.data.add_(torch.randn(param.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_logits_equal_those_of_transformers(family: str, tied: bool, num_kv_heads: int) -> None:
+    import transformers
+
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    head_dim = 10 if family in ("mistral", "qwen3") else 8
+    foreign_config = getattr(transformers, f"{kind}Config")(
+        vocab_size=SIZES["vocab_size"],
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=24,
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(foreign_config).eval()
+    shake(theirs)
+    config = ModelConfig(
+        **SIZES,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=1e-6,
+        rope_theta=500.0,
+        tie_embeddings=tied,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+    model = build(config)
+    take_llama(model, theirs)
+    ids = random_ids(3, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_logits_equal_those_of_gpt2() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    foreign_config = GPT2Config(
+        vocab_size=61,
+        n_positions=24,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_inner=44,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    theirs = GPT2LMHeadModel(foreign_config).eval()
+    shake(theirs)
+    model = build(
+        ModelConfig(
+            **SIZES,
+            norm="layernorm",
+            positions="learned",
+            mlp="gelu",
+            attention_bias=True,
+            mlp_bias=True,
+        )
+    )
+    values = {name.removeprefix("transformer."): p for name, p in theirs.named_parameters()}
+    names = {
+        "position_embed": "wpe",
+        "embed": "wte",
+        "blocks": "h",
+        "attn_norm": "ln_1",
+        "mlp_norm": "ln_2",
+        "attn.o": "attn.c_proj",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
+    for name, param in model.named_parameters():
+        other = name.replace("norm.", "ln_f.") if name.startswith("norm.") else foreign_name(name, names)
+        part = next((i for i, letter in enumerate("qkv") if f"attn.{letter}." in name), None)
+        if part is not None:
+            *_, layer, _, _, kind = ["", *name.split(".")]
+            value = values[f"h.{layer}.attn.c_attn.{kind}"].chunk(3, dim=-1)[part]
+        else:
+            value = values[other]
+        transposed = "attn" in name or "mlp" in name
+        param.data.copy_(value.T if transposed and value.ndim == 2 else value)
+    ids = random_ids(3, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def packed(cuts: list[int]) -> tuple[Tensor, Tensor]:
+    """Document ids and restarting positions of one row with documents of these lengths."""
+    documents = torch.cat([torch.full((n,), i) for i, n in enumerate(cuts)])
+    return documents[None], torch.cat([torch.arange(n) for n in cuts])[None]
+
+
+@given(
+    cuts=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    attention=st.sampled_from(["causal", "bidirectional"]),
+    positions=st.sampled_from(["rotary", "learned"]),
+)
+def test_a_packed_document_is_computed_as_if_it_were_alone(
+    cuts: list[int], attention: Any, positions: Any
+) -> None:
+    model = build(ModelConfig(**SIZES, attention=attention, positions=positions, num_kv_heads=2))
+    ids = random_ids(1, sum(cuts))
+    documents, restarting = packed(cuts)
+    with torch.no_grad():
+        together = model(ids, restarting, documents)
+        alone = torch.cat([model(part) for part in ids.split(cuts, dim=1)], dim=1)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_flex_attention_equals_the_masked_kernel(attention: Any) -> None:
+    cuts = [90, 3, 50]
+    sizes = SIZES | {"max_seq_len": 150, "d_model": 64, "num_kv_heads": 2}
+    ids = random_ids(1, sum(cuts)).expand(2, -1)
+    documents, restarting = packed(cuts)
+    documents = torch.cat([documents, documents // 2])
+    with torch.no_grad():
+        logits = [
+            build(ModelConfig(**sizes, attention=attention, attention_kernel=kernel))(
+                ids, restarting, documents
+            )
+            for kernel in ("sdpa", "flex")
+        ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    attention=st.sampled_from(["causal", "bidirectional"]),
+    pooling=st.sampled_from(["last", "mean", "first"]),
+)
+def test_right_padding_does_not_change_a_row(lengths: list[int], attention: Any, pooling: Any) -> None:
+    model = build(
+        ModelConfig(**SIZES, attention=attention), ClassificationHead(num_labels=5, pooling=pooling)
+    )
+    ids = random_ids(len(lengths), 9)
+    with torch.no_grad():
+        together = model(ids, lengths=torch.tensor(lengths))
+        alone = torch.cat([model(row[None, :n]) for row, n in zip(ids, lengths, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "first"])
+def test_a_row_of_padding_alone_gives_numbers(attention: Any, pooling: Any) -> None:
+    model = build(
+        ModelConfig(**SIZES, attention=attention), ClassificationHead(num_labels=3, pooling=pooling)
+    )
+    assert model(random_ids(2, 4), lengths=torch.tensor([0, 4])).isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [None, torch.empty(0, dtype=torch.int64)])
+def test_no_rows_give_no_logits_and_zero_gradients(lengths: Tensor | None) -> None:
+    model = build(ModelConfig(**SIZES, attention="bidirectional"))
+    logits = model(torch.empty(0, 6, dtype=torch.int64), lengths=lengths)
+    logits.sum().backward()
+    assert logits.shape == (0, 6, 61)
+    assert all(param.grad is not None and not param.grad.any() for param in model.parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
+    model = build(ModelConfig(**SIZES, dropout=dropout)).train()
+    gradients = []
+    for recompute in (False, True):
+        model.activation_checkpointing = recompute
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(random_ids(2, 8)).square().sum().backward()
+        gradients.append([param.grad for param in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model = build(ModelConfig(**SIZES, dropout=0.5))
+    ids = random_ids(2, 8)
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_the_model_has_parameters_with_the_published_names_and_no_buffers() -> None:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**SIZES | {"num_layers": 1}, qk_norm=True, positions="learned"))
+    assert not list(model.buffers())
+    assert model.lm_head.weight is model.embed.weight
+    assert [name for name, _ in model.named_parameters()] == [
+        "embed.weight",
+        "position_embed.weight",
+        "blocks.0.attn_norm.weight",
+        *(f"blocks.0.attn.{name}.weight" for name in ("q", "k", "v", "o", "q_norm", "k_norm")),
+        "blocks.0.mlp_norm.weight",
+        *(f"blocks.0.mlp.{name}.weight" for name in ("gate", "up", "down")),
+        "norm.weight",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_half_precision_product_is_the_exact_one_rounded_once(dtype: torch.dtype, bias: bool) -> None:
+    layer = Linear(64, 48, bias=bias).to(dtype)
+    layer.product_format._emulated = (dtype,)  # as on a CPU without such instructions
+    x = torch.randn(16, 64, dtype=dtype, generator=None).requires_grad_()
+    y = layer(x)
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == layer.weight.grad.dtype == dtype  # type: ignore[union-attr]
+    torch.testing.assert_close(y.double(), exact.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_near_those_in_full(dtype: torch.dtype) -> None:
+    model = build(ModelConfig(**SIZES, num_kv_heads=2, qk_norm=True))
+    documents, restarting = packed([5, 9])
+    full = model(random_ids(1, 14), restarting, documents)
+    half = model.to(dtype)(random_ids(1, 14), restarting, documents)
+    assert half.dtype == dtype
+    assert (half - full).norm() < 0.03 * full.norm()
+
+
+def test_a_row_beyond_the_longest_is_refused() -> None:
+    model = build(ModelConfig(**SIZES))
+    with pytest.raises(ConfigError, match=r"25 tokens is longer than model\.max_seq_len=24"):
+        model(random_ids(1, 25))

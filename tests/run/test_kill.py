@@ -1,0 +1,114 @@
+"""SIGKILL one rank at any moment, start again with another number of ranks: nothing shows in the result."""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import RanksError, run_ranks, start_ranks
+from small_runs import events, logged, make_text_data, pretraining, run
+
+from distft.topology import Topology
+
+NUM_STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    run(Topology(), _config(data, run_dir, None))
+    return logged(run_dir)
+
+
+def _config(data: Path, run_dir: Path, stage: int | None) -> dict[str, Any]:
+    engine = {"type": "local"} if stage is None else {"type": "zero", "zero_stage": stage}
+    return pretraining(
+        data,
+        run_dir,
+        engine=engine,
+        train={"max_steps": NUM_STEPS, "log_every_steps": 1},
+        checkpoint={"every_steps": 3},
+    )
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("stage", "first", "second"), [(2, 2, 1), (3, 2, 3)])
+def test_a_rank_killed_in_training_leaves_no_trace(
+    data: Path, tmp_path: Path, undisturbed: dict[int, float], stage: int, first: int, second: int
+) -> None:
+    raw = _config(data, tmp_path, stage)
+    kill_step = random.Random(os.getpid()).randrange(4, NUM_STEPS - 3)
+    with start_ranks(run, first, raw) as ranks:
+        deadline = time.monotonic() + 90
+        while _last_step(tmp_path) < kill_step and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ranks.kill(random.Random().randrange(first), signal.SIGKILL)
+        with pytest.raises(RanksError, match="SIGKILL"):
+            ranks.wait(timeout_s=60)
+    run_ranks(run, second, raw)
+    assert logged(tmp_path) == pytest.approx(undisturbed, abs=1e-5), f"killed at step {kill_step}"
+    assert [event["kind"] for event in events(tmp_path)].count("resume") == 1
+
+
+def _last_step(run_dir: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return max(logged(run_dir), default=0)
+    return 0
+
+
+def _die_in_save(topology: Topology, raw: dict[str, Any], where: str) -> None:
+    """Rank 1 (rank 0 for the manifest) kills itself in the middle of the second save."""
+    from distft import storage
+    from distft.checkpoint import store
+
+    seen = {"saves": 0}
+    write, commit = store.write_rank_file, storage.commit_bytes
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_rank_file(path: str, fragments: Any) -> Any:
+        seen["saves"] += 1
+        doomed = seen["saves"] == 2 and topology.rank == 1
+        if doomed and where == "before the file":
+            die()
+        if doomed and where == "in the file":
+            Path(path).write_bytes(b"half a header")
+            die()
+        written = write(path, fragments)
+        if doomed and where == "after the file":
+            die()
+        return written
+
+    def commit_bytes(path: Any, data: bytes, **options: Any) -> None:
+        if seen["saves"] == 2 and str(path).endswith("manifest.json") and where == "before the manifest":
+            die()
+        commit(path, data, **options)
+
+    store.write_rank_file = write_rank_file
+    storage.commit_bytes = commit_bytes
+    run(topology, raw)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("where", ["before the file", "in the file", "after the file", "before the manifest"])
+def test_a_rank_killed_in_a_save_leaves_the_commit_before(
+    data: Path, tmp_path: Path, undisturbed: dict[int, float], where: str
+) -> None:
+    raw = _config(data, tmp_path, 1)
+    with pytest.raises(RanksError, match="SIGKILL"):
+        run_ranks(_die_in_save, 2, raw, where, timeout_s=60)
+    assert [event["path"][-1] for event in events(tmp_path) if event["kind"] == "save"] == ["3"]
+    run(Topology(), {**raw, "engine": {"type": "local"}})
+    resumed = [event["step"] for event in events(tmp_path) if event["kind"] == "resume"]
+    assert resumed == [3]
+    assert logged(tmp_path) == pytest.approx(undisturbed, abs=1e-5)

@@ -1,0 +1,222 @@
+"""From a configuration to a trained checkpoint, on one process and on ranks."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import run_ranks
+from small_runs import events, fine_tuning, logged, make_text_data, pretraining, run
+
+from distft.checkpoint.store import find_checkpoint
+from distft.config import load_yaml, parse
+from distft.errors import ConfigError, DataError, DistftError, Preempted, TrainingError
+from distft.run.config import RunConfig
+from distft.topology import Topology
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("pretrained")
+    run(Topology(), pretraining(data, run_dir))
+    return run_dir
+
+
+def test_a_run_learns_and_leaves_its_record(pretrained: Path) -> None:
+    losses = logged(pretrained)
+    assert list(losses) == list(range(1, 13))
+    assert losses[12] < losses[1] - 0.3
+    for name in ("lr", "grad_norm", "tokens_per_s", "tokens_per_s_per_rank", "mfu", "step_s", "data_wait_s"):
+        assert all(value > 0 for value in logged(pretrained, name).values()), name
+    assert set(logged(pretrained, "skipped_steps").values()) == {0}
+    assert {"validation/loss", "validation/perplexity", "validation/bits_per_byte"} <= {
+        name
+        for name in ("validation/loss", "validation/perplexity", "validation/bits_per_byte")
+        if logged(pretrained, name)
+    }
+    assert [event["kind"] for event in events(pretrained)] == ["start", "save", "save", "save", "finish"]
+    kept = sorted(path.name for path in (pretrained / "checkpoints").iterdir())
+    assert kept == ["step_00000008", "step_00000012"]
+
+
+def test_the_written_configuration_repeats_the_run(pretrained: Path, tmp_path: Path) -> None:
+    raw = load_yaml(pretrained / "config.yaml")
+    run(Topology(), {**raw, "run_dir": str(tmp_path)})
+    assert logged(tmp_path) == logged(pretrained)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_engine_prints_the_losses_of_the_local_run(
+    data: Path, pretrained: Path, tmp_path: Path, stage: int
+) -> None:
+    run_ranks(run, 2, pretraining(data, tmp_path, engine={"type": "zero", "zero_stage": stage}))
+    for name in ("loss", "validation/loss", "validation/bits_per_byte", "tokens_seen"):
+        assert logged(tmp_path, name) == pytest.approx(logged(pretrained, name), abs=1e-5), name
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(data: Path, tmp_path: Path) -> None:
+    raw = pretraining(data, tmp_path, train={"max_steps": 4, "log_every_steps": 1})
+    first = run(Topology(), raw)
+    before = logged(tmp_path)
+    again = run(Topology(), raw)
+    assert (first.step, again.step, again.checkpoint) == (4, 4, None)
+    assert logged(tmp_path) == before
+
+
+@pytest.mark.ranks
+def test_a_longer_run_goes_on_at_another_stage_and_world_size(
+    data: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    # The schedule sees the whole length, so the first part is cut by a stop, not by a shorter max_steps.
+    raw = pretraining(data, tmp_path, engine={"type": "zero", "zero_stage": 3})
+    run_ranks(_stop_after, 2, raw, 7)
+    assert max(logged(tmp_path)) == 7
+    run(Topology(), {**raw, "engine": {"type": "local"}})
+    assert logged(tmp_path) == pytest.approx(logged(pretrained), abs=1e-5)
+    kinds = [event["kind"] for event in events(tmp_path)]
+    assert kinds.count("resume") == 1
+
+
+def _stop_after(topology: Topology, raw: dict[str, Any], step: int) -> None:
+    """Ask one rank to stop, as a scheduler would, once `step` is done."""
+    from distft.train import loop
+
+    ours = loop.Trainer._one_step
+
+    def one_step(trainer: Any, *arguments: Any) -> None:
+        ours(trainer, *arguments)
+        if trainer._step == step and topology.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.Trainer._one_step = one_step  # type: ignore[method-assign]
+    with pytest.raises(Preempted, match=f"step {step}"):
+        run(topology, raw)
+
+
+def test_dropout_draws_the_same_after_a_resume(data: Path, tmp_path: Path) -> None:
+    model = {**pretraining(data, tmp_path)["model"], "dropout": 0.3}
+    straight = pretraining(data, tmp_path / "straight", model=model)
+    run(Topology(), straight)
+    broken = pretraining(data, tmp_path / "broken", model=model)
+    with pytest.raises(RuntimeError, match="power cut"):
+        _run_until(broken, 6)
+    run(Topology(), broken)
+    assert logged(tmp_path / "broken") == logged(tmp_path / "straight")
+
+
+def _run_until(raw: dict[str, Any], step: int) -> None:
+    from distft.train import loop
+
+    ours = loop.Trainer._one_step
+
+    def one_step(trainer: Any, *arguments: Any) -> None:
+        if trainer._step == step:
+            raise RuntimeError("power cut")
+        ours(trainer, *arguments)
+
+    loop.Trainer._one_step = one_step  # type: ignore[method-assign]
+    try:
+        run(Topology(), raw)
+    finally:
+        loop.Trainer._one_step = ours  # type: ignore[method-assign]
+
+
+def test_a_fine_tune_moves_only_what_is_trainable(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    outcome = run(Topology(), fine_tuning(data, tmp_path, pretrained))
+    before, after = find_checkpoint(str(pretrained)), find_checkpoint(str(tmp_path))
+    assert after.manifest.label_names == ["bird", "cat", "dog"]
+    assert {"validation/accuracy", "validation/macro_f1"} <= outcome.metrics.keys()
+    for name, record in after.manifest.parameters.items():
+        trains = name.startswith(("classifier.", "blocks.1.", "norm."))
+        assert record.trainable == trains, name
+        assert set(record.states) == ({"weight", "exp_avg", "exp_avg_sq"} if trains else {"weight"}), name
+        if name in before.manifest.parameters:
+            same = (
+                record.states["weight"].fingerprint
+                == before.manifest.parameters[name].states["weight"].fingerprint
+            )
+            assert same != trains, name
+
+
+def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    changed = pretraining(data, pretrained, seed=5, train={"max_steps": 20, "log_every_steps": 1})
+    with pytest.raises(ConfigError, match=r"seed was 0 and is now 5.*\n.*another run_dir"):
+        run(Topology(), changed)
+    wider = pretraining(data, tmp_path, init_from=str(pretrained))
+    wider["model"] = {**wider["model"], "d_model": 32}
+    with pytest.raises(ConfigError, match=r"embed.weight is \[\d+, 16\] there and \[\d+, 32\] in this model"):
+        run(Topology(), wider)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"trainable": ["block.1.*"]}, ConfigError, r"'block.1.\*' matches none .* near it are 'blocks"),
+        ({"tokenizer": "no.model"}, DataError, r"tokenizer no.model cannot be read"),
+        ({"init_from": "nowhere"}, DistftError, r"No committed checkpoint at nowhere"),
+        ({"objective": {"type": "classification"}}, ConfigError, r"needs labels: set data.type=labelled"),
+        (
+            {"data": {"type": "labelled", "path": "gone.jsonl"}, "objective": {"type": "classification"}},
+            DataError,
+            r"gone.jsonl",
+        ),
+        (
+            {"optim": {"schedule": {"type": "cosine", "warmup_steps": 99}}},
+            ConfigError,
+            r"warmup_steps=99",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(
+    data: Path, tmp_path: Path, changes: dict[str, Any], error: type[DistftError], message: str
+) -> None:
+    raw = pretraining(data, tmp_path / "run", **{"tokenizer": str(data / "tokenizer.model"), **changes})
+    with pytest.raises(error, match=message):
+        run(Topology(), raw)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_sequences_are_refused_with_the_sizes_that_fit(data: Path, tmp_path: Path) -> None:
+    raw = pretraining(data, tmp_path, engine={"type": "zero"})
+    with pytest.raises(ConfigError, match="at most 8 ranks"):
+        run(Topology(rank=0, world_size=9), raw)
+    with pytest.raises(ConfigError, match="local is one process, but 2 ranks"):
+        run(Topology(rank=0, world_size=2), pretraining(data, tmp_path))
+
+
+def test_faults_of_a_configuration_come_all_at_once(data: Path, tmp_path: Path) -> None:
+    raw = pretraining(data, tmp_path, batch={"global_batch_size": 2, "micro_batch_size": 4, "seq_len": 99})
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig, raw)
+    assert "micro_batch_size=4 is more than batch.global_batch_size=2" in str(caught.value)
+    assert "seq_len=99 is more than model.max_seq_len=24" in str(caught.value)
+
+
+def test_many_steps_without_finite_gradients_end_the_run_and_keep_the_last_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distft.objective.causal_lm import CausalLM
+
+    ours = CausalLM.__call__
+    calls = {"left": 4 * 4 + 2}  # four good steps of four micro-batches, and half of the fifth
+
+    def poisoned(self: CausalLM, *arguments: Any, **options: Any) -> Any:
+        calls["left"] -= 1
+        return ours(self, *arguments, **options) * (1.0 if calls["left"] >= 0 else float("nan"))
+
+    monkeypatch.setattr(CausalLM, "__call__", poisoned)
+    raw = pretraining(
+        data, tmp_path, train={"max_steps": 12, "log_every_steps": 1, "max_skipped_in_a_row": 3}
+    )
+    with pytest.raises(TrainingError, match="Steps 5 to 7 all had gradients that are not finite"):
+        run(Topology(), raw)
+    assert max(logged(tmp_path, "skipped_steps").values()) == 2  # the third ends the run before it is logged
+    assert find_checkpoint(str(tmp_path)).step == 4

@@ -1,0 +1,54 @@
+"""Every configuration that the project ships."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from distft.config import load_yaml
+from distft.model.config import ModelConfig
+from distft.model.counts import num_parameters
+from distft.optim.trainable import select_trainable
+from distft.run.config import RunConfig, load_run_config
+from distft.run.inputs import build_module
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+LABELS = ("first", "second", "third")
+
+
+def shape_of(config: RunConfig) -> ModelConfig:
+    """The model, or that of the shipped run that it starts from, with the vocabulary of some tokenizer."""
+    shape = config.model
+    if shape is None:
+        assert config.init_from is not None
+        [ancestor] = [path for path in CONFIGS if load_yaml(path)["run_dir"] == config.init_from]
+        return shape_of(load_run_config(ancestor))
+    return shape.for_vocabulary(1000)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_parses_and_its_model_builds_without_memory(path: Path) -> None:
+    config = load_run_config(path)
+    shape = shape_of(config)
+    labels = LABELS if config.objective.type == "classification" else None
+    head = config.objective.head(labels)
+    module = build_module(shape, head)
+    assert all(param.is_meta for param in module.parameters())
+    assert sum(param.numel() for param in module.parameters()) == num_parameters(shape, head)
+    assert select_trainable((name for name, _ in module.named_parameters()), config.trainable)
+    assert config.batch.seq_len <= shape.max_seq_len
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_says_first_what_it_is_and_names_no_place_outside_of_the_project(
+    path: Path,
+) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert re.match(r"# \S.*\n", text)
+    assert not re.search(r"(?<![\w$.)}])/(work|home|root|tmp|mnt|data)\b", text)
+
+
+def test_no_two_shipped_configurations_write_to_one_run() -> None:
+    run_dirs = [load_yaml(path)["run_dir"] for path in CONFIGS]
+    assert len(set(run_dirs)) == len(run_dirs)
