@@ -53,7 +53,6 @@ class Progress(Settings):
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     loss_scale: dict[str, float] | None = None  # fp16 only
-    best: dict[str, float] | None = None  # of the evaluation metric that is watched
 
 
 class Manifest(Settings):

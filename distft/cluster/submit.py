@@ -1,4 +1,4 @@
-"""`ray job submit` for a run, with the run's own exit code: `python -m distft.cluster.submit CONFIG [KEY=VALUE]...`
+"""`ray job submit` for a run, with its own exit code: `python -m distft.cluster.submit CONFIG [KEY=VALUE]...`
 
 RAY_ADDRESS is that of the cluster's dashboard, http://127.0.0.1:8265 unless set. The directory that this is
 called in is uploaded. Relative paths of the configuration start in DISTFT_RUN_ROOT on the nodes; for a

@@ -33,11 +33,12 @@ from distft.errors import DataError
 PART_BYTES = 1 << 20  # of source that one part accounts for at least; 0.05 to 0.3 s of tokenizing
 
 
-def _tuple_of_one(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+def _as_tuple(value: Any) -> Any:
+    """One path may stand for a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one), Field(min_length=1)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
 class TextCorpus(Settings):

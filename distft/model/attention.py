@@ -34,7 +34,7 @@ class LayerCache(Protocol):
 
 
 def rotation(position_ids: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Angles of `position_ids` [1 or B, T] (Su et al. 2021, arXiv:2104.09864), paired by halves as in Llama."""
+    """Angles of `position_ids` [1 or B, T] (Su et al. 2021, arXiv:2104.09864), halves paired as in Llama."""
     exponents_R = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[..., None, None].float() * theta**-exponents_R
     return Rotation(angles.cos(), angles.sin())

@@ -13,7 +13,9 @@ def _default_num_kv_heads(data: dict[str, Any]) -> int:
 
 
 def _default_head_dim(data: dict[str, Any]) -> int:
-    return max(data["d_model"] // data["num_heads"], 1)
+    d_model: int = data["d_model"]
+    num_heads: int = data["num_heads"]
+    return max(d_model // num_heads, 1)
 
 
 def _default_d_ff(data: dict[str, Any]) -> int:

@@ -103,7 +103,6 @@ class Trainer:
         self._evaluation_due = evaluation_due
         self._loss_scale = loss_scale
         self._dropout_seed = dropout_seed
-        self._start = progress
         self._step = progress.step
         # Counters stay on the device: reading them at every step would wait for it at every step.
         device = engine.device
@@ -231,7 +230,6 @@ class Trainer:
             skipped_steps=int(self._skipped),
             skipped_in_a_row=int(self._skipped_in_a_row),
             loss_scale=None if self._loss_scale is None else self._loss_scale.state_dict(),
-            best=self._start.best,
         )
 
 

@@ -299,6 +299,13 @@ def test_two_spans_of_a_file_make_up_the_whole(folder: Path, share: float) -> No
     assert len(found[0][0].text) == pytest.approx(share * len(text), abs=12)
 
 
+@pytest.mark.parametrize("paths", ["a.txt", ["a.txt"], ["a.txt", "b.txt"]])
+def test_paths_are_one_or_a_list_in_yaml_and_in_json(paths: Any) -> None:
+    corpus: TextCorpus = parse(CorpusConfig, {"type": "text", "paths": paths})
+    assert corpus.paths == (tuple(paths) if isinstance(paths, list) else (paths,))
+    assert TextCorpus.model_validate_json(corpus.model_dump_json()) == corpus
+
+
 def test_a_span_of_a_compressed_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt.gz", b"text")
     with pytest.raises(DataError, match="span needs uncompressed files"):

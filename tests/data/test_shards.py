@@ -1,4 +1,4 @@
-"""Token shards on disk: what is written is read, what is damaged is named, what is half-done does not count."""
+"""Token shards on disk: what is written is read, damage is named, half-done work does not count."""
 
 import copy
 import json

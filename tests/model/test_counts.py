@@ -42,6 +42,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 HEADS = st.sampled_from([LanguageModelHead(), ClassificationHead(num_labels=3)])
 
 
+@settings(max_examples=20)
 @given(configs(), HEADS)
 def test_parameters_are_counted_exactly(config: ModelConfig, head: Head) -> None:
     with torch.device("meta"):
@@ -49,7 +50,7 @@ def test_parameters_are_counted_exactly(config: ModelConfig, head: Head) -> None
     assert num_parameters(config, head) == sum(param.numel() for param in model.parameters())
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(configs(), HEADS, st.integers(1, 16))
 def test_flops_are_those_that_torch_counts(config: ModelConfig, head: Head, seq_len: int) -> None:
     with torch.device("meta"):

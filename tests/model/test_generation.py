@@ -6,18 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import build
 
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 from distft.model.generation import Decoder, generate, sample
 from distft.model.head import ClassificationHead, Head
-from distft.model.initialisation import initial_fragment
 from distft.model.transformer import Transformer
 
 VOCAB_SIZE, MAX_SEQ_LEN = 23, 16
 
 
-def build(head: Head | None = None, **changes: Any) -> Transformer:
+def model_with(head: Head | None = None, **changes: Any) -> Transformer:
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "pad_vocab_to": 8,
@@ -28,14 +28,7 @@ def build(head: Head | None = None, **changes: Any) -> Transformer:
         "num_kv_heads": 2,
         "init_std": 0.5,
     }
-    config = ModelConfig(**sizes | changes)
-    with torch.device("meta"):
-        model = Transformer(config, head)
-    model.to_empty(device="cpu")
-    for name, param in model.named_parameters():
-        values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=3, config=config)
-        param.data.copy_(values.view_as(param))
-    return model.eval()
+    return build(ModelConfig(**sizes | changes), head)
 
 
 def uncached_greedy(model: Transformer, prompt: list[int], max_new_tokens: int, eos_id: int) -> list[int]:
@@ -58,7 +51,7 @@ PROMPTS = st.lists(
 def test_greedy_rows_of_any_lengths_equal_each_row_alone_without_a_cache(
     prompts: list[list[int]], positions: str, max_new_tokens: int
 ) -> None:
-    model = build(positions=positions)
+    model = model_with(positions=positions)
     written = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=0, eos_id=2)
     assert written == [uncached_greedy(model, prompt, max_new_tokens, 2) for prompt in prompts]
 
@@ -67,7 +60,7 @@ def test_greedy_rows_of_any_lengths_equal_each_row_alone_without_a_cache(
 @given(prompts=PROMPTS.filter(lambda rows: max(map(len, rows)) < MAX_SEQ_LEN - 3))
 @torch.no_grad()
 def test_cached_logits_equal_uncached_ones(prompts: list[list[int]]) -> None:
-    model = build(qk_norm=True)
+    model = model_with(qk_norm=True)
     decoder = Decoder(model, prompts, 3)
     rows = [list(prompt) for prompt in prompts]
     logits = decoder.read_prompts()
@@ -102,7 +95,7 @@ def test_draws_stay_within_the_likeliest(scores: list[float], top_k: int, top_p:
 
 
 def test_the_same_generator_writes_the_same_text() -> None:
-    model = build()
+    model = model_with()
     first, second, other = (
         generate(
             model,
@@ -117,18 +110,18 @@ def test_the_same_generator_writes_the_same_text() -> None:
 
 
 def test_generation_leaves_the_model_in_its_mode() -> None:
-    model = build(dropout=0.5).train()
+    model = model_with(dropout=0.5).train()
     first, second = (generate(model, [[1]], max_new_tokens=5, temperature=0) for _ in range(2))
     assert model.training
     assert first == second
 
 
 def test_nothing_to_continue_gives_nothing() -> None:
-    assert generate(build(), [], max_new_tokens=3) == []
+    assert generate(model_with(), [], max_new_tokens=3) == []
 
 
 def test_every_fault_of_a_request_is_told() -> None:
-    model = build(ClassificationHead(num_labels=2), attention="bidirectional")
+    model = model_with(ClassificationHead(num_labels=2), attention="bidirectional")
     with pytest.raises(ConfigError) as raised:
         generate(model, [[], [1] * 17, [23]], max_new_tokens=-1, temperature=-1, top_k=0, top_p=1.5)
     faults = str(raised.value).splitlines()

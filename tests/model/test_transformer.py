@@ -6,34 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import SIZES, build
 from torch import Tensor, nn
 
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
-from distft.model.head import ClassificationHead, Head
-from distft.model.initialisation import initial_fragment
+from distft.model.head import ClassificationHead
 from distft.model.linear import Linear
 from distft.model.transformer import Transformer
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "max_seq_len": 24,
-    "d_model": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "d_ff": 44,
-    "init_std": 0.2,
-}
-
-
-def build(config: ModelConfig, head: Head | None = None) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(config, head)
-    model.to_empty(device="cpu")
-    for name, param in model.named_parameters():
-        values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=3, config=config)
-        param.data.copy_(values.view_as(param))
-    return model.eval()
 
 
 def random_ids(*shape: int) -> Tensor:

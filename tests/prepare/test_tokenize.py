@@ -8,6 +8,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,15 @@ from distft.tokenizer import Tokenizer, TokenizerTrainConfig, train_tokenizer
 TEXT = inspect.getsource(textwrap) + inspect.getsource(tempfile)
 ROWS = [f"{TEXT[start : start + 700]} \u00e9\u2581 number {start}" for start in range(0, len(TEXT), 97)]
 DRIVER = """
+import resource
 import sys
+from distft.data.corpus import JsonlCorpus
 from distft.prepare import TokenizeConfig, tokenize
+JsonlCorpus.parts.__defaults__ = (20_000,)
 if __name__ == "__main__":
     config = TokenizeConfig.model_validate_json(sys.argv[1])
+    if len(sys.argv) > 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
     tokenize(config, on_progress=lambda progress: print(progress.num_tokens, flush=True))
 """
 
@@ -163,7 +169,7 @@ def test_progress_rises_to_all_there_is(rows: str, models: dict[str, str], tmp_p
     result = tokenize(settings(rows, models["bpe"], tmp_path, holdout=0.1), on_progress=seen.append)
     assert result.validation is not None
     assert len(seen) > 10
-    assert all(a.num_tokens < b.num_tokens for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a.num_tokens < b.num_tokens for a, b in pairwise(seen))
     assert seen[-1].source_bytes == seen[-1].total_source_bytes == Path(rows).stat().st_size
     assert seen[-1].num_tokens == result.train.num_tokens + result.validation.num_tokens
     assert seen[-1].num_documents == len(ROWS)
@@ -227,17 +233,12 @@ def test_an_interruption_among_the_commits_is_made_good(
 
 
 def test_sigkill_in_the_middle_leaves_no_process_and_costs_no_byte(
-    models: dict[str, str], tmp_path: Path
+    rows: str, models: dict[str, str], tmp_path: Path
 ) -> None:
-    path = tmp_path / "rows.jsonl"
-    # 10 MB: parts of 1 MB, since the killed process is not patched.
-    path.write_text("".join(json.dumps({"text": f"{i} {row}"}) + "\n" for i in range(25) for row in ROWS))
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     configs = [
-        settings(
-            str(path), models["bpe"], tmp_path / name, num_workers=2, shard_tokens=1_000_000, holdout=0.1
-        )
+        settings(rows, models["unigram"], tmp_path / name, num_workers=2, holdout=0.1)
         for name in ("straight", "broken")
     ]
     straight, broken = ([sys.executable, str(driver), config.model_dump_json()] for config in configs)
@@ -277,19 +278,12 @@ def test_a_full_disk_is_told_and_the_work_goes_on_when_there_is_room(
     rows: str, models: dict[str, str], tmp_path: Path
 ) -> None:
     tokenize(settings(rows, models["bpe"], tmp_path / "straight"))
-    config = settings(rows, models["bpe"], tmp_path / "full", shard_tokens=9000)
-    limited = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))\n"  # bytes in a file
-        "from distft.data.corpus import JsonlCorpus\nJsonlCorpus.parts.__defaults__ = (20_000,)\n" + DRIVER
-    )
-    driver = tmp_path / "limited.py"
-    driver.write_text(limited)
-    # The tokenizer's copy is larger than the limit: it is there before.
-    tokenizer = Tokenizer.load(models["bpe"])
-    result = subprocess.run(
-        [sys.executable, str(driver), config.model_dump_json()], capture_output=True, text=True, check=False
-    )
-    assert len(tokenizer.to_bytes()) < 12_000
+    config = settings(rows, models["bpe"], tmp_path / "full")
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    bytes_of_largest_file = "17500"  # the first shard with 18,000 is too large, after a part or more
+    command = [sys.executable, str(driver), config.model_dump_json(), bytes_of_largest_file]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "DataError: cannot write token shards" in result.stderr
     assert "File too large" in result.stderr
@@ -355,6 +349,7 @@ def test_an_output_beyond_the_local_disk_is_refused(rows: str, models: dict[str,
 
 
 def test_the_workers_do_without_torch() -> None:
-    code = "import sys, distft.prepare.worker; print([m for m in ('torch', 'pyarrow', 'ray') if m in sys.modules])"
+    heavy = ("torch", "pyarrow", "ray")
+    code = f"import sys, distft.prepare.worker; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

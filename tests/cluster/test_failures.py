@@ -1,0 +1,60 @@
+"""Of several ranks that fail together, the cause is told, in the words of whoever foresaw it."""
+
+from itertools import permutations
+
+import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from distft.cluster.failures import explain, root_cause
+from distft.errors import ConfigError, DataError, DistftError, LaunchError, Preempted, TrainingError
+
+LOST_PEER = TrainingError("RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:3711")
+BY_DISTANCE = [DataError("a bad row"), ActorDiedError(), TrainingError("ValueError: a bug"), LOST_PEER]
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_the_cause_is_found_whatever_its_rank(order: tuple[int, ...]) -> None:
+    for first in range(4):
+        errors = {rank: BY_DISTANCE[index] for rank, index in enumerate(order) if index >= first}
+        assert root_cause(errors).error is BY_DISTANCE[first]
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "helps"),
+    [
+        (DataError("a bad row"), DataError("a bad row"), False),
+        (ConfigError("a bad key"), ConfigError("a bad key"), False),
+        (Preempted("stopped"), Preempted("stopped"), False),
+        (TrainingError("no finite loss"), TrainingError("rank 3: no finite loss"), True),
+        (TrainingError("rank 1: no finite loss"), TrainingError("rank 1: no finite loss"), True),
+        (KeyError("x"), TrainingError("rank 3: KeyError: 'x'"), True),
+    ],
+)
+def test_a_failure_keeps_its_kind_and_says_its_rank_where_that_tells_something(
+    error: Exception, told: DistftError, helps: bool
+) -> None:
+    failure = root_cause({3: error})
+    assert (type(failure.as_distft_error()), str(failure.as_distft_error())) == (type(told), str(told))
+    assert failure.helps_if_tried_again is helps
+
+
+def test_a_worker_that_died_has_a_short_obituary() -> None:
+    message = str(explain(WorkerGroupError("a wall of text", {2: ActorDiedError()}), "2 workers"))
+    assert message.startswith("rank 2 died")
+    assert "\n" not in message
+    assert "memory" in str(root_cause({0: OutOfMemoryError("a wall of text")}).as_distft_error())
+
+
+def test_an_error_of_ours_comes_out_of_the_controller_unchanged() -> None:
+    ours = DataError("a bad row")
+    assert explain(ControllerError(ControllerError(ours)), "2 workers") is ours
+
+
+def test_what_ray_says_of_another_process_is_cut_to_what_went_wrong() -> None:
+    error = ControllerError(
+        RuntimeError("ray::Worker.run\n  File x\nModuleNotFoundError: No module named 'a'")
+    )
+    told = explain(error, "2 workers")
+    assert isinstance(told, LaunchError)
+    assert str(told) == "Ray could not run 2 workers: RuntimeError: ModuleNotFoundError: No module named 'a'"

@@ -1,0 +1,24 @@
+"""A Ray cluster of two nodes with one CPU each, until stdin ends: `python two_nodes.py DASHBOARD_PORT`.
+
+Prints its address once it stands. The processes are children of this one, and end with it.
+"""
+
+import sys
+
+from ray.cluster_utils import Cluster
+
+NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
+
+
+def main() -> None:
+    head = {**NODE, "include_dashboard": True, "dashboard_port": int(sys.argv[1])}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    print(cluster.address, flush=True)
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
