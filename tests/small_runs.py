@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distft.config import parse
 from distft.data.corpus import TextCorpus
 from distft.prepare import TokenizeConfig, tokenize
@@ -91,3 +93,22 @@ def logged(run_dir: Path, name: str = "loss") -> dict[int, float]:
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def run_until_power_cut(raw: dict[str, Any], step: int) -> None:
+    """Run, and lose the process's memory before step `step`."""
+    from distft.train import loop
+
+    ours = loop.Trainer._one_step
+
+    def one_step(trainer: Any, *arguments: Any) -> None:
+        if trainer._step == step:
+            raise RuntimeError("power cut")
+        ours(trainer, *arguments)
+
+    loop.Trainer._one_step = one_step  # type: ignore[method-assign]
+    try:
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(Topology(), raw)
+    finally:
+        loop.Trainer._one_step = ours  # type: ignore[method-assign]

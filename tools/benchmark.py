@@ -283,7 +283,8 @@ def _print_table(rates: dict[str, float], setup: Setup, peak_flops_per_s: float)
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {capability}"
 
 
 def _commit() -> str:

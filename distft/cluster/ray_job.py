@@ -54,6 +54,7 @@ def run_on_ray(
         with contextlib.chdir(places.working_dir):
             check(config)
         with _ray(config.cluster, environ), _witness(config) as witness:
+            _check_room(config.cluster, is_local="RAY_ADDRESS" not in environ)
             return _fit(config, places, train, witness)
     except DistftError as error:
         if error.exit_code != 2 or not places.hint():
@@ -146,13 +147,8 @@ def _witness(config: RunConfig) -> Iterator[Path | None]:
 
 
 def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) -> Outcome:
-    cluster = config.cluster
+    cluster, wanted = config.cluster, _wanted(config.cluster)
     has_gpus = cluster.gpus_per_worker > 0
-    wanted = (
-        f"{cluster.num_workers} workers with {cluster.cpus_per_worker:g} CPUs "
-        f"and {cluster.gpus_per_worker:g} GPUs each"
-    )
-    _check_room(cluster, wanted)
     with printed_mailbox() as mailbox, tempfile.TemporaryDirectory(prefix="distft_ray_") as scratch:
         assignment = Assignment(
             config=config,
@@ -194,8 +190,15 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
         return outcome
 
 
-def _check_room(cluster: ClusterConfig, wanted: str) -> None:
-    """Tell at once of a wait for nodes that may never come."""
+def _wanted(cluster: ClusterConfig) -> str:
+    return (
+        f"{cluster.num_workers} workers with {cluster.cpus_per_worker:g} CPUs "
+        f"and {cluster.gpus_per_worker:g} GPUs each"
+    )
+
+
+def _check_room(cluster: ClusterConfig, *, is_local: bool) -> None:
+    """Tell at once of a wait for nodes that may never come; on this machine alone, none will."""
     there = ray.cluster_resources()
     needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     short = [
@@ -203,12 +206,12 @@ def _check_room(cluster: ClusterConfig, wanted: str) -> None:
         for name, each in needed.items()
         if each * cluster.num_workers > there.get(name, 0)
     ]
-    if short:
-        print(
-            f"The cluster has {' and '.join(short)}, too few for {wanted}: "
-            f"waiting up to {cluster.start_timeout_s:g} s for more.",
-            flush=True,
-        )
+    if not short:
+        return
+    text = f"Ray has {' and '.join(short)}, too few for {_wanted(cluster)}"
+    if is_local:
+        raise LaunchError(f"{text}: ask for less, or set RAY_ADDRESS to a cluster that has more.")
+    print(f"{text}: waiting up to {cluster.start_timeout_s:g} s for more.", flush=True)
 
 
 def _worker_environment(config: RunConfig) -> Mapping[str, str]:

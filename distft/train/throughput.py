@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from distft.model.linear import ProductFormat
+
 # Dense bf16/fp16 matrix products on the tensor cores, in FLOP/s, from the vendors' data sheets.
 _KNOWN_PEAKS: Mapping[str, float] = {
     "H200": 989e12,
@@ -32,6 +34,8 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 def measured_flops_per_s(device: torch.device, dtype: torch.dtype, repetitions: int = 5) -> float:
     """The best of several products of matrices large enough to keep the device busy."""
     rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (2048, 1024, 1024)
+    # A CPU that only emulates bf16 or fp16 products runs the model's in fp32, so that rate is the limit.
+    dtype = ProductFormat()(torch.empty(0, dtype=dtype, device=device))
     # Random operands: zeros run faster than data does.
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(inner, columns, device=device).to(dtype)

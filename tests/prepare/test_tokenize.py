@@ -23,13 +23,13 @@ from distft.prepare import TokenizeConfig, TokenizeProgress, tokenize
 from distft.tokenizer import Tokenizer, TokenizerTrainConfig, train_tokenizer
 
 TEXT = inspect.getsource(textwrap) + inspect.getsource(tempfile)
-ROWS = [f"{TEXT[start : start + 700]} \u00e9\u2581 number {start}" for start in range(0, len(TEXT), 97)]
+ROWS = [f"{TEXT[start : start + 700]} \u00e9\u2581 number {start}" for start in range(0, len(TEXT), 193)]
 DRIVER = """
 import resource
 import sys
 from distft.data.corpus import JsonlCorpus
 from distft.prepare import TokenizeConfig, tokenize
-JsonlCorpus.parts.__defaults__ = (20_000,)
+JsonlCorpus.parts.__defaults__ = (10_000,)
 if __name__ == "__main__":
     config = TokenizeConfig.model_validate_json(sys.argv[1])
     if len(sys.argv) > 2:
@@ -60,7 +60,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many parts from little text."""
     for corpus in (JsonlCorpus, TextCorpus, MixtureCorpus):
-        monkeypatch.setattr(corpus.parts, "__defaults__", (20_000,))
+        monkeypatch.setattr(corpus.parts, "__defaults__", (10_000,))
 
 
 def settings(rows: str, model: str, output: Path, **others: Any) -> TokenizeConfig:
@@ -277,11 +277,11 @@ def processes_in_session(session: int) -> list[int]:
 def test_a_full_disk_is_told_and_the_work_goes_on_when_there_is_room(
     rows: str, models: dict[str, str], tmp_path: Path
 ) -> None:
-    tokenize(settings(rows, models["bpe"], tmp_path / "straight"))
-    config = settings(rows, models["bpe"], tmp_path / "full")
+    tokenize(settings(rows, models["bpe"], tmp_path / "straight", shard_tokens=30_000))
+    config = settings(rows, models["bpe"], tmp_path / "full", shard_tokens=30_000)
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    bytes_of_largest_file = "17500"  # the first shard with 18,000 is too large, after a part or more
+    bytes_of_largest_file = "50000"  # the first shard would have 60,000
     command = [sys.executable, str(driver), config.model_dump_json(), bytes_of_largest_file]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1

@@ -100,34 +100,6 @@ def _stop_after(topology: Topology, raw: dict[str, Any], step: int) -> None:
         run(topology, raw)
 
 
-def test_dropout_draws_the_same_after_a_resume(data: Path, tmp_path: Path) -> None:
-    model = {**pretraining(data, tmp_path)["model"], "dropout": 0.3}
-    straight = pretraining(data, tmp_path / "straight", model=model)
-    run(Topology(), straight)
-    broken = pretraining(data, tmp_path / "broken", model=model)
-    with pytest.raises(RuntimeError, match="power cut"):
-        _run_until(broken, 6)
-    run(Topology(), broken)
-    assert logged(tmp_path / "broken") == logged(tmp_path / "straight")
-
-
-def _run_until(raw: dict[str, Any], step: int) -> None:
-    from distft.train import loop
-
-    ours = loop.Trainer._one_step
-
-    def one_step(trainer: Any, *arguments: Any) -> None:
-        if trainer._step == step:
-            raise RuntimeError("power cut")
-        ours(trainer, *arguments)
-
-    loop.Trainer._one_step = one_step  # type: ignore[method-assign]
-    try:
-        run(Topology(), raw)
-    finally:
-        loop.Trainer._one_step = ours  # type: ignore[method-assign]
-
-
 def test_a_fine_tune_moves_only_what_is_trainable(data: Path, pretrained: Path, tmp_path: Path) -> None:
     outcome = run(Topology(), fine_tuning(data, tmp_path, pretrained))
     before, after = find_checkpoint(str(pretrained)), find_checkpoint(str(tmp_path))

@@ -1,0 +1,82 @@
+"""fp16 with its loss scale over a resume; evaluation that no number of ranks changes."""
+
+from pathlib import Path
+
+import pytest
+from distributed import run_ranks
+from small_runs import fine_tuning, logged, make_text_data, pretraining, run, run_until_power_cut
+
+from distft.checkpoint.store import find_checkpoint
+from distft.run.pretrained import evaluate_checkpoint, generate_text
+from distft.topology import Topology
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("pretrained")
+    run(Topology(), pretraining(data, run_dir))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def classifier(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("classifier")
+    run(Topology(), fine_tuning(data, run_dir, pretrained))
+    return run_dir
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_resumes_exactly(data: Path, tmp_path: Path, precision: str) -> None:
+    engine = {"type": "local", "param_dtype": precision}
+    run(Topology(), pretraining(data, tmp_path / "straight", engine=engine))
+    broken = pretraining(data, tmp_path / "broken", engine=engine)
+    run_until_power_cut(broken, 6)
+    run(Topology(), broken)
+    for name in ("loss", "skipped_steps", *(["loss_scale"] if precision == "fp16" else [])):
+        straight = logged(tmp_path / "straight", name)
+        assert straight, name
+        assert logged(tmp_path / "broken", name) == straight, name
+    saved = find_checkpoint(str(tmp_path / "broken")).manifest.progress.loss_scale
+    assert (saved is not None) == (precision == "fp16")
+
+
+def test_low_precision_learns_what_fp32_learns(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    for precision in ("bf16", "fp16"):
+        engine = {"type": "local", "param_dtype": precision}
+        run(Topology(), pretraining(data, tmp_path / precision, engine=engine))
+        assert logged(tmp_path / precision) == pytest.approx(logged(pretrained), abs=0.03)
+
+
+def _evaluate(topology: Topology, path: str, overrides: list[str]) -> dict[str, float]:
+    return evaluate_checkpoint(path, overrides, topology)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_an_evaluation_is_the_same_on_any_number_of_ranks(
+    pretrained: Path, classifier: Path, world_size: int
+) -> None:
+    for run_dir in (pretrained, classifier):
+        alone = evaluate_checkpoint(str(run_dir), [], Topology())
+        # 19 rows (and as odd a number of packed ones) divide by neither ranks nor micro-batches.
+        for found in run_ranks(_evaluate, world_size, str(run_dir), ["evaluation.micro_batch_size=4"]):
+            assert found == pytest.approx(alone, abs=1e-6)
+
+
+def test_the_last_evaluation_of_a_run_is_what_evaluate_finds(classifier: Path) -> None:
+    found = evaluate_checkpoint(str(classifier), [], Topology())
+    for name, value in found.items():
+        assert list(logged(classifier, f"validation/{name}").values())[-1] == pytest.approx(value, abs=1e-6)
+
+
+def test_generation_repeats_with_its_seed_and_begins_with_the_prompt(pretrained: Path) -> None:
+    options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": None, "top_p": 0.9}
+    first = generate_text(str(pretrained), ["the cat", "a"], seed=1, **options)
+    assert first == generate_text(str(pretrained), ["the cat", "a"], seed=1, **options)
+    assert first != generate_text(str(pretrained), ["the cat", "a"], seed=2, **options)
+    assert first[0].startswith("the cat")
