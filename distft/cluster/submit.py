@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ray.job_submission import JobSubmissionClient
@@ -39,7 +40,10 @@ def submit(arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path, p
             f"No Ray dashboard answers at {address} ({str(error).splitlines()[0]}). Start a cluster "
             "(`ray start --head`), or set RAY_ADDRESS to its dashboard's http address."
         ) from None
-    runtime_env = {"working_dir": str(cwd), "env_vars": {} if root is None else {RUN_ROOT: root}}
+    runtime_env: dict[str, Any] = {
+        "working_dir": str(cwd),
+        "env_vars": {} if root is None else {RUN_ROOT: root},
+    }
     job = _submit_patiently(
         client, shlex.join(["python", "launch/ray_train.py", *arguments]), runtime_env, patience_s
     )
@@ -54,7 +58,7 @@ def submit(arguments: Sequence[str], *, environ: Mapping[str, str], cwd: Path, p
 
 
 def _submit_patiently(
-    client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, object], patience_s: float
+    client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any], patience_s: float
 ) -> str:
     deadline = time.monotonic() + patience_s
     while True:
