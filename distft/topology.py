@@ -80,8 +80,8 @@ class BatchPlan:
         if self.dp_world_size > self.global_batch_size:
             faults.append(
                 f"batch.global_batch_size={self.global_batch_size} is less than the "
-                f"{self.dp_world_size} ranks of this run, so some would never work: start at most {self.global_batch_size} ranks, "
-                f"or raise the global batch."
+                f"{self.dp_world_size} ranks of this run, so some would never work: "
+                f"start at most {self.global_batch_size} ranks, or raise the global batch."
             )
         if faults:
             raise ConfigError("\n".join(faults))

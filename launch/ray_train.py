@@ -26,6 +26,9 @@ def main(arguments: list[str]) -> int:
     except DistftError as error:
         report(error, rank=0)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted. Started again, the run goes on from its last checkpoint.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -110,7 +110,8 @@ class Training:
             settings = LocalConfig.model_validate({"param_dtype": scenario.precision})
             self.engine = LocalEngine(module, groups, settings=settings, optim=scenario.optim, device=CPU)
         else:
-            from distft.engine.zero import ZeroConfig, ZeroEngine
+            from distft.engine.deepspeed_config import ZeroConfig
+            from distft.engine.zero import ZeroEngine
 
             zero = ZeroConfig.model_validate(
                 {"zero_stage": scenario.stage, "param_dtype": scenario.precision, **scenario.zero}

@@ -43,7 +43,9 @@ def test_every_configuration_shown_is_one(text: str) -> None:
 def test_every_verb_shown_exists() -> None:
     from distft.cli.main import app
 
-    known = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    known = {command.name for command in app.registered_commands} | {
+        group.name for group in app.registered_groups
+    }
     shown = set(re.findall(r"^distft ([a-z]+)", README, re.MULTILINE))
     assert shown
     assert shown <= known

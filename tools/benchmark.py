@@ -29,6 +29,7 @@ from distft.model.initialisation import initial_fragment
 from distft.objective.settings import CausalLM
 from distft.optim.adamw import AdamWConfig
 from distft.optim.groups import parameter_groups
+from distft.run.environment import enter_environment
 from distft.run.inputs import build_module
 from distft.topology import BatchPlan, Topology
 from distft.train.step import train_step
@@ -107,7 +108,8 @@ def distft_step(setup: Setup, zero_stage: int | None) -> Step:
         local = LocalConfig.model_validate({"param_dtype": setup.precision, "compile": setup.compile})
         engine = LocalEngine(module, groups, settings=local, optim=optim, device=setup.device)
     else:
-        from distft.engine.zero import ZeroConfig, ZeroEngine
+        from distft.engine.deepspeed_config import ZeroConfig
+        from distft.engine.zero import ZeroEngine
 
         zero = ZeroConfig.model_validate(
             {"zero_stage": zero_stage, "param_dtype": setup.precision, "compile": setup.compile}
@@ -187,7 +189,7 @@ def _plain_step(module: nn.Module, setup: Setup, logits_of: Callable[[Batch], Te
         batch = next(batches)
         logits = logits_of(batch)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -228,6 +230,7 @@ def _wait(device: torch.device) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Measure, print a table, and a JSON line for docs/benchmarks.md."""
+    enter_environment("auto")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SHAPES[arguments.shape]
     rows, seq_len = arguments.micro_batch_size, arguments.seq_len

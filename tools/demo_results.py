@@ -16,7 +16,9 @@ from distft.tracker import METRICS_FILE, read_lines
 
 def main(demo: Path, seconds: int) -> None:
     """Read the files of the demo's runs, print one table."""
-    table = Table(title=f"The demo, {seconds // 60} min {seconds % 60} s", title_justify="left", show_header=False)
+    table = Table(
+        title=f"The demo, {seconds // 60} min {seconds % 60} s", title_justify="left", show_header=False
+    )
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     table.add_column(style="dim", no_wrap=True)

@@ -26,7 +26,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from distft.run.train import run_training
 
     settings = load_run_config(config, overrides or ())
-    run_training(settings, enter_environment(settings))
+    run_training(settings, enter_environment(settings.device))
 
 
 def evaluate(

@@ -182,6 +182,8 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
             outcome: Outcome = trainer.fit().return_value
         except TrainingFailedError as error:
             raise explain(error, wanted) from None
+        except SystemExit:  # what Ray Train's own handler of SIGINT ends in
+            raise KeyboardInterrupt from None
         except RayError as error:
             raise LaunchError(
                 "The run was interrupted, or the node of this driver fails: Ray Train's controller is gone "

@@ -143,7 +143,7 @@ def _why_not(value: Any, known: list[str]) -> str:
 def _validate_as_json(member: type[Settings]) -> Any:
     def validate(value: Any, plainly: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         if info.mode == "json" and not isinstance(value, Settings):
-            # What a wrapped validator hands on is Python data, of which strict mode takes no list for a tuple.
+            # A wrapped validator hands on Python data, of which strict mode takes no list for a tuple.
             return member.model_validate_json(_as_json(value), strict=True)
         return plainly(value)
 

@@ -61,7 +61,7 @@ class LocalEngine:
             eps=optim.eps,
             fused=True,
         )
-        self._forward = torch.compile(module, dynamic=False) if settings.compile else module
+        self._forward = torch.compile(module) if settings.compile else module
 
     def _master(self, name: str) -> Tensor:
         param = self._params[name]

@@ -59,7 +59,7 @@ class ZeroEngine:
         else:
             allocate(module, device, dtype)
         if settings.compile:
-            module.compile(dynamic=False)
+            module.compile()
         self._params = dict(module.named_parameters())
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory statistics, whatever the log level
             self._engine, *_ = deepspeed.initialize(

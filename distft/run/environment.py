@@ -4,17 +4,17 @@ import os
 
 import torch
 
-from distft.run.config import RunConfig
 from distft.topology import Topology
 
 
-def enter_environment(config: RunConfig) -> Topology:
+def enter_environment(device: str) -> Topology:
     """Where this process stands by torchrun's contract; tells DeepSpeed, which reads the environment itself.
 
-    Call it before anything imports DeepSpeed. Raises `ConfigError` for half an environment.
+    `device` is the run's setting: auto, cpu or cuda. Call it before anything imports DeepSpeed. Raises
+    `ConfigError` for half an environment.
     """
     topology = Topology.from_env(os.environ)
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))  # read by DeepSpeed under no launcher too
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return topology
