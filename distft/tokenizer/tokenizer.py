@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distft.errors import DataError
 from distft.tokenizer.proto import ModelDescription, PieceType, describe
-from distft.tokenizer.words import SPACE, WordEncoder, can_go_by_words
+from distft.tokenizer.words import SPACE, WordEncoder, word_pattern
 
 
 class Tokenizer:
@@ -40,10 +40,9 @@ class Tokenizer:
         self.unk_id = _id_or_none(self._processor.unk_id())
         self._byte_ids = self._description.byte_ids()
         self.is_exact = self._description.keeps_text and len(self._byte_ids) == 256
-        self._words = (
-            WordEncoder(self._encode_natively, dummy_prefix=self._description.add_dummy_prefix)
-            if can_go_by_words(self._description)
-            else None
+        words = word_pattern(self._description)
+        self._words = words and WordEncoder(
+            self._encode_natively, words, dummy_prefix=self._description.add_dummy_prefix
         )
 
     @classmethod

@@ -2,7 +2,7 @@
 
 Where no piece has a space behind another character, no merge crosses the place before a run of spaces, and
 the merges on its two sides do not see each other. So a text may be cut there, and a word that was met before
-need not be encoded again. Unigram models are not treated so: their search is local too, but sentencepiece
+need not be encoded again. The same holds between letters and other characters, where no piece joins them. Unigram models are not treated so: their search is local too, but sentencepiece
 adds scores in float32 along the whole text, and over a long one the rounding decides between near-equal cuts.
 """
 
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from distft.tokenizer.proto import Algorithm, ModelDescription, PieceType
 
 SPACE = "\u2581"  # how sentencepiece writes a space
-_WORD = re.compile(r" *[^ ]+(?: +\Z)?")
 _ONLY_SPACES = re.compile(r" *\Z")
 _PLACE_TO_CUT = re.compile(r"[^ ](?= )")
-_CROSSING = re.compile(f"[^{SPACE}]{SPACE}")
+_SPACED = re.compile(r" *[^ ]+")
+_SPACED_OR_LETTERS = re.compile(r" *(?:[^\W\d_]+|(?:[^\w ]|[\d_])+)")
+_ACROSS_SPACES = re.compile(f"[^{SPACE}]{SPACE}")
+_ACROSS_LETTERS = re.compile(rf"[^\W\d_][\W\d_]|(?:[^\w{SPACE}]|[\d_])[^\W\d_]")
 _MATCHED = (PieceType.NORMAL, PieceType.USER_DEFINED, PieceType.UNUSED)
 _SLAB_CHARS = 1 << 17  # words of one slab are in memory together
 _MAX_KNOWN_CHARS = 1 << 21  # of the words remembered: about 350,000 English words in 70 MB
@@ -30,28 +32,37 @@ _SKIPPED_SLABS = 15  # then one is tried by words again
 EncodeAll = Callable[[list[str]], list[NDArray[np.int32]]]
 
 
-def can_go_by_words(model: ModelDescription) -> bool:
-    """Whether `WordEncoder` gives exactly the ids of whole texts: the pieces and settings prove it."""
-    return (
-        model.algorithm == Algorithm.BPE
-        and not model.charsmap
-        and not model.remove_extra_whitespaces
-        and model.escape_whitespaces
-        and not model.treat_whitespace_as_suffix
-        and not any(p.type in _MATCHED and _CROSSING.search(p.text) for p in model.pieces)
+def word_pattern(model: ModelDescription) -> re.Pattern[str] | None:
+    """What a word is, such that words by themselves get exactly the ids that they have in a whole text.
+
+    None where the model's pieces and settings do not prove it.
+    """
+    matched = [piece.text for piece in model.pieces if piece.type in _MATCHED]
+    if (
+        model.algorithm != Algorithm.BPE
+        or model.charsmap
+        or model.remove_extra_whitespaces
+        or not model.escape_whitespaces
+        or model.treat_whitespace_as_suffix
+        or any(map(_ACROSS_SPACES.search, matched))
         # A run of unknown characters becomes one id; a known space or byte pieces end the run at a cut.
-        and (model.byte_fallback or any(p.type is PieceType.NORMAL and p.text == SPACE for p in model.pieces))
-    )
+        or not (model.byte_fallback or SPACE in matched)
+    ):
+        return None
+    if model.byte_fallback and not model.add_dummy_prefix and not any(map(_ACROSS_LETTERS.search, matched)):
+        return _SPACED_OR_LETTERS  # punctuation apart: fewer different words, above all in code
+    return _SPACED
 
 
 class WordEncoder:
-    """Encodes texts word by word and remembers words.
+    """Encodes texts word by word and remembers words, which are what `pattern` matches.
 
     `encode_all` is sentencepiece's own; with `dummy_prefix` it puts a space before each text it is given.
     """
 
-    def __init__(self, encode_all: EncodeAll, *, dummy_prefix: bool) -> None:
+    def __init__(self, encode_all: EncodeAll, pattern: re.Pattern[str], *, dummy_prefix: bool) -> None:
         self._encode_all = encode_all
+        self._pattern = pattern
         self._dummy_prefix = dummy_prefix
         self._known: dict[str, bytes] = {}
         self._known_chars = 0
@@ -71,7 +82,8 @@ class WordEncoder:
         return np.frombuffer(b"".join(slabs), dtype=np.int32)
 
     def _encode_slab(self, slab: str, *, is_first: bool) -> bytes:
-        words: list[str] = _WORD.findall(slab)
+        words: list[str] = self._pattern.findall(slab)
+        words[-1] += " " * (len(slab) - len(slab.rstrip(" ")))
         if self._chars_to_skip > 0:
             self._chars_to_skip -= len(slab)
             chunks = ["".join(words[i : i + _CHUNK_WORDS]) for i in range(0, len(words), _CHUNK_WORDS)]

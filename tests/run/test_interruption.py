@@ -7,16 +7,11 @@ from typing import Any
 
 import pytest
 from distributed import run_ranks
-from small_runs import events, logged, make_text_data, pretraining, run, run_until_power_cut
+from small_runs import events, logged, pretraining, run, run_until_power_cut
 
 from distft.checkpoint.store import find_checkpoint
 from distft.errors import DistftError
 from distft.topology import Topology
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

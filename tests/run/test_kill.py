@@ -10,16 +10,11 @@ from typing import Any
 
 import pytest
 from distributed import RanksError, run_ranks, start_ranks
-from small_runs import events, logged, make_text_data, pretraining, run
+from small_runs import events, logged, pretraining, run
 
 from distft.topology import Topology
 
 NUM_STEPS = 16
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

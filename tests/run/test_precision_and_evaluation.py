@@ -4,23 +4,11 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
-from small_runs import fine_tuning, logged, make_text_data, pretraining, run, run_until_power_cut
+from small_runs import fine_tuning, logged, pretraining, run, run_until_power_cut
 
 from distft.checkpoint.store import find_checkpoint
 from distft.run.pretrained import evaluate_checkpoint, generate_text
 from distft.topology import Topology
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("pretrained")
-    run(Topology(), pretraining(data, run_dir))
-    return run_dir
 
 
 @pytest.fixture(scope="module")

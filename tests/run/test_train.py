@@ -7,25 +7,13 @@ from typing import Any
 
 import pytest
 from distributed import run_ranks
-from small_runs import events, fine_tuning, logged, make_text_data, pretraining, run
+from small_runs import events, fine_tuning, logged, pretraining, run
 
 from distft.checkpoint.store import find_checkpoint
 from distft.config import load_yaml, parse
 from distft.errors import ConfigError, DataError, DistftError, Preempted, TrainingError
 from distft.run.config import RunConfig
 from distft.topology import Topology
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("pretrained")
-    run(Topology(), pretraining(data, run_dir))
-    return run_dir
 
 
 def test_a_run_learns_and_leaves_its_record(pretrained: Path) -> None:
