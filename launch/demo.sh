@@ -8,7 +8,7 @@ DEMO=runs/demo
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=""  # the same demo everywhere
 
 step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-say() { printf '\033[2m$ %s\033[0m\n' "$*"; "$@"; }
+say() { printf "\033[2m$ %s\033[0m\n" "$*" >&2; "$@"; }
 
 began=$SECONDS
 rm -rf "$DEMO"
@@ -37,4 +37,4 @@ say distft evaluate $DEMO/finetune validation.type=labelled validation.path=$DEM
   > $DEMO/test.json
 
 step "7. Results"
-python launch/demo_results.py $DEMO $((SECONDS - began))
+python tools/demo_results.py $DEMO $((SECONDS - began))

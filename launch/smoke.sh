@@ -74,10 +74,11 @@ for launcher in "${launchers[@]}"; do
   echo $((SECONDS - began)) >"runs/$launcher/seconds"
 done
 
-"$python" - "$ranks" "${launchers[@]}" <<'END'
+"$python" - "$device" "$ranks" "${launchers[@]}" <<'END'
 import json, pathlib, sys
 
-ranks, *launchers = sys.argv[1:]
+device, ranks, *launchers = sys.argv[1:]
+limit = 1e-5 if device == "cpu" else 1e-3
 curves = {}
 print(f"{'launcher':<10} {'ranks':>5} {'last loss':>10} {'difference':>10} {'seconds':>7}")
 for launcher in launchers:
@@ -89,6 +90,6 @@ for launcher in launchers:
     num_ranks = 1 if launcher == "plain" else ranks
     seconds = (run / "seconds").read_text().strip()
     print(f"{launcher:<10} {num_ranks:>5} {curve[-1]:>10.6f} {difference:>10.1e} {seconds:>7}")
-    if difference > 1e-4:
+    if difference > limit:
         sys.exit(f"The losses under {launcher} are not those under {launchers[0]}.")
 END

@@ -12,9 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from distft.data.batch import IGNORE_INDEX
 
-_CPU_SLICE_ELEMENTS = (
-    2**22
-)  # 16 MiB of fp32: smaller slices pack the weight more often; from 32 on, malloc maps anew
+# 16 MiB of fp32 logits: smaller slices pack the weight more often; from 32 MiB on, malloc maps memory anew.
+_CPU_SLICE_ELEMENTS = 2**22
 _GPU_SLICE_ELEMENTS = 2**27  # 512 MiB: large products, yet little beside the 20 GiB of 40k x 128k logits
 
 

@@ -2,8 +2,9 @@
 
 Where no piece has a space behind another character, no merge crosses the place before a run of spaces, and
 the merges on its two sides do not see each other. So a text may be cut there, and a word that was met before
-need not be encoded again. The same holds between letters and other characters, where no piece joins them. Unigram models are not treated so: their search is local too, but sentencepiece
-adds scores in float32 along the whole text, and over a long one the rounding decides between near-equal cuts.
+need not be encoded again. The same holds between letters and other characters, where no piece joins them.
+Unigram models are not treated so: their search is local too, but sentencepiece adds scores in float32 along
+the whole text, and over a long one the rounding decides between near-equal cuts.
 """
 
 import re
@@ -82,8 +83,9 @@ class WordEncoder:
         return np.frombuffer(b"".join(slabs), dtype=np.int32)
 
     def _encode_slab(self, slab: str, *, is_first: bool) -> bytes:
-        words: list[str] = self._pattern.findall(slab)
-        words[-1] += " " * (len(slab) - len(slab.rstrip(" ")))
+        body = slab.rstrip(" ")  # the pattern would try the spaces at the end once for each of them
+        words: list[str] = self._pattern.findall(body)
+        words[-1] += slab[len(body) :]
         if self._chars_to_skip > 0:
             self._chars_to_skip -= len(slab)
             chunks = ["".join(words[i : i + _CHUNK_WORDS]) for i in range(0, len(words), _CHUNK_WORDS)]

@@ -62,6 +62,7 @@ any_text = st.lists(
     st.one_of(
         st.sampled_from([*NASTY, *SPECIAL, "the", "return", " self", "    "]),
         st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+        st.integers(0, len(TEXT)).map(lambda start: TEXT[start : start + 20]),
     ),
     max_size=30,
 ).map("".join)
@@ -100,6 +101,14 @@ FOREIGN: dict[str, dict[str, Any]] = {
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
         "add_dummy_prefix": False,
+    },
+    "letters and punctuation in one piece": {
+        "split_by_unicode_script": False,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "allow_whitespace_only_pieces": True,
     },
     "no byte fallback": {
         "normalization_rule_name": "identity",
@@ -188,6 +197,7 @@ def test_words_are_cut_apart_only_where_no_piece_can_join_them(
     by_spaces = ["  if", " x1", " ==", "  caf\u00e9.b:"]
     assert cuts == {
         "as Llama's": by_spaces,  # each word is given a space by sentencepiece: none may begin without
+        "letters and punctuation in one piece": by_spaces,
         "no byte fallback": by_spaces,  # unknown characters side by side are one id
         "bpe": ["  if", " x", "1", " ==", "  caf\u00e9", ".", "b", ":"],
     }
