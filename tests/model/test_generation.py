@@ -36,7 +36,7 @@ def uncached_greedy(model: Transformer, prompt: list[int], max_new_tokens: int, 
     while len(ids) < min(len(prompt) + max_new_tokens, MAX_SEQ_LEN) and (
         ids[-1] != eos_id or len(ids) == len(prompt)
     ):
-        ids.append(int(model(torch.tensor([ids]))[0, -1, :VOCAB_SIZE].argmax()))
+        ids.append(int(model(torch.tensor([ids]))[0, -1, :VOCAB_SIZE].float().argmax()))
     return ids[len(prompt) :]
 
 
@@ -51,7 +51,7 @@ PROMPTS = st.lists(
 def test_greedy_rows_of_any_lengths_equal_each_row_alone_without_a_cache(
     prompts: list[list[int]], positions: str, max_new_tokens: int
 ) -> None:
-    model = model_with(positions=positions)
+    model = model_with(positions=positions).double()  # near ties are then all but impossible
     written = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=0, eos_id=2)
     assert written == [uncached_greedy(model, prompt, max_new_tokens, 2) for prompt in prompts]
 
@@ -60,7 +60,7 @@ def test_greedy_rows_of_any_lengths_equal_each_row_alone_without_a_cache(
 @given(prompts=PROMPTS.filter(lambda rows: max(map(len, rows)) < MAX_SEQ_LEN - 3))
 @torch.no_grad()
 def test_cached_logits_equal_uncached_ones(prompts: list[list[int]]) -> None:
-    model = model_with(qk_norm=True)
+    model = model_with(qk_norm=True, init_std=0.2)  # logits of about 1
     decoder = Decoder(model, prompts, 3)
     rows = [list(prompt) for prompt in prompts]
     logits = decoder.read_prompts()

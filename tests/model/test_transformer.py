@@ -176,7 +176,7 @@ def test_a_packed_document_is_computed_as_if_it_were_alone(
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_flex_attention_equals_the_masked_kernel(attention: Any) -> None:
     cuts = [90, 3, 50]
-    sizes = SIZES | {"max_seq_len": 150, "d_model": 64, "num_kv_heads": 2}
+    sizes = SIZES | {"max_seq_len": 150, "d_model": 64, "num_kv_heads": 2, "init_std": 0.1}
     ids = random_ids(1, sum(cuts)).expand(2, -1)
     documents, restarting = packed(cuts)
     documents = torch.cat([documents, documents // 2])
