@@ -44,7 +44,7 @@ SHAPES = {
         d_model=256,
         num_layers=6,
         num_heads=8,
-        d_ff=688,
+        d_ff=704,
         tie_embeddings=True,
     ),
     "110M": ModelConfig(
@@ -100,6 +100,8 @@ def make_batches(setup_model: ModelConfig, rows: int, seq_len: int, device: torc
 def distft_step(setup: Setup, zero_stage: int | None) -> Step:
     """A training step of ours; `zero_stage` None is the local engine."""
     module = build_module(setup.model, LanguageModelHead())
+    if setup.compile:
+        module.compile_blocks()
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     optim = AdamWConfig()
     groups = parameter_groups(shapes, set(shapes), optim, {})

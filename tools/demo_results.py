@@ -36,8 +36,8 @@ def rows(demo: Path) -> Iterator[tuple[str, str, str]]:
     held_out = pretrain[-1]
     yield (
         "pretraining",
-        f"2 ranks, ZeRO 2: loss {losses[min(losses)]:.2f} at step {min(losses)}, {losses[max(losses)]:.2f} at "
-        f"step {max(losses)}; held-out {held_out['validation/loss']:.2f} "
+        f"2 ranks, ZeRO 2: loss {losses[min(losses)]:.2f} at step {min(losses)}, "
+        f"{losses[max(losses)]:.2f} at step {max(losses)}; held-out {held_out['validation/loss']:.2f} "
         f"({held_out['validation/bits_per_byte']:.2f} bits a byte)",
         f"{demo}/pretrain",
     )
@@ -53,14 +53,16 @@ def rows(demo: Path) -> Iterator[tuple[str, str, str]]:
     num_trainable = sum(numels[name] for name, parameter in parameters.items() if parameter["trainable"])
     yield (
         "fine-tuning",
-        f"{num_trainable:,} of {sum(numels.values()):,} parameters learned; loss {_metrics(demo / 'finetune')[-1]['loss']:.2f}",
+        f"{num_trainable:,} of {sum(numels.values()):,} parameters learned; "
+        f"loss {_metrics(demo / 'finetune')[-1]['loss']:.2f}",
         f"{demo}/finetune",
     )
     task, test = _json(demo / "task" / "task.json"), _json(demo / "test.json")
+    areas = task["areas"]
     yield (
         "classifier",
-        f"accuracy {test['accuracy']:.1%}, macro-F1 {test['macro_f1']:.1%} on {task['num_test']:,} functions from "
-        f"{len(task['areas'])} areas; always the largest area: {max(task['areas'].values()) / sum(task['areas'].values()):.1%}",
+        f"accuracy {test['accuracy']:.1%}, macro-F1 {test['macro_f1']:.1%} on {task['num_test']:,} functions "
+        f"from {len(areas)} areas; always the largest area: {max(areas.values()) / sum(areas.values()):.1%}",
         f"{demo}/test.json",
     )
     yield "sample", (demo / "sample.txt").read_text(encoding="utf-8").strip(), f"{demo}/sample.txt"

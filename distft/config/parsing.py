@@ -38,7 +38,8 @@ def parse(annotation: Any, raw: Any, *, where: str = "") -> Any:
     try:
         return TypeAdapter(annotation).validate_json(text, strict=True)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        # A default that hangs on a faulty size cannot be found; the size itself is told already.
+        details = [d for d in error.errors(include_url=False) if d["type"] != "default_factory_not_called"]
     faults = [_fault(annotation, data, detail, prefix) for detail in details]
     raise ConfigError("\n".join(_lines(faults)))
 

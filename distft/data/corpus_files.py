@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
 import zstandard
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 
+from distft import storage
 from distft.errors import DataError
 
 DocumentUnit = Literal["file", "line", "blank_line"]
@@ -79,6 +77,9 @@ def find_files(patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> list[Sou
 
 
 def _match(pattern: str, suffixes: tuple[str, ...]) -> list[SourceFile]:
+    from fsspec.core import url_to_fs  # 0.1 s that a process which only reads does without
+    from fsspec.implementations.local import LocalFileSystem
+
     filesystem, path = url_to_fs(pattern)
     if filesystem.isfile(path):
         matches = {path: filesystem.info(path)}
@@ -136,7 +137,7 @@ def place_to_cut(data: bytes | bytearray, start: int, unit: DocumentUnit) -> int
 def read_range(file: SourceFile, start: int, stop: int, unit: DocumentUnit, span: tuple[int, int]) -> Block:
     """The bytes of nominal range [start, stop) of an uncompressed file, of which `span` is read in all."""
     try:
-        with fsspec.open(file.url, "rb") as opened:
+        with storage.open_read(file.url) as opened:
             begin, end, first, last = (
                 _settle(opened, nominal, file.size, unit) for nominal in (start, stop, *span)
             )
@@ -189,7 +190,7 @@ def read_compressed(file: SourceFile, block_bytes: int, unit: DocumentUnit) -> I
 def _decompressed(file: SourceFile) -> Iterator[tuple[bytes, int]]:
     """(data, compressed bytes read so far). Raises `DataError` for damage and for a file that is cut off."""
     try:
-        with fsspec.open(file.url, "rb") as opened:
+        with storage.open_read(file.url) as opened:
             # One frame after the other by hand: twice as quick as the gzip module, and the stream reader of
             # zstandard takes a file that is cut off for a whole one.
             frame = None

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
+from distft import storage
 from distft.data.corpus_files import SourceFile
 from distft.data.corpus_parts import CorpusPart, Document
 from distft.errors import DataError
@@ -27,7 +26,7 @@ class RowGroupPart:
         """Rows with text; null and empty ones are passed over."""
         row = self.first_row
         try:
-            with fsspec.open(self.url, "rb") as opened:
+            with storage.open_read(self.url) as opened:
                 batches = _open(opened).iter_batches(
                     _ROWS_AT_ONCE, row_groups=[self.row_group], columns=[self.text_column]
                 )
@@ -44,7 +43,7 @@ def parquet_parts(files: list[SourceFile], text_column: str) -> Iterator[CorpusP
     """The row groups of all files in order. Raises `DataError` for a column that is missing or not text."""
     for file in files:
         try:
-            with fsspec.open(file.url, "rb") as opened:
+            with storage.open_read(file.url) as opened:
                 parquet = _open(opened)
                 schema, groups = parquet.schema_arrow, parquet.metadata
                 _check_column(file.url, schema, text_column)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, Protocol
 
-import fsspec
-
+from distft import storage
 from distft.data.corpus_files import BLANK_LINES, Block, DocumentUnit, SourceFile, read_range
 from distft.errors import DataError
 
@@ -231,7 +230,7 @@ def _line_number(block: Block, position: int) -> int:
     within = block.data.count(b"\n", 0, position)
     if block.first_line is not None:
         return block.first_line + within
-    with fsspec.open(block.url, "rb") as opened:
+    with storage.open_read(block.url) as opened:
         left, count = block.offset, 1
         while left > 0 and (data := opened.read(min(left, 1 << 20))):
             left -= len(data)

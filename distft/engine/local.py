@@ -61,7 +61,6 @@ class LocalEngine:
             eps=optim.eps,
             fused=True,
         )
-        self._forward = torch.compile(module) if settings.compile else module
 
     def _master(self, name: str) -> Tensor:
         param = self._params[name]
@@ -82,7 +81,7 @@ class LocalEngine:
         return master
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
     def micro_step(self, *, is_last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()

@@ -58,8 +58,6 @@ class ZeroEngine:
             zero_layout.allocate_sliced(module, config, device, dtype)
         else:
             allocate(module, device, dtype)
-        if settings.compile:
-            module.compile()
         self._params = dict(module.named_parameters())
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory statistics, whatever the log level
             self._engine, *_ = deepspeed.initialize(

@@ -62,6 +62,8 @@ def build_engine(
     )
     for name, param in module.named_parameters():
         param.requires_grad_(name in inputs.trainable)
+    if config.engine.compile:
+        module.compile_blocks()
     groups = groups_for(inputs, source)
     engine: Engine
     if isinstance(config.engine, LocalConfig):

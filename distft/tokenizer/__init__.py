@@ -1,6 +1,21 @@
-"""Tokenizers: train, import, encode and decode. The only importer of sentencepiece."""
+"""Tokenizers: train, import, encode and decode. The only importer of sentencepiece.
+
+Training brings settings classes along, which processes that only encode do without.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from distft.tokenizer.tokenizer import Tokenizer, import_tokenizer
-from distft.tokenizer.train import TokenizerTrainConfig, train_tokenizer
+
+if TYPE_CHECKING:
+    from distft.tokenizer.train import TokenizerTrainConfig, train_tokenizer
 
 __all__ = ["Tokenizer", "TokenizerTrainConfig", "import_tokenizer", "train_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from distft.tokenizer import train
+
+    return getattr(train, name)

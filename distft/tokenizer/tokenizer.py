@@ -1,15 +1,14 @@
 """Text to token ids and back, by a sentencepiece model."""
 
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from distft import storage
 from distft.errors import DataError
 from distft.tokenizer.proto import ModelDescription, PieceType, describe
 from distft.tokenizer.words import SPACE, WordEncoder, word_pattern
@@ -49,9 +48,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a `.model` file: a path, or a URL that fsspec knows. Raises `DataError` naming it."""
         try:
-            with fsspec.open(str(path), "rb") as file:
-                model = file.read()
-        except (OSError, ValueError, ImportError) as error:
+            model = storage.read_bytes(path)
+        except OSError as error:
             raise DataError(
                 f"tokenizer {path} cannot be read: {error}. Train one with `distft tokenizer train`, or "
                 "bring a sentencepiece .model in with `distft tokenizer import`."
@@ -77,16 +75,9 @@ class Tokenizer:
         return self._model
 
     def save(self, path: str | Path) -> None:
-        """Write the model to a local file, whole or not at all. Raises `DataError` where that fails."""
-        target = Path(path)
-        draft = target.with_name(f"{target.name}.tmp")
+        """Write the model to a path or URL, whole or not at all. Raises `DataError` where that fails."""
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
-                file.write(self._model)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
+            storage.commit_bytes(path, self._model)
         except OSError as error:
             raise DataError(f"tokenizer cannot be written to {path}: {error}.") from error
 
