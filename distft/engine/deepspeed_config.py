@@ -73,7 +73,7 @@ def deepspeed_config(settings: ZeroConfig, plan: BatchPlan, *, max_grad_norm: fl
         "reduce_bucket_size": settings.reduce_bucket_size,
         "allgather_bucket_size": settings.reduce_bucket_size,
         "overlap_comm": settings.overlap_comm,
-        # Staging buffers pay for themselves when gradients cross ranks; on one rank they are copies for nothing.
+        # Staging buffers pay for themselves where gradients cross ranks; on one rank they are mere copies.
         "contiguous_gradients": plan.dp_world_size > 1,
         "reduce_scatter": plan.dp_world_size > 1,
         **settings.deepspeed.get("zero_optimization", {}),

@@ -153,7 +153,7 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """Let torch.compile make each block's kernels, at its first use.
 
-        Block by block, since the whole model would unroll the slices of the cross entropy: as fast a step, and
+        Block by block, as the whole model would unroll the slices of the cross entropy: as fast a step, and
         2-12 s of compiling instead of 20 (6.9M parameters, 6 layers, one core).
         """
         for block in self.blocks:

@@ -1,7 +1,7 @@
 """From a corpus to token shards.
 
-Its workers import this package for `worker` alone, so the rest waits until it is asked for: a worker starts in
-half the time.
+Its workers import this package for `worker` alone, so the rest waits until it is asked for: a worker starts
+in half the time.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -348,8 +348,8 @@ def test_an_output_beyond_the_local_disk_is_refused(rows: str, models: dict[str,
         TokenizeConfig(corpus=JsonlCorpus(paths=(rows,)), tokenizer=models["bpe"], output="s3://bucket/a")
 
 
-def test_the_workers_do_without_torch() -> None:
-    heavy = ("torch", "pyarrow", "ray")
+def test_the_workers_start_without_what_they_do_not_need() -> None:
+    heavy = ("torch", "pyarrow", "ray", "pydantic", "fsspec")
     code = f"import sys, distft.prepare.worker; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
