@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Does every launcher train here, and to the same losses? launch/smoke.sh [plain|torchrun|deepspeed|ray]...
+# Does every launcher train here, and to the same losses?
+#
+# launch/smoke.sh [plain|torchrun|deepspeed|ray]...
 #
 # Makes a tiny corpus of Python's own library, a tokenizer and shards in a temporary directory, trains the same
 # few steps under each launcher (all four unless named), and prints a table. Fails where a launcher fails, or
