@@ -92,11 +92,13 @@ def together(collectives: Collectives, error_type: type[DistftError]) -> Iterato
     The error that is raised names each rank that failed and why. Only foreseen failures take part in the
     vote: any other exception leaves the rank at once, and its peers by their time-out.
     """
-    failure: Exception | None = None
+    failure: DistftError | None = None
     try:
         yield
-    except (DistftError, OSError) as error:
+    except DistftError as error:
         failure = error
+    except OSError as error:
+        failure = error_type(f"{error.strerror or error}: {error.filename}.")
     answers = collectives.all_gather(None if failure is None else str(failure))
     if failure is not None and (collectives.world_size == 1 or isinstance(failure, error_type)):
         raise failure

@@ -65,7 +65,7 @@ def find_files(patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> list[Sou
         filled = [file for file in matches if file.size]
         if not matches:
             faults.append(
-                f"corpus path {pattern} is no file, and no directory or glob with a file that ends in "
+                f"corpus path {pattern} does not exist, or is a directory or glob with no file that ends in "
                 f"{', '.join(suffixes)} (or these with .gz or .zst)."
             )
         elif not filled:

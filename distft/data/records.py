@@ -128,7 +128,8 @@ def _parse_json(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | 
         except UnicodeDecodeError as error:
             yield number, _not_utf8(error)
         except (ValueError, RecursionError) as error:
-            yield number, f"is not JSON: {error}."
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            yield number, f"is not JSON: {reason}. Mend or remove the line."
         else:
             yield number, row if isinstance(row, dict) else "is JSON, but no object with named columns."
 

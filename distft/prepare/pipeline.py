@@ -24,6 +24,10 @@ TRAIN, VALIDATION = "train", "validation"
 TOKENIZER = "tokenizer.model"
 
 
+class EmptySideError(DataError):
+    """The corpus gives training or validation no document at all."""
+
+
 class TokenizeConfig(Settings):
     """What is tokenized, and how it is laid on disk."""
 
@@ -86,7 +90,7 @@ def tokenize(
     if record.identity != identity:
         raise ConfigError(
             f"output={output} holds unfinished shards of other work: another corpus, tokenizer or setting. "
-            "Finish that with its own settings, choose another output, or overwrite it."
+            "Finish that with its own settings, choose another output, or remove it with --overwrite."
         )
     layout = ShardLayout(
         vocab_size=tokenizer.vocab_size,
@@ -97,7 +101,11 @@ def tokenize(
         pad_id=tokenizer.pad_id,
     )
     tokenizer.save(recipe.tokenizer_path)
-    _write(config, recipe, layout, record, on_progress)
+    try:
+        _write(config, recipe, layout, record, on_progress)
+    except EmptySideError:
+        _remove(output)  # going on would come to the same, and other settings would find it in their way
+        raise
     return _open_committed(output, sides, identity)
 
 
@@ -129,7 +137,7 @@ def _write(
                     on_progress(_progress(record, total))
         for side, writer in writers.items():
             if writer.state.num_tokens == 0:
-                raise DataError(_nothing_for(side, config))
+                raise EmptySideError(_nothing_for(side, config))
         for side in reversed(sides):
             writers[side].commit({"identity": record.identity})
     finally:
@@ -186,7 +194,7 @@ def _open_committed(output: Path, sides: list[str], identity: dict[str, Any]) ->
     if committed != sides or any(shards.extra.get("identity") != identity for shards in opened):
         raise ConfigError(
             f"output={output} holds token shards of other work: another corpus, tokenizer or setting. "
-            "Choose another output, or overwrite it."
+            "Choose another output, or remove it with --overwrite."
         )
     return TokenizeResult(opened[0], opened[1] if len(opened) > 1 else None)
 
@@ -206,7 +214,7 @@ def _nothing_for(side: str, config: TokenizeConfig) -> str:
     if side == VALIDATION or config.holdout:
         return (
             f"holdout={config.holdout} left no document for {side}: the corpus has too few documents. "
-            "Change holdout, or cut the text into more documents (documents: line or blank_line)."
+            "Change --holdout, or cut the text into more documents: --documents line or blank_line."
         )
     return "the corpus has no text: every document is empty."
 

@@ -33,5 +33,9 @@ def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
         f"{plan.micro_batch_size}"
     )
     epochs = num_steps * plan.global_batch_size / inputs.train.num_sequences
-    flops = training_flops_per_token(inputs.model, plan.seq_len) * plan.global_batch_tokens * num_steps
+    flops = (
+        training_flops_per_token(inputs.model, plan.seq_len, inputs.head)
+        * plan.global_batch_tokens
+        * num_steps
+    )
     yield f"length      {num_steps:,} steps, {epochs:.2f} epochs, {flops:.2e} FLOPs"

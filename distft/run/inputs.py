@@ -1,7 +1,9 @@
 """Everything that a run reads before it touches a device: tokenizer, data, the model's shape, what learns."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -13,7 +15,7 @@ from distft.data.dataset import DataContext
 from distft.data.feed import Feed
 from distft.data.settings import DataConfig
 from distft.data.tokens import TokensConfig
-from distft.errors import ConfigError
+from distft.errors import CheckpointError, ConfigError, DataError
 from distft.model.config import ModelConfig
 from distft.model.head import Head
 from distft.model.initialisation import initial_fragment
@@ -45,7 +47,8 @@ class Inputs:
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Read and check; raises `ConfigError`, `DataError` or `CheckpointError` before any device is used."""
-    init_from = None if config.init_from is None else find_checkpoint(config.init_from)
+    check_writable(config.run_dir)
+    init_from = _checkpoint_to_start_from(config)
     tokenizer = Tokenizer.load(tokenizer_path(config.tokenizer, config.data, init_from))
     shape = config.model
     if shape is None:
@@ -88,6 +91,27 @@ def read_inputs(config: RunConfig) -> Inputs:
     )
 
 
+def check_writable(run_dir: str) -> None:
+    """Refuse a run_dir that cannot be made or written to; makes nothing yet."""
+    path = Path(run_dir).absolute()
+    above = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not above.is_dir():
+        raise ConfigError(
+            f"run_dir={run_dir} cannot be a directory: {above} is a file. Choose another run_dir."
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {above} does not allow it. Choose another.")
+
+
+def _checkpoint_to_start_from(config: RunConfig) -> Checkpoint | None:
+    if config.init_from is None:
+        return None
+    try:
+        return find_checkpoint(config.init_from)
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from: {error}") from None
+
+
 def data_context(
     tokenizer: Tokenizer, model: ModelConfig, seq_len: int, label_names: tuple[str, ...] | None = None
 ) -> DataContext:
@@ -113,6 +137,11 @@ def tokenizer_path(given: str | None, data: DataConfig, init_from: Checkpoint | 
         candidates.append(storage.join(init_from.path, TOKENIZER_FILE))
     if isinstance(data, TokensConfig):
         shards = data.sources[0].path
+        if not storage.exists(shards):
+            raise DataError(
+                f"data.sources.0.path={shards} does not exist: name a directory that `distft tokenize` made, "
+                "such as its output's train/."
+            )
         candidates += [storage.join(shards, TOKENIZER_FILE), storage.join(shards, "..", TOKENIZER_FILE)]
     for candidate in candidates:
         if storage.exists(candidate):

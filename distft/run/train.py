@@ -130,14 +130,29 @@ class _Run:
                     resume_step=None if resumed is None else resumed.step,
                 )
         for complaint in complaints:
-            self._trackers.event("damaged_checkpoint", complaint=complaint)
+            self._trackers.event("damaged_checkpoint", reason=complaint)
         self._trackers.event(
             "start" if resumed is None else "resume",
             step=0 if resumed is None else resumed.step,
             world_size=self._collectives.world_size,
             engine=self._config.engine.type,
             device=str(self._device),
+            **self._origin(resumed),
         )
+
+    def _origin(self, resumed: Checkpoint | None) -> dict[str, Any]:
+        """For the record: where weights come from, and which settings are others than at the save."""
+        if resumed is None:
+            start = self._inputs.init_from
+            return {} if start is None else {"init_from": start.path}
+        before, now = resumed.manifest.config, redact(self._config.model_dump(mode="json"))
+        changed = sorted(
+            f"{section}.{key}"
+            for section in ("optim", "train", "engine", "batch")
+            for key in {*before.get(section, {}), *now[section]}
+            if before.get(section, {}).get(key) != now[section].get(key)
+        )
+        return {"changed": ", ".join(changed)} if changed else {}
 
     def _train_from(self, progress: Progress, resumed: Checkpoint | None) -> Progress:
         config, inputs = self._config, self._inputs
@@ -175,7 +190,9 @@ class _Run:
     def _throughput(self) -> Throughput:
         dtype = DTYPES[self._config.engine.param_dtype]
         return Throughput(
-            flops_per_token=training_flops_per_token(self._inputs.model, self._plan.seq_len),
+            flops_per_token=training_flops_per_token(
+                self._inputs.model, self._plan.seq_len, self._inputs.head
+            ),
             peak_flops_per_s=peak_flops_per_s(self._device, dtype),
             world_size=self._collectives.world_size,
         )

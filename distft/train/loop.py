@@ -34,7 +34,9 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.max_steps is None) == (self.num_epochs is None):
-            raise ValueError("give one of max_steps and num_epochs")
+            raise ValueError(
+                "give one of max_steps and num_epochs; to take one that the file gives away: num_epochs=null"
+            )
         return self
 
     def total_steps(self, *, num_sequences: int, global_batch_size: int) -> int:

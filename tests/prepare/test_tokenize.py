@@ -149,6 +149,8 @@ def test_a_holdout_that_leaves_a_side_empty_is_told(models: dict[str, str], tmp_
     with pytest.raises(DataError, match=r"holdout=0\.5 left no document for (train|validation)"):
         tokenize(settings("", models["bpe"], tmp_path / "out", corpus=corpus, holdout=0.5))
     assert not list((tmp_path / "out").rglob(MANIFEST))
+    # What was tried leaves nothing that would stand in the way of better settings.
+    assert tokenize(settings("", models["bpe"], tmp_path / "out", corpus=corpus)).train.num_documents == 1
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "char"])

@@ -35,7 +35,7 @@ def test_the_newest_checkpoint_is_damaged_and_the_one_before_serves(data: Path, 
     run(Topology(), raw)
     assert logged(tmp_path / "broken") == logged(tmp_path / "straight")
     (damage,) = (event for event in events(tmp_path / "broken") if event["kind"] == "damaged_checkpoint")
-    assert "rank_00000.safetensors is damaged" in damage["complaint"]
+    assert "rank_00000.safetensors is damaged" in damage["reason"]
 
 
 def _fill_the_disk(topology: Topology, raw: dict[str, Any], full_rank: int) -> str:

@@ -144,6 +144,28 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_dir_that_cannot_be_one_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("taken")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="file is a file. Choose another run_dir"):
+            run(Topology(), pretraining(data, run_dir))
+    with pytest.raises(ConfigError, match="No such file or directory: /proc/nowhere"):
+        run(Topology(), pretraining(data, Path("/proc/nowhere/run")))
+
+
+def test_data_that_is_not_there_is_named_before_its_tokenizer(data: Path, tmp_path: Path) -> None:
+    raw = pretraining(data, tmp_path, data={"type": "tokens", "sources": [{"path": str(tmp_path / "no")}]})
+    with pytest.raises(DataError, match=r"data.sources.0.path=.*no does not exist"):
+        run(Topology(), raw)
+
+
+def test_a_resume_records_which_settings_are_others(data: Path, tmp_path: Path) -> None:
+    run(Topology(), pretraining(data, tmp_path, train={"max_steps": 4, "log_every_steps": 1}))
+    run(Topology(), pretraining(data, tmp_path, train={"max_steps": 6, "log_every_steps": 1}))
+    (resume,) = (event for event in events(tmp_path) if event["kind"] == "resume")
+    assert resume["changed"] == "train.max_steps"
+
+
 def test_more_ranks_than_sequences_are_refused_with_the_sizes_that_fit(data: Path, tmp_path: Path) -> None:
     raw = pretraining(data, tmp_path, engine={"type": "zero"})
     with pytest.raises(ConfigError, match="at most 8 ranks"):
