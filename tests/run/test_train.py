@@ -147,7 +147,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 def test_a_run_dir_that_cannot_be_one_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("taken")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match="file is a file. Choose another run_dir"):
+        with pytest.raises(ConfigError, match=r"file is a file\. Choose another run_dir"):
             run(Topology(), pretraining(data, run_dir))
     with pytest.raises(ConfigError, match="No such file or directory: /proc/nowhere"):
         run(Topology(), pretraining(data, Path("/proc/nowhere/run")))
