@@ -10,6 +10,9 @@ DistftError
 └── LaunchError        workers could not be placed, started, or kept alive
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DistftError(Exception):
     """Base class: catch this to catch every failure distft foresees."""
@@ -51,3 +54,26 @@ class Preempted(DistftError):
 
 class LaunchError(DistftError):
     """Workers could not be placed, started, or kept alive."""
+
+
+class Mistakes:
+    """Gathers the user's mistakes of steps that do not need each other, so that all are told at once."""
+
+    def __init__(self) -> None:
+        self._found: list[DistftError] = []
+
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        """A mistake of the user's within the block ends the block, and is kept; anything else goes on up."""
+        try:
+            yield
+        except DistftError as error:
+            if error.exit_code != ConfigError.exit_code:
+                raise
+            self._found.append(error)
+
+    def raise_if_any(self) -> None:
+        """Raise what was found: one error, of the kind of the first, that says each thing once."""
+        if self._found:
+            said = dict.fromkeys(str(error) for error in self._found)
+            raise type(self._found[0])("\n".join(said)) from self._found[0]

@@ -18,7 +18,7 @@ from distft.errors import DataError
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_MAX_FAULTS = 10  # told of one file; the rest is counted
+_MAX_FAULTS = 10  # kinds told of one file, and lines of one kind; the rest is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,26 @@ class Faults:
     """Gathers what is wrong with a file, so that one error can say all of it."""
 
     path: str
-    lines: list[str] = field(default_factory=list)
+    rows: dict[str, list[int]] = field(default_factory=dict)  # lines in the file by what is wrong there
+    num_rows: int = 0
 
     def add(self, line: int, what: str) -> None:
-        self.lines.append(f"{self.path}:{line}: {what}")
+        self.rows.setdefault(what, []).append(line)
+        self.num_rows += 1
 
     def raise_if_any(self) -> None:
-        """Raise `DataError` with the first of the faults and the number of the others."""
-        if self.lines:
-            told = self.lines[:_MAX_FAULTS]
-            if len(self.lines) > _MAX_FAULTS:
-                told.append(f"... and {len(self.lines) - _MAX_FAULTS:,} more in {self.path}.")
+        """Raise `DataError` with the first of the faults, each once, and the number of the others."""
+        if self.rows:
+            told = [self._told(what, lines) for what, lines in list(self.rows.items())[:_MAX_FAULTS]]
+            if num_others := sum(len(lines) for lines in list(self.rows.values())[_MAX_FAULTS:]):
+                told.append(f"... and {num_others:,} more in {self.path}.")
             raise DataError("\n".join(told))
+
+    def _told(self, what: str, lines: list[int]) -> str:
+        more = lines[1:_MAX_FAULTS]
+        rest = f" and {len(lines) - _MAX_FAULTS:,} more" if len(lines) > _MAX_FAULTS else ""
+        also = f" (Lines {', '.join(map(str, more))}{rest} too.)" if more else ""
+        return f"{self.path}:{lines[0]}: {what}{also}"
 
 
 def read_records(
@@ -65,7 +73,7 @@ def read_records(
     records: list[Record] = []
     try:
         for line, row in rows:
-            if max_rows is not None and len(records) + len(faults.lines) >= max_rows:
+            if max_rows is not None and len(records) + faults.num_rows >= max_rows:
                 break
             if isinstance(row, str):
                 faults.add(line, row)

@@ -19,5 +19,16 @@ def no_match(setting: str, pattern: str, names: Sequence[str]) -> str:
     near = list(kinds.values())[:3] or list(names[:3])
     return (
         f"{setting}: pattern {pattern!r} matches none of the {len(names)} parameters; "
-        f"near it are {', '.join(map(repr, near)) or 'no names at all'}."
+        f"near it are {', '.join(map(repr, near)) or 'no names at all'}{_numbers(pattern, names)}."
     )
+
+
+def _numbers(pattern: str, names: Sequence[str]) -> str:
+    """The numbers that the names have where `pattern` has one that no name has."""
+    number = re.search(r"\d+", pattern)
+    if number is None:
+        return ""
+    before, after = pattern[: number.start()], pattern[number.end() :]
+    known = sorted({int(digits) for name in names for digits in re.findall(r"\d+", name)})
+    found = [n for n in known if matching(f"{before}{n}{after}", names)]
+    return f"; there are {before}{found[0]} to {before}{found[-1]}" if found else ""

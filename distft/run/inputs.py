@@ -15,7 +15,7 @@ from distft.data.dataset import DataContext
 from distft.data.feed import Feed
 from distft.data.settings import DataConfig
 from distft.data.tokens import TokensConfig
-from distft.errors import CheckpointError, ConfigError, DataError
+from distft.errors import CheckpointError, ConfigError, DataError, Mistakes
 from distft.model.config import ModelConfig
 from distft.model.head import Head
 from distft.model.initialisation import initial_fragment
@@ -26,6 +26,7 @@ from distft.run.config import RunConfig
 from distft.tokenizer import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.model"
+_ANY_TWO_LABELS = ("a", "b")  # stand in for those of data that could not be read, to check the rest
 _HEAD_PREFIXES = ("classifier.", "lm_head.")  # what an `init_from` may lack: a new task has a new head
 
 
@@ -46,37 +47,43 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Read and check; raises `ConfigError`, `DataError` or `CheckpointError` before any device is used."""
-    check_writable(config.run_dir)
-    init_from = _checkpoint_to_start_from(config)
-    tokenizer = Tokenizer.load(tokenizer_path(config.tokenizer, config.data, init_from))
-    shape = config.model
-    if shape is None:
-        assert init_from is not None  # or the configuration would not have passed
-        shape = ModelConfig.model_validate(init_from.manifest.config["model"])
-    shape = shape.for_vocabulary(tokenizer.vocab_size)
-    if config.batch.seq_len > shape.max_seq_len:
-        raise ConfigError(
-            f"batch.seq_len={config.batch.seq_len} is more than model.max_seq_len={shape.max_seq_len}."
-        )
+    """Read and check; raises `ConfigError`, `DataError` or `CheckpointError` before any device is used.
+
+    One error has every mistake that can be seen: a step whose input failed is left out.
+    """
+    mistakes = Mistakes()
+    with mistakes.gather():
+        check_writable(config.run_dir)
+    init_from = None
+    with mistakes.gather():
+        init_from = _checkpoint_to_start_from(config)
+    tokenizer = None
+    with mistakes.gather():
+        tokenizer = Tokenizer.load(tokenizer_path(config.tokenizer, config.data, init_from))
+    if tokenizer is None or (config.init_from is not None and init_from is None):
+        mistakes.raise_if_any()
+    assert tokenizer is not None
+    shape = _model_shape(config, init_from, tokenizer)
+    with mistakes.gather():
+        _check_seq_len(config, shape)
     context = data_context(tokenizer, shape, config.batch.seq_len)
-    train = config.data.build(context)
-    label_names = train.label_names
+    train = None
+    with mistakes.gather():
+        train = config.data.build(context)
+    label_names = None if train is None else train.label_names
     validation = None
-    if config.validation is not None:
-        validation = config.validation.build_in_order(replace(context, label_names=label_names))
-    head = config.objective.head(label_names)
-    shapes = parameter_shapes(shape, head)
-    trainable = select_trainable(shapes, config.trainable)
-    parameter_groups(shapes, trainable, config.optim, {})  # for its complaints
-    if init_from is not None:
-        inherited = {n: s for n, s in shapes.items() if not n.startswith(new_head(init_from, label_names))}
-        check_fits(init_from, inherited, may_lack=_HEAD_PREFIXES)
-    config.optim.schedule.check(
-        config.train.total_steps(
-            num_sequences=train.num_sequences, global_batch_size=config.batch.global_batch_size
-        )
-    )
+    with mistakes.gather():
+        if config.validation is not None:
+            validation = config.validation.build_in_order(replace(context, label_names=label_names))
+    with mistakes.gather():
+        head = config.objective.head(label_names if train is not None else _ANY_TWO_LABELS)
+        shapes = parameter_shapes(shape, head)
+        trainable = _check_parameters(config, shapes, init_from, label_names)
+    if train is not None:
+        with mistakes.gather():
+            _check_schedule(config, train)
+    mistakes.raise_if_any()
+    assert train is not None
     return Inputs(
         config=config.model_copy(update={"model": shape}),
         tokenizer=tokenizer,
@@ -88,6 +95,51 @@ def read_inputs(config: RunConfig) -> Inputs:
         shapes=shapes,
         trainable=trainable,
         init_from=init_from,
+    )
+
+
+def _model_shape(config: RunConfig, init_from: Checkpoint | None, tokenizer: Tokenizer) -> ModelConfig:
+    shape = config.model
+    if shape is None:
+        assert init_from is not None  # or the configuration would not have passed
+        shape = ModelConfig.model_validate(init_from.manifest.config["model"])
+    return shape.for_vocabulary(tokenizer.vocab_size)
+
+
+def _check_seq_len(config: RunConfig, shape: ModelConfig) -> None:
+    if config.batch.seq_len > shape.max_seq_len:
+        raise ConfigError(
+            f"batch.seq_len={config.batch.seq_len} is more than model.max_seq_len={shape.max_seq_len}."
+        )
+
+
+def _check_parameters(
+    config: RunConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    init_from: Checkpoint | None,
+    label_names: tuple[str, ...] | None,
+) -> set[str]:
+    """What learns; refuses patterns that match nothing, and weights that do not fit."""
+    mistakes = Mistakes()
+    trainable: set[str] = set()
+    with mistakes.gather():
+        trainable = select_trainable(shapes, config.trainable)
+        parameter_groups(shapes, trainable, config.optim, {})  # for its complaints
+    if init_from is not None:
+        with mistakes.gather():
+            inherited = {
+                n: s for n, s in shapes.items() if not n.startswith(new_head(init_from, label_names))
+            }
+            check_fits(init_from, inherited, may_lack=_HEAD_PREFIXES)
+    mistakes.raise_if_any()
+    return trainable
+
+
+def _check_schedule(config: RunConfig, train: Feed) -> None:
+    config.optim.schedule.check(
+        config.train.total_steps(
+            num_sequences=train.num_sequences, global_batch_size=config.batch.global_batch_size
+        )
     )
 
 

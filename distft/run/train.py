@@ -22,9 +22,10 @@ from distft.engine.interface import DTYPES, Engine
 from distft.errors import ConfigError, Preempted
 from distft.model.counts import training_flops_per_token
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
+from distft.run.check import read_checked
 from distft.run.config import RunConfig, check_resumable
-from distft.run.engines import build_engine, check_engine, choose_device, join_ranks
-from distft.run.inputs import TOKENIZER_FILE, Inputs, read_inputs, state_source
+from distft.run.engines import build_engine, choose_device, join_ranks
+from distft.run.inputs import TOKENIZER_FILE, Inputs, state_source
 from distft.topology import BatchPlan, Topology
 from distft.tracker import Trackers, build_trackers
 from distft.train.evaluation import evaluate
@@ -49,11 +50,9 @@ def run_training(config: RunConfig, topology: Topology) -> Outcome:
     Every fault of configuration and data is raised before a device is used. Raises `Preempted` after a
     SIGTERM, once the state is saved.
     """
-    check_engine(config, topology)
-    plan = BatchPlan(dp_world_size=topology.world_size, **config.batch.model_dump())
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    inputs = read_inputs(config)
+    plan, inputs = read_checked(config, topology)
     device = choose_device(config, topology)
     collectives = join_ranks(config, topology, device)
     try:

@@ -35,7 +35,8 @@ class ConsoleTracker:
         self._every_s = every_s
         self._clock = clock
         self._bar: tuple[Progress, TaskID] | None = None
-        self._began = (clock(), 0)  # when, and at which step
+        self._began = clock()
+        self._pace: tuple[float, int] | None = None  # when, and at which step; later than the slow start
         self._printed_at = float("-inf")
         self._unprinted = ""
 
@@ -52,7 +53,7 @@ class ConsoleTracker:
         *,
         resume_step: int | None = None,
     ) -> None:
-        self._began = (self._clock(), resume_step or 0)
+        self._began = self._clock()
         if self._console.is_terminal:
             bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -67,7 +68,7 @@ class ConsoleTracker:
     def log(self, metrics: Metrics, *, step: int) -> None:
         numbers = {name: plain_number(value) for name, value in metrics.items()}
         if "loss" not in numbers:
-            shown = " | ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in numbers.items())
+            shown = " | ".join(f"{name} {number(value)}" for name, value in numbers.items())
             self._print(f"step {step}/{self._max_steps} | {shown}")
             return
         self._unprinted = f"step {step}/{self._max_steps} | {self._line(numbers, step)}"
@@ -88,17 +89,18 @@ class ConsoleTracker:
             self._bar[0].stop()
             self._bar = None
         self._print_step()
-        self._print(f"{status} after {duration(self._clock() - self._began[0])}")
+        self._print(f"{status} after {duration(self._clock() - self._began)}")
 
     def _line(self, numbers: dict[str, float | int], step: int) -> str:
         return " | ".join(piece for piece in (step_line(numbers), self._time_left(step)) if piece)
 
     def _time_left(self, step: int) -> str:
-        since, first_step = self._began
-        done = step - first_step
-        if done <= 0 or step >= self._max_steps:
+        """From the pace since the first step that was told: compiling, which comes before it, is left out."""
+        now = self._clock()
+        since, first_step = self._pace = self._pace or (now, step)
+        if step <= first_step or step >= self._max_steps:
             return ""
-        return f"{duration((self._clock() - since) / done * (self._max_steps - step))} left"
+        return f"{duration((now - since) / (step - first_step) * (self._max_steps - step))} left"
 
     def _print_step(self) -> None:
         if self._unprinted:

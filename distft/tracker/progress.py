@@ -45,7 +45,8 @@ def progress(
         try:
             yield plain
         except BaseException:
-            plain.close("stopped")
+            if plain.has_begun:
+                plain.close("stopped")
             raise
         plain.close("done")
         return
@@ -100,6 +101,11 @@ class _PlainProgress:
         self._lock = threading.Lock()
         self._done = 0.0
         self._began = self._printed_at = clock()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any unit is done: a failure before the first needs no line but its own."""
+        return self._done > 0
 
     def advance(self, count: float = 1) -> None:
         with self._lock:

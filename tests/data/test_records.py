@@ -114,9 +114,15 @@ def test_every_bad_line_is_named_in_one_error(tmp_path: Path) -> None:
 
 
 def test_a_thousand_bad_lines_do_not_fill_the_screen(tmp_path: Path) -> None:
-    message = error_of(tmp_path / "rows.jsonl", b"nothing\n" * 1000)
-    assert len(message.splitlines()) == 11
-    assert "990 more" in message
+    same = error_of(tmp_path / "rows.jsonl", b'{"body": "a", "label": "b"}\n' * 1000)
+    assert len(same.splitlines()) == 1
+    assert "rows.jsonl:1: has no column 'text'" in same
+    assert "(Lines 2, 3, 4, 5, 6, 7, 8, 9, 10 and 990 more too.)" in same
+    different = error_of(
+        tmp_path / "rows.jsonl", b"".join(b'{"text": %d, "label": "b"}\n' % i for i in range(1000))
+    )
+    assert len(different.splitlines()) == 11
+    assert "... and 990 more in" in different
 
 
 def test_bad_csv_rows_are_named_by_their_lines(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_patterns_that_match_nothing_are_all_named_with_names_that_are_near() ->
     assert "'classifier.weight'" in first
     assert "'blocks.12.q.weight'" in second
     assert ".q.weight', 'blocks." in second
+    assert second.endswith("; there are blocks.0 to blocks.11.")
 
 
 def test_no_patterns_at_all_leave_nothing_to_train() -> None:

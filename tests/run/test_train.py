@@ -182,6 +182,32 @@ def test_faults_of_a_configuration_come_all_at_once(data: Path, tmp_path: Path) 
     assert "seq_len=99 is more than model.max_seq_len=24" in str(caught.value)
 
 
+def test_mistakes_in_what_a_configuration_names_come_all_at_once(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("taken")
+    labelled = {"type": "labelled", "path": str(data / "train.jsonl")}
+    raw = pretraining(
+        data,
+        tmp_path / "file",
+        tokenizer=str(data / "tokenizer.model"),
+        data={**labelled, "text": "body"},
+        validation={**labelled, "label": "class"},
+        objective={"type": "classification"},
+        trainable=["blocks.9.*"],
+    )
+    with pytest.raises(ConfigError) as caught:
+        run(Topology(world_size=9), raw)
+    for told in (
+        "local is one process",
+        "at most 8 ranks",
+        "Choose another run_dir",
+        "has no column 'body'",
+        "has no column 'class'",
+        "'blocks.9.*' matches none",
+    ):
+        assert str(caught.value).count(told) == 1, told
+    assert len(str(caught.value).splitlines()) == 6
+
+
 def test_many_steps_without_finite_gradients_end_the_run_and_keep_the_last_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

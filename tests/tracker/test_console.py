@@ -36,10 +36,12 @@ def plain() -> tuple[ConsoleTracker, io.StringIO, Clock]:
 def test_a_plain_line_tells_step_loss_speed_and_time_left() -> None:
     tracker, out, clock = plain()
     tracker.start("run", {}, Path())
-    clock.now += 3
+    clock.now += 100
+    tracker.log(METRICS, step=1)
+    clock.now += 39
     tracker.log(METRICS, step=40)
-    assert out.getvalue() == (
-        "step 40/200 | loss 3.2145 | lr 3.0e-04 | grad norm 1.02 | 12,345 tok/s | 1.2 s/step | 00:12 left\n"
+    assert out.getvalue().splitlines(keepends=True)[-1] == (
+        "step 40/200 | loss 3.2145 | lr 3.0e-04 | grad norm 1.02 | 12,345 tok/s | 1.2 s/step | 02:40 left\n"
     )
 
 
@@ -66,11 +68,14 @@ def test_the_last_step_of_a_run_cut_short_is_shown() -> None:
     ]
 
 
-def test_time_left_counts_from_the_resumed_step() -> None:
+def test_time_left_counts_from_the_first_step_that_is_told() -> None:
     tracker, out, clock = plain()
     tracker.start("run", {}, Path(), resume_step=100)
+    clock.now += 50  # loading, compiling
+    tracker.log({"loss": 1.0}, step=101)
+    assert "left" not in out.getvalue()
     clock.now += 10
-    tracker.log({"loss": 1.0}, step=150)
+    tracker.log({"loss": 1.0}, step=151)
     assert out.getvalue().endswith("00:10 left\n")
 
 
@@ -80,7 +85,7 @@ def test_evaluations_and_events_have_their_own_lines() -> None:
     tracker.log({"valid_loss": 3.21454, "perplexity": 24.9, "num_target_tokens": 12345}, step=40)
     tracker.event("checkpoint_saved", step=1000, path="runs/[a]/x", seconds=0.5)
     assert out.getvalue().splitlines() == [
-        "step 40/200 | valid loss 3.2145 | perplexity 24.9 | num target tokens 12,345",
+        "step 40/200 | valid_loss 3.2145 | perplexity 24.9 | num_target_tokens 12,345",
         "checkpoint saved | step 1,000 | path runs/[a]/x | seconds 0.5",
     ]
 
@@ -113,7 +118,9 @@ def test_a_narrow_terminal_still_shows_the_bar_the_loss_and_the_time_left() -> N
     console = Console(file=out, force_terminal=True, width=80, legacy_windows=False)
     tracker = ConsoleTracker(100_000, console=console, clock=clock)
     tracker.start("run", {}, Path())
-    clock.now += 4000
+    clock.now += 30
+    tracker.log(METRICS, step=1)
+    clock.now += 3999.9
     tracker.log(METRICS, step=40_000)
     tracker.finish("completed")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())

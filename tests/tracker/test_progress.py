@@ -60,6 +60,13 @@ def test_work_that_fails_is_said_to_have_stopped() -> None:
     assert out.getvalue() == "reading: 3 files stopped in 00:00\n"
 
 
+def test_work_that_fails_before_it_begins_has_no_line() -> None:
+    out = io.StringIO()
+    with pytest.raises(RuntimeError), progress(10, "reading", "files", console=Console(file=out)):
+        raise RuntimeError
+    assert out.getvalue() == ""
+
+
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_no_count_of_any_thread_is_lost(is_terminal: bool) -> None:
     out = io.StringIO()
