@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError
 
 from distft.config import Settings
 from distft.errors import CheckpointError
+from distft.storage import checksum_of_bytes
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -16,7 +17,7 @@ class StateRecord(Settings):
     """One state of one parameter, over all files."""
 
     dtype: str  # torch's name without the prefix: float32, bfloat16
-    fingerprint: str  # 16 hexadecimal digits; see `fragments.fingerprint`
+    fingerprint: str | None = None  # 16 hexadecimal digits, see `fragments`; None: a foreign format has none
 
 
 class ParameterRecord(Settings):
@@ -26,6 +27,14 @@ class ParameterRecord(Settings):
     trainable: bool
     updates: int = Field(ge=0)  # optimizer updates that it has had; AdamW's bias correction counts them
     states: dict[str, StateRecord]
+    is_buffer: bool = False  # of the module's state, but nothing that an optimizer could train
+
+
+class GroupRecord(Settings):
+    """Parameters that one optimizer treats alike, and how: a DeepSpeed or torch parameter group."""
+
+    parameters: tuple[str, ...]  # in the group's order
+    settings: dict[str, Any]  # lr, betas, eps, weight_decay ...: plain numbers
 
 
 class FileRecord(Settings):
@@ -35,6 +44,14 @@ class FileRecord(Settings):
     num_bytes: int
     checksum: str
     intervals: dict[str, tuple[int, int]]  # parameter -> elements [start, stop), of each of its states
+
+
+class ProbeRecord(Settings):
+    """The loss on a few fixed sequences, which whoever loads the checkpoint must find again."""
+
+    loss: float
+    num_sequences: int  # the first ones of the training data
+    param_dtype: str
 
 
 class TokenizerRecord(Settings):
@@ -67,10 +84,15 @@ class Manifest(Settings):
     tokenizer: TokenizerRecord | None = None
     written_by: dict[str, Any]  # engine, world size, versions
     parameters: dict[str, ParameterRecord]
+    tied: dict[str, str] = Field({})  # further names of parameters: name -> the name that they are kept under
+    groups: list[GroupRecord] = Field([])  # of trainable parameters; empty: as config's optim sorts them
+    probe: ProbeRecord | None = None
     files: list[FileRecord]
 
     def to_bytes(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), indent=1).encode()
+        """JSON that ends in a checksum of the rest."""
+        raw = self.model_dump(mode="json")
+        return _json({**raw, "checksum": checksum_of_bytes(_json(raw))})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
@@ -87,8 +109,18 @@ class Manifest(Settings):
                 f"{where} has format_version={version!r}; this distft reads up to {FORMAT_VERSION}: "
                 "upgrade distft, or choose another checkpoint."
             )
+        checksum = raw.pop("checksum", None)
+        if checksum != checksum_of_bytes(_json(raw)):
+            raise CheckpointError(
+                f"{where} is damaged: it does not have the checksum {checksum} that it was written with; "
+                "use another checkpoint."
+            )
         try:
-            return cls.model_validate_json(data)
+            return cls.model_validate_json(_json(raw))
         except ValidationError as error:
             faults = "\n".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise CheckpointError(f"{where} is not a distft checkpoint's manifest:\n{faults}") from None
+
+
+def _json(raw: dict[str, Any]) -> bytes:
+    return json.dumps(raw, indent=1).encode()

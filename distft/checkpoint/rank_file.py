@@ -13,9 +13,20 @@ from torch import Tensor
 
 from distft.checkpoint.fragments import Fragment
 from distft.errors import CheckpointError, StorageError
-from distft.storage import ChecksumWriter, open_write, read_range
+from distft.storage import ChecksumWriter, open_write, read_into, read_range
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 1 << 30
@@ -91,7 +102,14 @@ def _places(raw: Mapping[str, Mapping[str, Any]], data_offset: int) -> list[tupl
 
 def read_values(path: str, place: Place, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of the parameter from a file that has them at `place`; reads no other bytes."""
-    size = place.dtype.itemsize
-    begin = place.offset + (start - place.start) * size
-    data = read_range(path, begin, begin + (stop - start) * size)
-    return torch.frombuffer(bytearray(data), dtype=place.dtype)
+    begin = place.offset + (start - place.start) * place.dtype.itemsize
+    return read_elements(path, begin, place.dtype, stop - start)
+
+
+def read_elements(path: str, offset: int, dtype: torch.dtype, numel: int) -> Tensor:
+    """`numel` elements that lie at byte `offset` of a file: 1-D, in memory of their own."""
+    values = torch.empty(numel, dtype=dtype)
+    if numel:
+        raw: Any = values.view(torch.uint8).numpy()
+        read_into(path, offset, memoryview(raw))
+    return values

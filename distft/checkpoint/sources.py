@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.manifest import Manifest
 from distft.errors import CheckpointError
+
+_READ_NUMEL = 1 << 22  # elements held beside the ones that they are copied to
 
 
 class StateSource(Protocol):
@@ -24,6 +27,20 @@ class StateSource(Protocol):
 
     def updates(self, parameter: str) -> int:
         """How many optimizer updates the parameter has had here."""
+
+
+class CheckpointSource(StateSource, Protocol):
+    """A checkpoint on disk, in whatever format: what the tools of `distft checkpoint` work on.
+
+    Nothing is loaded until `read` asks for it, and no more than that: a reader's memory is what it returns.
+    """
+
+    path: str
+    format: str  # distft, deepspeed, universal, huggingface
+    manifest: Manifest  # ours, or what a foreign format tells of the same; without files there
+
+    def faults(self) -> list[str]:
+        """What is wrong with its files, as far as the format can tell: every byte of them is read."""
 
 
 class InitialSource:
@@ -102,12 +119,13 @@ class FirstOf:
 
 def read_state(source: StateSource, parameter: str, state: str, out: Tensor, start: int) -> None:
     """Fill the 1-D tensor `out` with elements from `start` on; zeros where a moment does not exist yet."""
-    stop = start + out.numel()
     if not out.numel():
         return
     with torch.no_grad():
         if source.has(parameter, state):
-            out.copy_(source.read(parameter, state, start, stop))
+            for piece in torch.split(out, _READ_NUMEL):
+                piece.copy_(source.read(parameter, state, start, start + piece.numel()))
+                start += piece.numel()
         elif state == WEIGHT:
             raise CheckpointError(f"No source has the weight of {parameter!r}.")
         else:

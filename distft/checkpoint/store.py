@@ -57,7 +57,9 @@ class ParameterInfo:
 
 
 class Checkpoint:
-    """A committed checkpoint: its manifest, and its state by name and interval (a `StateSource`)."""
+    """A committed checkpoint of ours: its manifest, and its state by name and interval."""
+
+    format = "distft"
 
     def __init__(self, path: str, manifest: Manifest) -> None:
         self.path = path
@@ -117,10 +119,10 @@ class Checkpoint:
             raise CheckpointError(f"{path} has no {state} of {parameter!r}, which its manifest promises.")
         return read_values(path, place, piece.start, piece.stop)
 
-    def faults(self, numbers: Sequence[int]) -> list[str]:
-        """What is wrong with the files of these numbers: absent, of another size, or with other bytes."""
+    def faults(self, numbers: Sequence[int] | None = None) -> list[str]:
+        """What is wrong with the files of these numbers, or all: absent, of another size or other bytes."""
         found = []
-        for number in numbers:
+        for number in range(len(self.manifest.files)) if numbers is None else numbers:
             record = self.manifest.files[number]
             try:
                 storage.verify(self.file_path(number), checksum=record.checksum, num_bytes=record.num_bytes)

@@ -26,7 +26,7 @@ class Storage(Protocol):
 
     def open_read(self, path: str) -> BinaryIO: ...
     def open_write(self, path: str, *, durable: bool) -> AbstractContextManager[Writer]: ...
-    def read_range(self, path: str, start: int, stop: int) -> bytes: ...
+    def read_into(self, path: str, start: int, out: memoryview) -> int: ...
     def read_view(self, path: str) -> memoryview: ...
     def list_names(self, path: str) -> list[str]: ...
     def exists(self, path: str) -> bool: ...
@@ -73,15 +73,23 @@ def read_bytes(path: AnyPath) -> bytes:
         return file.read()
 
 
-def read_range(path: AnyPath, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file. Raises `StorageError` where it is shorter, and `FileNotFoundError`."""
+def read_into(path: AnyPath, start: int, out: memoryview) -> None:
+    """Fill `out`, writable bytes, from byte `start` of a file on.
+
+    Raises `StorageError` where the file is shorter, and `FileNotFoundError`.
+    """
     storage, name = _find(path)
-    data = storage.read_range(name, start, stop)
-    if len(data) != max(stop - start, 0):
+    if storage.read_into(name, start, out) != len(out):
         raise StorageError(
-            f"{path} is cut short: bytes {start:,} to {stop:,} are wanted, it has {size(path):,}."
+            f"{path} is cut short: bytes {start:,} to {start + len(out):,} are wanted, it has {size(path):,}."
         )
-    return data
+
+
+def read_range(path: AnyPath, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file. Raises as `read_into` does."""
+    out = bytearray(max(stop - start, 0))
+    read_into(path, start, memoryview(out))
+    return bytes(out)
 
 
 def read_view(path: AnyPath) -> memoryview:

@@ -91,17 +91,16 @@ class LocalStorage:
         with LocalWriter(Path(path), durable=durable) as writer:
             yield writer
 
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
+    def read_into(self, path: str, start: int, out: memoryview) -> int:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            chunks = []
-            while start < stop:
-                chunk = os.pread(descriptor, stop - start, start)
-                if not chunk:
+            num_read = 0
+            while num_read < len(out):
+                count = os.preadv(descriptor, [out[num_read:]], start + num_read)
+                if not count:
                     break
-                chunks.append(chunk)
-                start += len(chunk)
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+                num_read += count
+            return num_read
         finally:
             os.close(descriptor)
 

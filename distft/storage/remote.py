@@ -94,8 +94,12 @@ class RemoteStorage:
         else:
             self._filesystem.put_file(writer.name, writer.path)
 
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        return bytes(self._filesystem.cat_file(path, start=start, end=stop)) if start < stop else b""
+    def read_into(self, path: str, start: int, out: memoryview) -> int:
+        if not len(out):
+            return 0
+        data = self._filesystem.cat_file(path, start=start, end=start + len(out))
+        out[: len(data)] = data
+        return len(data)
 
     def read_view(self, path: str) -> memoryview:
         return memoryview(self._filesystem.cat_file(path))
