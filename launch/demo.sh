@@ -22,7 +22,7 @@ say torchrun --nproc-per-node 2 -m distft train configs/demo_pretrain.yaml
 
 step "3. The middle of that run again, from its checkpoint of two ranks, on one rank without DeepSpeed"
 mkdir -p $DEMO/one_rank/checkpoints
-say cp -r $DEMO/pretrain/checkpoints/step_00000120 $DEMO/one_rank/checkpoints/
+say cp -r $DEMO/pretrain/checkpoints/step_00000064 $DEMO/one_rank/checkpoints/
 say distft train configs/demo_pretrain.yaml run_dir=$DEMO/one_rank 'engine={type: local}'
 
 step "4. A sample of what it writes"

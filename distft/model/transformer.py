@@ -95,9 +95,9 @@ class Transformer(nn.Module):
         self.config = config
         self.head = head if head is not None else LanguageModelHead()
         self.activation_checkpointing = False  # recompute each block in the backward pass
-        self.embed = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.embed = _embedding(config.padded_vocab_size, config.d_model)
         if config.positions == "learned":
-            self.position_embed = nn.Embedding(config.max_seq_len, config.d_model)
+            self.position_embed = _embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = _norm(config)
         if isinstance(self.head, ClassificationHead):
@@ -197,3 +197,8 @@ def _pool(x_BTC: Tensor, lengths: Tensor | None, pooling: str) -> Tensor:
     is_real_BT = torch.arange(x_BTC.shape[1], device=x_BTC.device) < lengths[:, None]
     total_BC = (x_BTC * is_real_BT[..., None]).sum(dim=1)
     return total_BC / lengths.clamp_min(1)[:, None].to(x_BTC.dtype)
+
+
+def _embedding(num_rows: int, d_model: int) -> nn.Embedding:
+    """A table without torch's own draw: on the meta device that would import torch's compiler, 2 s."""
+    return nn.Embedding.from_pretrained(torch.zeros(num_rows, d_model), freeze=False)
