@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
@@ -30,6 +31,9 @@ class Collectives(Protocol):
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """The sum over ranks of a tensor that is on the rank's own device; the argument is kept."""
 
+    def twin(self) -> "Collectives":
+        """The same ranks over a channel of their own, for the small values of another thread."""
+
 
 class SingleProcess:
     """The collectives of one process: everything is what it was."""
@@ -45,6 +49,9 @@ class SingleProcess:
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return value.clone()
+
+    def twin(self) -> "SingleProcess":
+        return self
 
 
 class ProcessGroup:
@@ -63,6 +70,7 @@ class ProcessGroup:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         # A timeout given to init_process_group is not honoured by gloo; one given to new_group is.
+        self._timeout = timeout
         self._objects = dist.new_group(backend="gloo", timeout=timeout)
 
     def all_gather(self, value: T) -> list[T]:
@@ -79,6 +87,11 @@ class ProcessGroup:
         total = value.clone()
         dist.all_reduce(total)
         return total
+
+    def twin(self) -> "ProcessGroup":
+        other = copy(self)
+        other._objects = dist.new_group(backend="gloo", timeout=self._timeout)
+        return other
 
     def close(self) -> None:
         """Leave the group. Ranks need not arrive together."""

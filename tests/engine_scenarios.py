@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.manifest import Progress
 from distft.checkpoint.sources import InitialSource, StateSource
-from distft.checkpoint.store import Checkpoint, CheckpointStore, ParameterInfo, RunRecord
+from distft.checkpoint.store import CheckpointStore, Draft, ParameterInfo, RunRecord
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
 from distft.data.batch import Batch
 from distft.engine.interface import Engine
@@ -159,19 +160,29 @@ class Training:
             labels[:] = -100
         return Batch(input_ids=rows[:, :-1], labels=labels, num_target_tokens=int((labels != -100).sum()))
 
-    def save(self, root: str) -> str:
-        store = CheckpointStore(root, self.collectives)
+    def draft(self) -> Draft:
         updates = self.engine.updates()
-        return store.save(
-            Progress(step=self.step),
+        return Draft(
+            progress=Progress(step=self.step),
             fragments=list(self.engine.fragments()),
             parameters={
                 name: ParameterInfo(shape, name in self.trainable, updates.get(name, 0))
                 for name, shape in self.shapes.items()
             },
-            record=RunRecord(run_id="test", config={}, label_names=None, tokenizer=None, written_by={}),
+            record=RunRecord(
+                run_id="test",
+                config={"model": self.scenario.model.model_dump(mode="json")},
+                label_names=None,
+                tokenizer=None,
+                written_by={},
+                groups=[],
+                probe=None,
+            ),
             attachments={},
         )
+
+    def save(self, root: str) -> str:
+        return CheckpointStore(root, self.collectives).save(self.draft())
 
     def whole_state(self) -> dict[tuple[str, str], Tensor]:
         """Every state of every parameter, put together from all ranks; each element must come once."""

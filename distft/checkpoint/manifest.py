@@ -40,7 +40,8 @@ class GroupRecord(Settings):
 class FileRecord(Settings):
     """One rank's file: what it holds, and how to know that it is whole."""
 
-    name: str
+    # In the checkpoint's directory; behind ../ in another of the same store: frozen weights are written once.
+    name: str = Field(pattern=r"^(\.\./\w+/)?\w+\.safetensors$")
     num_bytes: int
     checksum: str
     intervals: dict[str, tuple[int, int]]  # parameter -> elements [start, stop), of each of its states

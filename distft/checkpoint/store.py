@@ -1,29 +1,40 @@
-"""Committed checkpoints under one directory: write, list, verify, retain."""
+"""The checkpoints of one run under one directory: write, commit, retain.
+
+Frozen weights never change, so they are written once, beside the commits, and later commits refer to them:
+
+    step_00000500/{manifest.json, rank_00000.safetensors, ...}     what learns
+    frozen_00000500/{rank_00000.safetensors, ...}                  the rest, since step 500
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from distft import storage
-from distft.checkpoint.fragments import STATES, Fragment, Interval, cover, fingerprint
+from distft.checkpoint.committed import BESIDE, STEP, Checkpoint, committed_steps, steps_in
+from distft.checkpoint.fragments import STATES, WEIGHT, Fragment, fingerprint
 from distft.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
+    GroupRecord,
     Manifest,
     ParameterRecord,
+    ProbeRecord,
     Progress,
     StateRecord,
     TokenizerRecord,
 )
-from distft.checkpoint.rank_file import Place, read_header, read_values, write_rank_file
+from distft.checkpoint.rank_file import write_rank_file
 from distft.collectives import Collectives, together
 from distft.config import Settings
-from distft.errors import CheckpointError, StorageError
+from distft.errors import CheckpointError
 
-_STEP = "step_"
+FROZEN = "frozen_"
+
+Print = tuple[str, int]  # dtype, and the fingerprint of a fragment
+PrintsByState = Mapping[tuple[str, str], Print]
 
 
 class CheckpointConfig(Settings):
@@ -34,6 +45,7 @@ class CheckpointConfig(Settings):
     keep_last: int = Field(default=2, ge=1)
     keep_every_steps: int | None = Field(default=None, ge=1)  # steps that are kept for good
     resume: bool = True  # go on from the newest good commit in the run's directory, if there is one
+    in_background: bool = True  # train on while a copy in host memory is written; needs room for that copy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +57,8 @@ class RunRecord:
     label_names: list[str] | None
     tokenizer: TokenizerRecord | None
     written_by: dict[str, Any]
+    groups: list[GroupRecord]
+    probe: ProbeRecord | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,87 +70,15 @@ class ParameterInfo:
     updates: int
 
 
-class Checkpoint:
-    """A committed checkpoint of ours: its manifest, and its state by name and interval."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """All that one commit is made of; this rank's fragments."""
 
-    format = "distft"
-
-    def __init__(self, path: str, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-        self._headers: dict[int, dict[tuple[str, str], Place]] = {}
-        self._held: dict[str, list[Interval]] = {}
-        for number, record in enumerate(manifest.files):
-            for parameter, (start, stop) in record.intervals.items():
-                self._held.setdefault(parameter, []).append(Interval(start, stop, number))
-
-    @classmethod
-    def open(cls, path: str) -> "Checkpoint":
-        """The checkpoint at `path`. Raises `CheckpointError` where none was committed."""
-        where = storage.join(path, MANIFEST)
-        try:
-            data = storage.read_bytes(where)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path} holds no {MANIFEST}, so no checkpoint was committed there; "
-                f"give a run's directory, or one of its checkpoints/{_STEP}*."
-            ) from None
-        return cls(path, Manifest.from_bytes(data, where))
-
-    @property
-    def step(self) -> int:
-        return self.manifest.progress.step
-
-    def file_path(self, number: int) -> str:
-        return storage.join(self.path, self.manifest.files[number].name)
-
-    def has(self, parameter: str, state: str) -> bool:
-        record = self.manifest.parameters.get(parameter)
-        return record is not None and state in record.states
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        record = self.manifest.parameters.get(parameter)
-        return None if record is None else record.shape
-
-    def updates(self, parameter: str) -> int:
-        record = self.manifest.parameters.get(parameter)
-        return 0 if record is None else record.updates
-
-    def read(self, parameter: str, state: str, start: int, stop: int) -> torch.Tensor:
-        try:
-            pieces = cover(start, stop, self._held.get(parameter, ()))
-        except ValueError as gap:
-            raise CheckpointError(f"{self.path} lacks element {gap} of {state} of {parameter!r}.") from None
-        values = [self._read_piece(parameter, state, piece) for piece in pieces]
-        return values[0] if len(values) == 1 else torch.cat(values)
-
-    def _read_piece(self, parameter: str, state: str, piece: Interval) -> torch.Tensor:
-        path = self.file_path(piece.holder)
-        if piece.holder not in self._headers:
-            self._headers[piece.holder] = read_header(path)
-        place = self._headers[piece.holder].get((parameter, state))
-        if place is None:
-            raise CheckpointError(f"{path} has no {state} of {parameter!r}, which its manifest promises.")
-        return read_values(path, place, piece.start, piece.stop)
-
-    def faults(self, numbers: Sequence[int] | None = None) -> list[str]:
-        """What is wrong with the files of these numbers, or all: absent, of another size or other bytes."""
-        found = []
-        for number in range(len(self.manifest.files)) if numbers is None else numbers:
-            record = self.manifest.files[number]
-            try:
-                storage.verify(self.file_path(number), checksum=record.checksum, num_bytes=record.num_bytes)
-            except StorageError as error:
-                found.append(str(error))
-        return found
-
-    def verify(self, collectives: Collectives) -> None:
-        """Check every byte, each file on one rank; fails on all ranks together, naming each damaged file."""
-        with together(collectives, CheckpointError):
-            mine = range(collectives.rank, len(self.manifest.files), collectives.world_size)
-            found = self.faults(mine)
-            if found:
-                raise CheckpointError("\n".join(found))
+    progress: Progress
+    fragments: Sequence[Fragment]
+    parameters: Mapping[str, ParameterInfo]
+    record: RunRecord
+    attachments: Mapping[str, bytes]  # further files, by name
 
 
 class CheckpointStore:
@@ -145,9 +87,13 @@ class CheckpointStore:
     def __init__(self, root: str, collectives: Collectives) -> None:
         self.root = root
         self._collectives = collectives
+        self._frozen_files: list[FileRecord] = []  # of the last commit that this process wrote or resumed
+        self._frozen_prints: dict[str, StateRecord] = {}
+        self._frozen_here: tuple[list[tuple[str, int, int]], PrintsByState] = ([], {})  # this rank's
+        self._frozen_by_step: dict[int, set[str]] = {}  # directories that a commit refers to
 
     def path(self, step: int) -> str:
-        return storage.join(self.root, f"{_STEP}{step:08d}")
+        return storage.join(self.root, f"{STEP}{step:08d}")
 
     def newest_good(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest commit that is whole, and what was wrong with each newer one."""
@@ -157,66 +103,96 @@ class CheckpointStore:
             try:
                 with together(self._collectives, CheckpointError):
                     checkpoint = Checkpoint.open(self.path(step))
+                    if checkpoint.step != step:
+                        raise CheckpointError(
+                            f"{checkpoint.path} holds the checkpoint of step {checkpoint.step}, by its "
+                            "manifest: it was put there by mistake."
+                        )
                 checkpoint.verify(self._collectives)
             except CheckpointError as error:
                 complaints.append(f"step {step}: {error}")
                 continue
+            self._remember_frozen(checkpoint.manifest)
             return checkpoint, complaints
         return None, complaints
 
-    def save(
-        self,
-        progress: Progress,
-        *,
-        fragments: Sequence[Fragment],
-        parameters: Mapping[str, ParameterInfo],
-        record: RunRecord,
-        attachments: Mapping[str, bytes],
-    ) -> str:
+    def _remember_frozen(self, manifest: Manifest) -> None:
+        """What a later commit may refer to, if it has the same frozen weights."""
+        self._frozen_files = [file for file in manifest.files if file.name.startswith(BESIDE)]
+        held = {parameter for file in self._frozen_files for parameter in file.intervals}
+        self._frozen_prints = {
+            name: manifest.parameters[name].states[WEIGHT] for name in held if name in manifest.parameters
+        }
+
+    def save(self, draft: Draft) -> str:
         """Write and commit one checkpoint; returns its path.
 
         Until the manifest is in place the former commit is the newest, whatever happens. A failure on any
         rank fails all of them.
         """
-        path, collectives = self.path(progress.step), self._collectives
+        step, collectives = draft.progress.step, self._collectives
+        path = self.path(step)
         with together(collectives, CheckpointError):
             if collectives.rank == 0:
                 # A damaged commit of this step must not count, nor what a killed writer left of it.
                 storage.remove_tree(path, first=[MANIFEST])
                 storage.make_directory(path)
+                self._frozen_by_step.pop(step, None)
+        moving = [f for f in draft.fragments if draft.parameters[f.parameter].trainable]
+        frozen = [f for f in draft.fragments if not draft.parameters[f.parameter].trainable]
+        frozen_files, frozen_prints = self._frozen(frozen, step)
         with together(collectives, CheckpointError):
-            name = f"rank_{collectives.rank:05d}.safetensors"
-            writer = write_rank_file(storage.join(path, name), fragments)
-            file = FileRecord(
-                name=name,
-                num_bytes=writer.num_bytes,
-                checksum=writer.checksum,
-                intervals={f.parameter: (f.start, f.stop) for f in fragments},
-            )
-            prints = {
-                (f.parameter, f.state): (str(f.values.dtype), fingerprint(f.values, f.start))
-                for f in fragments
-            }
+            file = self._write(storage.join(path, self._file_name), moving)
+            prints = _prints(moving)
         gathered = collectives.all_gather((file, prints))
         with together(collectives, CheckpointError):
             if collectives.rank == 0:
-                for attachment, data in attachments.items():
+                for attachment, data in draft.attachments.items():
                     storage.commit_bytes(storage.join(path, attachment), data)
-                manifest = Manifest(
-                    run_id=record.run_id,
-                    progress=progress,
-                    config=record.config,
-                    label_names=record.label_names,
-                    tokenizer=record.tokenizer,
-                    written_by=record.written_by,
-                    parameters=_parameter_records(parameters, [p for _, p in gathered]),
-                    files=[f for f, _ in gathered],
-                )
+                files = [file for file, _ in gathered] + frozen_files
+                records = _state_records([prints for _, prints in gathered])
+                for name, state_record in frozen_prints.items():
+                    records[name] = {WEIGHT: state_record}
+                manifest = _manifest(draft, files, records)
                 storage.commit_bytes(storage.join(path, MANIFEST), manifest.to_bytes())
         return path
 
+    @property
+    def _file_name(self) -> str:
+        return f"rank_{self._collectives.rank:05d}.safetensors"
+
+    def _write(self, path: str, fragments: Sequence[Fragment], name: str | None = None) -> FileRecord:
+        writer = write_rank_file(path, fragments)
+        return FileRecord(
+            name=name or self._file_name,
+            num_bytes=writer.num_bytes,
+            checksum=writer.checksum,
+            intervals={f.parameter: (f.start, f.stop) for f in fragments},
+        )
+
+    def _frozen(
+        self, fragments: Sequence[Fragment], step: int
+    ) -> tuple[list[FileRecord], dict[str, StateRecord]]:
+        """Files and records of the frozen weights: those of an earlier commit, or new ones if they differ."""
+        collectives = self._collectives
+        if not any(collectives.all_gather(bool(fragments))):
+            return [], {}
+        places = [(f.parameter, f.start, f.stop) for f in fragments]
+        if places != self._frozen_here[0]:  # they do not change, so they are looked at once
+            self._frozen_here = places, _prints(fragments)
+        gathered = collectives.all_gather(self._frozen_here[1])
+        records = {name: states[WEIGHT] for name, states in _state_records(gathered).items()}
+        if records == self._frozen_prints:
+            return self._frozen_files, records
+        directory = f"{FROZEN}{step:08d}"
+        with together(collectives, CheckpointError):
+            path = storage.join(self.root, directory, self._file_name)
+            file = self._write(path, fragments, name=f"{BESIDE}{directory}/{self._file_name}")
+        self._frozen_files, self._frozen_prints = collectives.all_gather(file), records
+        return self._frozen_files, records
+
     def retain(self, config: CheckpointConfig) -> list[int]:
-        """Delete what is not to be kept: old commits, and drafts older than the newest commit."""
+        """Delete what is not to be kept: old commits, frozen weights of none, drafts before the newest."""
         if self._collectives.rank != 0:
             return []
         steps = committed_steps(self.root)
@@ -224,10 +200,28 @@ class CheckpointStore:
         for step in gone:
             storage.remove_tree(self.path(step), first=[MANIFEST])
         newest = max(steps, default=0)
-        for step in _steps_in(self.root):
+        for step in steps_in(self.root):
             if step not in steps and step < newest:
                 storage.remove_tree(self.path(step))
+        needed = {d for step in steps if step not in gone for d in self._frozen_directories(step)}
+        for name in storage.list_names(self.root):
+            number = name.removeprefix(FROZEN)
+            if name.startswith(FROZEN) and name not in needed and number.isdecimal() and int(number) < newest:
+                storage.remove_tree(storage.join(self.root, name))
         return gone
+
+    def _frozen_directories(self, step: int) -> set[str]:
+        if step not in self._frozen_by_step:
+            try:
+                files = Checkpoint.open(self.path(step)).manifest.files
+            except CheckpointError:  # damaged: nothing can be loaded by it
+                files = []
+            self._frozen_by_step[step] = {
+                file.name.removeprefix(BESIDE).partition("/")[0]
+                for file in files
+                if file.name.startswith(BESIDE)
+            }
+        return self._frozen_by_step[step]
 
 
 def expired(steps: Sequence[int], config: CheckpointConfig) -> list[int]:
@@ -237,43 +231,44 @@ def expired(steps: Sequence[int], config: CheckpointConfig) -> list[int]:
     return [s for s in sorted(steps) if s not in last and not (grid and s % grid == 0)]
 
 
-def committed_steps(root: str) -> list[int]:
-    """Steps with a manifest, ascending; a directory without one is a draft."""
-    return [s for s in _steps_in(root) if storage.exists(storage.join(root, f"{_STEP}{s:08d}", MANIFEST))]
+def _prints(fragments: Sequence[Fragment]) -> dict[tuple[str, str], Print]:
+    return {(f.parameter, f.state): (str(f.values.dtype), fingerprint(f.values, f.start)) for f in fragments}
 
 
-def _steps_in(root: str) -> list[int]:
-    names = (name.removeprefix(_STEP) for name in storage.list_names(root) if name.startswith(_STEP))
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def find_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint that `path` means: itself, or the newest of a run or of a `checkpoints` directory."""
-    if storage.exists(storage.join(path, MANIFEST)):
-        return Checkpoint.open(path)
-    for root in (storage.join(path, "checkpoints"), path):
-        steps = committed_steps(root)
-        if steps:
-            return Checkpoint.open(storage.join(root, f"{_STEP}{steps[-1]:08d}"))
-    raise CheckpointError(
-        f"No committed checkpoint at {path} (looked for {MANIFEST}, {_STEP}*/ and checkpoints/{_STEP}*/)."
-    )
-
-
-def _parameter_records(
-    parameters: Mapping[str, ParameterInfo],
-    prints_by_rank: Sequence[Mapping[tuple[str, str], tuple[str, int]]],
-) -> dict[str, ParameterRecord]:
-    records = {}
-    for name, info in parameters.items():
-        states = {}
-        for state in STATES:
-            parts = [prints[name, state] for prints in prints_by_rank if (name, state) in prints]
-            if parts:
-                total = sum(part for _, part in parts) % (1 << 64)
-                dtype = parts[0][0].removeprefix("torch.")
-                states[state] = StateRecord(dtype=dtype, fingerprint=f"{total:016x}")
-        records[name] = ParameterRecord(
-            shape=info.shape, trainable=info.trainable, updates=info.updates, states=states
-        )
+def _state_records(prints_by_rank: Sequence[PrintsByState]) -> dict[str, dict[str, StateRecord]]:
+    """Parameter -> state -> its record, with the fingerprints of all ranks' fragments added up."""
+    totals: dict[tuple[str, str], Print] = {}
+    for prints in prints_by_rank:
+        for key, (dtype, part) in prints.items():
+            totals[key] = dtype, (totals.get(key, ("", 0))[1] + part) % (1 << 64)
+    records: dict[str, dict[str, StateRecord]] = {}
+    for (name, state), (dtype, total) in totals.items():
+        record = StateRecord(dtype=dtype.removeprefix("torch."), fingerprint=f"{total:016x}")
+        records.setdefault(name, {})[state] = record
     return records
+
+
+def _manifest(
+    draft: Draft, files: list[FileRecord], records: Mapping[str, Mapping[str, StateRecord]]
+) -> Manifest:
+    run = draft.record
+    return Manifest(
+        run_id=run.run_id,
+        progress=draft.progress,
+        config=run.config,
+        label_names=run.label_names,
+        tokenizer=run.tokenizer,
+        written_by=run.written_by,
+        groups=run.groups,
+        probe=run.probe,
+        parameters={
+            name: ParameterRecord(
+                shape=info.shape,
+                trainable=info.trainable,
+                updates=info.updates,
+                states={state: records[name][state] for state in STATES if state in records[name]},
+            )
+            for name, info in draft.parameters.items()
+        },
+        files=files,
+    )

@@ -201,4 +201,4 @@ def _pool(x_BTC: Tensor, lengths: Tensor | None, pooling: str) -> Tensor:
 
 def _embedding(num_rows: int, d_model: int) -> nn.Embedding:
     """A table without torch's own draw: on the meta device that would import torch's compiler, 2 s."""
-    return nn.Embedding.from_pretrained(torch.zeros(num_rows, d_model), freeze=False)
+    return nn.Embedding(num_rows, d_model, _weight=torch.zeros(num_rows, d_model))

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from distft import storage
+from distft.checkpoint.committed import Checkpoint, find_checkpoint
 from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
-from distft.checkpoint.store import Checkpoint, find_checkpoint
 from distft.config.keys import nearest
 from distft.data.dataset import DataContext
 from distft.data.feed import Feed

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from distft import storage
+from distft.checkpoint.committed import Checkpoint, find_checkpoint
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import read_state
-from distft.checkpoint.store import Checkpoint, find_checkpoint
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
 from distft.config import apply_overrides, parse
 from distft.data.feed import Feed

@@ -1,6 +1,5 @@
 """Train as a configuration says: on every rank, under whatever launcher."""
 
-import platform
 import secrets
 import signal
 import threading
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
-import distft
 from distft import storage
-from distft.checkpoint.manifest import Progress, TokenizerRecord
-from distft.checkpoint.store import Checkpoint, CheckpointStore, ParameterInfo, RunRecord
+from distft.checkpoint.background import Saver
+from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.manifest import Progress
+from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup, together
 from distft.config import dump_yaml, redact
 from distft.engine.interface import DTYPES, Engine
@@ -25,14 +25,17 @@ from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import read_checked
 from distft.run.config import RunConfig, check_resumable
 from distft.run.engines import build_engine, choose_device, join_ranks
-from distft.run.inputs import TOKENIZER_FILE, Inputs, state_source
+from distft.run.inputs import Inputs, state_source
+from distft.run.saving import draft
 from distft.topology import BatchPlan, Topology
 from distft.tracker import Trackers, build_trackers
 from distft.train.evaluation import evaluate
 from distft.train.loop import Callbacks, Trainer, every
+from distft.train.probe import Probe
 from distft.train.throughput import Throughput, peak_flops_per_s
 
 CONFIG_FILE = "config.yaml"
+_PROBE_SEQUENCES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +77,10 @@ class _Run:
         self._collectives = collectives
         self._device = device
         directory = self._config.checkpoint.directory or storage.join(self._config.run_dir, "checkpoints")
-        self._store = CheckpointStore(directory, collectives)
+        # The saver's thread talks to those of other ranks while this thread and the engine talk to theirs.
+        self._store = CheckpointStore(directory, collectives.twin())
+        self._saver = Saver(self._store, self._config.checkpoint)
+        self._probe = Probe(inputs.train, self._config.objective, self._config.engine.param_dtype)
         self._total_steps = self._config.train.total_steps(
             num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size
         )
@@ -158,6 +164,8 @@ class _Run:
         engine = build_engine(
             inputs, state_source(inputs, resumed), self._plan, self._collectives, self._device
         )
+        if resumed is not None:
+            self._probe.check(engine, resumed.manifest, resumed.path, self._collectives)
         with stop_on_sigterm() as is_stop_requested:
             trainer = Trainer(
                 engine=engine,
@@ -170,6 +178,8 @@ class _Run:
                 callbacks=Callbacks(
                     log=self._log,
                     save=lambda now: self._save(engine, now),
+                    has_save_failed=lambda: self._saver.has_failed,
+                    settle=self._settle,
                     evaluate=None if inputs.validation is None else lambda: self._evaluate(engine),
                     is_stop_requested=is_stop_requested,
                 ),
@@ -184,6 +194,9 @@ class _Run:
             try:
                 return trainer.run()
             finally:
+                # Whatever ended the run, the state that is being written is good.
+                self._saver.join()
+                self._tell_saved()
                 engine.close()
 
     def _throughput(self) -> Throughput:
@@ -224,38 +237,35 @@ class _Run:
         )
 
     def _save(self, engine: Engine, progress: Progress) -> None:
-        inputs = self._inputs
-        updates = engine.updates()
-        parameters = {
-            name: ParameterInfo(shape, name in inputs.trainable, updates.get(name, 0))
-            for name, shape in inputs.shapes.items()
-        }
-        self._last_checkpoint = self._store.save(
-            progress,
-            fragments=list(engine.fragments()),
-            parameters=parameters,
-            record=RunRecord(
+        probe = self._probe.measure(engine, min(_PROBE_SEQUENCES, self._plan.micro_batch_size))
+        self._saver.save(
+            draft(
+                self._inputs,
+                engine,
+                progress,
+                probe,
                 run_id=self._run_id,
-                config=dict(redact(self._config.model_dump(mode="json"))),
-                label_names=None if inputs.label_names is None else list(inputs.label_names),
-                tokenizer=TokenizerRecord(fingerprint=inputs.tokenizer.fingerprint, file=TOKENIZER_FILE),
-                written_by=self._versions(),
-            ),
-            attachments={TOKENIZER_FILE: inputs.tokenizer.to_bytes()},
+                world_size=self._collectives.world_size,
+            )
         )
-        self._trackers.event("save", step=progress.step, path=self._last_checkpoint)
-        self._store.retain(self._config.checkpoint)
+        self._tell_saved()
 
-    def _versions(self) -> dict[str, Any]:
-        return {
-            "distft": distft.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "engine": self._config.engine.type,
-            "zero_stage": getattr(self._config.engine, "zero_stage", None),
-            "param_dtype": self._config.engine.param_dtype,
-            "world_size": self._collectives.world_size,
-        }
+    def _settle(self) -> None:
+        try:
+            self._saver.wait()
+        finally:
+            self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        for saved in self._saver.collect():
+            self._last_checkpoint = saved.path
+            self._trackers.event(
+                "save",
+                step=saved.step,
+                path=saved.path,
+                stall_s=round(saved.stall_s, 3),
+                write_s=round(saved.write_s, 3),
+            )
 
 
 @contextmanager

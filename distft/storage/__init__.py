@@ -24,7 +24,7 @@ from distft.storage.files import (
     remove_tree,
     size,
 )
-from distft.storage.paths import AnyPath, is_url, join, local_path
+from distft.storage.paths import AnyPath, is_url, join, local_path, parent
 
 __all__ = [
     "AnyPath",
@@ -44,6 +44,7 @@ __all__ = [
     "make_directory",
     "open_read",
     "open_write",
+    "parent",
     "read_bytes",
     "read_into",
     "read_range",

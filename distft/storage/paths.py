@@ -42,3 +42,8 @@ def parent_and_name(path: AnyPath) -> tuple[str, str]:
     text = os.fspath(path).rstrip("/")
     parent, _, name = text.rpartition("/")
     return parent or ("/" if text.startswith("/") else "."), name
+
+
+def parent(path: AnyPath) -> str:
+    """The directory of `path`."""
+    return parent_and_name(path)[0]

@@ -52,7 +52,9 @@ class Callbacks:
     """What the loop calls at its edges; each is called on every rank."""
 
     log: Callable[[Metrics, int], None]  # metrics, step
-    save: Callable[[Progress], None]
+    save: Callable[[Progress], None]  # may go on in the background
+    has_save_failed: Callable[[], bool]
+    settle: Callable[[], None]  # wait until what was saved is committed; raises what went wrong
     evaluate: Callable[[], Metrics] | None
     is_stop_requested: Callable[[], bool]
 
@@ -132,6 +134,7 @@ class Trainer:
                     self._save()
                     last_saved = self._step
                 self._stop_if_asked(last_saved)
+        self._callbacks.settle()
         return self.progress()
 
     @property
@@ -215,12 +218,17 @@ class Trainer:
         self._throughput.restart()
 
     def _stop_if_asked(self, last_saved: int) -> None:
-        """Once in a while, since every rank must hear of a signal that one rank got."""
+        """Once in a while, since every rank must hear of a signal, or a failed save, of any rank."""
         if self._is_finished or self._step % self._config.log_every_steps:
             return
-        if any(self._collectives.all_gather(self._callbacks.is_stop_requested())):
+        is_asked, has_failed = self._callbacks.is_stop_requested(), self._callbacks.has_save_failed()
+        answers = self._collectives.all_gather((is_asked, has_failed))
+        if any(failed for _, failed in answers):
+            self._callbacks.settle()
+        if any(asked for asked, _ in answers):
             if last_saved != self._step:
                 self._save()
+            self._callbacks.settle()
             raise Preempted(f"Stopped at step {self._step} as asked; start again to go on from there.")
 
     def progress(self) -> Progress:

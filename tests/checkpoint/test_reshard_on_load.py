@@ -7,7 +7,8 @@ import torch
 from distributed import run_ranks
 from engine_scenarios import Scenario, Training, collectives_for, run_alone
 
-from distft.checkpoint.store import Checkpoint, CheckpointStore
+from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.store import CheckpointStore
 from distft.topology import Topology
 
 SAVE_STEP, NUM_STEPS = 5, 12

@@ -10,15 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from distft.checkpoint.committed import Checkpoint, committed_steps, find_checkpoint
 from distft.checkpoint.manifest import MANIFEST, Manifest
-from distft.checkpoint.store import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointStore,
-    committed_steps,
-    expired,
-    find_checkpoint,
-)
+from distft.checkpoint.store import CheckpointConfig, CheckpointStore, expired
 from distft.collectives import SingleProcess
 from distft.errors import CheckpointError
 

@@ -9,7 +9,7 @@ import pytest
 from distributed import run_ranks
 from small_runs import events, logged, pretraining, run, run_until_power_cut
 
-from distft.checkpoint.store import find_checkpoint
+from distft.checkpoint.committed import find_checkpoint
 from distft.errors import DistftError
 from distft.topology import Topology
 

@@ -6,7 +6,7 @@ import pytest
 from distributed import run_ranks
 from small_runs import fine_tuning, logged, pretraining, run, run_until_power_cut
 
-from distft.checkpoint.store import find_checkpoint
+from distft.checkpoint.committed import find_checkpoint
 from distft.run.pretrained import evaluate_checkpoint, generate_text
 from distft.topology import Topology
 

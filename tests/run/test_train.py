@@ -9,7 +9,7 @@ import pytest
 from distributed import run_ranks
 from small_runs import events, fine_tuning, logged, pretraining, run
 
-from distft.checkpoint.store import find_checkpoint
+from distft.checkpoint.committed import find_checkpoint
 from distft.config import load_yaml, parse
 from distft.errors import ConfigError, DataError, DistftError, Preempted, TrainingError
 from distft.run.config import RunConfig

@@ -1,0 +1,176 @@
+"""Saving beside training, and frozen weights that are written once."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from engine_scenarios import Scenario, Training, collectives_for, run_alone
+
+from distft.checkpoint.background import Saver
+from distft.checkpoint.committed import Checkpoint, committed_steps
+from distft.checkpoint.store import CheckpointConfig, CheckpointStore, Draft
+from distft.collectives import SingleProcess
+from distft.errors import CheckpointError
+from distft.topology import Topology
+
+PARTLY = Scenario(trainable=("blocks.1.*", "norm.weight"))
+
+
+class SlowStore(CheckpointStore):
+    """Writes when it is let."""
+
+    def __init__(self, root: str, *, fails: bool = False) -> None:
+        super().__init__(root, SingleProcess())
+        self.may_write = threading.Event()
+        self.fails = fails
+
+    def save(self, draft: Draft) -> str:
+        assert self.may_write.wait(timeout=30)
+        if self.fails:
+            raise CheckpointError("the disk is gone")
+        return super().save(draft)
+
+
+def test_what_is_written_is_the_state_at_the_save_and_not_that_of_later_steps(tmp_path: Path) -> None:
+    training = run_alone(Scenario(), 2)
+    expected = training.whole_state()
+    store = SlowStore(str(tmp_path))
+    saver = Saver(store, CheckpointConfig())
+    saver.save(training.draft())
+    training.run(4)
+    assert not committed_steps(str(tmp_path))
+    store.may_write.set()
+    saver.wait()
+    (saved,) = saver.collect()
+    checkpoint = Checkpoint.open(saved.path)
+    for (name, state), values in expected.items():
+        assert torch.equal(checkpoint.read(name, state, 0, values.numel()), values), (name, state)
+    assert saved.step == 2
+    assert checkpoint.faults() == []
+
+
+def test_only_one_save_is_under_way_and_each_is_committed(tmp_path: Path) -> None:
+    training = run_alone(Scenario(), 1)
+    saver = Saver(CheckpointStore(str(tmp_path), SingleProcess()), CheckpointConfig(keep_last=9))
+    for step in (1, 2, 3):
+        training.run(step)
+        saver.save(training.draft())
+        assert sum(thread.name == "distft-save" for thread in threading.enumerate()) <= 1
+    saver.wait()
+    assert [saved.step for saved in saver.collect()] == [1, 2, 3]
+    assert committed_steps(str(tmp_path)) == [1, 2, 3]
+
+
+def test_a_failure_of_the_writer_reaches_the_next_call_once(tmp_path: Path) -> None:
+    training = run_alone(Scenario(), 1)
+    store = SlowStore(str(tmp_path), fails=True)
+    saver = Saver(store, CheckpointConfig())
+    saver.save(training.draft())
+    store.may_write.set()
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        saver.wait()
+    saver.wait()
+    assert not saver.has_failed
+    saver.save(training.draft())
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        saver.save(training.draft())
+
+
+def test_without_the_background_a_save_is_committed_when_it_returns(tmp_path: Path) -> None:
+    training = run_alone(Scenario(), 1)
+    saver = Saver(CheckpointStore(str(tmp_path), SingleProcess()), CheckpointConfig(in_background=False))
+    saver.save(training.draft())
+    assert committed_steps(str(tmp_path)) == [1]
+    (saved,) = saver.collect()
+    assert saved.stall_s == saved.write_s > 0
+
+
+def _bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_frozen_weights_are_written_once_and_kept_as_long_as_a_commit_needs_them(tmp_path: Path) -> None:
+    training = run_alone(PARTLY, 1)
+    store = CheckpointStore(str(tmp_path), SingleProcess())
+    saver = Saver(store, CheckpointConfig(keep_last=1))
+    for step in (1, 2, 3):
+        training.run(step)
+        saver.save(training.draft())
+        saver.wait()
+    assert _names(tmp_path) == ["frozen_00000001", "step_00000003"]
+    state = training.whole_state()
+    num_frozen = sum(v.numel() for (name, _), v in state.items() if name not in training.trainable)
+    num_moving = sum(v.numel() for (name, _), v in state.items() if name in training.trainable)
+    assert _bytes(tmp_path / "frozen_00000001") == pytest.approx(4 * num_frozen, rel=0.2)
+    assert _bytes(tmp_path / "step_00000003") == pytest.approx(4 * num_moving, rel=0.2)
+    checkpoint = Checkpoint.open(store.path(3))
+    assert checkpoint.faults() == []
+    for (name, kind), values in state.items():
+        assert torch.equal(checkpoint.read(name, kind, 0, values.numel()), values), (name, kind)
+
+
+def test_a_resume_refers_to_the_frozen_weights_that_are_there(tmp_path: Path) -> None:
+    run_alone(PARTLY, 1).save(str(tmp_path))
+    resumed = Training(PARTLY, Topology(), SingleProcess(), Checkpoint.open(str(tmp_path / "step_00000001")))
+    store = CheckpointStore(str(tmp_path), SingleProcess())
+    store.newest_good()
+    resumed.run(2)
+    store.save(resumed.draft())
+    assert _names(tmp_path) == ["frozen_00000001", "step_00000001", "step_00000002"]
+
+
+def test_other_frozen_weights_are_written_anew(tmp_path: Path) -> None:
+    run_alone(PARTLY, 1).save(str(tmp_path))
+    store = CheckpointStore(str(tmp_path), SingleProcess())
+    checkpoint, _ = store.newest_good()
+    later = Training(Scenario(trainable=("blocks.0.*",)), Topology(), SingleProcess(), checkpoint)
+    later.run(2)
+    store.save(later.draft())
+    assert _names(tmp_path) == ["frozen_00000001", "frozen_00000002", "step_00000001", "step_00000002"]
+    store.retain(CheckpointConfig(keep_last=1))
+    assert _names(tmp_path) == ["frozen_00000002", "step_00000002"]
+    assert Checkpoint.open(store.path(2)).faults() == []
+
+
+def test_damage_of_frozen_weights_is_found(tmp_path: Path) -> None:
+    path = run_alone(PARTLY, 1).save(str(tmp_path))
+    file = tmp_path / "frozen_00000001" / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (fault,) = Checkpoint.open(path).faults()
+    assert "frozen_00000001/rank_00000.safetensors is damaged" in fault
+    file.unlink()
+    (fault,) = Checkpoint.open(path).faults()
+    assert "frozen_00000001/rank_00000.safetensors is missing" in fault
+
+
+def _save_in_background(topology: Topology, scenario: Scenario, root: str) -> list[float]:
+    training = Training(scenario, topology, collectives_for(scenario, topology))
+    saver = Saver(CheckpointStore(root, training.collectives.twin()), CheckpointConfig(keep_last=9))
+    losses = []
+    for step in range(1, 6):
+        losses += training.run(step)
+        saver.save(training.draft())
+    saver.wait()
+    return losses
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_save_in_the_background_while_they_train(tmp_path: Path, stage: int) -> None:
+    scenario = Scenario(stage=stage, trainable=("blocks.*", "norm.weight"))
+    run_ranks(_save_in_background, 2, scenario, str(tmp_path))
+    assert committed_steps(str(tmp_path)) == [1, 2, 3, 4, 5]
+    assert [name for name in _names(tmp_path) if name.startswith("frozen_")] == ["frozen_00000001"]
+    straight = run_alone(Scenario(trainable=scenario.trainable), 3).whole_state()
+    checkpoint = Checkpoint.open(str(tmp_path / "step_00000003"))
+    assert checkpoint.faults() == []
+    for (name, state), values in straight.items():
+        assert torch.allclose(checkpoint.read(name, state, 0, values.numel()), values, atol=2e-6), name
