@@ -4,7 +4,7 @@ Keys are `parameter/state/start`; each tensor is 1-D. Any safetensors reader ope
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +43,40 @@ class Place:
     offset: int  # of its first byte, in the file
 
 
-def write_rank_file(path: str, fragments: Sequence[Fragment]) -> ChecksumWriter:
-    """Write `fragments`; returns what knows the file's size and checksum."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A fragment in the making: its values come in pieces, in order, when they are written."""
+
+    parameter: str
+    state: str
+    start: int
+    stop: int
+    dtype: torch.dtype
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, fragment: Fragment) -> "Entry":
+        """What is in memory, copied from its device a piece at a time."""
+        values = fragment.values.detach()
+        return cls(
+            fragment.parameter,
+            fragment.state,
+            fragment.start,
+            fragment.stop,
+            values.dtype,
+            lambda: torch.split(values, _COPY_NUMEL),
+        )
+
+
+def write_rank_file(path: str, entries: Sequence[Entry]) -> ChecksumWriter:
+    """Write a rank's fragments; returns what knows the file's size and checksum."""
     header: dict[str, object] = {"__metadata__": {"format": "distft-fragments"}}
     offset = 0
-    for fragment in fragments:
-        num_bytes = fragment.values.numel() * fragment.values.element_size()
-        header[f"{fragment.parameter}/{fragment.state}/{fragment.start}"] = {
-            "dtype": _CODES[fragment.values.dtype],
-            "shape": [fragment.values.numel()],
+    for entry in entries:
+        num_bytes = (entry.stop - entry.start) * entry.dtype.itemsize
+        header[f"{entry.parameter}/{entry.state}/{entry.start}"] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": [entry.stop - entry.start],
             "data_offsets": [offset, offset + num_bytes],
         }
         offset += num_bytes
@@ -60,8 +85,8 @@ def write_rank_file(path: str, fragments: Sequence[Fragment]) -> ChecksumWriter:
     with open_write(path) as file:
         writer = ChecksumWriter(file)
         writer.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        for fragment in fragments:
-            for piece in torch.split(fragment.values.detach(), _COPY_NUMEL):
+        for entry in entries:
+            for piece in entry.pieces():
                 writer.write(_bytes_of(piece))
     return writer
 

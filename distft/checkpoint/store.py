@@ -26,7 +26,7 @@ from distft.checkpoint.manifest import (
     StateRecord,
     TokenizerRecord,
 )
-from distft.checkpoint.rank_file import write_rank_file
+from distft.checkpoint.rank_file import Entry, write_rank_file
 from distft.collectives import Collectives, together
 from distft.config import Settings
 from distft.errors import CheckpointError
@@ -162,7 +162,7 @@ class CheckpointStore:
         return f"rank_{self._collectives.rank:05d}.safetensors"
 
     def _write(self, path: str, fragments: Sequence[Fragment], name: str | None = None) -> FileRecord:
-        writer = write_rank_file(path, fragments)
+        writer = write_rank_file(path, [Entry.of(fragment) for fragment in fragments])
         return FileRecord(
             name=name or self._file_name,
             num_bytes=writer.num_bytes,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distft.cli import config_verbs, model_verbs, text_verbs
+from distft.cli import checkpoint_verbs, config_verbs, model_verbs, text_verbs
 from distft.errors import DistftError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("task")(text_verbs.task)
 app.command("train")(model_verbs.train)
 app.command("evaluate")(model_verbs.evaluate)
 app.command("generate")(model_verbs.generate)
+app.add_typer(checkpoint_verbs.checkpoint_app, name="checkpoint")
 app.add_typer(config_verbs.config_app, name="config")
 
 

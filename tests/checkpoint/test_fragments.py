@@ -66,3 +66,14 @@ def test_one_flipped_bit_or_two_swapped_values_change_the_fingerprint(
         swapped = tensor.clone()
         swapped[[0, -1]] = swapped[[-1, 0]]
         assert fingerprint(swapped, 0) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int64])
+def test_a_fingerprint_is_the_sum_that_it_is_said_to_be(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randint(-128, 128, (4 * 150_001,), generator=generator, dtype=torch.int8)
+    values = raw[: raw.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+    words = values.view({1: torch.int8, 2: torch.int16}.get(dtype.itemsize, torch.int32)).tolist()
+    first = 7 * max(dtype.itemsize // 4, 1)
+    expected = sum(bits * (2 * (first + i) + 1) for i, bits in enumerate(words))
+    assert fingerprint(values, 7) == expected % 2**64

@@ -1,0 +1,193 @@
+"""Another layout of the same state on disk: any source, written as a checkpoint of ours for N ranks.
+
+A resume needs none of this, since loading reshards. It serves where a checkpoint is to be one file, or many,
+or ours at all.
+"""
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from distft import storage
+from distft.checkpoint.fragments import STATES, fingerprint
+from distft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, ParameterRecord, StateRecord
+from distft.checkpoint.rank_file import Entry, write_rank_file
+from distft.checkpoint.sources import CheckpointSource
+from distft.checkpoint.target import new_directory
+from distft.errors import CheckpointError
+
+_PIECE_NUMEL = 1 << 20  # elements in memory at a time, of each file that is being written
+_SAMPLE_NUMEL = 1 << 22
+_THREADS = min(4, os.cpu_count() or 1)
+
+Intervals = Mapping[str, tuple[int, int]]
+Progress = Callable[[int], None]
+
+
+def contiguous_layout(numels: Mapping[str, int], world_size: int) -> list[Intervals]:
+    """The [start, stop) of each parameter that each rank holds, if all of them end to end are cut evenly.
+
+    Every element falls to exactly one rank, ranks differ by one element at most, and a rank that holds none
+    of a parameter does not name it. A parameter without elements falls to the first rank that it touches.
+    """
+    total = sum(numels.values())
+    layout: list[dict[str, tuple[int, int]]] = [{} for _ in range(world_size)]
+    begin, rank = 0, 0
+    for name, numel in numels.items():
+        end = begin + numel
+        while rank < world_size - 1 and total * (rank + 1) // world_size <= begin:
+            rank += 1
+        holder = rank
+        while True:
+            lower, upper = total * holder // world_size, total * (holder + 1) // world_size
+            layout[holder][name] = max(begin, lower) - begin, min(end, upper) - begin
+            if upper >= end or holder == world_size - 1:
+                break
+            holder += 1
+        begin = end
+    return list(layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a reshard reads and writes."""
+
+    layout: list[Intervals]
+    num_bytes: list[int]  # of state in each file
+    num_source_bytes: int
+
+
+def plan_reshard(source: CheckpointSource, world_size: int) -> Plan:
+    """Where everything goes; reads no state."""
+    parameters = source.manifest.parameters
+    layout = contiguous_layout({name: prod(p.shape) for name, p in parameters.items()}, world_size)
+    num_bytes = [
+        sum((stop - start) * _element_bytes(parameters[name]) for name, (start, stop) in held.items())
+        for held in layout
+    ]
+    return Plan(layout, num_bytes, sum(num_bytes))
+
+
+def estimate_seconds(source: CheckpointSource, plan: Plan) -> float:
+    """About how long the reshard takes, from reading and checking up to 64 MiB of the source."""
+    began, num_read = time.perf_counter(), 0
+    for name, record in source.manifest.parameters.items():
+        numel = min(prod(record.shape), _SAMPLE_NUMEL)
+        for state in record.states:
+            values = source.read(name, state, 0, numel)
+            fingerprint(values, 0)
+            zlib.crc32(values.view(torch.uint8).numpy())
+            num_read += values.numel() * values.element_size()
+        if num_read > 4 * _SAMPLE_NUMEL:
+            break
+    # Writing costs about as much as the rest, and the files are shared out among threads.
+    passes = 2 / min(_THREADS, len(plan.layout))
+    return passes * (time.perf_counter() - began) / max(num_read, 1) * plan.num_source_bytes
+
+
+def _element_bytes(parameter: ParameterRecord) -> int:
+    return sum(getattr(torch, state.dtype).itemsize for state in parameter.states.values())
+
+
+class _Prints:
+    """Fingerprints of all states, from pieces that threads come by."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._totals: dict[tuple[str, str], int] = {}
+
+    def add(self, name: str, state: str, values: Tensor, start: int) -> None:
+        part = fingerprint(values, start)
+        with self._lock:
+            self._totals[name, state] = (self._totals.get((name, state), 0) + part) % (1 << 64)
+
+    def text(self, name: str, state: str) -> str:
+        return f"{self._totals.get((name, state), 0):016x}"
+
+
+def write_distft(
+    source: CheckpointSource, target: str, *, world_size: int = 1, on_progress: Progress | None = None
+) -> Manifest:
+    """Write `source` as a self-contained checkpoint of `world_size` files; `manifest.json` comes last.
+
+    Each byte of the source is read once, a few MiB at a time, and its fingerprints are compared on the way:
+    raises `CheckpointError` that names the states that differ, and commits nothing then. `ConfigError` where
+    `target` is taken.
+    """
+    plan = plan_reshard(source, world_size)
+    prints = _Prints()
+    with new_directory(target, source.path):
+
+        def write(rank: int) -> FileRecord:
+            entries = list(_entries(source, plan.layout[rank], prints, on_progress))
+            name = f"rank_{rank:05d}.safetensors"
+            writer = write_rank_file(storage.join(target, name), entries)
+            intervals = {entry.parameter: (entry.start, entry.stop) for entry in entries}
+            return FileRecord(
+                name=name, num_bytes=writer.num_bytes, checksum=writer.checksum, intervals=intervals
+            )
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            files = list(threads.map(write, range(world_size)))
+        manifest = _manifest(source, files, prints)
+        _copy_attachments(source, target)
+        storage.commit_bytes(storage.join(target, MANIFEST), manifest.to_bytes())
+    return manifest
+
+
+def _entries(
+    source: CheckpointSource, held: Intervals, prints: _Prints, on_progress: Progress | None
+) -> Iterator[Entry]:
+    for name, (start, stop) in held.items():
+        states = source.manifest.parameters[name].states
+        for state in STATES:
+            if state not in states:
+                continue
+            dtype = getattr(torch, states[state].dtype)
+
+            def pieces(
+                name: str = name, state: str = state, start: int = start, stop: int = stop
+            ) -> Iterator[Tensor]:
+                for begin in range(start, stop, _PIECE_NUMEL):
+                    values = source.read(name, state, begin, min(begin + _PIECE_NUMEL, stop))
+                    prints.add(name, state, values, begin)
+                    yield values
+                    if on_progress is not None:
+                        on_progress(values.numel() * values.element_size())
+
+            yield Entry(name, state, start, stop, dtype, pieces)
+
+
+def _manifest(source: CheckpointSource, files: list[FileRecord], prints: _Prints) -> Manifest:
+    parameters, differing = {}, []
+    for name, record in source.manifest.parameters.items():
+        states = {}
+        for state, saved in record.states.items():
+            found = prints.text(name, state)
+            if saved.fingerprint is not None and saved.fingerprint != found:
+                differing.append(f"{state} of {name}")
+            states[state] = StateRecord(dtype=saved.dtype, fingerprint=found)
+        parameters[name] = record.model_copy(update={"states": states})
+    if differing:
+        shown = ", ".join(differing[:10]) + (
+            f" and {len(differing) - 10} more" if len(differing) > 10 else ""
+        )
+        raise CheckpointError(
+            f"{source.path} is damaged: {shown} are not what was saved. Use another checkpoint; "
+            "`distft checkpoint verify` tells which files it is."
+        )
+    return source.manifest.model_copy(update={"parameters": parameters, "files": files})
+
+
+def _copy_attachments(source: CheckpointSource, target: str) -> None:
+    tokenizer = source.manifest.tokenizer
+    if tokenizer is not None and tokenizer.file is not None:
+        storage.copy(storage.join(source.path, tokenizer.file), storage.join(target, tokenizer.file))

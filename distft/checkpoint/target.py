@@ -1,0 +1,38 @@
+"""A directory that a tool writes into: taken only if it is free, and marked until the tool is done."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distft import storage
+from distft.errors import ConfigError
+
+UNFINISHED = "UNFINISHED.txt"
+
+
+@contextmanager
+def new_directory(path: str, source: str) -> Iterator[None]:
+    """Make `path` for what is made of `source`.
+
+    A directory that an interrupted run of a tool left is emptied and used again. Raises `ConfigError` for
+    one that holds anything else, or is the source: what is there is never written over.
+    """
+    mark = storage.join(path, UNFINISHED)
+    if _is_within(path, source):
+        raise ConfigError(f"{path} lies in the source {source}, which stays as it is: choose another target.")
+    if storage.list_names(path):
+        if not storage.exists(mark):
+            raise ConfigError(f"{path} is not empty: choose another target, or remove it.")
+        storage.remove_tree(path)
+    storage.make_directory(path)
+    storage.commit_bytes(
+        mark, f"Being made of {source}. While this file is here, the rest is not whole.\n".encode()
+    )
+    yield
+    storage.remove(mark)
+
+
+def _is_within(path: str, other: str) -> bool:
+    here, there = storage.local_path(path), storage.local_path(other)
+    if here is None or there is None:
+        return f"{path.rstrip('/')}/".startswith(f"{other.rstrip('/')}/")
+    return here.resolve().is_relative_to(there.resolve())

@@ -1,0 +1,240 @@
+"""`distft checkpoint`: look at checkpoints of any format, check them, and write them in another."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from distft.checkpoint.sources import CheckpointSource
+
+checkpoint_app = typer.Typer(
+    help="Look at checkpoints of any format, check them, and write them in another.", no_args_is_help=True
+)
+
+Path = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A run, one of its commits, or a foreign checkpoint.")
+]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="A new directory, or a URL.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Let DeepSpeed's files import classes not known here: runs code.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks whose files are written.")]
+
+
+@checkpoint_app.command("inspect")
+def inspect(
+    checkpoint: Path,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Read every weight: mean, std, smallest, largest.")
+    ] = False,
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Tell what is in a checkpoint: step, tokens, layout, and every parameter."""
+    from distft.checkpoint.comparison import num_bytes
+    from distft.checkpoint.description import describe, description_table
+    from distft.checkpoint.formats.detect import open_source
+    from distft.tracker import progress
+
+    source = open_source(checkpoint, trust=trust)
+    if statistics:
+        with progress(num_bytes(source), "reading", "bytes") as display:
+            found = describe(source, statistics=True, on_progress=display.advance)
+    else:
+        found = describe(source, statistics=False)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(description_table(found), soft_wrap=True)
+
+
+@checkpoint_app.command("verify")
+def verify(checkpoint: Path, as_json: AsJson = False, trust: Trust = False) -> None:
+    """Read every byte: sizes, checksums, and each tensor's fingerprint. Exit code 1 for a damaged one."""
+    from distft.checkpoint.comparison import damaged_states, num_bytes
+    from distft.checkpoint.formats.detect import open_source
+    from distft.tracker import progress
+
+    source = open_source(checkpoint, trust=trust)
+    total = num_bytes(source)
+    with progress(total, "verifying", "bytes") as display:
+        faults = [*source.faults(), *damaged_states(source, display.advance)]
+    if as_json:
+        print(json.dumps({"path": source.path, "format": source.format, "faults": faults}, indent=1))
+    else:
+        for fault in faults:
+            print(fault)
+        if not faults:
+            count = len(source.manifest.parameters)
+            print(f"{source.path}: whole; {count:,} parameters, {total:,} bytes of state.")
+    if faults:
+        raise typer.Exit(1)
+
+
+@checkpoint_app.command("diff")
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A")],
+    second: Annotated[str, typer.Argument(metavar="B")],
+    state: Annotated[
+        list[str] | None, typer.Option(help="weight, exp_avg or exp_avg_sq; all unless given.")
+    ] = None,
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Compare two checkpoints, of any formats, parameter by parameter. Exit code 1 where they differ."""
+    from dataclasses import asdict
+
+    from distft.checkpoint.comparison import differences, num_bytes
+    from distft.checkpoint.formats.detect import open_source
+    from distft.checkpoint.fragments import STATES
+    from distft.tracker import progress
+
+    a, b = open_source(first, trust=trust), open_source(second, trust=trust)
+    with progress(num_bytes(a), "comparing", "bytes") as display:
+        found = list(differences(a, b, state or STATES, display.advance))
+    odd = [difference for difference in found if difference.kind != "identical"]
+    if as_json:
+        print(json.dumps([asdict(difference) for difference in found], indent=1))
+    else:
+        for d in odd:
+            how = ""
+            if d.kind == "differs":
+                how = f": {d.num_differing:,} elements, by {d.max_abs:.3g} at most, {d.relative:.3g} of the norm"
+            print(f"{d.state} of {d.parameter} {_KINDS[d.kind]}{how}")
+        print(f"{len(found) - len(odd):,} of {len(found):,} states are identical.")
+    if odd:
+        raise typer.Exit(1)
+
+
+_KINDS = {
+    "differs": "differs",
+    "shape": "has another shape",
+    "missing": "is not in B",
+    "added": "is only in B",
+}
+
+
+@checkpoint_app.command("plan")
+def plan(checkpoint: Path, ranks: Ranks = 1, as_json: AsJson = False, trust: Trust = False) -> None:
+    """Tell what `reshard` would read and write, and about how long it takes; changes nothing."""
+    from distft.checkpoint.formats.detect import open_source
+    from distft.checkpoint.reshard import estimate_seconds, plan_reshard
+
+    source = open_source(checkpoint, trust=trust)
+    found = plan_reshard(source, ranks)
+    seconds = estimate_seconds(source, found)
+    if as_json:
+        files = [
+            {"num_bytes": size, "intervals": held}
+            for size, held in zip(found.num_bytes, found.layout, strict=True)
+        ]
+        print(json.dumps({"files": files, "num_bytes": found.num_source_bytes, "seconds": seconds}, indent=1))
+        return
+    print(f"reads   {found.num_source_bytes:,} bytes of {source.path} ({source.format})")
+    for rank, (size, held) in enumerate(zip(found.num_bytes, found.layout, strict=True)):
+        names = list(held)
+        span = f"{names[0]} to {names[-1]}" if names else "nothing"
+        print(f"writes  rank_{rank:05d}.safetensors: {size:,} bytes of {len(names):,} parameters, {span}")
+    print(f"takes   about {seconds:.1f} s, by the rate of a first piece; nothing was changed")
+
+
+@checkpoint_app.command("reshard")
+def reshard(checkpoint: Path, target: Target, ranks: Ranks = 1, trust: Trust = False) -> None:
+    """Write a checkpoint of ours for another number of ranks. A resume needs none of this."""
+    _convert(checkpoint, target, {"to": "distft", "ranks": ranks}, trust)
+
+
+@checkpoint_app.command("convert")
+def convert(
+    checkpoint: Path,
+    target: Target,
+    to: Annotated[str, typer.Option(help="distft, deepspeed, universal or huggingface.")],
+    ranks: Ranks = 1,
+    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="For deepspeed.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16: of deepspeed's module, of huggingface's weights.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="For huggingface: llama, mistral, qwen2, qwen3 or gpt2.")
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Write a checkpoint in another format; the source stays as it is."""
+    settings = {
+        "to": to,
+        "ranks": ranks,
+        "zero_stage": zero_stage,
+        "dtype": dtype,
+        "architecture": architecture,
+    }
+    _convert(checkpoint, target, settings, trust)
+
+
+@checkpoint_app.command("average")
+def average(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more of one model.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="A new directory.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="One for each, relative to each other; all alike unless given.")
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Average the weights of several checkpoints; what comes out serves init_from, evaluate and convert."""
+    from distft.checkpoint.average import AveragedCheckpoint
+    from distft.checkpoint.formats.detect import open_source
+
+    sources = [open_source(path, trust=trust) for path in checkpoints]
+    _write(AveragedCheckpoint(sources, weight), output, {"to": "distft"})
+
+
+@checkpoint_app.command("prune")
+def prune(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a directory of its commits.")],
+    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest stay.")],
+    keep_every_steps: Annotated[int | None, typer.Option(min=1, help="Multiples of this stay, too.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+) -> None:
+    """Delete old commits, and frozen weights that none of the rest needs."""
+    from distft import storage
+    from distft.checkpoint.committed import committed_steps, find_checkpoint
+    from distft.checkpoint.store import CheckpointConfig, CheckpointStore, expired
+    from distft.collectives import SingleProcess
+
+    root = storage.parent(find_checkpoint(run).path)
+    config = CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps)
+    if dry_run:
+        gone = expired(committed_steps(root), config)
+    else:
+        gone = CheckpointStore(root, SingleProcess()).retain(config)
+    verb = "would go" if dry_run else "are gone"
+    kept = [step for step in committed_steps(root) if step not in gone]
+    print(f"{root}: steps {_listed(gone)} {verb}; {_listed(kept)} stay.")
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
+
+
+def _convert(checkpoint: str, target: str, settings: dict[str, Any], trust: bool) -> None:
+    from distft.checkpoint.formats.detect import open_source
+
+    _write(open_source(checkpoint, trust=trust), target, settings)
+
+
+def _write(source: "CheckpointSource", target: str, settings: dict[str, Any]) -> None:
+    from distft.checkpoint.comparison import num_bytes
+    from distft.checkpoint.convert import ConvertConfig, convert
+    from distft.config import parse
+    from distft.tracker import progress
+
+    config: ConvertConfig = parse(ConvertConfig, settings)
+    with progress(num_bytes(source), f"writing {config.to}", "bytes") as display:
+        notes = convert(source, target, config, display.advance)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{target}: step {source.manifest.progress.step}, {len(source.manifest.parameters):,} parameters")

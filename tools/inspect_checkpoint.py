@@ -1,0 +1,8 @@
+"""Tell what is in a checkpoint: `python tools/inspect_checkpoint.py CHECKPOINT [--json]`."""
+
+import sys
+
+from distft.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["checkpoint", "inspect", *sys.argv[1:]]))
