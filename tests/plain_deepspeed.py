@@ -1,4 +1,4 @@
-"""A small training in plain DeepSpeed, which knows nothing of distft: what writes and loads foreign checkpoints."""
+"""A small training in plain DeepSpeed, which knows nothing of distft: it writes and loads checkpoints."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ class Script:
     frozen: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     with_scheduler: bool = False
+    seed: int | None = None  # of the first weights; a script that loads has others, unless told
 
 
 class Net(nn.Module):
@@ -77,9 +78,7 @@ def start(script: Script, world_size: int, seed: int) -> Any:
         "bf16": {"enabled": script.dtype == "bf16"},
         **{key: value for key, value in script.config.items() if key != "zero_optimization"},
     }
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
 
 
@@ -95,7 +94,7 @@ def train(
     A script that loads starts from other weights, so that what it does not load shows. Returns the losses,
     and this rank's view of the whole state when it loaded and when it saved.
     """
-    seed = 1 if load_from is None else 7
+    seed = script.seed or (1 if load_from is None else 7)
     engine = start(script, topology.world_size, seed)
     result: dict[str, Any] = {"losses": []}
     if load_from is not None:
@@ -190,6 +189,4 @@ def _masters(engine: Any) -> dict[int, Tensor]:
     if _inner(engine) is engine.optimizer:
         return {}
     pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
-    return {
-        id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
-    }
+    return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}

@@ -6,13 +6,15 @@ where there are any, tell the groups apart.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from distft.checkpoint.formats.torch_file import StoredTensor
 
 _COMPARED_NUMEL = 4096
+_Places = tuple[int, ...]  # how far each group is filled
+_Trail = tuple[Any, int, str] | None  # the trail before, and the group that got the last parameter
 _MOST_STATES = 20_000  # of the search: where it takes more, too much is alike to tell anything apart
 
 
@@ -23,6 +25,9 @@ class UnnamedGroup(Protocol):
 
     def place_after(self, place: int, name: str) -> int | None:
         """The place behind parameter `name` if it can stand at `place`, else None."""
+
+    def room(self, name: str) -> int:
+        """How many places a parameter would take."""
 
 
 class MembersByShape:
@@ -47,6 +52,9 @@ class MembersByShape:
             return None
         return place + 1
 
+    def room(self, name: str) -> int:  # noqa: ARG002
+        return 1
+
 
 class MembersInFlat:
     """Members laid end to end in one fp32 tensor; places are elements of it."""
@@ -59,6 +67,9 @@ class MembersInFlat:
         tensor = self._module[name]
         after = place + tensor.numel
         return after if after <= self.end and _agree(self._flat, place, tensor) else None
+
+    def room(self, name: str) -> int:
+        return self._module[name].numel
 
 
 def _agree(master: StoredTensor, start: int, weight: StoredTensor) -> bool:
@@ -73,10 +84,10 @@ def assign_names(names: Sequence[str], groups: Sequence[UnnamedGroup]) -> list[l
 
     Raises `ValueError` with the reason where there is no way, or more than one.
     """
-    # Places reached in each group -> in how many ways, and the names that were placed on one of them.
-    Trail = tuple["Trail", int, str] | None  # type: ignore[misc]
-    reached: dict[tuple[int, ...], tuple[int, Trail]] = {(0,) * len(groups): (1, None)}
+    reached: dict[_Places, tuple[int, _Trail]] = {(0,) * len(groups): (1, None)}
+    room_left = sum(groups[0].room(name) for name in names) if groups else 0
     for name in names:
+        room_left -= groups[0].room(name) if groups else 0
         further = dict(reached)  # the parameter may be in no group: it is frozen
         for places, (ways, trail) in reached.items():
             for number, group in enumerate(groups):
@@ -85,12 +96,14 @@ def assign_names(names: Sequence[str], groups: Sequence[UnnamedGroup]) -> list[l
                     key = (*places[:number], after, *places[number + 1 :])
                     known_ways, _ = further.get(key, (0, None))
                     further[key] = (known_ways + ways, (trail, number, name))
-        reached = further
+        ends = [group.end for group in groups]
+        # Without those that the parameters to come cannot fill any more.
+        reached = {places: way for places, way in further.items() if sum(ends) - sum(places) <= room_left}
         if len(reached) > _MOST_STATES:
             raise ValueError("too many parameters are alike")
     ways, trail = reached.get(tuple(group.end for group in groups), (0, None))
     if ways != 1:
-        raise ValueError("no order of the model's parameters fits" if not ways else "several orders fit")
+        raise ValueError("several orders fit" if ways else "no order of the model's parameters fits")
     members: list[list[str]] = [[] for _ in groups]
     while trail is not None:
         trail, number, name = trail

@@ -57,7 +57,12 @@ def test_plain_values_come_back_from_torchs_file_and_go_into_one(tmp_path: Path)
 
 
 def test_numpy_scalars_and_default_dicts_are_read_as_plain_values(tmp_path: Path) -> None:
-    saved = {"lr": np.float64(0.1), "step": np.int64(3), "map": defaultdict(list, a=[1]), "ok": np.bool_(True)}
+    saved = {
+        "lr": np.float64(0.1),
+        "step": np.int64(3),
+        "map": defaultdict(list, a=[1]),
+        "ok": np.bool_(True),
+    }
     torch.save(saved, tmp_path / "file.pt")
     assert read_torch_file(str(tmp_path / "file.pt")) == {"lr": 0.1, "step": 3, "map": {"a": [1]}, "ok": True}
 
@@ -123,7 +128,10 @@ def test_a_tensor_is_written_as_it_is_made_and_shared_where_it_is_the_same(tmp_p
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "what"),
-    [((3,), torch.float32, "has 3 elements, and was given 2"), ((2,), torch.int32, "was given torch.float32")],
+    [
+        ((3,), torch.float32, "has 3 elements, and was given 2"),
+        ((2,), torch.int32, "was given torch.float32"),
+    ],
 )
 def test_chunks_that_do_not_make_up_the_tensor_leave_no_file(
     tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, what: str
@@ -153,11 +161,15 @@ class Unknown:
     """A class of the script's own: harmless, but it is code."""
 
 
-@pytest.mark.parametrize("call", [os.system, eval, getattr, torch.load, torch.hub.load], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "call", [os.system, eval, getattr, torch.load, torch.hub.load], ids=lambda c: c.__name__
+)
 def test_a_pickle_that_calls_a_function_is_refused_and_calls_nothing(tmp_path: Path, call: Any) -> None:
     path, mark = tmp_path / "file.pt", tmp_path / "was_here"
     torch.save({"module": torch.ones(2), "evil": Hostile(mark, call)}, path)
-    with pytest.raises(CheckpointError, match=rf"(?s)file\.pt names .*{call.__name__}.*Nothing was run.*--trust"):
+    with pytest.raises(
+        CheckpointError, match=rf"(?s)file\.pt names .*{call.__name__}.*Nothing was run.*--trust"
+    ):
         read_torch_file(str(path))
     assert not mark.exists()
 
@@ -188,7 +200,7 @@ def test_trust_lets_unknown_classes_be_imported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}(X\x01\x00\x00\x00xK\x01ub.",  # attributes of a function
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}(X\x01\x00\x00\x00xK\x01ub.",  # sets an attribute
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(ctorch\nFloatStorage\nK\x00))tR.",
         b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.",
         b"\x80\x02X\xff\xff\xff\x7f.",
