@@ -156,8 +156,8 @@ def updates(engine: Any, script: Script) -> list[int]:
 
 def whole_state(engine: Any, script: Script) -> dict[tuple[str, str], Tensor]:
     """Every weight, moment, frozen parameter and buffer, as DeepSpeed itself hands them out."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
 
     if script.stage in (1, 2) and _inner(engine).state:
         # With several groups DeepSpeed links the moments of the first one alone, after its first step.
@@ -167,7 +167,7 @@ def whole_state(engine: Any, script: Script) -> dict[tuple[str, str], Tensor]:
     masters = _masters(engine) if script.stage == 0 else {}
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
-            with GatheredParameters([param]) if script.stage == 3 else torch.no_grad():
+            with deepspeed.zero.GatheredParameters([param]) if script.stage == 3 else torch.no_grad():
                 found[name, "weight"] = param.detach().clone()
         elif script.stage == 0:
             master = masters.get(id(param), param)

@@ -1,6 +1,7 @@
 """What `engine.save_checkpoint` of plain DeepSpeed wrote, as a source of state by name and interval."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from distft.checkpoint.formats.pieces import Pieces, PiecewiseSource
 from distft.checkpoint.formats.torch_file import ForeignObject
 from distft.checkpoint.manifest import Manifest
 from distft.errors import CheckpointError
-from distft.storage.paths import parent_and_name
 
 
 class DeepSpeedCheckpoint(PiecewiseSource):
@@ -72,7 +72,7 @@ class DeepSpeedCheckpoint(PiecewiseSource):
             model,
             reading,
             trained,
-            run_id=parent_and_name(files.path)[1],
+            run_id=PurePosixPath(files.path).name,
             loss_scale=_loss_scale(scaler) if reading.param_dtype == torch.float16 else None,
             zero_stage=zero_stage,
         )

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from math import prod
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from distft.checkpoint.fragments import MOMENTS, WEIGHT
 from distft.checkpoint.manifest import Manifest
 from distft.checkpoint.sources import CheckpointSource
 from distft.errors import CheckpointError, ConfigError, Mistakes
-from distft.storage.paths import parent_and_name
 
 _ZERO = "zero"
 _OPTIMIZER_STATE = "optimizer_state.pt"
@@ -91,7 +91,7 @@ class UniversalCheckpoint(PiecewiseSource):
             model,
             reading,
             trained,
-            run_id=parent_and_name(files.path)[1],
+            run_id=PurePosixPath(files.path).name,
             loss_scale=None,
             zero_stage="universal",
         )
