@@ -136,7 +136,7 @@ class TagFiles:
             )
         expected = set(range(world_size))
         wanted = {"model": expected if self.is_sliced else {0}}
-        if model.get("param_shapes") is not None:
+        if model.get("param_shapes") is not None and model.get("optimizer") is None:
             wanted["optimizer"] = expected
         faults = []
         for kind, ranks in wanted.items():

@@ -137,7 +137,7 @@ def read_whole(
     """Stage 0: the optimizer's own state dict, whose parameters are numbers.
 
     `module` holds the weights that may be trained, in the model's order; `named_groups` are the names of
-    each group's parameters, for where they cannot be found out.
+    each group's parameters, for where they cannot be found out. Files of ours tell them.
     """
     trained = Trained()
     saved = model["optimizer"]
@@ -157,6 +157,8 @@ def read_whole(
                 for place, index in enumerate(group["params"])
             ]
             unnamed.append(MembersByShape(module, shapes, known))
+    if named_groups is None and model["param_shapes"] is not None:
+        named_groups = [list(shapes) for shapes in model["param_shapes"]]
     names = _names_of(inner["param_groups"], list(module), unnamed, named_groups, where)
     for number, (group, members) in enumerate(zip(inner["param_groups"], names, strict=True)):
         trained.shapes |= {name: module[name].shape for name in members}

@@ -102,7 +102,7 @@ class _Files:
             "module": module,
             "buffer_names": [name for name in module if self._is_buffer(name)],
             "optimizer": None if is_zero else self._whole(),
-            "param_shapes": self._param_shapes() if is_zero else None,
+            "param_shapes": self._param_shapes(),  # DeepSpeed has none at stage 0, nor would it look
             "frozen_param_shapes": self._shapes(frozen) if self.zero_stage >= 2 else None,
             "shared_params": dict(self.state.manifest.tied) if is_zero else None,
             "frozen_param_fragments": self._fragments(frozen, module, rank) if self.zero_stage >= 2 else None,
