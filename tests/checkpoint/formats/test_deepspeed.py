@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from engine_scenarios import Scenario, run_alone
 from plain_deepspeed import Script, train
 
+from distft.checkpoint.formats.deepspeed_model import ScriptState
 from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
 from distft.checkpoint.formats.deepspeed_target import write_deepspeed
 from distft.checkpoint.formats.torch_file import read_torch_file
+from distft.checkpoint.store import Checkpoint
 from distft.errors import CheckpointError, ConfigError
+from distft.storage.local import LocalStorage
 
 pytestmark = pytest.mark.ranks
 MIDDLE, END = 3, 6
@@ -299,3 +303,74 @@ def _loads_weights_only(path: Path) -> bool:
     except Exception:  # torch's own, of several kinds
         return False
     return True
+
+
+def test_without_groups_a_script_has_one_of_all_trainable_parameters(tmp_path: Path) -> None:
+    script = Script(stage=1, groups="one")
+    [result, *_] = run_ranks(train, 1, script, (0, END), None, str(tmp_path / "plain"))
+    source = DeepSpeedCheckpoint.open(str(tmp_path / "plain"))
+    optim = {"peak_lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01}
+    source.manifest = source.manifest.model_copy(update={"groups": [], "config": {"optim": optim}})
+    write_deepspeed(source, str(tmp_path), zero_stage=2, world_size=2, param_dtype="fp32", tag="x")
+    [resumed, *_] = run_ranks(train, 2, Script(stage=2, groups="one"), (MIDDLE, END), str(tmp_path))
+    assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=2e-6, rel=0)
+
+
+def test_a_scheduler_goes_on_where_the_source_kept_none_of_its_own(tmp_path: Path) -> None:
+    script = Script(stage=2, groups="one", with_scheduler=True)
+    [result, *_] = run_ranks(train, 1, script, (0, END), None, str(tmp_path / "plain"))
+    source = DeepSpeedCheckpoint.open(str(tmp_path / "plain"))
+    assert source.script.lr_scheduler["last_epoch"] == MIDDLE
+    source.script = ScriptState()
+    write_deepspeed(source, str(tmp_path), zero_stage=3, world_size=1, param_dtype="fp32", tag="x")
+    other = Script(stage=3, groups="one", with_scheduler=True)
+    [resumed, *_] = run_ranks(train, 1, other, (MIDDLE, END), str(tmp_path))
+    assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=2e-6, rel=0)
+
+
+def test_a_checkpoint_of_ours_crosses_to_deepspeed_and_back_at_a_url(tmp_path: Path) -> None:
+    ours = Checkpoint.open(run_alone(Scenario(trainable=("blocks.*",)), 2).save(str(tmp_path)))
+    write_deepspeed(
+        ours, f"memory://{tmp_path.name}", zero_stage=3, world_size=3, param_dtype="fp32", tag="x"
+    )
+    theirs = DeepSpeedCheckpoint.open(f"memory://{tmp_path.name}")
+    [group] = theirs.manifest.groups
+    assert set(group.parameters) == {name for name, p in ours.manifest.parameters.items() if p.trainable}
+    assert theirs.faults() == []
+    for name, record in ours.manifest.parameters.items():
+        assert theirs.shape(name) == record.shape
+        assert theirs.updates(name) == record.updates
+        for state in record.states:
+            numel = torch.Size(record.shape).numel()
+            assert torch.equal(theirs.read(name, state, 0, numel), ours.read(name, state, 0, numel))
+
+
+def test_update_counts_that_differ_within_a_group_are_written_at_stage_0_alone(
+    copied: Path, tmp_path: Path
+) -> None:
+    source = DeepSpeedCheckpoint.open(str(copied))
+    parameters = dict(source.manifest.parameters)
+    parameters["first.weight"] = parameters["first.weight"].model_copy(update={"updates": 9})
+    source.manifest = source.manifest.model_copy(update={"parameters": parameters})
+    options: dict[str, Any] = {"world_size": 1, "param_dtype": "fp32", "tag": "x"}
+    for stage in (1, 3):
+        with pytest.raises(CheckpointError, match=r"1 updates: embed\.weight.*9 updates: first\.weight"):
+            write_deepspeed(source, str(tmp_path / "to"), zero_stage=stage, **options)
+    assert not (tmp_path / "to").exists()
+    write_deepspeed(source, str(tmp_path / "to"), zero_stage=0, **options)
+    back = DeepSpeedCheckpoint.open(str(tmp_path / "to"))
+    assert (back.updates("first.weight"), back.updates("embed.weight")) == (9, 1)
+
+
+def test_reading_an_interval_reads_no_more_than_that(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = DeepSpeedCheckpoint.open(str(copied))
+    asked: list[int] = []
+    read_into = LocalStorage.read_into
+
+    def watched(self: LocalStorage, path: str, start: int, out: memoryview) -> int:
+        asked.append(len(out))
+        return read_into(self, path, start, out)
+
+    monkeypatch.setattr(LocalStorage, "read_into", watched)
+    assert checkpoint.read("embed.weight", "exp_avg", 30, 50).numel() == 20
+    assert sum(asked) == 20 * 4
