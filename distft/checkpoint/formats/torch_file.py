@@ -23,7 +23,7 @@ __all__ = [
     "write_torch_file",
 ]
 
-CHUNK_NUMEL = 1 << 22  # elements that are held at a time
+CHUNK_NUMEL = 1 << 20  # elements that are held at a time, some copies over
 _PICKLE = "data.pkl"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
 _LOCAL_SIGNATURE = b"PK\x03\x04"
