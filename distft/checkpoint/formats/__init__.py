@@ -1,0 +1,1 @@
+"""Checkpoints in formats of others: read as sources, written as targets."""

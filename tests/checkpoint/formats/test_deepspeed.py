@@ -1,0 +1,376 @@
+"""Plain DeepSpeed writes, we read; we write, plain DeepSpeed loads and trains on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from engine_scenarios import Scenario, run_alone
+from plain_deepspeed import Script, train
+
+from distft.checkpoint.formats.deepspeed_model import ScriptState
+from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
+from distft.checkpoint.formats.deepspeed_target import write_deepspeed
+from distft.checkpoint.formats.torch_file import read_torch_file
+from distft.checkpoint.store import Checkpoint
+from distft.errors import CheckpointError, ConfigError
+from distft.storage.local import LocalStorage
+
+pytestmark = pytest.mark.ranks
+MIDDLE, END = 3, 6
+SUB_GROUPS = {"zero_optimization": {"sub_group_size": 20}}
+FP32_ACCUMULATION = {
+    "data_types": {"grad_accum_dtype": "fp32"}
+}  # at stage 1 in bf16: DeepSpeed's other wrapper
+
+# What a script wrote with, on how many ranks; what another goes on with, on how many.
+CASES: dict[str, tuple[Script, int, Script, int]] = {
+    "0 to 3": (Script(stage=0), 2, Script(stage=3), 2),
+    "0 to 1, frozen": (
+        Script(stage=0, groups="one", frozen=True),
+        1,
+        Script(stage=1, groups="one", frozen=True),
+        2,
+    ),
+    "1 to 0, frozen": (Script(stage=1, frozen=True), 2, Script(stage=0, frozen=True), 1),
+    "2 to 3, layers": (
+        Script(stage=2, groups="layers", frozen=True, with_scheduler=True),
+        2,
+        Script(stage=3, groups="layers", frozen=True, config=SUB_GROUPS, with_scheduler=True),
+        1,
+    ),
+    "3 to 2, sub-groups": (
+        Script(stage=3, frozen=True, config=SUB_GROUPS),
+        2,
+        Script(stage=2, frozen=True),
+        1,
+    ),
+    "3 to 3, three ranks": (Script(stage=3, frozen=True), 1, Script(stage=3, frozen=True), 3),
+    "3 to 1, aligned": (
+        Script(stage=3),
+        2,
+        Script(stage=1, config={"zero_optimization": {"parameter_alignment": True}}),
+        2,
+    ),
+    "1 aligned to 2": (
+        Script(stage=1, config={"zero_optimization": {"parameter_alignment": True}}),
+        2,
+        Script(stage=2),
+        3,
+    ),
+    "bf16: 1 to 3": (
+        Script(stage=1, dtype="bf16", config=FP32_ACCUMULATION),
+        2,
+        Script(stage=3, dtype="bf16"),
+        1,
+    ),
+    "bf16: 2 to 1": (
+        Script(stage=2, dtype="bf16", frozen=True),
+        2,
+        Script(stage=1, dtype="bf16", frozen=True, config=FP32_ACCUMULATION),
+        2,
+    ),
+    "bf16: 0 to 0": (
+        Script(stage=0, dtype="bf16", groups="layers"),
+        1,
+        Script(stage=0, dtype="bf16", groups="layers"),
+        2,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One script's training: its losses, its state when it saved, the directory; and who goes on with it."""
+    script, world_size, other, other_world_size = CASES[request.param]
+    root = tmp_path_factory.mktemp("plain")
+    [result, *_] = run_ranks(train, world_size, script, (0, END), None, str(root))
+    return result, str(root), script, world_size, other, other_world_size
+
+
+def _open(root: str, script: Script) -> DeepSpeedCheckpoint:
+    """Stage 0 keeps no names: where frozen parameters look like trained ones, the user has to tell."""
+    if not (script.stage == 0 and script.frozen):
+        return DeepSpeedCheckpoint.open(root)
+    with pytest.raises(CheckpointError, match="by number, and several orders fit: give the names"):
+        DeepSpeedCheckpoint.open(root)
+    names = ["embed.weight", "first.weight", "first.bias", "norm.weight", "second.bias"]
+    with pytest.raises(CheckpointError, match=r"'second\.bias' does not fit where it was put in group 0"):
+        DeepSpeedCheckpoint.open(root, groups=[names[::-1]])
+    with pytest.raises(CheckpointError, match="has more parameters than the 4 names given"):
+        DeepSpeedCheckpoint.open(root, groups=[names[:4]])
+    return DeepSpeedCheckpoint.open(root, groups=[names])
+
+
+def test_what_is_read_is_what_deepspeed_says_it_has(case: Any) -> None:
+    result, root, script, world_size, *_ = case
+    checkpoint = _open(root, script)
+    manifest = checkpoint.manifest
+    read = {}
+    for name, record in manifest.parameters.items():
+        for state in record.states:
+            numel = torch.Size(record.shape).numel()
+            parts = [checkpoint.read(name, state, i, min(i + 4, numel)) for i in range(0, numel, 4)]
+            read[name, state] = torch.cat(parts).reshape(record.shape)
+            assert str(read[name, state].dtype) == f"torch.{record.states[state].dtype}"
+    assert read.keys() == result["saved"].keys()
+    for key, expected in result["saved"].items():
+        assert torch.equal(read[key], expected), key
+    assert checkpoint.faults() == []
+    assert manifest.progress.step == MIDDLE
+    assert manifest.tied == {"head.weight": "embed.weight"}
+    assert [name for name, record in manifest.parameters.items() if record.is_buffer] == ["offset"]
+    frozen = {name for name, record in manifest.parameters.items() if not record.trainable} - {"offset"}
+    assert frozen == ({"second.weight", "norm.bias"} if script.frozen else set())
+    assert manifest.written_by["zero_stage"] == script.stage
+    assert manifest.written_by["world_size"] == world_size
+    assert manifest.written_by["param_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[script.dtype]
+
+
+def test_groups_keep_their_settings_members_and_update_counts(case: Any) -> None:
+    result, root, script, *_ = case
+    checkpoint = _open(root, script)
+    groups = checkpoint.manifest.groups
+    decays = [group.settings["weight_decay"] for group in groups]
+    assert decays == ([0.01] if script.groups == "one" else [0.1, 0.0])
+    assert all(list(group.settings["betas"]) == [0.9, 0.95] for group in groups)
+    if script.groups == "decay":
+        assert all(len(checkpoint.shape(name)) > 1 for name in groups[0].parameters)
+        assert all(len(checkpoint.shape(name)) == 1 for name in groups[1].parameters)
+    elif script.groups == "layers":
+        assert groups[0].parameters == ("embed.weight", "first.weight")
+    counts = [{checkpoint.updates(name) for name in group.parameters} for group in groups]
+    assert counts == [{count} for count in result["updates"]]
+    if len(counts) > 1:
+        assert counts[0] != counts[1]
+
+
+def test_deepspeed_trains_on_from_what_is_written_as_if_nothing_had_happened(
+    case: Any, tmp_path: Path
+) -> None:
+    result, root, script, _, other, other_world_size = case
+    num_bytes: list[int] = []
+    source = _open(root, script)
+    write_deepspeed(
+        source,
+        str(tmp_path),
+        zero_stage=other.stage,
+        world_size=other_world_size,
+        param_dtype=other.dtype,
+        tag="moved",
+        on_progress=num_bytes.append,
+        sub_group_numel=other.config.get("zero_optimization", {}).get("sub_group_size", 10**9),
+    )
+    [resumed, *_] = run_ranks(train, other_world_size, other, (MIDDLE, END), str(tmp_path))
+    for key, expected in result["saved"].items():
+        assert torch.equal(resumed["loaded"][key].float(), expected.float()), key
+    tolerance = 2e-6 if script.dtype == "fp32" else 1e-2
+    assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=tolerance, rel=0)
+    assert resumed["client_state"]["epoch"] == 4
+    assert torch.equal(resumed["client_state"]["noise"], torch.ones(2))
+    written = sum(path.stat().st_size for path in (tmp_path / "moved").iterdir())
+    assert 0.5 * written < sum(num_bytes) <= written
+    again = DeepSpeedCheckpoint.open(str(tmp_path))
+    assert again.manifest.groups == source.manifest.groups
+    assert again.faults() == []
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-3 checkpoint of two ranks."""
+    root = tmp_path_factory.mktemp("damage")
+    run_ranks(train, 2, Script(stage=3), (0, 2), None, str(root))
+    return root
+
+
+@pytest.fixture
+def copied(two_ranks: Path, tmp_path: Path) -> Path:
+    """The directory of its tag, to be harmed."""
+    tag = tmp_path / "global_step1"
+    tag.mkdir()
+    for path in (two_ranks / "global_step1").iterdir():
+        (tag / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "latest").write_text("global_step1")
+    return tag
+
+
+def test_everything_that_is_missing_or_damaged_is_told_at_once(copied: Path) -> None:
+    names = [
+        f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt" for rank in (0, 1) for kind in ("model", "optim")
+    ]
+    checkpoint = DeepSpeedCheckpoint.open(str(copied.parent))
+    (copied / names[3]).unlink()
+    cut = copied / names[2]
+    cut.write_bytes(cut.read_bytes()[:-100])
+    flipped = copied / names[1]
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 1
+    flipped.write_bytes(data)
+    with pytest.raises(CheckpointError) as failure:
+        DeepSpeedCheckpoint.open(str(copied))
+    assert "the optimizer files of ranks 1 are missing" in str(failure.value)
+    assert f"{names[2]} is damaged or cut short" in str(failure.value)
+    faults = "\n".join(checkpoint.faults())
+    assert f"{names[3]} does not exist" in faults
+    assert f"{names[2]} is damaged or cut short" in faults
+    assert f"{names[1]} is damaged at" in faults
+    assert names[0] not in faults
+
+
+def test_files_of_more_ranks_than_wrote_the_checkpoint_are_refused(copied: Path) -> None:
+    for kind in ("model", "optim"):
+        content = (copied / f"zero_pp_rank_1_mp_rank_00_{kind}_states.pt").read_bytes()
+        (copied / f"zero_pp_rank_2_mp_rank_00_{kind}_states.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"written by 2 ranks, but .* files of ranks 2 besides"):
+        DeepSpeedCheckpoint.open(str(copied))
+
+
+def test_files_of_another_run_among_them_are_refused(copied: Path) -> None:
+    name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    (copied / f"bf16_{name}").write_bytes((copied / name).read_bytes())
+    with pytest.raises(CheckpointError, match="two files of rank 0 from different runs"):
+        DeepSpeedCheckpoint.open(str(copied))
+
+
+def test_where_there_is_no_checkpoint_the_message_says_what_to_give(copied: Path, tmp_path: Path) -> None:
+    (copied.parent / "latest").write_text("global_step7")
+    with pytest.raises(CheckpointError, match=r"names the checkpoint 'global_step7'.*global_step1"):
+        DeepSpeedCheckpoint.open(str(copied.parent))
+    with pytest.raises(CheckpointError, match="neither a file 'latest' nor"):
+        DeepSpeedCheckpoint.open(str(tmp_path / "nowhere"))
+    (copied / "layer_00_expert_0_mp_rank_00_model_states.pt").touch()
+    (copied / "mp_rank_01_model_states.pt").touch()
+    with pytest.raises(CheckpointError, match=r"(?s)pipeline stages or experts.*split over ranks"):
+        DeepSpeedCheckpoint.open(str(copied))
+
+
+def test_settings_that_cannot_be_are_told_at_once_and_nothing_is_overwritten(copied: Path) -> None:
+    source = DeepSpeedCheckpoint.open(str(copied))
+    with pytest.raises(ConfigError) as failure:
+        write_deepspeed(
+            source, str(copied.parent), zero_stage=4, world_size=0, param_dtype="fp8", tag="global_step1"
+        )
+    for told in ("zero_stage=4", "world_size=0", "param_dtype='fp8'", "global_step1 is not empty"):
+        assert told in str(failure.value)
+
+
+def test_fp16_keeps_its_loss_scale_in_deepspeeds_own_class(copied: Path, tmp_path: Path) -> None:
+    source = DeepSpeedCheckpoint.open(str(copied))
+    scale = {"scale": 512.0, "good_steps": 1.0, "tolerance": 2.0}
+    progress = source.manifest.progress.model_copy(update={"loss_scale": scale, "step": 5})
+    source.manifest = source.manifest.model_copy(update={"progress": progress})
+    for stage in (0, 2, 3):
+        target = tmp_path / str(stage)
+        write_deepspeed(source, str(target), zero_stage=stage, world_size=1, param_dtype="fp16", tag="half")
+        back = DeepSpeedCheckpoint.open(str(target)).manifest
+        assert back.written_by["param_dtype"] == "float16"
+        assert back.progress.loss_scale is not None
+        assert back.progress.loss_scale["scale"] == 512.0
+        assert back.progress.loss_scale["good_steps"] == 1
+    content = torch.load(
+        tmp_path / "3" / "half" / "zero_pp_rank_0_mp_rank_00_optim_states.pt", weights_only=False
+    )
+    scaler = content["optimizer_state_dict"]["loss_scaler"]
+    assert type(scaler).__module__ == "deepspeed.runtime.fp16.loss_scaler"
+    assert scaler.loss_scale == 512.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_files_load_without_running_code_as_far_as_deepspeed_allows(
+    copied: Path, tmp_path: Path, stage: int
+) -> None:
+    write_deepspeed(
+        DeepSpeedCheckpoint.open(str(copied)),
+        str(tmp_path / "to"),
+        zero_stage=stage,
+        world_size=2,
+        param_dtype="fp32",
+        tag="plain",
+    )
+    needs_a_class = [
+        path.name
+        for path in sorted((tmp_path / "to" / "plain").iterdir())
+        if not _loads_weights_only(path) and read_torch_file(str(path))
+    ]
+    assert all("optim_states" in name for name in needs_a_class)
+    assert bool(needs_a_class) == (stage == 3), "only stage 3 asks for a loss scaler object"
+
+
+def _loads_weights_only(path: Path) -> bool:
+    try:
+        torch.load(path, weights_only=True)
+    except Exception:  # torch's own, of several kinds
+        return False
+    return True
+
+
+def test_without_groups_a_script_has_one_of_all_trainable_parameters(tmp_path: Path) -> None:
+    script = Script(stage=1, groups="one")
+    [result, *_] = run_ranks(train, 1, script, (0, END), None, str(tmp_path / "plain"))
+    source = DeepSpeedCheckpoint.open(str(tmp_path / "plain"))
+    optim = {"peak_lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01}
+    source.manifest = source.manifest.model_copy(update={"groups": [], "config": {"optim": optim}})
+    write_deepspeed(source, str(tmp_path), zero_stage=2, world_size=2, param_dtype="fp32", tag="x")
+    [resumed, *_] = run_ranks(train, 2, Script(stage=2, groups="one"), (MIDDLE, END), str(tmp_path))
+    assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=2e-6, rel=0)
+
+
+def test_a_scheduler_goes_on_where_the_source_kept_none_of_its_own(tmp_path: Path) -> None:
+    script = Script(stage=2, groups="one", with_scheduler=True)
+    [result, *_] = run_ranks(train, 1, script, (0, END), None, str(tmp_path / "plain"))
+    source = DeepSpeedCheckpoint.open(str(tmp_path / "plain"))
+    assert source.script.lr_scheduler["last_epoch"] == MIDDLE
+    source.script = ScriptState()
+    write_deepspeed(source, str(tmp_path), zero_stage=3, world_size=1, param_dtype="fp32", tag="x")
+    other = Script(stage=3, groups="one", with_scheduler=True)
+    [resumed, *_] = run_ranks(train, 1, other, (MIDDLE, END), str(tmp_path))
+    assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=2e-6, rel=0)
+
+
+def test_a_checkpoint_of_ours_crosses_to_deepspeed_and_back_at_a_url(tmp_path: Path) -> None:
+    ours = Checkpoint.open(run_alone(Scenario(trainable=("blocks.*",)), 2).save(str(tmp_path)))
+    write_deepspeed(
+        ours, f"memory://{tmp_path.name}", zero_stage=3, world_size=3, param_dtype="fp32", tag="x"
+    )
+    theirs = DeepSpeedCheckpoint.open(f"memory://{tmp_path.name}")
+    [group] = theirs.manifest.groups
+    assert set(group.parameters) == {name for name, p in ours.manifest.parameters.items() if p.trainable}
+    assert theirs.faults() == []
+    for name, record in ours.manifest.parameters.items():
+        assert theirs.shape(name) == record.shape
+        assert theirs.updates(name) == record.updates
+        for state in record.states:
+            numel = torch.Size(record.shape).numel()
+            assert torch.equal(theirs.read(name, state, 0, numel), ours.read(name, state, 0, numel))
+
+
+def test_update_counts_that_differ_within_a_group_are_written_at_stage_0_alone(
+    copied: Path, tmp_path: Path
+) -> None:
+    source = DeepSpeedCheckpoint.open(str(copied))
+    parameters = dict(source.manifest.parameters)
+    parameters["first.weight"] = parameters["first.weight"].model_copy(update={"updates": 9})
+    source.manifest = source.manifest.model_copy(update={"parameters": parameters})
+    options: dict[str, Any] = {"world_size": 1, "param_dtype": "fp32", "tag": "x"}
+    for stage in (1, 3):
+        with pytest.raises(CheckpointError, match=r"1 updates: embed\.weight.*9 updates: first\.weight"):
+            write_deepspeed(source, str(tmp_path / "to"), zero_stage=stage, **options)
+    assert not (tmp_path / "to").exists()
+    write_deepspeed(source, str(tmp_path / "to"), zero_stage=0, **options)
+    back = DeepSpeedCheckpoint.open(str(tmp_path / "to"))
+    assert (back.updates("first.weight"), back.updates("embed.weight")) == (9, 1)
+
+
+def test_reading_an_interval_reads_no_more_than_that(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = DeepSpeedCheckpoint.open(str(copied))
+    asked: list[int] = []
+    read_into = LocalStorage.read_into
+
+    def watched(self: LocalStorage, path: str, start: int, out: memoryview) -> int:
+        asked.append(len(out))
+        return read_into(self, path, start, out)
+
+    monkeypatch.setattr(LocalStorage, "read_into", watched)
+    assert checkpoint.read("embed.weight", "exp_avg", 30, 50).numel() == 20
+    assert sum(asked) == 20 * 4
