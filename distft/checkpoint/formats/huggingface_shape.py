@@ -79,10 +79,9 @@ def _misfits(config: ModelConfig, architecture: Architecture) -> list[str]:
         wanted["attention_bias"] = is_gpt2
     if architecture == "qwen2":
         wanted["qkv_bias"] = True
-    elif not config.attention_bias:  # which includes that of q, k and v
+    elif not is_gpt2 and not config.attention_bias:  # which includes that of q, k and v
         wanted["qkv_bias"] = False
     if is_gpt2:
-        del wanted["qkv_bias"]
         wanted["num_kv_heads"] = config.num_heads
         if config.head_dim * config.num_heads != config.d_model:
             wanted["head_dim"] = f"d_model / num_heads = {config.d_model / config.num_heads:g}"
