@@ -162,9 +162,10 @@ def _rope(keys: Mapping[str, Any]) -> tuple[float, list[str]]:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind != "default":
         faults.append(f"{name}={dict(given)}: rotary positions of the kind {kind!r} are not ours.")
-    partial = given.get("partial_rotary_factor", keys.get("partial_rotary_factor"))
-    if partial not in {None, 1}:
-        faults.append(f"partial_rotary_factor={partial}: our positions turn all of a head.")
+    for where, part in (("", keys), (f"{name}.", given)):
+        factor = part.get("partial_rotary_factor")
+        if factor not in {None, 1}:
+            faults.append(f"{where}partial_rotary_factor={factor}: our positions turn all of a head.")
     base = given.get("rope_theta", keys.get("rope_theta"))
     return (_DEFAULT_ROPE_THETA if base is None else base), faults
 

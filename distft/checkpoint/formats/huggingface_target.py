@@ -28,7 +28,7 @@ from distft.errors import CheckpointError, ConfigError
 from distft.model.config import ModelConfig
 from distft.tokenizer import Tokenizer
 
-_CLASSIFIER = "classifier.weight"
+_CLASSIFIER, _LM_HEAD = "classifier.weight", "lm_head.weight"
 _CHUNK_NUMEL = 1 << 22  # elements read and written at a time
 _BEFORE_CONFIG = re.compile(  # names of what is written before config.json
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -73,7 +73,7 @@ def write_huggingface(
     """
     model = _model_config(source)
     kind = choose_architecture(model, architecture)
-    head, notes = _choose_head(source)
+    head, notes = _choose_head(source, model)
     labels = source.manifest.label_names if head == "classifier" else None
     shape = HuggingFaceShape(
         architecture=kind, model=model, head=head, label_names=None if labels is None else tuple(labels)
@@ -120,11 +120,14 @@ def _model_config(source: CheckpointSource) -> ModelConfig:
     return config
 
 
-def _choose_head(source: CheckpointSource) -> tuple[HeadKind, list[str]]:
+def _choose_head(source: CheckpointSource, model: ModelConfig) -> tuple[HeadKind, list[str]]:
     """What can be exported of the source's head, with a note where that is not all of it."""
-    record = source.manifest.parameters.get(_CLASSIFIER)
+    parameters = source.manifest.parameters
+    record = parameters.get(_CLASSIFIER)
     if record is None:
-        return "language_model", []
+        if model.tie_embeddings or _LM_HEAD in parameters:
+            return "language_model", []
+        return "none", [f"{source.path} has no head, so none is written."]
     objective = source.manifest.config.get("objective")
     pooling = objective.get("pooling", "last") if isinstance(objective, dict) else "last"
     names = source.manifest.label_names

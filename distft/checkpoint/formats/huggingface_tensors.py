@@ -113,6 +113,7 @@ def map_tensors(
         for parameter in parameters:
             ours[parameter] = Slot(theirs[name], shapes[parameter], row)
             row += shapes[parameter][0]
+    ours = {parameter: ours[parameter] for parameter in shapes}
     return TensorMap(theirs=theirs, ours=ours, embedding=ours["embed.weight"].tensor.name)
 
 

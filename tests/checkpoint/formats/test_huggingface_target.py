@@ -280,15 +280,26 @@ def test_a_directory_in_use_is_left_alone(tmp_path: Path, name: str) -> None:
 
 def test_a_source_that_lacks_parameters_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = save_ours(make_ours(our_config()), tmp_path / "ours")
-    source.manifest.config["model"].update(tie_embeddings=False, d_ff=30)
+    source.manifest.config["model"].update(d_ff=30)
+    del source.manifest.parameters["norm.weight"]
     with pytest.raises(CheckpointError) as refusal:
         write_huggingface(source, str(tmp_path / "theirs"))
-    assert "lm_head.weight [53, 24] has no weight" in str(refusal.value)
+    assert "norm.weight [24] has no weight" in str(refusal.value)
     assert "blocks.1.mlp.gate.weight is [29, 24] in it, and [30, 24]" in str(refusal.value)
     assert not (tmp_path / "theirs").exists()
     source.manifest.config.clear()
     with pytest.raises(ConfigError, match="does not say what its model is like"):
         write_huggingface(source, str(tmp_path / "theirs"))
+
+
+def test_a_model_without_a_head_stays_one(tmp_path: Path) -> None:
+    make_theirs("llama", "AutoModel").save_pretrained(tmp_path / "before")
+    source = HuggingFaceCheckpoint.open(str(tmp_path / "before"))
+    notes = write_huggingface(source, str(tmp_path / "after"))
+    assert any("has no head" in note for note in notes)
+    before, after = (load_file(tmp_path / when / "model.safetensors") for when in ("before", "after"))
+    assert before.keys() == after.keys()
+    loaded(tmp_path / "after", "AutoModel")
 
 
 def test_a_url_is_written_as_a_path_is(tmp_path: Path) -> None:
