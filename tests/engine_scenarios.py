@@ -176,6 +176,7 @@ class Training:
                 tokenizer=None,
                 written_by={},
                 groups=[],
+                tied={},
                 probe=None,
             ),
             attachments={},

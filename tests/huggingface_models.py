@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint
 from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.manifest import Progress, TokenizerRecord
 from distft.checkpoint.sources import StateSource, read_state
-from distft.checkpoint.store import Checkpoint, CheckpointStore, ParameterInfo, RunRecord
+from distft.checkpoint.store import CheckpointStore, Draft, ParameterInfo, RunRecord
 from distft.collectives import SingleProcess
 from distft.engine.memory import allocate
 from distft.model.config import ModelConfig
@@ -128,8 +129,8 @@ def save_ours(
     config: dict[str, Any] = {"model": module.config.model_dump(mode="json")}
     if isinstance(module.head, ClassificationHead):
         config["objective"] = {"type": "classification", "pooling": pooling}
-    path = CheckpointStore(str(root), SingleProcess()).save(
-        Progress(step=1),
+    draft = Draft(
+        progress=Progress(step=1),
         fragments=[Fragment(n, WEIGHT, 0, change(p.detach().reshape(-1))) for n, p in params.items()],
         parameters={n: ParameterInfo(tuple(p.shape), True, 1) for n, p in params.items()},
         record=RunRecord(
@@ -139,10 +140,13 @@ def save_ours(
             tokenizer=tokenizer
             and TokenizerRecord(fingerprint=tokenizer.fingerprint, file="tokenizer.model"),
             written_by={},
+            groups=[],
+            tied={},
+            probe=None,
         ),
         attachments={"tokenizer.model": tokenizer.to_bytes()} if tokenizer else {},
     )
-    return Checkpoint.open(path)
+    return Checkpoint.open(CheckpointStore(str(root), SingleProcess()).save(draft))
 
 
 def weights(source: StateSource, names: list[str]) -> dict[str, Tensor]:

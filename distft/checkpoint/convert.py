@@ -1,4 +1,4 @@
-"""One checkpoint in another format. The source is never changed, and the target counts from its last file on."""
+"""One checkpoint in another format. The source stays as it is; the target counts from its last file on."""
 
 from collections.abc import Callable
 from typing import Literal, get_args

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from math import prod
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from rich.console import Group
 
 from distft.checkpoint.comparison import num_bytes, states_of, statistics
 from distft.checkpoint.sources import CheckpointSource
@@ -31,9 +31,7 @@ def describe(
         "tokenizer": None if manifest.tokenizer is None else manifest.tokenizer.model_dump(mode="json"),
         "probe": None if manifest.probe is None else manifest.probe.model_dump(mode="json"),
         "tied": manifest.tied,
-        "groups": [
-            {"num_parameters": len(group.parameters), **group.settings} for group in manifest.groups
-        ],
+        "groups": [{"num_parameters": len(group.parameters), **group.settings} for group in manifest.groups],
         "files": [
             {"name": file.name, "num_bytes": file.num_bytes, "checksum": file.checksum}
             for file in manifest.files
@@ -65,7 +63,16 @@ def _parameter(
 def description_table(found: dict[str, Any]) -> Group:
     """The same for people."""
     facts = Table(box=None, show_header=False, pad_edge=False)
-    for name in ("path", "format", "run_id", "step", "tokens_seen", "num_parameters", "num_trainable", "num_bytes"):
+    for name in (
+        "path",
+        "format",
+        "run_id",
+        "step",
+        "tokens_seen",
+        "num_parameters",
+        "num_trainable",
+        "num_bytes",
+    ):
         value = found[name]
         facts.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     for name in ("written_by", "probe", "tied", "tokenizer"):

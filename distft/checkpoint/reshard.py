@@ -6,7 +6,6 @@ or ours at all.
 
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from distft.checkpoint.rank_file import Entry, write_rank_file
 from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.target import new_directory
 from distft.errors import CheckpointError
+from distft.storage import checksum_of_bytes
 
 _PIECE_NUMEL = 1 << 20  # elements in memory at a time, of each file that is being written
 _SAMPLE_NUMEL = 1 << 22
@@ -36,23 +36,23 @@ def contiguous_layout(numels: Mapping[str, int], world_size: int) -> list[Interv
     """The [start, stop) of each parameter that each rank holds, if all of them end to end are cut evenly.
 
     Every element falls to exactly one rank, ranks differ by one element at most, and a rank that holds none
-    of a parameter does not name it. A parameter without elements falls to the first rank that it touches.
+    of a parameter does not name it.
     """
     total = sum(numels.values())
     layout: list[dict[str, tuple[int, int]]] = [{} for _ in range(world_size)]
-    begin, rank = 0, 0
+    position, rank = 0, 0  # of the next element, among all of them
     for name, numel in numels.items():
-        end = begin + numel
-        while rank < world_size - 1 and total * (rank + 1) // world_size <= begin:
-            rank += 1
-        holder = rank
-        while True:
-            lower, upper = total * holder // world_size, total * (holder + 1) // world_size
-            layout[holder][name] = max(begin, lower) - begin, min(end, upper) - begin
-            if upper >= end or holder == world_size - 1:
-                break
-            holder += 1
-        begin = end
+        begin, end = position, position + numel
+        if not numel:
+            layout[rank][name] = 0, 0
+        while position < end:
+            upper = total * (rank + 1) // world_size
+            if upper > position:
+                stop = min(end, upper)
+                layout[rank][name] = position - begin, stop - begin
+                position = stop
+            else:
+                rank += 1
     return list(layout)
 
 
@@ -84,7 +84,7 @@ def estimate_seconds(source: CheckpointSource, plan: Plan) -> float:
         for state in record.states:
             values = source.read(name, state, 0, numel)
             fingerprint(values, 0)
-            zlib.crc32(values.view(torch.uint8).numpy())
+            checksum_of_bytes(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
             num_read += values.numel() * values.element_size()
         if num_read > 4 * _SAMPLE_NUMEL:
             break

@@ -58,6 +58,7 @@ class RunRecord:
     tokenizer: TokenizerRecord | None
     written_by: dict[str, Any]
     groups: list[GroupRecord]
+    tied: dict[str, str]
     probe: ProbeRecord | None
 
 
@@ -260,6 +261,7 @@ def _manifest(
         tokenizer=run.tokenizer,
         written_by=run.written_by,
         groups=run.groups,
+        tied=run.tied,
         probe=run.probe,
         parameters={
             name: ParameterRecord(

@@ -27,7 +27,12 @@ def new_directory(path: str, source: str) -> Iterator[None]:
     storage.commit_bytes(
         mark, f"Being made of {source}. While this file is here, the rest is not whole.\n".encode()
     )
-    yield
+    try:
+        yield
+    except BaseException:
+        if storage.list_names(path) == [UNFINISHED]:  # refused before anything was written
+            storage.remove_tree(path)
+        raise
     storage.remove(mark)
 
 

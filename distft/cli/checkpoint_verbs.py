@@ -104,7 +104,7 @@ def diff(
         for d in odd:
             how = ""
             if d.kind == "differs":
-                how = f": {d.num_differing:,} elements, by {d.max_abs:.3g} at most, {d.relative:.3g} of the norm"
+                how = f": {d.num_differing:,} elements, by {d.max_abs:.3g} at most, {d.relative:.3g} in norm"
             print(f"{d.state} of {d.parameter} {_KINDS[d.kind]}{how}")
         print(f"{len(found) - len(odd):,} of {len(found):,} states are identical.")
     if odd:
@@ -177,7 +177,9 @@ def convert(
 
 @checkpoint_app.command("average")
 def average(
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more of one model.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more of one model.")
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="A new directory.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="One for each, relative to each other; all alike unless given.")

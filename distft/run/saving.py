@@ -33,6 +33,7 @@ def draft(
             tokenizer=TokenizerRecord(fingerprint=inputs.tokenizer.fingerprint, file=TOKENIZER_FILE),
             written_by=_written_by(inputs, world_size),
             groups=_groups(inputs, updates),
+            tied=_tied(engine.module),
             probe=probe,
         ),
         attachments={TOKENIZER_FILE: inputs.tokenizer.to_bytes()},
@@ -53,6 +54,13 @@ def _groups(inputs: Inputs, updates: dict[str, int]) -> list[GroupRecord]:
         )
         for group in parameter_groups(inputs.shapes, inputs.trainable, optim, updates)
     ]
+
+
+def _tied(module: torch.nn.Module) -> dict[str, str]:
+    """Further names that the module has for parameters that it shares."""
+    kept = {id(param): name for name, param in module.named_parameters()}
+    everything = module.named_parameters(remove_duplicate=False)
+    return {name: kept[id(param)] for name, param in everything if kept[id(param)] != name}
 
 
 def _written_by(inputs: Inputs, world_size: int) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from distft import storage
 from distft.checkpoint.committed import committed_steps, find_checkpoint
-from distft.checkpoint.formats.deepspeed_files import LATEST
+from distft.checkpoint.formats.deepspeed_files import LATEST, LATEST_UNIVERSAL
 from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
 from distft.checkpoint.formats.huggingface_files import CONFIG_FILE
 from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint
-from distft.checkpoint.formats.universal import LATEST_UNIVERSAL, UniversalCheckpoint
+from distft.checkpoint.formats.universal import UniversalCheckpoint
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.sources import CheckpointSource
 from distft.errors import CheckpointError

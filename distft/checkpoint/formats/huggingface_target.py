@@ -23,6 +23,7 @@ from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
 from distft.checkpoint.formats.safetensors_file import header_bytes
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import CheckpointSource
+from distft.checkpoint.target import UNFINISHED
 from distft.config import parse
 from distft.errors import CheckpointError, ConfigError
 from distft.model.config import ModelConfig
@@ -157,7 +158,7 @@ def _check_parameters(source: CheckpointSource, tensors: TensorMap) -> None:
 
 def _clear(target: str) -> None:
     """Make the directory ready; refuse one that holds anything but the rest of an interrupted export."""
-    names = storage.list_names(target)
+    names = [name for name in storage.list_names(target) if name != UNFINISHED]
     foreign = [name for name in names if not _BEFORE_CONFIG.fullmatch(name)]
     if foreign:
         shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")

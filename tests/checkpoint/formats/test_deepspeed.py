@@ -9,11 +9,11 @@ from distributed import run_ranks
 from engine_scenarios import Scenario, run_alone
 from plain_deepspeed import Script, train
 
+from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.deepspeed_model import ScriptState
 from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
 from distft.checkpoint.formats.deepspeed_target import write_deepspeed
 from distft.checkpoint.formats.torch_file import read_torch_file
-from distft.checkpoint.store import Checkpoint
 from distft.errors import CheckpointError, ConfigError
 from distft.storage.local import LocalStorage
 
