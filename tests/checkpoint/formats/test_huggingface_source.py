@@ -207,13 +207,16 @@ def test_lost_and_shortened_shards_are_named_once(saved: Path, tmp_path: Path) -
     assert f"{shards[2]} is not a safetensors file" in faults[2]
 
 
-@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])  # bytes
 def test_a_single_file_that_is_cut_short_is_named(saved: Path, tmp_path: Path, keep: int) -> None:
     folder = copied(saved, "gpt2", tmp_path / "model")
     (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:keep])
-    faults = HuggingFaceCheckpoint.open(str(folder)).faults()
+    source = HuggingFaceCheckpoint.open(str(folder))
+    faults = source.faults()
     assert len(faults) == 1
     assert str(folder / MODEL) in faults[0]
+    num_lost = sum(not source.has(name, WEIGHT) for name in source.manifest.parameters)
+    assert num_lost == (1 if keep == -1 else len(source.manifest.parameters))
 
 
 def test_a_stored_copy_of_a_tied_head_must_be_one(saved: Path, tmp_path: Path) -> None:
@@ -337,3 +340,12 @@ def test_keys_that_are_left_out_mean_what_transformers_takes_for_them(
     short = {k: v for k, v in raw.items() if k in {"model_type", "architectures"} or defaults.get(k, ()) != v}
     assert len(short) < len(raw)
     assert read_shape(short) == expected
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_a_config_that_says_nothing_means_what_it_means_to_transformers(model_type: str) -> None:
+    import transformers
+
+    given = {"sliding_window": None} if model_type == "mistral" else {}  # its default is refused
+    told = transformers.AutoConfig.for_model(model_type, **given).to_dict()
+    assert read_shape({"model_type": model_type, **given}) == read_shape(told)

@@ -193,6 +193,11 @@ def test_each_weight_keeps_its_dtype_unless_told_otherwise(tmp_path: Path) -> No
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert tensors["model.norm.weight"].dtype == torch.float32
     assert loaded(tmp_path / "theirs").dtype == torch.float32
+    data = (tmp_path / "theirs" / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    for name, entry in json.loads(data[8 : 8 + length]).items():
+        assert name == "__metadata__" or entry["data_offsets"][0] % (4 if entry["dtype"] == "F32" else 2) == 0
 
 
 def test_values_that_fp16_cannot_hold_are_refused(tmp_path: Path) -> None:
