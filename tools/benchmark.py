@@ -1,4 +1,4 @@
-"""Speed, side by side in one run: `python tools/benchmark.py train`.
+"""Speed, side by side in one run: `python tools/benchmark.py train`, or `checkpoint`.
 
 Every contestant takes turns, a few steps at a time, so that whatever else the machine does hits all of them
 alike; each one's best turn counts.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+import checkpoint_benchmark
 import torch
 from torch import Tensor, nn
 
@@ -319,6 +320,11 @@ def main() -> None:
     verb.add_argument("--turns", type=int, default=5)
     verb.add_argument("--steps", type=int, default=3)
     verb.set_defaults(act=train)
+    verb = verbs.add_parser("checkpoint", help="loading, resharding and converting, beside cp and DeepSpeed")
+    verb.add_argument("--shape", choices=checkpoint_benchmark.SHAPES, default="110M")
+    verb.add_argument("--turns", type=int, default=3)
+    verb.add_argument("--directory", help="where the files go; 15 GB for 110M")
+    verb.set_defaults(act=checkpoint_benchmark.checkpoint)
     arguments = parser.parse_args()
     arguments.act(arguments)
 

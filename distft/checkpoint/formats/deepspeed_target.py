@@ -18,7 +18,7 @@ from distft.checkpoint.formats.deepspeed_layout import (
     sub_groups,
 )
 from distft.checkpoint.formats.target_state import DEEPSPEED_VERSION, PARAM_DTYPES, TargetState
-from distft.checkpoint.formats.torch_file import write_torch_file
+from distft.checkpoint.formats.torch_file import ForeignObject, write_torch_file
 from distft.checkpoint.formats.torch_pickle import is_plain
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import CheckpointSource
@@ -180,12 +180,14 @@ class _Files:
 
     def _flat(self, rank: int) -> dict[str, Any]:
         """Stages 1 and 2: a rank's part of each group's flat buffer."""
-        masters, paddings, moments = [], [], {}
+        masters, paddings, slices, moments = [], [], [], {}
         for number, numels in self._groups():
             size = flat_partition_numel(numels, self.world_size)
             start, total = rank * size, sum(numels.values())
             end = max(min(start + size, total), start)
-            masters.append(self.state.flat(list(flat_runs(numels, start, end)), WEIGHT))
+            runs = list(flat_runs(numels, start, end))
+            masters.append(self.state.flat(runs, WEIGHT))
+            slices.append(_addresses(runs))
             paddings.append(start + size - end)
             padded = list(flat_runs(numels, start, start + size))
             if found := self._moments(number, numels, padded):
@@ -207,6 +209,7 @@ class _Files:
             "zero_stage": self.zero_stage,
             "group_paddings": paddings,
             "partition_count": [self.world_size] * count,
+            "param_slice_mappings": slices,
             "ds_version": DEEPSPEED_VERSION,
         }
 
@@ -268,3 +271,17 @@ class _Files:
                 for group in self.state.groups
             ],
         }
+
+
+def _addresses(runs: Sequence[Run]) -> "OrderedDict[str, ForeignObject]":
+    """Where a rank's part of each parameter lies in its flat partition, as ds_to_universal looks it up."""
+    addresses: OrderedDict[str, ForeignObject] = OrderedDict()
+    position = 0
+    for run in runs:
+        if run.parameter is not None:
+            fields = {"numel": run.numel, "start": position}
+            addresses[run.parameter] = ForeignObject(
+                "deepspeed.utils.tensor_fragment", "fragment_address", fields
+            )
+        position += run.numel
+    return addresses
