@@ -68,8 +68,11 @@ class Entry:
         )
 
 
-def write_rank_file(path: str, entries: Sequence[Entry]) -> ChecksumWriter:
-    """Write a rank's fragments; returns what knows the file's size and checksum."""
+def write_rank_file(path: str, entries: Sequence[Entry], *, durable: bool = True) -> ChecksumWriter:
+    """Write a rank's fragments; returns what knows the file's size and checksum.
+
+    `durable` waits until the disk has them.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "distft-fragments"}}
     offset = 0
     for entry in entries:
@@ -82,7 +85,7 @@ def write_rank_file(path: str, entries: Sequence[Entry]) -> ChecksumWriter:
         offset += num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
-    with open_write(path) as file:
+    with open_write(path, durable=durable) as file:
         writer = ChecksumWriter(file)
         writer.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for entry in entries:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distft import storage
+from distft.checkpoint.comparison import damaged_states
 from distft.checkpoint.fragments import STATES, fingerprint
 from distft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, ParameterRecord, StateRecord
 from distft.checkpoint.rank_file import Entry, write_rank_file
@@ -24,7 +25,7 @@ from distft.checkpoint.target import new_directory
 from distft.errors import CheckpointError
 from distft.storage import checksum_of_bytes
 
-_PIECE_NUMEL = 1 << 20  # elements in memory at a time, of each file that is being written
+_PIECE_NUMEL = 1 << 19  # elements in memory at a time, of each file that is being written
 _SAMPLE_NUMEL = 1 << 22
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -118,18 +119,20 @@ def write_distft(
 ) -> Manifest:
     """Write `source` as a self-contained checkpoint of `world_size` files; `manifest.json` comes last.
 
-    Each byte of the source is read once, a few MiB at a time, and its fingerprints are compared on the way:
-    raises `CheckpointError` that names the states that differ, and commits nothing then. `ConfigError` where
-    `target` is taken.
+    The source is checked first, every byte; then it is read once more, a few MiB at a time. Fingerprints are
+    taken over where the source has them, and made where it has none. As with `cp`, the disk may still be at
+    it when this returns. Raises `CheckpointError` for a damaged source, before anything is written, and
+    `ConfigError` where `target` is taken.
     """
     plan = plan_reshard(source, world_size)
     prints = _Prints()
+    _check(source)
     with new_directory(target, source.path):
 
         def write(rank: int) -> FileRecord:
             entries = list(_entries(source, plan.layout[rank], prints, on_progress))
             name = f"rank_{rank:05d}.safetensors"
-            writer = write_rank_file(storage.join(target, name), entries)
+            writer = write_rank_file(storage.join(target, name), entries, durable=False)
             intervals = {entry.parameter: (entry.start, entry.stop) for entry in entries}
             return FileRecord(
                 name=name, num_bytes=writer.num_bytes, checksum=writer.checksum, intervals=intervals
@@ -152,13 +155,19 @@ def _entries(
             if state not in states:
                 continue
             dtype = getattr(torch, states[state].dtype)
+            is_print_known = states[state].fingerprint is not None
 
             def pieces(
-                name: str = name, state: str = state, start: int = start, stop: int = stop
+                name: str = name,
+                state: str = state,
+                start: int = start,
+                stop: int = stop,
+                is_print_known: bool = is_print_known,
             ) -> Iterator[Tensor]:
                 for begin in range(start, stop, _PIECE_NUMEL):
                     values = source.read(name, state, begin, min(begin + _PIECE_NUMEL, stop))
-                    prints.add(name, state, values, begin)
+                    if not is_print_known:
+                        prints.add(name, state, values, begin)
                     yield values
                     if on_progress is not None:
                         on_progress(values.numel() * values.element_size())
@@ -166,24 +175,23 @@ def _entries(
             yield Entry(name, state, start, stop, dtype, pieces)
 
 
+def _check(source: CheckpointSource) -> None:
+    faults = source.faults()
+    if faults:
+        told = "\n".join([*faults, *damaged_states(source)])
+        raise CheckpointError(f"{source.path} is damaged; use another checkpoint:\n{told}")
+
+
 def _manifest(source: CheckpointSource, files: list[FileRecord], prints: _Prints) -> Manifest:
-    parameters, differing = {}, []
+    parameters = {}
     for name, record in source.manifest.parameters.items():
-        states = {}
-        for state, saved in record.states.items():
-            found = prints.text(name, state)
-            if saved.fingerprint is not None and saved.fingerprint != found:
-                differing.append(f"{state} of {name}")
-            states[state] = StateRecord(dtype=saved.dtype, fingerprint=found)
+        states = {
+            state: saved
+            if saved.fingerprint
+            else StateRecord(dtype=saved.dtype, fingerprint=prints.text(name, state))
+            for state, saved in record.states.items()
+        }
         parameters[name] = record.model_copy(update={"states": states})
-    if differing:
-        shown = ", ".join(differing[:10]) + (
-            f" and {len(differing) - 10} more" if len(differing) > 10 else ""
-        )
-        raise CheckpointError(
-            f"{source.path} is damaged: {shown} are not what was saved. Use another checkpoint; "
-            "`distft checkpoint verify` tells which files it is."
-        )
     return source.manifest.model_copy(update={"parameters": parameters, "files": files})
 
 

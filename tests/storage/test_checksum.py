@@ -1,9 +1,9 @@
 """A checksum taken while writing is that of the file, and every small damage shows."""
 
-import zlib
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ def test_the_checksum_does_not_depend_on_how_the_bytes_were_cut(pieces: list[byt
             writer.write(piece)
     assert storage.read_bytes("memory://checksum/a") == whole
     assert writer.num_bytes == len(whole)
-    assert writer.checksum == f"crc32:{zlib.crc32(whole):08x}" == storage.checksum_of_bytes(whole)
+    assert writer.checksum == f"xxh3:{xxhash.xxh3_64_hexdigest(whole)}" == storage.checksum_of_bytes(whole)
     assert writer.checksum == storage.checksum_of("memory://checksum/a")
     storage.verify("memory://checksum/a", checksum=writer.checksum, num_bytes=writer.num_bytes)
 
@@ -38,9 +38,9 @@ def test_one_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
 def test_missing_short_and_foreign_are_told(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with pytest.raises(StorageError, match="is missing"):
-        storage.verify(path, checksum="crc32:00000000")
+        storage.verify(path, checksum="xxh3:0000000000000000")
     path.write_bytes(b"abc")
     with pytest.raises(StorageError, match="has 3 bytes, but was written with 4"):
-        storage.verify(path, checksum="crc32:00000000", num_bytes=4)
+        storage.verify(path, checksum="xxh3:0000000000000000", num_bytes=4)
     with pytest.raises(StorageError, match="not of the kind"):
         storage.verify(path, checksum="md5:00")

@@ -175,7 +175,7 @@ def _write_weights(export: _Export, max_shard_bytes: int) -> None:
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        with storage.open_write(storage.join(export.target, name)) as file:
+        with storage.open_write(storage.join(export.target, name), durable=False) as file:
             file.write(header_bytes((t.name, export.dtype_of(t), t.shape) for t in shard))
             for tensor in shard:
                 for piece in _their_values(export, tensor):

@@ -128,7 +128,7 @@ def write_torch_file(
     piece. Raises `TypeError` for other values, `ValueError` where the chunks of a tensor do not add up to it.
     """
     text, tensors = pickled(value)
-    with storage.open_write(path) as file:
+    with storage.open_write(path, durable=False) as file:
         counter = _CountingWriter(file)
         with zipfile.ZipFile(counter, "w") as archive:  # type: ignore[call-overload]  # a writer is enough
             archive.writestr(zipfile.ZipInfo(f"archive/{_PICKLE}", _WRITTEN_AT), text)
