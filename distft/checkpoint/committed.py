@@ -1,6 +1,8 @@
 """Committed checkpoints of ours: find them, read them, check them."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -12,6 +14,7 @@ from distft.collectives import Collectives, together
 from distft.errors import CheckpointError, StorageError
 
 STEP = "step_"
+_THREADS = min(4, os.cpu_count() or 1)
 BESIDE = "../"  # how a file of another directory of the same store is named
 
 
@@ -84,17 +87,20 @@ class Checkpoint:
 
     def faults(self, numbers: Sequence[int] | None = None) -> list[str]:
         """What is wrong with the files of these numbers, or all: absent, of another size or other bytes."""
-        found = []
-        for number in range(len(self.manifest.files)) if numbers is None else numbers:
-            record = self.manifest.files[number]
-            try:
-                storage.verify(self.file_path(number), checksum=record.checksum, num_bytes=record.num_bytes)
-            except StorageError as error:
-                hint = ""
-                if record.name.startswith(BESIDE):
-                    hint = " A checkpoint with frozen weights is copied with `distft checkpoint convert`."
-                found.append(f"{error}{hint}")
-        return found
+        chosen = range(len(self.manifest.files)) if numbers is None else numbers
+        with ThreadPoolExecutor(_THREADS) as threads:  # reading and hashing leave the interpreter free
+            return [fault for fault in threads.map(self._fault, chosen) if fault]
+
+    def _fault(self, number: int) -> str:
+        record = self.manifest.files[number]
+        try:
+            storage.verify(self.file_path(number), checksum=record.checksum, num_bytes=record.num_bytes)
+        except StorageError as error:
+            hint = ""
+            if record.name.startswith(BESIDE):
+                hint = " A checkpoint with frozen weights is copied with `distft checkpoint convert`."
+            return f"{error}{hint}"
+        return ""
 
     def verify(self, collectives: Collectives) -> None:
         """Check every byte, each file on one rank; fails on all ranks together, naming each damaged file."""
