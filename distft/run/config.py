@@ -47,7 +47,7 @@ class RunConfig(Settings):
     num_threads: int | None = Field(default=None, ge=1)  # of each rank's CPU work; None: torch's choice
     timeout_s: float = Field(default=600.0, gt=0)  # how long ranks wait for each other
     tokenizer: str | None = None  # a .model file; None: the one beside the data or the checkpoint
-    init_from: str | None = None  # a checkpoint whose weights the run starts from, at step 0
+    init_from: str | None = None  # a checkpoint, of any format, whose weights the run starts from, at step 0
     model: ModelConfig | None = None  # None: that of init_from
     trainable: tuple[str, ...] = ("*",)  # patterns over parameter names; "!pattern" takes away
     data: DataConfig

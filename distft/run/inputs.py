@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from distft import storage
-from distft.checkpoint.committed import Checkpoint, find_checkpoint
-from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
+from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.formats.detect import open_source
+from distft.checkpoint.sources import CheckpointSource, FirstOf, InitialSource, StateSource, WeightsOnly
 from distft.config.keys import nearest
 from distft.data.dataset import DataContext
 from distft.data.feed import Feed
@@ -43,7 +44,7 @@ class Inputs:
     head: Head
     shapes: dict[str, tuple[int, ...]]
     trainable: set[str]
-    init_from: Checkpoint | None
+    init_from: CheckpointSource | None
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -98,10 +99,14 @@ def read_inputs(config: RunConfig) -> Inputs:
     )
 
 
-def _model_shape(config: RunConfig, init_from: Checkpoint | None, tokenizer: Tokenizer) -> ModelConfig:
+def _model_shape(config: RunConfig, init_from: CheckpointSource | None, tokenizer: Tokenizer) -> ModelConfig:
     shape = config.model
     if shape is None:
         assert init_from is not None  # or the configuration would not have passed
+        if "model" not in init_from.manifest.config:
+            raise ConfigError(
+                f"{init_from.path} ({init_from.format}) does not say what its model is like: set model."
+            )
         shape = ModelConfig.model_validate(init_from.manifest.config["model"])
     return shape.for_vocabulary(tokenizer.vocab_size)
 
@@ -116,7 +121,7 @@ def _check_seq_len(config: RunConfig, shape: ModelConfig) -> None:
 def _check_parameters(
     config: RunConfig,
     shapes: Mapping[str, tuple[int, ...]],
-    init_from: Checkpoint | None,
+    init_from: CheckpointSource | None,
     label_names: tuple[str, ...] | None,
 ) -> set[str]:
     """What learns; refuses patterns that match nothing, and weights that do not fit."""
@@ -155,11 +160,11 @@ def check_writable(run_dir: str) -> None:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {above} does not allow it. Choose another.")
 
 
-def _checkpoint_to_start_from(config: RunConfig) -> Checkpoint | None:
+def _checkpoint_to_start_from(config: RunConfig) -> CheckpointSource | None:
     if config.init_from is None:
         return None
     try:
-        return find_checkpoint(config.init_from)
+        return open_source(config.init_from)
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from None
 
@@ -180,7 +185,7 @@ def data_context(
     )
 
 
-def tokenizer_path(given: str | None, data: DataConfig, init_from: Checkpoint | None) -> str:
+def tokenizer_path(given: str | None, data: DataConfig, init_from: CheckpointSource | None) -> str:
     """The run's tokenizer: the one that is named, that of the checkpoint, or the one beside the shards."""
     if given is not None:
         return given
@@ -216,7 +221,7 @@ def parameter_shapes(model: ModelConfig, head: Head) -> dict[str, tuple[int, ...
 
 
 def check_fits(
-    source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], *, may_lack: tuple[str, ...] = ()
+    source: CheckpointSource, shapes: Mapping[str, tuple[int, ...]], *, may_lack: tuple[str, ...] = ()
 ) -> None:
     """Refuse a checkpoint that lacks a parameter of the model, or has it in another shape; all at once."""
     faults = []
@@ -247,7 +252,7 @@ def state_source(inputs: Inputs, resumed: Checkpoint | None) -> StateSource:
     return FirstOf([WeightsOnly(inputs.init_from, without=without), fresh])
 
 
-def new_head(init_from: Checkpoint, label_names: tuple[str, ...] | None) -> tuple[str, ...]:
+def new_head(init_from: CheckpointSource, label_names: tuple[str, ...] | None) -> tuple[str, ...]:
     """Prefixes of what is not taken from `init_from`: a classifier's head, where the classes are others."""
     before = init_from.manifest.label_names
     is_same = before is not None and label_names is not None and tuple(before) == label_names

@@ -10,6 +10,7 @@ from distributed import run_ranks
 from small_runs import events, fine_tuning, logged, pretraining, run
 
 from distft.checkpoint.committed import find_checkpoint
+from distft.cli.main import main
 from distft.config import load_yaml, parse
 from distft.errors import ConfigError, DataError, DistftError, Preempted, TrainingError
 from distft.run.config import RunConfig
@@ -105,6 +106,19 @@ def test_a_fine_tune_moves_only_what_is_trainable(data: Path, pretrained: Path, 
             assert same != trains, name
 
 
+@pytest.mark.parametrize("to", ["huggingface", "deepspeed", "universal"])
+def test_a_fine_tune_starts_from_any_format(data: Path, pretrained: Path, tmp_path: Path, to: str) -> None:
+    assert main(["checkpoint", "convert", str(pretrained), str(tmp_path / "other"), "--to", to]) == 0
+    run(Topology(), fine_tuning(data, tmp_path / "a", pretrained))
+    raw = fine_tuning(data, tmp_path / "b", tmp_path / "other", tokenizer=str(data / "tokenizer.model"))
+    if to != "huggingface":
+        with pytest.raises(ConfigError, match="does not say what its model is like"):
+            run(Topology(), raw)
+        raw["model"] = pretraining(data, tmp_path)["model"]
+    run(Topology(), raw)
+    assert logged(tmp_path / "b") == logged(tmp_path / "a")
+
+
 def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_path: Path) -> None:
     changed = pretraining(data, pretrained, seed=5, train={"max_steps": 20, "log_every_steps": 1})
     with pytest.raises(ConfigError, match=r"seed was 0 and is now 5.*\n.*another run_dir"):
@@ -121,7 +135,7 @@ def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_
     [
         ({"trainable": ["block.1.*"]}, ConfigError, r"'block.1.\*' matches none .* near it are 'blocks"),
         ({"tokenizer": "no.model"}, DataError, r"tokenizer no.model cannot be read"),
-        ({"init_from": "nowhere"}, DistftError, r"No committed checkpoint at nowhere"),
+        ({"init_from": "nowhere"}, DistftError, r"init_from: nowhere does not exist, or is empty"),
         ({"objective": {"type": "classification"}}, ConfigError, r"needs labels: set data.type=labelled"),
         (
             {"data": {"type": "labelled", "path": "gone.jsonl"}, "objective": {"type": "classification"}},
