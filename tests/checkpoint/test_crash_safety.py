@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,9 @@ from distft.errors import CheckpointError, DistftError
 from distft.storage.local import DRAFT_MARK
 from distft.topology import Topology
 
-ALL = Scenario()
-PARTLY = Scenario(trainable=("blocks.1.*", "norm.weight"))
+ALL = Scenario(micro_batch_size=8)
+PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))
 KEEP_ONE = CheckpointConfig(keep_last=1)
-LAST_STEP = 5
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Case:
     retains: bool = False
     damaged: int | None = None  # a step of `before`
     thaw: bool = False  # the steps of `before` have other frozen weights than those after them
+
+    @property
+    def last_step(self) -> int:
+        """The step of the save that comes after all that."""
+        return max(*self.before, self.saves or 0, 0) + 1
 
 
 CASES = {
@@ -66,7 +70,7 @@ class Prepared:
     def __init__(self, case: Case, root: Path) -> None:
         self.case = case
         self.root = root
-        earlier = Scenario(trainable=("blocks.0.*", "norm.weight")) if case.thaw else case.scenario
+        earlier = replace(PARTLY, trainable=("blocks.0.*",)) if case.thaw else case.scenario
         store = CheckpointStore(str(root), SingleProcess())
         training = run_alone(earlier, 0)
         for step in case.before:
@@ -102,6 +106,12 @@ class Prepared:
             store.retain(KEEP_ONE)
 
 
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody cuts the power here, so nothing waits for the disk; that it would is a test of its own."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # noqa: ARG005
+
+
 @pytest.fixture(scope="module", params=CASES)
 def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared(CASES[request.param], tmp_path_factory.mktemp("prepared") / "checkpoints")
@@ -126,10 +136,10 @@ class Undisturbed:
         self.operations = recorded.operations
         checkpoint, _ = store.newest_good()
         assert checkpoint is not None
-        self.losses = {checkpoint.step: prepared.resume(checkpoint).run(LAST_STEP)}
+        self.losses = {checkpoint.step: prepared.resume(checkpoint).run(prepared.case.last_step)}
         if prepared.old_step not in self.losses:
-            self.losses[prepared.old_step] = prepared.resume(prepared.old).run(LAST_STEP)
-        self._go_on(store, checkpoint, [LAST_STEP])
+            self.losses[prepared.old_step] = prepared.resume(prepared.old).run(prepared.case.last_step)
+        self._go_on(store, checkpoint, [prepared.case.last_step])
         self.names = _names(disk)
 
     def _go_on(self, store: CheckpointStore, checkpoint: Checkpoint | None, steps: list[int]) -> list[float]:
@@ -153,11 +163,11 @@ class Undisturbed:
         step = case.saves if self.is_committed(done) else self.prepared.old_step
         assert (None if checkpoint is None else checkpoint.step) == step, said
         assert len(complaints) <= (case.damaged is not None), said
-        losses = self._go_on(store, checkpoint, sorted({case.saves or LAST_STEP, LAST_STEP}))
+        losses = self._go_on(store, checkpoint, [*([case.saves] if case.saves else []), case.last_step])
         assert losses == self.losses[step], said
         newest, complaints = CheckpointStore(store.root, SingleProcess()).newest_good()
         assert newest is not None, said
-        assert (newest.step, complaints) == (LAST_STEP, []), said
+        assert (newest.step, complaints) == (case.last_step, []), said
         assert _names(disk) == self.names, said
 
 
@@ -331,7 +341,7 @@ def test_a_reshard_may_die_at_any_operation_and_be_run_again(
 
 def _save_and_be_killed(topology: Topology, root: str, rank: int, share: float) -> None:
     """Save steps 1 to 3; one rank is killed at an operation of the last save, `share` of the way into it."""
-    scenario = Scenario(stage=1, trainable=PARTLY.trainable)
+    scenario = replace(PARTLY, stage=1, micro_batch_size=2)
     training = Training(scenario, topology, collectives_for(scenario, topology))
     store = CheckpointStore(root, training.collectives)
     number = None
@@ -355,12 +365,12 @@ def test_a_rank_killed_at_a_random_operation_leaves_a_commit_to_go_on_from(tmp_p
     assert checkpoint is not None, said
     assert not complaints, said
     training = Training(PARTLY, Topology(), SingleProcess(), checkpoint)
-    expected = run_alone(PARTLY, LAST_STEP).losses  # type: ignore[attr-defined]
-    assert training.run(LAST_STEP) == pytest.approx(expected[checkpoint.step :], abs=1e-5), said
+    expected = run_alone(PARTLY, 5).losses  # type: ignore[attr-defined]
+    assert training.run(5) == pytest.approx(expected[checkpoint.step :], abs=1e-5), said
     store.save(training.draft())
     store.retain(KEEP_ONE)
     assert not _drafts(tmp_path), said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["frozen_00000001", f"step_{LAST_STEP:08d}"], said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["frozen_00000001", "step_00000005"], said
 
 
 @contextmanager
