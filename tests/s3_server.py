@@ -1,11 +1,12 @@
 """An S3 server for tests: moto's, on a free port of this machine, with faults on demand."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import parse_qs
 
 from moto.moto_server.werkzeug_app import (
@@ -176,7 +177,7 @@ def _refuse(
 ) -> Iterable[bytes]:
     environ["wsgi.input"].read(request.num_bytes)
     if fault.status == CUT:
-        raise ConnectionResetError
+        _cut(environ)
     body = fault.body
     if body is None:
         body = f"<Error><Code>{fault.code}</Code><Message>asked for by a test</Message></Error>".encode()
@@ -191,4 +192,9 @@ def _half(
 ) -> Iterator[bytes]:
     body = b"".join(moto(environ, start_response))
     yield body[: len(body) // 2]
-    raise ConnectionResetError
+    _cut(environ)
+
+
+def _cut(environ: dict[str, Any]) -> NoReturn:
+    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+    raise ConnectionResetError  # which werkzeug takes without a word
