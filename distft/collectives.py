@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distft.errors import DistftError
+from distft.errors import DistftError, UnreachableError
 from distft.topology import Topology
 
 T = TypeVar("T")
@@ -102,8 +102,9 @@ class ProcessGroup:
 def together(collectives: Collectives, error_type: type[DistftError]) -> Iterator[None]:
     """Fail on every rank if the block fails on any, so that no rank goes on alone and none hangs.
 
-    The error that is raised names each rank that failed and why. Only foreseen failures take part in the
-    vote: any other exception leaves the rank at once, and its peers by their time-out.
+    The error that is raised names each rank that failed and why; it is an `UnreachableError` where that was
+    any rank's reason. Only foreseen failures take part in the vote: any other exception leaves the rank at
+    once, and its peers by their time-out.
     """
     failure: DistftError | None = None
     try:
@@ -112,9 +113,13 @@ def together(collectives: Collectives, error_type: type[DistftError]) -> Iterato
         failure = error
     except OSError as error:
         failure = error_type(f"{error.strerror or error}: {error.filename}.")
-    answers = collectives.all_gather(None if failure is None else str(failure))
+    answers = collectives.all_gather(
+        None if failure is None else (str(failure), isinstance(failure, UnreachableError))
+    )
+    if any(answer is not None and answer[1] for answer in answers):
+        error_type = UnreachableError
     if failure is not None and (collectives.world_size == 1 or isinstance(failure, error_type)):
         raise failure
-    said = [f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer is not None]
+    said = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer is not None]
     if said:
         raise error_type("\n".join(dict.fromkeys(said)))

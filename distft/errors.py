@@ -4,6 +4,7 @@ DistftError
 ├── ConfigError        the run was described wrongly; raised before any GPU is touched
 ├── DataError          text, labels, or token shards are missing, damaged, or of another kind
 ├── StorageError       a file cannot be written or read back: full disk, missing or damaged bytes
+│   └── UnreachableError   its place cannot be used now: network, service, rights; says nothing of the file
 ├── CheckpointError    a checkpoint is missing, half-written, damaged, or does not fit this run
 ├── TrainingError      the run itself failed: non-finite losses in a row, a rank that hangs
 ├── Preempted          the run was asked to stop, and has saved its state
@@ -34,6 +35,13 @@ class DataError(DistftError):
 
 class StorageError(DistftError):
     """A file cannot be written or read back: the disk is full, or bytes are missing or damaged."""
+
+
+class UnreachableError(StorageError):
+    """A place for files cannot be used now: network, service, credentials, rights.
+
+    Whether the files there are whole is not known, so nothing may be taken for damaged or absent by it.
+    """
 
 
 class CheckpointError(DistftError):

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -9,6 +10,8 @@ import pytest
 from distributed import start_pool
 
 if TYPE_CHECKING:
+    from s3_server import S3Server
+
     from distft.model.config import ModelConfig
 
 ENVIRONMENT = {
@@ -84,3 +87,34 @@ def tiny_model_config() -> "ModelConfig":
     return ModelConfig(
         vocab_size=61, max_seq_len=32, d_model=24, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=40
     )
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> "Iterator[S3Server]":
+    from s3_server import S3Server
+
+    server = S3Server().start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> "S3Server":
+    """A running S3 server that this process, and ranks given its `environment`, find as users' do.
+
+    Each test has a new client of it, which does not wait between attempts.
+    """
+    import s3fs
+    from botocore.retries.standard import ExponentialBackoff
+
+    from distft.storage.remote import s3_options
+
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda backoff, context: 0.01)  # noqa: ARG005
+    s3_options.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3_server.requests.clear()
+    return s3_server

@@ -11,7 +11,7 @@ from distft.checkpoint.fragments import Interval, cover
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.checkpoint.rank_file import Place, read_header, read_values
 from distft.collectives import Collectives, together
-from distft.errors import CheckpointError, StorageError
+from distft.errors import CheckpointError, StorageError, UnreachableError
 
 STEP = "step_"
 _THREADS = min(4, os.cpu_count() or 1)
@@ -86,7 +86,10 @@ class Checkpoint:
         return read_values(path, place, piece.start, piece.stop)
 
     def faults(self, numbers: Sequence[int] | None = None) -> list[str]:
-        """What is wrong with the files of these numbers, or all: absent, of another size or other bytes."""
+        """What is wrong with the files of these numbers, or all: absent, of another size or other bytes.
+
+        Raises `UnreachableError` where that cannot be found out.
+        """
         chosen = range(len(self.manifest.files)) if numbers is None else numbers
         with ThreadPoolExecutor(_THREADS) as threads:  # reading and hashing leave the interpreter free
             return [fault for fault in threads.map(self._fault, chosen) if fault]
@@ -95,6 +98,8 @@ class Checkpoint:
         record = self.manifest.files[number]
         try:
             storage.verify(self.file_path(number), checksum=record.checksum, num_bytes=record.num_bytes)
+        except UnreachableError:
+            raise
         except StorageError as error:
             hint = ""
             if record.name.startswith(BESIDE):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distft.checkpoint.fragments import STATES, WEIGHT, fingerprint
 from distft.checkpoint.sources import CheckpointSource
-from distft.errors import DistftError
+from distft.errors import DistftError, UnreachableError
 
 _PIECE_NUMEL = 1 << 20
 
@@ -93,6 +93,8 @@ def damaged_states(source: CheckpointSource, on_progress: Progress | None = None
                     total += fingerprint(values, start)
                     if on_progress is not None:
                         on_progress(values.numel() * values.element_size())
+            except UnreachableError:
+                raise
             except (DistftError, OSError) as error:
                 found.append(f"{state} of {name} cannot be read: {error}")
                 continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distft.checkpoint.fragments import Fragment
-from distft.errors import CheckpointError, StorageError
+from distft.errors import CheckpointError, StorageError, UnreachableError
 from distft.storage import ChecksumWriter, open_write, read_into, read_range
 
 _DTYPES = {
@@ -109,6 +109,8 @@ def read_header(path: str) -> dict[tuple[str, str], Place]:
             bytes(read_range(path, _LENGTH_BYTES, _LENGTH_BYTES + length))
         )
         return dict(_places(raw, _LENGTH_BYTES + length))
+    except UnreachableError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, StorageError) as error:
         raise CheckpointError(
             f"{path} is not a rank's file ({error}): damaged; use another checkpoint."

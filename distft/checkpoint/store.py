@@ -92,15 +92,23 @@ class CheckpointStore:
         self._frozen_prints: dict[str, StateRecord] = {}
         self._frozen_here: tuple[list[tuple[str, int, int]], PrintsByState] = ([], {})  # this rank's
         self._frozen_by_step: dict[int, set[str]] = {}  # directories that a commit refers to
+        self._damaged: set[int] = set()  # steps with a manifest that nothing can be loaded by
 
     def path(self, step: int) -> str:
         return storage.join(self.root, f"{STEP}{step:08d}")
 
     def newest_good(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest commit that is whole, and what was wrong with each newer one."""
+        """The newest commit that is whole, and what was wrong with each newer one.
+
+        Raises `UnreachableError` where that cannot be found out: no commit is passed over for a fault of the
+        network.
+        """
         complaints: list[str] = []
-        steps = self._collectives.broadcast(committed_steps(self.root) if self._collectives.rank == 0 else [])
-        for step in reversed(steps):
+        steps: list[int] = []
+        with together(self._collectives, CheckpointError):
+            if self._collectives.rank == 0:
+                steps = committed_steps(self.root)
+        for step in reversed(self._collectives.broadcast(steps)):
             try:
                 with together(self._collectives, CheckpointError):
                     checkpoint = Checkpoint.open(self.path(step))
@@ -112,6 +120,7 @@ class CheckpointStore:
                 checkpoint.verify(self._collectives)
             except CheckpointError as error:
                 complaints.append(f"step {step}: {error}")
+                self._damaged.add(step)
                 continue
             self._remember_frozen(checkpoint.manifest)
             return checkpoint, complaints
@@ -139,6 +148,7 @@ class CheckpointStore:
                 storage.remove_tree(path, first=[MANIFEST])
                 storage.make_directory(path)
                 self._frozen_by_step.pop(step, None)
+                self._damaged.discard(step)
         moving = [f for f in draft.fragments if draft.parameters[f.parameter].trainable]
         frozen = [f for f in draft.fragments if not draft.parameters[f.parameter].trainable]
         frozen_files, frozen_prints = self._frozen(frozen, step)
@@ -187,23 +197,35 @@ class CheckpointStore:
             return self._frozen_files, records
         directory = f"{FROZEN}{step:08d}"
         with together(collectives, CheckpointError):
+            if collectives.rank == 0:
+                storage.remove_tree(storage.join(self.root, directory))  # what a killed writer left
+        with together(collectives, CheckpointError):
             path = storage.join(self.root, directory, self._file_name)
             file = self._write(path, fragments, name=f"{BESIDE}{directory}/{self._file_name}")
         self._frozen_files, self._frozen_prints = collectives.all_gather(file), records
         return self._frozen_files, records
 
     def retain(self, config: CheckpointConfig) -> list[int]:
-        """Delete what is not to be kept: old commits, frozen weights of none, drafts before the newest."""
-        if self._collectives.rank != 0:
-            return []
-        steps = committed_steps(self.root)
+        """Delete what is not to be kept: old commits, frozen weights of none, drafts before the newest.
+
+        A commit that `newest_good` found damaged is one of the drafts. Returns the steps of the old commits,
+        on rank 0. A failure on it fails all ranks.
+        """
+        gone: list[int] = []
+        with together(self._collectives, CheckpointError):
+            if self._collectives.rank == 0:
+                gone = self._retain(config)
+        return gone
+
+    def _retain(self, config: CheckpointConfig) -> list[int]:
+        steps = [step for step in committed_steps(self.root) if step not in self._damaged]
         gone = expired(steps, config)
         for step in gone:
             storage.remove_tree(self.path(step), first=[MANIFEST])
         newest = max(steps, default=0)
         for step in steps_in(self.root):
             if step not in steps and step < newest:
-                storage.remove_tree(self.path(step))
+                storage.remove_tree(self.path(step), first=[MANIFEST])
         needed = {d for step in steps if step not in gone for d in self._frozen_directories(step)}
         for name in storage.list_names(self.root):
             number = name.removeprefix(FROZEN)

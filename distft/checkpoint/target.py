@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from distft import storage
+from distft.checkpoint.manifest import MANIFEST
 from distft.errors import ConfigError
 
 UNFINISHED = "UNFINISHED.txt"
@@ -19,10 +20,13 @@ def new_directory(path: str, source: str) -> Iterator[None]:
     mark = storage.join(path, UNFINISHED)
     if _is_within(path, source):
         raise ConfigError(f"{path} lies in the source {source}, which stays as it is: choose another target.")
-    if storage.list_names(path):
-        if not storage.exists(mark):
-            raise ConfigError(f"{path} is not empty: choose another target, or remove it.")
-        storage.remove_tree(path)
+    names = storage.list_names(path)
+    if names and UNFINISHED not in names:
+        raise ConfigError(f"{path} is not empty: choose another target, or remove it.")
+    # The manifest goes first and the mark last: a death on the way leaves what nobody loads or keeps.
+    for name in sorted(set(names) - {UNFINISHED}, key=lambda name: name != MANIFEST):
+        _remove(storage.join(path, name))
+    storage.remove_drafts(path)
     storage.make_directory(path)
     storage.commit_bytes(
         mark, f"Being made of {source}. While this file is here, the rest is not whole.\n".encode()
@@ -34,6 +38,13 @@ def new_directory(path: str, source: str) -> Iterator[None]:
             storage.remove_tree(path)
         raise
     storage.remove(mark)
+
+
+def _remove(path: str) -> None:
+    if storage.is_directory(path):
+        storage.remove_tree(path)
+    else:
+        storage.remove(path)
 
 
 def _is_within(path: str, other: str) -> bool:

@@ -25,7 +25,7 @@ class LocalWriter:
         self.num_bytes = 0
         self._durable = durable
         self._draft = path.with_name(f"{path.name}{DRAFT_MARK}{secrets.token_hex(4)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(path.parent, durable=durable)
         with full_disk_explained(path):
             self._file = self._draft.open("wb", buffering=_BUFFER_BYTES)
 
@@ -42,9 +42,10 @@ class LocalWriter:
             self._file.flush()
             if self._durable:
                 os.fsync(self._file.fileno())
-        self._draft.replace(self.path)
-        if self._durable:
-            sync_directory(self.path.parent)
+        with full_disk_explained(self.path):
+            self._draft.replace(self.path)
+            if self._durable:
+                sync_directory(self.path.parent)
 
     def discard(self) -> None:
         """Leave the file as it was."""
@@ -68,8 +69,21 @@ class LocalWriter:
             self.discard()
 
 
+def make_directories(directory: Path, *, durable: bool) -> None:
+    """Make `directory` and those above it, where they are missing."""
+    missing = []
+    while not directory.is_dir() and directory != directory.parent:
+        missing.append(directory)
+        directory = directory.parent
+    for one in reversed(missing):
+        with full_disk_explained(one):
+            one.mkdir(exist_ok=True)
+            if durable:
+                sync_directory(one.parent)
+
+
 def sync_directory(directory: Path) -> None:
-    """Let a rename in `directory` outlast a loss of power."""
+    """Let names that were made, moved or removed in `directory` outlast a loss of power."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -137,5 +151,4 @@ class LocalStorage:
                 shutil.rmtree(path, ignore_errors=True)
 
     def make_directory(self, path: str) -> None:
-        with full_disk_explained(path):
-            Path(path).mkdir(parents=True, exist_ok=True)
+        make_directories(Path(path), durable=True)

@@ -19,8 +19,11 @@ from distft.storage.local import DRAFT_MARK, LocalWriter
 from distft.storage.remote import RemoteStorage
 
 
-@pytest.fixture(params=["path", "file", "memory"])
+@pytest.fixture(params=["path", "file", "memory", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('s3').make_bucket()}/a"
+        return
     memory = f"memory://{secrets.token_hex(4)}"
     yield {"path": str(tmp_path / "a"), "file": f"file://{tmp_path}/a", "memory": memory}[request.param]
     storage.remove_tree(memory)

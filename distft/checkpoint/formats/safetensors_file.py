@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distft import storage
-from distft.errors import CheckpointError, StorageError
+from distft.errors import CheckpointError, StorageError, UnreachableError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -50,6 +50,8 @@ def read_header(path: str) -> dict[str, TensorPlace]:
         }
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
+    except UnreachableError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, StorageError) as error:
         raise CheckpointError(f"{path} is not a safetensors file ({error}): fetch it again.") from None
 

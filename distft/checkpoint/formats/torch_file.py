@@ -12,7 +12,7 @@ from distft import storage
 from distft.checkpoint.formats.torch_pickle import AnyTensor, pickled
 from distft.checkpoint.formats.torch_unpickle import StorageEntry, unpickle
 from distft.checkpoint.formats.torch_values import ForeignObject, StoredTensor, StreamedTensor
-from distft.errors import CheckpointError, StorageError
+from distft.errors import CheckpointError, StorageError, UnreachableError
 
 __all__ = [
     "ForeignObject",
@@ -53,6 +53,8 @@ def read_torch_file(path: str, *, trust: bool = False) -> Any:
             data = archive.read(folder + _PICKLE)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
+    except UnreachableError:
+        raise
     except (zipfile.BadZipFile, OSError, ValueError, StorageError) as error:
         raise CheckpointError(_not_a_zip(path, error)) from error
     return unpickle(data, path, entries, trust=trust)

@@ -1,0 +1,343 @@
+"""Checkpoints on an S3 server: whole runs, the tools, and what a failed upload leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from engine_scenarios import Scenario, Training, run_alone
+from s3_server import Request, S3Server
+from small_runs import events, logged, make_text_data, pretraining, run, run_until_power_cut
+
+from distft import storage
+from distft.checkpoint.background import Saver
+from distft.checkpoint.committed import Checkpoint, committed_steps, find_checkpoint
+from distft.checkpoint.formats.detect import open_source
+from distft.checkpoint.store import CheckpointConfig, CheckpointStore
+from distft.checkpoint.target import UNFINISHED
+from distft.cli.main import main
+from distft.collectives import SingleProcess
+from distft.errors import DistftError, StorageError, UnreachableError
+from distft.topology import Topology
+
+FROZEN = Scenario(trainable=("blocks.*", "norm.weight"))
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> str:
+    return s3.make_bucket()
+
+
+def _uploads_of(part: str) -> Any:
+    def concerns(request: Request) -> bool:
+        return request.method == "PUT" and part in request.path
+
+    return concerns
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of a run that nothing disturbed, on this machine alone."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    run(Topology(), pretraining(data, run_dir))
+    return logged(run_dir)
+
+
+def _on_s3(data: Path, run_dir: Path, bucket: str, **engine: Any) -> dict[str, Any]:
+    checkpoint = {"every_steps": 2, "keep_last": 2, "directory": f"{bucket}/runs/a"}
+    return pretraining(data, run_dir, checkpoint=checkpoint, engine=engine or {"type": "local"})
+
+
+def _run_or_say_why(topology: Topology, raw: dict[str, Any]) -> str:
+    try:
+        run(topology, raw)
+    except DistftError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.ranks
+def test_a_run_on_s3_goes_on_at_another_world_size_and_keeps_its_last_commits(
+    data: Path, tmp_path: Path, s3: S3Server, bucket: str, straight: dict[int, float]
+) -> None:
+    """Two ranks until their third save fails, then one, to the end."""
+    with s3.failing(_uploads_of("step_00000006/rank_00001")):
+        said = run_ranks(
+            _run_or_say_why,
+            2,
+            _on_s3(data, tmp_path, bucket, type="zero", zero_stage=2),
+            env={**s3.environment, "AWS_MAX_ATTEMPTS": "2"},
+        )
+    for message in said:
+        assert message.startswith("UnreachableError: ")
+        assert f"{bucket}/runs/a/step_00000006/rank_00001.safetensors: writing failed" in message
+        assert "Check the network" in message
+    assert committed_steps(f"{bucket}/runs/a") == [2, 4]
+    assert len(Checkpoint.open(f"{bucket}/runs/a/step_00000004").manifest.files) == 2
+    run(Topology(), _on_s3(data, tmp_path, bucket))
+    assert logged(tmp_path) == pytest.approx(straight, abs=1e-5)
+    assert [event["step"] for event in events(tmp_path) if event["kind"] == "resume"] == [4]
+    kept = {f"runs/a/step_{step:08d}" for step in (10, 12)}
+    assert {key.rpartition("/")[0] for key in s3.keys(bucket)} == kept
+    assert {name.rpartition("/")[2] for name in s3.keys(bucket)} == {
+        "manifest.json",
+        "rank_00000.safetensors",
+        *([] if find_checkpoint(f"{bucket}/runs/a").manifest.tokenizer is None else ["tokenizer.model"]),
+    }
+    assert find_checkpoint(f"{bucket}/runs/a").step == 12
+
+
+@pytest.mark.ranks
+def test_two_ranks_go_on_from_what_one_process_left_on_s3(
+    data: Path, tmp_path: Path, s3: S3Server, bucket: str, straight: dict[int, float]
+) -> None:
+    run_until_power_cut(_on_s3(data, tmp_path, bucket), 7)
+    assert committed_steps(f"{bucket}/runs/a") == [4, 6]
+    raw = _on_s3(data, tmp_path, bucket, type="zero", zero_stage=3)
+    assert run_ranks(_run_or_say_why, 2, raw, env=s3.environment) == ["", ""]
+    assert logged(tmp_path) == pytest.approx(straight, abs=1e-5)
+    assert committed_steps(f"{bucket}/runs/a") == [10, 12]
+
+
+def test_a_store_that_is_away_ends_the_run_at_its_start(
+    data: Path, tmp_path: Path, s3: S3Server, bucket: str
+) -> None:
+    raw = _on_s3(data, tmp_path, bucket)
+    raw["checkpoint"]["directory"] = "s3://misspelt-bucket/runs/a"
+    with pytest.raises(StorageError, match="no such bucket"):
+        run(Topology(), raw)
+    with s3.failing(lambda request: True), pytest.raises(StorageError, match="listing failed"):  # noqa: ARG005
+        run(Topology(), _on_s3(data, tmp_path, bucket))
+
+
+# The store
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+@pytest.mark.parametrize("fails", ["rank_00000.safetensors", "manifest.json", "frozen_"])
+def test_a_failed_upload_leaves_the_last_commit_in_force(
+    s3: S3Server, bucket: str, fails: str, in_background: bool
+) -> None:
+    first = CheckpointStore(f"{bucket}/run", SingleProcess())
+    training = run_alone(FROZEN, 1)
+    if fails != "frozen_":
+        first.save(training.draft())
+    training.run(2)
+    store = CheckpointStore(f"{bucket}/run", SingleProcess())
+    store.newest_good()
+    saver = Saver(store, CheckpointConfig(in_background=in_background))
+
+    def save() -> None:
+        saver.save(training.draft())
+        saver.wait()
+
+    with (
+        s3.failing(_uploads_of(fails)) as fault,
+        pytest.raises(StorageError, match=f"{fails}.*writing failed"),
+    ):
+        save()
+    assert fault.num_answered == 8
+    newest, complaints = CheckpointStore(f"{bucket}/run", SingleProcess()).newest_good()
+    assert (None if newest is None else newest.step, complaints) == (None if fails == "frozen_" else 1, [])
+    save()
+    newest, complaints = CheckpointStore(f"{bucket}/run", SingleProcess()).newest_good()
+    assert newest is not None
+    assert (newest.step, complaints) == (2, [])
+
+
+def test_no_commit_is_taken_for_damaged_or_passed_over_because_the_store_is_away(
+    s3: S3Server, bucket: str
+) -> None:
+    store = CheckpointStore(f"{bucket}/run", SingleProcess())
+    training = run_alone(Scenario(), 0)
+    for step in (1, 2):
+        training.run(step)
+        store.save(training.draft())
+    for part in ("", "step_00000002/manifest.json", "step_00000002/rank_00000.safetensors"):
+
+        def concerns(request: Request, part: str = part) -> bool:
+            return request.method in {"GET", "HEAD"} and part in request.path
+
+        with s3.failing(concerns), pytest.raises(UnreachableError):
+            store.newest_good()
+        with s3.failing(concerns, status=403, code="AccessDenied"), pytest.raises(UnreachableError):
+            store.newest_good()
+    newest, complaints = store.newest_good()
+    assert newest is not None
+    assert (newest.step, complaints) == (2, [])
+    with (
+        s3.failing(lambda r: r.method == "GET" and r.path.endswith("rank_00000.safetensors")),
+        pytest.raises(UnreachableError),
+    ):
+        newest.read("norm.weight", "weight", 0, 3)
+
+
+def test_damage_on_s3_is_found_and_the_commit_before_serves(s3: S3Server, bucket: str) -> None:
+    store = CheckpointStore(f"{bucket}/run", SingleProcess())
+    training = run_alone(Scenario(), 0)
+    for step in (1, 2):
+        training.run(step)
+        store.save(training.draft())
+    key = "run/step_00000002/rank_00000.safetensors"
+    data = bytearray(storage.read_bytes(f"{bucket}/{key}"))
+    data[-1] ^= 1
+    s3.client().put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=bytes(data))
+    newest, complaints = store.newest_good()
+    assert newest is not None
+    assert newest.step == 1
+    assert len(complaints) == 1
+    s3.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key=key)
+    newest, complaints = store.newest_good()
+    assert newest is not None
+    assert newest.step == 1
+    assert "rank_00000.safetensors is missing" in complaints[0]
+
+
+def test_retention_on_s3_deletes_all_that_nobody_needs_and_keeps_frozen_weights(
+    s3: S3Server, bucket: str
+) -> None:
+    training = run_alone(FROZEN, 1)
+    store = CheckpointStore(f"{bucket}/run", SingleProcess())
+    for step in (1, 2, 3):
+        training.run(step)
+        store.save(training.draft())
+    storage.commit_bytes(f"{bucket}/run/step_00000000/rank_00000.safetensors", b"of a killed writer")
+    assert store.retain(CheckpointConfig(keep_last=1)) == [1, 2]
+    assert sorted(s3.keys(bucket)) == [
+        "run/frozen_00000001/rank_00000.safetensors",
+        "run/step_00000003/manifest.json",
+        "run/step_00000003/rank_00000.safetensors",
+    ]
+    assert Checkpoint.open(store.path(3)).faults() == []
+
+
+def test_a_deletion_that_fails_harms_no_commit(s3: S3Server, bucket: str) -> None:
+    training = run_alone(Scenario(), 0)
+    store = CheckpointStore(f"{bucket}/run", SingleProcess())
+    for step in (1, 2):
+        training.run(step)
+        store.save(training.draft())
+    with (
+        s3.failing(lambda r: r.method == "DELETE", status=403, code="AccessDenied"),
+        pytest.raises(StorageError, match=r"step_00000001/manifest\.json: removing failed.*delete"),
+    ):
+        store.retain(CheckpointConfig(keep_last=1))
+    assert committed_steps(f"{bucket}/run") == [1, 2]
+    assert store.retain(CheckpointConfig(keep_last=1)) == [1]
+    assert committed_steps(f"{bucket}/run") == [2]
+
+
+# The tools
+
+
+def cli(*arguments: object) -> int:
+    return main(["checkpoint", *map(str, arguments)])
+
+
+@pytest.fixture
+def saved(bucket: str) -> Training:
+    """Three steps with a frozen part, saved on S3 at steps 2 and 3."""
+    store = CheckpointStore(f"{bucket}/run/checkpoints", SingleProcess())
+    training = run_alone(FROZEN, 2)
+    store.save(training.draft())
+    training.run(3)
+    store.save(training.draft())
+    return training
+
+
+def _assert_same_state(training: Training, path: str) -> None:
+    source = open_source(path)
+    for (name, state), values in training.whole_state().items():
+        assert torch.equal(source.read(name, state, 0, values.numel()), values), (name, state)
+
+
+def test_a_reshard_reads_and_writes_s3(saved: Training, bucket: str, s3: S3Server, tmp_path: Path) -> None:
+    before = s3.keys(bucket)
+    for target in (f"{bucket}/out", str(tmp_path / "out")):
+        assert cli("reshard", f"{bucket}/run", target, "--ranks", 3) == 0
+        assert cli("verify", target) == 0
+        _assert_same_state(saved, target)
+    back = f"{bucket}/back"
+    assert cli("reshard", tmp_path / "out", back) == 0
+    assert cli("diff", f"{bucket}/run", back) == 0
+    after = s3.keys(bucket)
+    assert {key: after[key] for key in before} == before
+    assert {key.removeprefix("out/") for key in after if key.startswith("out/")} == {
+        "manifest.json",
+        *(f"rank_{rank:05d}.safetensors" for rank in range(3)),
+    }
+    assert cli("reshard", f"{bucket}/run", f"{bucket}/out") == 2
+    assert cli("reshard", f"{bucket}/run", f"{bucket}/run/checkpoints/new") == 2
+
+
+@pytest.mark.parametrize("to", ["distft", "universal", "deepspeed", "huggingface"])
+def test_every_format_is_converted_to_s3_and_back(
+    saved: Training, bucket: str, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    target = f"{bucket}/out"
+    assert cli("convert", f"{bucket}/run", target, "--to", to, "--ranks", 2) == 0
+    assert UNFINISHED not in storage.list_names(target)
+    assert open_source(target).format == to
+    assert cli("verify", target) == 0
+    assert cli("inspect", target, "--json") == 0
+    states = ["weight"] if to == "huggingface" else ["weight", "exp_avg", "exp_avg_sq"]
+    arguments = [option for state in states for option in ("--state", state)]
+    capsys.readouterr()
+    assert cli("diff", f"{bucket}/run", target, *arguments) == 0
+    assert "states are identical" in capsys.readouterr().out
+    assert cli("convert", target, f"{bucket}/back", "--to", "distft") == 0
+    if to != "huggingface":
+        _assert_same_state(saved, f"{bucket}/back")
+
+
+def test_the_other_tools_take_urls(saved: Training, bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = f"{bucket}/run/checkpoints"
+    assert cli("plan", f"{bucket}/run", "--ranks", 2) == 0
+    assert cli("average", f"{root}/step_00000002", f"{root}/step_00000003", "-o", f"{bucket}/mean") == 0
+    assert Checkpoint.open(f"{bucket}/mean").faults() == []
+    assert cli("prune", f"{bucket}/run", "--keep-last", 1) == 0
+    assert storage.list_names(root) == ["frozen_00000002", "step_00000003"]
+    capsys.readouterr()
+    assert cli("verify", f"{bucket}/run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["path"] == f"{root}/step_00000003"
+    _assert_same_state(saved, f"{bucket}/run")
+
+
+@pytest.mark.parametrize("to", ["distft", "universal", "deepspeed", "huggingface"])
+def test_a_conversion_whose_upload_fails_does_not_count_and_can_be_run_again(
+    saved: Training, bucket: str, s3: S3Server, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    def concerns(request: Request) -> bool:
+        return request.method == "PUT" and "/out/" in request.path and len(s3.keys(bucket)) >= num_keys + 2
+
+    num_keys = len(s3.keys(bucket))
+    arguments = ("convert", f"{bucket}/run", f"{bucket}/out", "--to", to, "--ranks", 2)
+    with s3.failing(concerns, status=403, code="AccessDenied"):
+        assert cli(*arguments) == 1
+    assert "writing failed: PermissionError" in capsys.readouterr().err
+    assert storage.exists(f"{bucket}/out/{UNFINISHED}")
+    assert cli(*arguments) == 0
+    assert not storage.exists(f"{bucket}/out/{UNFINISHED}")
+    assert cli("diff", f"{bucket}/run", f"{bucket}/out", "--state", "weight") == 0
+    assert saved.step == 3
+
+
+def test_a_store_that_is_away_is_told_by_the_tools_in_a_line(
+    saved: Training, bucket: str, s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with s3.failing(lambda r: r.method == "GET" and r.path.endswith("rank_00000.safetensors")):
+        assert cli("verify", f"{bucket}/run") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"unreachable error: {bucket}/run/")
+    assert "Check the network" in error
+    assert saved.step == 3
