@@ -125,7 +125,11 @@ class RemoteStorage:
         return cls(filesystem)
 
     def open_read(self, path: str) -> BinaryIO:
+        size = self._ask(path, self._filesystem.size)
         with faults_explained(path, "opening"):
+            if size is not None and size <= _PART_BYTES:  # one request, where seeking would make several
+                options = {"max_concurrency": 1} if self._protocols & _S3 else {}  # it asks for no size again
+                return io.BytesIO(self._filesystem.cat_file(path, **options))
             file = self._filesystem.open(path, "rb")
         return cast("BinaryIO", io.BufferedReader(RemoteReader(file, path)))
 

@@ -54,7 +54,7 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
 
 
 def _on_s3(data: Path, run_dir: Path, bucket: str, **engine: Any) -> dict[str, Any]:
-    checkpoint = {"every_steps": 2, "keep_last": 2, "directory": f"{bucket}/runs/a"}
+    checkpoint = {"every_steps": 4, "keep_last": 2, "directory": f"{bucket}/runs/a"}
     return pretraining(data, run_dir, checkpoint=checkpoint, engine=engine or {"type": "local"})
 
 
@@ -70,8 +70,8 @@ def _run_or_say_why(topology: Topology, raw: dict[str, Any]) -> str:
 def test_a_run_on_s3_goes_on_at_another_world_size_and_keeps_its_last_commits(
     data: Path, tmp_path: Path, s3: S3Server, bucket: str, straight: dict[int, float]
 ) -> None:
-    """Two ranks until their third save fails, then one, to the end."""
-    with s3.failing(_uploads_of("step_00000006/rank_00001")):
+    """Two ranks until their second save fails, then one, to the end."""
+    with s3.failing(_uploads_of("step_00000008/rank_00001")):
         said = run_ranks(
             _run_or_say_why,
             2,
@@ -80,14 +80,14 @@ def test_a_run_on_s3_goes_on_at_another_world_size_and_keeps_its_last_commits(
         )
     for message in said:
         assert message.startswith("UnreachableError: ")
-        assert f"{bucket}/runs/a/step_00000006/rank_00001.safetensors: writing failed" in message
+        assert f"{bucket}/runs/a/step_00000008/rank_00001.safetensors: writing failed" in message
         assert "Check the network" in message
-    assert committed_steps(f"{bucket}/runs/a") == [2, 4]
+    assert committed_steps(f"{bucket}/runs/a") == [4]
     assert len(Checkpoint.open(f"{bucket}/runs/a/step_00000004").manifest.files) == 2
     run(Topology(), _on_s3(data, tmp_path, bucket))
     assert logged(tmp_path) == pytest.approx(straight, abs=1e-5)
     assert [event["step"] for event in events(tmp_path) if event["kind"] == "resume"] == [4]
-    kept = {f"runs/a/step_{step:08d}" for step in (10, 12)}
+    kept = {f"runs/a/step_{step:08d}" for step in (8, 12)}
     assert {key.rpartition("/")[0] for key in s3.keys(bucket)} == kept
     assert {name.rpartition("/")[2] for name in s3.keys(bucket)} == {
         "manifest.json",
@@ -101,12 +101,12 @@ def test_a_run_on_s3_goes_on_at_another_world_size_and_keeps_its_last_commits(
 def test_two_ranks_go_on_from_what_one_process_left_on_s3(
     data: Path, tmp_path: Path, s3: S3Server, bucket: str, straight: dict[int, float]
 ) -> None:
-    run_until_power_cut(_on_s3(data, tmp_path, bucket), 7)
-    assert committed_steps(f"{bucket}/runs/a") == [4, 6]
+    run_until_power_cut(_on_s3(data, tmp_path, bucket), 9)
+    assert committed_steps(f"{bucket}/runs/a") == [4, 8]
     raw = _on_s3(data, tmp_path, bucket, type="zero", zero_stage=3)
     assert run_ranks(_run_or_say_why, 2, raw, env=s3.environment) == ["", ""]
     assert logged(tmp_path) == pytest.approx(straight, abs=1e-5)
-    assert committed_steps(f"{bucket}/runs/a") == [10, 12]
+    assert committed_steps(f"{bucket}/runs/a") == [8, 12]
 
 
 def test_a_store_that_is_away_ends_the_run_at_its_start(
@@ -277,26 +277,20 @@ def test_a_reshard_reads_and_writes_s3(saved: Training, bucket: str, s3: S3Serve
         *(f"rank_{rank:05d}.safetensors" for rank in range(3)),
     }
     assert cli("reshard", f"{bucket}/run", f"{bucket}/out") == 2
-    assert cli("reshard", f"{bucket}/run", f"{bucket}/run/checkpoints/new") == 2
+    assert cli("reshard", f"{bucket}/run", f"{bucket}/run/checkpoints/step_00000003/below") == 2
 
 
 @pytest.mark.parametrize("to", ["distft", "universal", "deepspeed", "huggingface"])
-def test_every_format_is_converted_to_s3_and_back(
-    saved: Training, bucket: str, capsys: pytest.CaptureFixture[str], to: str
-) -> None:
+def test_every_format_is_converted_to_s3_and_back(saved: Training, bucket: str, to: str) -> None:
     target = f"{bucket}/out"
     assert cli("convert", f"{bucket}/run", target, "--to", to, "--ranks", 2) == 0
     assert UNFINISHED not in storage.list_names(target)
     assert open_source(target).format == to
     assert cli("verify", target) == 0
-    assert cli("inspect", target, "--json") == 0
-    states = ["weight"] if to == "huggingface" else ["weight", "exp_avg", "exp_avg_sq"]
-    arguments = [option for state in states for option in ("--state", state)]
-    capsys.readouterr()
-    assert cli("diff", f"{bucket}/run", target, *arguments) == 0
-    assert "states are identical" in capsys.readouterr().out
     assert cli("convert", target, f"{bucket}/back", "--to", "distft") == 0
-    if to != "huggingface":
+    if to == "huggingface":
+        assert cli("diff", f"{bucket}/run", f"{bucket}/back", "--state", "weight") == 0
+    else:
         _assert_same_state(saved, f"{bucket}/back")
 
 
@@ -313,7 +307,7 @@ def test_the_other_tools_take_urls(saved: Training, bucket: str, capsys: pytest.
     _assert_same_state(saved, f"{bucket}/run")
 
 
-@pytest.mark.parametrize("to", ["distft", "universal", "deepspeed", "huggingface"])
+@pytest.mark.parametrize("to", ["distft", "huggingface"])
 def test_a_conversion_whose_upload_fails_does_not_count_and_can_be_run_again(
     saved: Training, bucket: str, s3: S3Server, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:

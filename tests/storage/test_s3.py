@@ -131,9 +131,8 @@ def test_an_answer_that_is_cut_is_asked_for_again(s3: S3Server, bucket: str) -> 
 OPERATIONS: dict[str, Callable[[str], Any]] = {
     "writing": lambda url: storage.commit_bytes(url, b"new"),
     "reading": lambda url: storage.read_range(url, 0, 2),
-    "opening": storage.read_bytes,
     "listing": storage.list_names,
-    "looking for it": storage.exists,
+    "looking for it": storage.read_bytes,
     "removing": storage.remove,
 }
 
