@@ -217,8 +217,12 @@ class CheckpointStore:
                 gone = self._retain(config)
         return gone
 
+    def good_steps(self) -> list[int]:
+        """Committed steps, ascending, without those that `newest_good` found damaged."""
+        return [step for step in committed_steps(self.root) if step not in self._damaged]
+
     def _retain(self, config: CheckpointConfig) -> list[int]:
-        steps = [step for step in committed_steps(self.root) if step not in self._damaged]
+        steps = self.good_steps()
         gone = expired(steps, config)
         for step in gone:
             storage.remove_tree(self.path(step), first=[MANIFEST])

@@ -201,20 +201,21 @@ def prune(
     keep_every_steps: Annotated[int | None, typer.Option(min=1, help="Multiples of this stay, too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
 ) -> None:
-    """Delete old commits, and frozen weights that none of the rest needs."""
+    """Delete old commits, and frozen weights that none of the rest needs. The newest good commit stays."""
     from distft import storage
-    from distft.checkpoint.committed import committed_steps, find_checkpoint
+    from distft.checkpoint.committed import find_checkpoint
     from distft.checkpoint.store import CheckpointConfig, CheckpointStore, expired
     from distft.collectives import SingleProcess
 
     root = storage.parent(find_checkpoint(run).path)
     config = CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps)
-    if dry_run:
-        gone = expired(committed_steps(root), config)
-    else:
-        gone = CheckpointStore(root, SingleProcess()).retain(config)
+    store = CheckpointStore(root, SingleProcess())
+    _, complaints = store.newest_good()
+    for complaint in complaints:
+        print(f"note: {complaint}", file=sys.stderr)
+    gone = expired(store.good_steps(), config) if dry_run else store.retain(config)
     verb = "would go" if dry_run else "are gone"
-    kept = [step for step in committed_steps(root) if step not in gone]
+    kept = [step for step in store.good_steps() if step not in gone]
     print(f"{root}: steps {_listed(gone)} {verb}; {_listed(kept)} stay.")
 
 

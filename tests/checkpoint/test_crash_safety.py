@@ -25,6 +25,7 @@ from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.reshard import write_distft
 from distft.checkpoint.store import CheckpointConfig, CheckpointStore
 from distft.checkpoint.target import UNFINISHED
+from distft.cli.main import main
 from distft.collectives import SingleProcess
 from distft.errors import CheckpointError, DistftError
 from distft.storage.local import DRAFT_MARK
@@ -270,6 +271,44 @@ def test_no_change_of_the_disk_slips_by_the_faulty_disk(tmp_path: Path) -> None:
     ((counted, seen),) = run_ranks(_audited, 1, str(tmp_path))
     assert counted == seen
     assert {"mkdir", "open", "replace", "unlink", "rmdir"} <= seen.keys()
+
+
+def _with_a_damaged_commit(root: Path) -> CheckpointStore:
+    """Steps 2 and 4, of which the newer one is damaged."""
+    store = CheckpointStore(str(root), SingleProcess())
+    training = run_alone(ALL, 0)
+    for step in (2, 4):
+        training.run(step)
+        store.save(training.draft())
+    Path(store.path(4), "rank_00000.safetensors").write_bytes(b"")
+    return store
+
+
+def test_a_damaged_commit_pushes_no_good_one_out(tmp_path: Path) -> None:
+    store = _with_a_damaged_commit(tmp_path)
+    checkpoint, _ = store.newest_good()
+    training = Training(ALL, Topology(), SingleProcess(), checkpoint)
+    for step, gone, left in ((3, [2], {3, 4}), (5, [3], {5})):
+        training.run(step)
+        store.save(training.draft())
+        assert store.retain(KEEP_ONE) == gone
+        assert {int(path.name[-1]) for path in tmp_path.iterdir()} == left
+        newest, _ = CheckpointStore(str(tmp_path), SingleProcess()).newest_good()
+        assert newest is not None
+        assert newest.step == step
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_pruning_keeps_the_newest_good_commit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    _with_a_damaged_commit(tmp_path)
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1", *options]) == 0
+    told = capsys.readouterr()
+    assert "steps none" in told.out
+    assert "2 stay" in told.out
+    assert "step 4: " in told.err
+    assert Checkpoint.open(str(tmp_path / "step_00000002")).faults() == []
 
 
 # A tool's new directory

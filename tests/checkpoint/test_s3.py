@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from engine_scenarios import Scenario, Training, run_alone
+from engine_scenarios import Scenario, Training, collectives_for, run_alone
 from s3_server import Request, S3Server
 from small_runs import events, logged, make_text_data, pretraining, run, run_until_power_cut
 
@@ -107,6 +107,36 @@ def test_two_ranks_go_on_from_what_one_process_left_on_s3(
     assert run_ranks(_run_or_say_why, 2, raw, env=s3.environment) == ["", ""]
     assert logged(tmp_path) == pytest.approx(straight, abs=1e-5)
     assert committed_steps(f"{bucket}/runs/a") == [8, 12]
+
+
+def _look_and_delete(topology: Topology, missing: str, root: str) -> list[str]:
+    """What a rank says of two failures that rank 0 alone meets."""
+    store = CheckpointStore(missing, collectives_for(Scenario(stage=1), topology))
+    said = []
+    try:
+        store.newest_good()
+    except UnreachableError as error:
+        said.append(str(error))
+    store.root = root
+    try:
+        store.retain(CheckpointConfig(keep_last=1))
+    except UnreachableError as error:
+        said.append(str(error))
+    return said
+
+
+@pytest.mark.ranks
+def test_a_fault_of_the_store_that_one_rank_meets_is_raised_on_all(s3: S3Server, bucket: str) -> None:
+    store = CheckpointStore(f"{bucket}/run", SingleProcess())
+    training = run_alone(Scenario(), 0)
+    for step in (1, 2):
+        training.run(step)
+        store.save(training.draft())
+    with s3.failing(lambda r: r.method == "DELETE", status=403, code="AccessDenied"):
+        said = run_ranks(_look_and_delete, 2, "s3://misspelt-bucket/run", store.root, env=s3.environment)
+    for first, second in said:
+        assert "no such bucket" in first
+        assert "manifest.json: removing failed" in second
 
 
 def test_a_store_that_is_away_ends_the_run_at_its_start(
