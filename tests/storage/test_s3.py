@@ -182,7 +182,7 @@ def test_attempts_and_timeouts_are_those_of_botocore_and_fsspec_where_the_user_s
     assert fault.num_answered == 2
 
     def hang(request: Request) -> bool:  # noqa: ARG001
-        time.sleep(0.5)
+        time.sleep(2.0)
         return False
 
     chosen = {"config_kwargs": {"read_timeout": 0.1, "retries": {"total_max_attempts": 1}}}
@@ -192,7 +192,7 @@ def test_attempts_and_timeouts_are_those_of_botocore_and_fsspec_where_the_user_s
     began = time.monotonic()
     with s3.failing(hang), pytest.raises(UnreachableError, match="ReadTimeoutError"):
         storage.commit_bytes(f"{bucket}/a", b"x")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def _forget_clients() -> None:
