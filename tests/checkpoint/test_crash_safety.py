@@ -20,7 +20,7 @@ from distributed import RanksError, run_ranks
 from engine_scenarios import Scenario, Training, collectives_for, run_alone
 from faulty_disk import Died, FaultyDisk, Operation
 
-from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.committed import Checkpoint, committed_steps
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.reshard import write_distft
 from distft.checkpoint.store import CheckpointConfig, CheckpointStore
@@ -160,6 +160,8 @@ class Undisturbed:
         """Whoever starts again after the operations `done` loses nothing, and tidies up."""
         case = self.prepared.case
         store = CheckpointStore(str(disk / "checkpoints"), SingleProcess())
+        for step in committed_steps(store.root):
+            assert step == case.damaged or Checkpoint.open(store.path(step)).faults() == [], said
         checkpoint, complaints = store.newest_good()
         step = case.saves if self.is_committed(done) else self.prepared.old_step
         assert (None if checkpoint is None else checkpoint.step) == step, said

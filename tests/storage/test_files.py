@@ -110,6 +110,8 @@ def test_a_range_beyond_the_end_is_a_fault_and_a_missing_file_is_told(place: str
     storage.commit_bytes(path, b"12345")
     with pytest.raises(StorageError, match=r"c\.bin is cut short: bytes 3 to 9 are wanted, it has 5"):
         storage.read_range(path, 3, 9)
+    with pytest.raises(StorageError, match=r"c\.bin is cut short: bytes 7 to 9 are wanted, it has 5"):
+        storage.read_range(path, 7, 9)
     for read in (storage.read_bytes, storage.read_view, storage.size):
         with pytest.raises(FileNotFoundError):
             read(storage.join(place, "none"))
