@@ -10,9 +10,10 @@ from torch import Tensor
 
 from distft.checkpoint.fragments import STATES, WEIGHT, fingerprint
 from distft.checkpoint.sources import CheckpointSource
-from distft.errors import DistftError, UnreachableError
+from distft.errors import CheckpointError, DistftError, UnreachableError
 
 _PIECE_NUMEL = 1 << 20
+_CHANGED = "is not what was saved."
 
 Progress = Callable[[int], None]
 
@@ -100,8 +101,24 @@ def damaged_states(source: CheckpointSource, on_progress: Progress | None = None
                 continue
             saved = record.states[state].fingerprint
             if saved is not None and saved != f"{total % (1 << 64):016x}":
-                found.append(f"{state} of {name} is not what was saved.")
+                found.append(f"{state} of {name} {_CHANGED}")
     return found
+
+
+def all_faults(source: CheckpointSource, on_progress: Progress | None = None) -> list[str]:
+    """What is wrong with the files, and which tensors that concerns."""
+    faults = source.faults()
+    states = damaged_states(source, on_progress)
+    if faults:  # then it is clear why something cannot be read
+        states = [state for state in states if state.endswith(_CHANGED)]
+    return [*faults, *states]
+
+
+def check_whole(source: CheckpointSource) -> None:
+    """Raise `CheckpointError` for damaged files, with the tensors that this concerns."""
+    if source.faults():
+        told = "\n".join(all_faults(source))
+        raise CheckpointError(f"Damaged; use another checkpoint:\n{told}")
 
 
 def differences(

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 import torch
 
+from distft.checkpoint.comparison import check_whole
 from distft.checkpoint.formats.deepspeed_target import write_deepspeed
 from distft.checkpoint.formats.huggingface_target import write_huggingface
 from distft.checkpoint.formats.universal import write_universal
@@ -37,6 +38,7 @@ def convert(
     if config.to == "distft":
         write_distft(source, target, world_size=config.ranks, on_progress=on_progress)
         return []
+    check_whole(source)
     with new_directory(target, source.path):
         if config.to == "universal":
             write_universal(source, target, on_progress=on_progress)

@@ -111,6 +111,8 @@ def read_header(path: str) -> dict[tuple[str, str], Place]:
         return dict(_places(raw, _LENGTH_BYTES + length))
     except UnreachableError:
         raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; use another checkpoint.") from None
     except (ValueError, KeyError, TypeError, AttributeError, StorageError) as error:
         raise CheckpointError(
             f"{path} is not a rank's file ({error}): damaged; use another checkpoint."

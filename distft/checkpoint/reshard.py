@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from distft import storage
-from distft.checkpoint.comparison import damaged_states
+from distft.checkpoint.comparison import check_whole
 from distft.checkpoint.fragments import STATES, fingerprint
 from distft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, ParameterRecord, StateRecord
 from distft.checkpoint.rank_file import Entry, write_rank_file
 from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.target import new_directory
-from distft.errors import CheckpointError
 from distft.storage import checksum_of_bytes
 
 _PIECE_NUMEL = 1 << 19  # elements in memory at a time, of each file that is being written
@@ -126,7 +125,7 @@ def write_distft(
     """
     plan = plan_reshard(source, world_size)
     prints = _Prints()
-    _check(source)
+    check_whole(source)
     with new_directory(target, source.path):
 
         def write(rank: int) -> FileRecord:
@@ -173,13 +172,6 @@ def _entries(
                         on_progress(values.numel() * values.element_size())
 
             yield Entry(name, state, start, stop, dtype, pieces)
-
-
-def _check(source: CheckpointSource) -> None:
-    faults = source.faults()
-    if faults:
-        told = "\n".join([*faults, *damaged_states(source)])
-        raise CheckpointError(f"{source.path} is damaged; use another checkpoint:\n{told}")
 
 
 def _manifest(source: CheckpointSource, files: list[FileRecord], prints: _Prints) -> Manifest:

@@ -24,6 +24,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks whose files are written.")]
 
 
+_FILE_COLUMNS = 240  # of a table that goes to a file or another program
+
+
 @checkpoint_app.command("inspect")
 def inspect(
     checkpoint: Path,
@@ -50,20 +53,23 @@ def inspect(
         return
     from rich.console import Console
 
-    Console(highlight=False).print(description_table(found), soft_wrap=True)
+    screen = Console(highlight=False)
+    if not screen.is_terminal:
+        screen.width = _FILE_COLUMNS
+    screen.print(description_table(found))
 
 
 @checkpoint_app.command("verify")
 def verify(checkpoint: Path, as_json: AsJson = False, trust: Trust = False) -> None:
     """Read every byte: sizes, checksums, and each tensor's fingerprint. Exit code 1 for a damaged one."""
-    from distft.checkpoint.comparison import damaged_states, num_bytes
+    from distft.checkpoint.comparison import all_faults, num_bytes
     from distft.checkpoint.formats.detect import open_source
     from distft.tracker import progress
 
     source = open_source(checkpoint, trust=trust)
     total = num_bytes(source)
     with progress(total, "verifying", "bytes") as display:
-        faults = [*source.faults(), *damaged_states(source, display.advance)]
+        faults = all_faults(source, display.advance)
     if as_json:
         print(json.dumps({"path": source.path, "format": source.format, "faults": faults}, indent=1))
     else:
@@ -71,7 +77,8 @@ def verify(checkpoint: Path, as_json: AsJson = False, trust: Trust = False) -> N
             print(fault)
         if not faults:
             count = len(source.manifest.parameters)
-            print(f"{source.path}: whole; {count:,} parameters, {total:,} bytes of state.")
+            said = "readable; this format has no checksums" if source.format == "huggingface" else "whole"
+            print(f"{source.path}: {said}; {count:,} parameters, {total:,} bytes of state.")
     if faults:
         raise typer.Exit(1)
 
@@ -204,9 +211,13 @@ def prune(
     """Delete old commits, and frozen weights that none of the rest needs. The newest good commit stays."""
     from distft import storage
     from distft.checkpoint.committed import find_checkpoint
+    from distft.checkpoint.manifest import MANIFEST
     from distft.checkpoint.store import CheckpointConfig, CheckpointStore, expired
     from distft.collectives import SingleProcess
+    from distft.errors import ConfigError
 
+    if storage.exists(storage.join(run, MANIFEST)):
+        raise ConfigError(f"{run} is a single commit: name its run, or the directory of its commits.")
     root = storage.parent(find_checkpoint(run).path)
     config = CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps)
     store = CheckpointStore(root, SingleProcess())

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from distft.cli import checkpoint_verbs, config_verbs, model_verbs, text_verbs
-from distft.errors import DistftError
+from distft.errors import DistftError, Preempted
 
 app = typer.Typer(
     help="Text to a fine-tuned Transformer, on one machine or on a cluster whose nodes come and go.",
@@ -66,4 +66,12 @@ def report(error: DistftError, *, rank: int) -> None:
     """Tell the user. Every rank finds the same mistake of the user's, so one rank tells it."""
     if rank == 0 or error.exit_code == 1:
         where = f"rank {rank}: " if rank else ""
-        print(f"{where}{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
+        print(f"{where}{_kind(error)}{error}", file=sys.stderr)
+
+
+def _kind(error: DistftError) -> str:
+    """The kind of fault, by the class that distft.errors has for it; a stop that was asked for is none."""
+    if isinstance(error, Preempted):
+        return ""
+    known = next(kind for kind in type(error).__mro__ if kind.__module__ == DistftError.__module__)
+    return f"{known.__name__.removesuffix('Error').lower()} error: "

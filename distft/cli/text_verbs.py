@@ -1,5 +1,6 @@
 """`distft tokenizer`, `tokenize` and `task`: from text to what a run reads."""
 
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,24 +155,28 @@ def corpus_from_arguments(paths: list[str], text_column: str, documents: str) ->
         return parse(CorpusConfig, load_yaml(paths[0]), where=paths[0])  # type: ignore[no-any-return]
     if paths == ["stdlib"]:
         return parse(CorpusConfig, {"type": "stdlib"})  # type: ignore[no-any-return]
-    kinds = {_kind(path) for path in paths}
+    kinds = set().union(*map(_kinds, paths))
     if len(kinds) > 1:
         raise ConfigError(
-            f"CORPUS mixes {' and '.join(sorted(kinds))} files: describe a mixture in a .yaml file "
-            "(type: mixture, sources: [{corpus: {...}, weight: 1}]) and name that instead."
+            f"CORPUS mixes {' and '.join(sorted(kinds))} files: name those of one kind, or describe "
+            "a mixture in a .yaml file (type: mixture, sources: [{corpus: {...}, weight: 1}]) and name that instead."
         )
     kind = kinds.pop()
     rest = {"documents": documents} if kind == "text" else {"text_column": text_column}
     return parse(CorpusConfig, {"type": kind, "paths": paths, **rest})  # type: ignore[no-any-return]
 
 
-def _kind(path: str) -> str:
-    bare = path.removesuffix(".gz").removesuffix(".zst")
+def _kinds(path: str) -> set[str]:
+    """What kinds of files a path, a directory's own files, or a glob pattern come to."""
+    if Path(path).is_dir():
+        found = {_kind(entry.name) for entry in Path(path).iterdir() if entry.is_file()}
+    else:
+        found = {_kind(name) for name in glob.glob(path)}  # noqa: PTH207 - also absolute patterns
+    return found or {_kind(path)}
+
+
+def _kind(name: str) -> str:
+    bare = name.removesuffix(".gz").removesuffix(".zst")
     if bare.endswith((".jsonl", ".ndjson", ".json")):
         return "jsonl"
-    if bare.endswith(".parquet"):
-        return "parquet"
-    if not Path(path).is_dir():
-        return "text"
-    names = {_kind(entry.name) for entry in Path(path).iterdir() if entry.is_file()}
-    return names.pop() if len(names) == 1 else "text"
+    return "parquet" if bare.endswith(".parquet") else "text"

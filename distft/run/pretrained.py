@@ -9,6 +9,7 @@ import torch
 
 from distft import storage
 from distft.checkpoint.committed import Checkpoint, find_checkpoint
+from distft.checkpoint.comparison import check_whole
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import read_state
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
@@ -32,6 +33,12 @@ from distft.train.evaluation import evaluate
 def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> tuple[Checkpoint, RunConfig, Tokenizer]:
     """A checkpoint with the configuration of its run (`overrides` over it) and its tokenizer."""
     checkpoint = find_checkpoint(path)
+    if "run_dir" not in checkpoint.manifest.config:
+        raise ConfigError(
+            f"{checkpoint.path} came from another format, which keeps no configuration of a run: name it in "
+            "init_from of a configuration, and use the run that comes of it."
+        )
+    check_whole(checkpoint)
     raw: dict[str, Any] = apply_overrides(checkpoint.manifest.config, overrides)
     config: RunConfig = parse(RunConfig, raw, where=f"the configuration of {checkpoint.path}")
     tokenizer = Tokenizer.load(storage.join(checkpoint.path, TOKENIZER_FILE))

@@ -14,12 +14,13 @@ import torch
 from distft import storage
 from distft.checkpoint.background import Saver
 from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.comparison import check_whole
 from distft.checkpoint.manifest import Progress
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup, together
 from distft.config import dump_yaml, redact
 from distft.engine.interface import DTYPES, Engine
-from distft.errors import ConfigError, Preempted
+from distft.errors import CheckpointError, ConfigError, Preempted
 from distft.model.counts import training_flops_per_token
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import read_checked
@@ -109,7 +110,13 @@ class _Run:
 
     def _find_resume(self) -> tuple[Checkpoint | None, list[str]]:
         resumed, complaints = self._store.newest_good()
+        if resumed is None and complaints:
+            raise CheckpointError(
+                f"No checkpoint in {self._store.root} is whole, so the run cannot go on. Put one back, "
+                "choose another run_dir, or delete them to start afresh.\n" + "\n".join(complaints)
+            )
         if resumed is None:
+            self._check_init_from()
             return None, complaints
         if not self._config.checkpoint.resume:
             raise ConfigError(
@@ -118,6 +125,16 @@ class _Run:
             )
         check_resumable(resumed.manifest.config, self._config)
         return resumed, complaints
+
+    def _check_init_from(self) -> None:
+        """Every byte, as before a resume; ranks share the files of a checkpoint of ours."""
+        source = self._inputs.init_from
+        if isinstance(source, Checkpoint):
+            source.verify(self._collectives)
+        elif source is not None:
+            with together(self._collectives, CheckpointError):
+                if self._collectives.rank == 0:
+                    check_whole(source)
 
     def _open_run_dir(self, resumed: Checkpoint | None, complaints: list[str]) -> None:
         run_id = secrets.token_hex(4) if resumed is None else resumed.manifest.run_id

@@ -134,7 +134,14 @@ def test_verify_names_the_damaged_tensor(
     assert faults[1] == "exp_avg_sq of norm.weight is not what was saved."
     assert cli("reshard", tmp_path / "copy", tmp_path / "out") == 2
     assert "exp_avg_sq of norm.weight" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    for to in ("huggingface", "deepspeed", "universal"):
+        assert cli("convert", tmp_path / "copy", tmp_path / "out", "--to", to) == 2
+        assert "exp_avg_sq of norm.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    file.unlink()
+    assert cli("verify", tmp_path / "copy", "--json") == 1
+    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    assert fault.endswith("rank_00000.safetensors is missing.")
 
 
 def test_diff_tells_what_moved_and_by_how_much(saved: Training, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +216,8 @@ def test_prune_keeps_what_the_rest_needs(
         "step_00000003",
     ]
     assert cli("verify", tmp_path) == 0
+    assert cli("prune", tmp_path / "checkpoints" / "step_00000003", "--keep-last", 1) == 2
+    assert "is a single commit" in capsys.readouterr().err
 
 
 def test_a_target_that_is_taken_is_left_alone(

@@ -2,15 +2,17 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import run_ranks
-from small_runs import events, logged, pretraining, run, run_until_power_cut
+from small_runs import events, fine_tuning, logged, pretraining, run, run_until_power_cut
 
 from distft.checkpoint.committed import find_checkpoint
-from distft.errors import DistftError
+from distft.errors import CheckpointError, DistftError
+from distft.run.pretrained import open_checkpoint
 from distft.topology import Topology
 
 
@@ -72,3 +74,31 @@ def test_a_full_disk_on_one_rank_ends_all_ranks_with_one_reason_and_keeps_the_co
     assert drafts == []
     run(Topology(), {**raw, "engine": {"type": "local"}})
     assert max(logged(tmp_path)) == 12
+
+
+def _flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_is_not_started_afresh(data: Path, tmp_path: Path) -> None:
+    raw = pretraining(data, tmp_path)
+    run_until_power_cut(raw, 10)
+    for file in (tmp_path / "checkpoints").rglob("*.safetensors"):
+        _flip_a_bit(file)
+    with pytest.raises(CheckpointError, match=r"is whole, so the run cannot go on(.*\n)+step 8.*\nstep 4"):
+        run(Topology(), raw)
+    assert max(logged(tmp_path)) == 10
+
+
+def test_damage_is_told_by_whatever_reads_a_checkpoint(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    shutil.copytree(pretrained, tmp_path / "copy")
+    _flip_a_bit(Path(find_checkpoint(str(tmp_path / "copy")).path) / "rank_00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"rank_00000.safetensors is damaged"):
+        run(Topology(), fine_tuning(data, tmp_path / "tuned", tmp_path / "copy"))
+    assert not (tmp_path / "tuned").exists()
+    with pytest.raises(
+        CheckpointError, match=r"rank_00000.safetensors is damaged(.*\n)+.*is not what was saved"
+    ):
+        open_checkpoint(str(tmp_path / "copy"))
