@@ -159,7 +159,7 @@ def corpus_from_arguments(paths: list[str], text_column: str, documents: str) ->
     if len(kinds) > 1:
         raise ConfigError(
             f"CORPUS mixes {' and '.join(sorted(kinds))} files: name those of one kind, or describe "
-            "a mixture in a .yaml file (type: mixture, sources: [{corpus: {...}, weight: 1}]) and name that instead."
+            "a mixture in a .yaml file (type: mixture, sources: [{corpus: {...}, weight: 1}]) and name that."
         )
     kind = kinds.pop()
     rest = {"documents": documents} if kind == "text" else {"text_column": text_column}

@@ -1,0 +1,29 @@
+"""What kind of corpus the arguments of the command line mean."""
+
+from pathlib import Path
+
+import pytest
+
+from distft.cli.text_verbs import corpus_from_arguments
+from distft.errors import ConfigError
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind"), [("*.txt", "text"), ("*.jsonl*", "jsonl"), ("*.parquet", "parquet")]
+)
+def test_the_kind_is_told_by_the_endings(mixed: Path, pattern: str, kind: str) -> None:
+    for paths in ([str(mixed / pattern)], [str(path) for path in mixed.glob(pattern)]):
+        assert corpus_from_arguments(paths, "text", "file").type == kind
+
+
+@pytest.mark.parametrize("name", ["", "*", "[ab]*"])
+def test_kinds_that_are_mixed_are_refused_and_none_is_passed_over(mixed: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"CORPUS mixes jsonl( and parquet)? and text files"):
+        corpus_from_arguments([str(mixed / name)], "text", "file")
