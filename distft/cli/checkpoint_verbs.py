@@ -113,6 +113,7 @@ def diff(
             if d.kind == "differs":
                 how = f": {d.num_differing:,} elements, by {d.max_abs:.3g} at most, {d.relative:.3g} in norm"
             print(f"{d.state} of {d.parameter} {_KINDS[d.kind]}{how}")
+        print(f"A {a.path} ({a.format}), B {b.path} ({b.format})")
         print(f"{len(found) - len(odd):,} of {len(found):,} states are identical.")
     if odd:
         raise typer.Exit(1)

@@ -107,15 +107,21 @@ def check_resumable(saved: Mapping[str, Any], config: RunConfig) -> None:
     now = config.model_dump(mode="json")
     changed = []
     for keys in _FIXED_ON_RESUME:
-        before, after = _dig(saved, keys), _dig(now, keys)
-        if before != after:
-            changed.append(f"{'.'.join(keys)} was {before!r} and is now {after!r}.")
+        changed += _changes(".".join(keys), _dig(saved, keys), _dig(now, keys))
     if changed:
         changed.append(
             f"{config.run_dir} holds checkpoints of another run. Put the old values back, choose another "
             "run_dir, or start from its weights alone with init_from."
         )
         raise ConfigError("\n".join(changed))
+
+
+def _changes(key: str, before: Any, after: Any) -> list[str]:
+    """What is another value now, by dotted key."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        names = dict.fromkeys([*before, *after])
+        return [line for n in names for line in _changes(f"{key}.{n}", before.get(n), after.get(n))]
+    return [] if before == after else [f"{key} was {before!r} and is now {after!r}."]
 
 
 def _dig(raw: Any, keys: Sequence[str]) -> Any:

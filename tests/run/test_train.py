@@ -123,6 +123,11 @@ def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_
     changed = pretraining(data, pretrained, seed=5, train={"max_steps": 20, "log_every_steps": 1})
     with pytest.raises(ConfigError, match=r"seed was 0 and is now 5.*\n.*another run_dir"):
         run(Topology(), changed)
+    changed["model"] = {**changed["model"], "d_model": 32}
+    with pytest.raises(
+        ConfigError, match=r"^model.d_model was 16 and is now 32\.\nmodel.head_dim was 8 and is"
+    ):
+        run(Topology(), changed)
     wider = pretraining(data, tmp_path, init_from=str(pretrained))
     wider["model"] = {**wider["model"], "d_model": 32}
     with pytest.raises(ConfigError, match=r"embed.weight is \[\d+, 16\] there and \[\d+, 32\] in this model"):
