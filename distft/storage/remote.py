@@ -225,9 +225,8 @@ class RemoteStorage:
                 self._filesystem.rm(path, recursive=True)
         except FileNotFoundError:
             pass  # another process removes the same tree: what counts is that it is gone
-        if self.exists(
-            path
-        ):  # S3 names the files that it refuses to delete in an answer that s3fs does not read
+        # S3 names what it refuses to delete in an answer that s3fs does not read.
+        if self.exists(path):
             raise UnreachableError(
                 f"{path}: removing failed: some of it is still there. {remedy(PermissionError())}"
             )
