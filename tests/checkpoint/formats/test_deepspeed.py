@@ -294,7 +294,8 @@ def test_the_files_load_without_running_code_as_far_as_deepspeed_allows(
         if not _loads_weights_only(path) and read_torch_file(str(path))
     ]
     assert all("optim_states" in name for name in needs_a_class)
-    assert bool(needs_a_class) == (stage == 3), "only stage 3 asks for a loss scaler object"
+    # Stage 3 asks for a loss scaler, and ds_to_universal for the addresses of stages 1 and 2.
+    assert bool(needs_a_class) == (stage > 0)
 
 
 def _loads_weights_only(path: Path) -> bool:
