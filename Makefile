@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that take tests, file by file; each takes up to 3 GB.
+TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -21,7 +23,7 @@ demo: $(INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: $(INSTALLED_DEV)
 	@$(BIN)/python -m ruff format --check --quiet . || \

@@ -137,4 +137,11 @@ def find_checkpoint(path: str) -> Checkpoint:
             return Checkpoint.open(storage.join(root, f"{STEP}{steps[-1]:08d}"))
     raise CheckpointError(
         f"No committed checkpoint at {path} (looked for {MANIFEST}, {STEP}*/ and checkpoints/{STEP}*/)."
+        f"{steps_beside(path)}"
     )
+
+
+def steps_beside(path: str) -> str:
+    """A sentence on the commits that lie where `path` was looked for; empty where there are none."""
+    others = [f"{STEP}{step:08d}" for step in committed_steps(storage.parent(path))]
+    return f" Beside it there are {', '.join(others)}." if others else ""

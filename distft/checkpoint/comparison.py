@@ -1,6 +1,7 @@
 """Looking at state element by element: statistics, damage, differences. A few MiB are in memory at a time."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -142,6 +143,17 @@ def differences(
         for state in (s for s in states_of(second, name) if s in states):
             if ours is None or state not in ours.states:
                 yield Difference(name, state, "added")
+
+
+def absent_states(found: Sequence[Difference]) -> dict[tuple[str, str], int]:
+    """(state, kind) of what only one checkpoint has, of any parameter, and how many: moments, say."""
+    kinds = Counter((d.state, d.kind) for d in found)
+    totals = Counter(d.state for d in found)
+    return {
+        (state, kind): count
+        for (state, kind), count in kinds.items()
+        if kind in ("missing", "added") and count == totals[state] > 1
+    }
 
 
 def _difference(

@@ -1,9 +1,10 @@
 """One checkpoint in another format. The source stays as it is; the target counts from its last file on."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
+from pydantic import model_validator
 
 from distft.checkpoint.comparison import check_whole
 from distft.checkpoint.formats.deepspeed_target import write_deepspeed
@@ -20,8 +21,17 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+# What only some formats have a use for.
+_OPTIONS: dict[Format, tuple[str, ...]] = {
+    "distft": ("ranks",),
+    "deepspeed": ("ranks", "zero_stage", "dtype"),
+    "universal": (),
+    "huggingface": ("dtype", "architecture", "max_shard_bytes"),
+}
+
+
 class ConvertConfig(Settings):
-    """What a conversion makes; what another format has no use for is not looked at."""
+    """What a conversion makes; a setting that the format has no use for is a mistake."""
 
     to: Format
     ranks: int = 1  # deepspeed, distft: number of ranks whose files are written
@@ -29,6 +39,14 @@ class ConvertConfig(Settings):
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # deepspeed: of its module; huggingface: of all
     architecture: str | None = None  # huggingface; None: the first that fits
     max_shard_bytes: int = 5 << 30  # huggingface
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        useless = sorted(self.model_fields_set - {"to", *_OPTIONS[self.to]})
+        if useless:
+            known = ", ".join(_OPTIONS[self.to]) or "no settings"
+            raise ValueError(f"{self.to} has no {', '.join(useless)}: leave that out; it takes {known}")
+        return self
 
 
 def convert(

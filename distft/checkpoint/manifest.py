@@ -67,7 +67,7 @@ class Progress(Settings):
 
     step: int = 0  # optimizer steps done, skipped ones included
     sequences_seen: int = 0
-    tokens_seen: int = 0  # target tokens
+    tokens_seen: int = 0  # targets: tokens, or the rows of a classification
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     loss_scale: dict[str, float] | None = None  # fp16 only

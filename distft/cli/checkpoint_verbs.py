@@ -96,7 +96,7 @@ def diff(
     """Compare two checkpoints, of any formats, parameter by parameter. Exit code 1 where they differ."""
     from dataclasses import asdict
 
-    from distft.checkpoint.comparison import differences, num_bytes
+    from distft.checkpoint.comparison import absent_states, differences, num_bytes
     from distft.checkpoint.formats.detect import open_source
     from distft.checkpoint.fragments import STATES
     from distft.tracker import progress
@@ -108,7 +108,10 @@ def diff(
     if as_json:
         print(json.dumps([asdict(difference) for difference in found], indent=1))
     else:
-        for d in odd:
+        absent = absent_states(found)
+        for (name, kind), count in absent.items():
+            print(f"{name} of all {count:,} parameters that have it {_KINDS[kind]}")
+        for d in (d for d in odd if (d.state, d.kind) not in absent):
             how = ""
             if d.kind == "differs":
                 how = f": {d.num_differing:,} elements, by {d.max_abs:.3g} at most, {d.relative:.3g} in norm"
@@ -162,8 +165,10 @@ def convert(
     checkpoint: Path,
     target: Target,
     to: Annotated[str, typer.Option(help="distft, deepspeed, universal or huggingface.")],
-    ranks: Ranks = 1,
-    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="For deepspeed.")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="For distft and deepspeed: ranks whose files are written.")
+    ] = None,
+    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="For deepspeed.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16: of deepspeed's module, of huggingface's weights.")
     ] = None,
@@ -180,7 +185,8 @@ def convert(
         "dtype": dtype,
         "architecture": architecture,
     }
-    _convert(checkpoint, target, settings, trust)
+    given = {name: value for name, value in settings.items() if value is not None}
+    _convert(checkpoint, target, given, trust)
 
 
 @checkpoint_app.command("average")
@@ -252,4 +258,4 @@ def _write(source: "CheckpointSource", target: str, settings: dict[str, Any]) ->
         notes = convert(source, target, config, display.advance)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{target}: step {source.manifest.progress.step}, {len(source.manifest.parameters):,} parameters")
+    print(f"{target}: step {source.manifest.progress.step} of {source.path}, as {config.to}")

@@ -68,7 +68,8 @@ def _check_column(url: str, schema: Any, text_column: str) -> None:
 
     if text_column not in schema.names:
         raise DataError(
-            f"{url} has no column {text_column!r}; it has {', '.join(schema.names)}. Set text_column."
+            f"{url} has no column {text_column!r}; it has {', '.join(schema.names)}. "
+            "Set text_column or --text-column."
         )
     kind = schema.field(text_column).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):

@@ -107,7 +107,9 @@ class JsonlFormat:
                 num_bytes = _num_bytes(text)
             except KeyError:
                 known = ", ".join(sorted(row)[:10]) or "none"
-                fault = f"no column {self.text_column!r}; there are: {known}. Set text_column."
+                fault = (
+                    f"no column {self.text_column!r}; there are: {known}. Set text_column or --text-column."
+                )
             except UnicodeEncodeError:
                 fault = f"{self.text_column!r} holds a lone surrogate (half a character), which is not text."
             except UnicodeDecodeError as error:

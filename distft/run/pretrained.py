@@ -59,13 +59,21 @@ def load_model(checkpoint: Checkpoint, config: RunConfig, device: torch.device) 
     return module.eval()
 
 
+def _example(kind: str) -> str:
+    return (
+        "validation.type=tokens validation.sources=[{path: held_out}]"
+        if kind == "tokens"
+        else (f"validation.type={kind} validation.path=held_out.jsonl")
+    )
+
+
 def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology) -> dict[str, float]:
     """The run's objective on its validation data, the same on any number of ranks."""
     checkpoint, config, tokenizer = open_checkpoint(path, overrides)
     if config.validation is None:
         raise ConfigError(
             f"The run of {checkpoint.path} has no validation data: "
-            "name some, such as validation.type=labelled validation.path=test.jsonl"
+            f"name some, such as {_example(config.data.type)}"
         )
     assert config.model is not None
     names = checkpoint.manifest.label_names

@@ -235,6 +235,46 @@ def test_a_target_that_is_taken_is_left_alone(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("to", "option"),
+    [
+        ("huggingface", "--zero-stage"),
+        ("universal", "--ranks"),
+        ("distft", "--dtype"),
+        ("deepspeed", "--architecture"),
+    ],
+)
+def test_a_setting_that_the_format_has_no_use_for_is_refused(
+    saved: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, option: str
+) -> None:
+    value = {"--dtype": "bf16", "--architecture": "llama"}.get(option, "2")
+    assert cli("convert", path_of(saved), tmp_path / "out", "--to", to, option, value) == 2
+    assert option.removeprefix("--").replace("-", "_") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_that_is_not_there_is_told_with_those_that_are(
+    saved: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit = Path(path_of(saved))
+    assert cli("inspect", commit.parent / "step_99999999") == 2
+    assert commit.name in capsys.readouterr().err
+
+
+def test_what_one_checkpoint_lacks_of_every_parameter_is_told_in_one_line(
+    saved: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("convert", path_of(saved), tmp_path / "hf", "--to", "huggingface") == 0
+    capsys.readouterr()
+    assert cli("diff", path_of(saved), tmp_path / "hf") == 1
+    told = capsys.readouterr().out.splitlines()
+    parameters = Checkpoint.open(str(path_of(saved))).manifest.parameters
+    count = sum(record.trainable for record in parameters.values())
+    assert [line for line in told if "is not in B" in line] == [
+        f"{state} of all {count} parameters that have it is not in B" for state in ("exp_avg", "exp_avg_sq")
+    ]
+
+
 @pytest.mark.parametrize("to", ["distft", "universal", "deepspeed", "huggingface"])
 def test_an_interrupted_conversion_does_not_count_and_can_be_run_again(
     saved: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
@@ -251,10 +291,10 @@ def test_an_interrupted_conversion_does_not_count_and_can_be_run_again(
         commit(writer)
 
     monkeypatch.setattr(local.LocalWriter, "commit", interrupted)
-    assert cli("convert", path_of(saved), tmp_path / "out", "--to", to, "--ranks", 2) == 1
+    assert cli("convert", path_of(saved), tmp_path / "out", "--to", to) == 1
     monkeypatch.undo()
     assert (tmp_path / "out" / UNFINISHED).exists()
-    assert cli("convert", path_of(saved), tmp_path / "out", "--to", to, "--ranks", 2) == 0
+    assert cli("convert", path_of(saved), tmp_path / "out", "--to", to) == 0
     assert not (tmp_path / "out" / UNFINISHED).exists()
     assert cli("diff", path_of(saved), tmp_path / "out", "--state", "weight") == 0
 

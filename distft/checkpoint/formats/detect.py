@@ -1,7 +1,7 @@
 """Which format a checkpoint is in, by the files that are there."""
 
 from distft import storage
-from distft.checkpoint.committed import committed_steps, find_checkpoint
+from distft.checkpoint.committed import committed_steps, find_checkpoint, steps_beside
 from distft.checkpoint.formats.deepspeed_files import LATEST, LATEST_UNIVERSAL
 from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
 from distft.checkpoint.formats.huggingface_files import CONFIG_FILE
@@ -20,7 +20,7 @@ def open_source(path: str, *, trust: bool = False) -> CheckpointSource:
     """
     names = set(storage.list_names(path))
     if not names:
-        raise CheckpointError(f"{path} does not exist, or is empty.")
+        raise CheckpointError(f"{path} does not exist, or is empty.{steps_beside(path)}")
     if MANIFEST in names or committed_steps(path) or committed_steps(storage.join(path, "checkpoints")):
         return find_checkpoint(path)
     if LATEST_UNIVERSAL in names or "zero" in names:

@@ -131,11 +131,27 @@ def _trained(
             trained.updates[name] = updates
             with mistakes.gather():
                 paths += _add_parameter(trained, storage.join(folder, name), name, trust=trust)
+    with mistakes.gather():
+        _check_same_states(trained, folder)
     mistakes.raise_if_any()
     for number, group in enumerate(groups):
         members = group["params"] if is_sliced else [number]
         trained.add_group([name for i in members for name in model["param_shapes"][i]], group)
     return trained, paths
+
+
+def _check_same_states(trained: Trained, folder: str) -> None:
+    """One optimizer wrote them: what some of the parameters have, all have."""
+    states = {name: set(trained.pieces.states(name)) for name in trained.shapes}
+    all_states = set().union(*states.values())
+    missing = [
+        f"{storage.join(folder, name)} lacks {state}.pt, which others have: convert the checkpoint again."
+        for name, held in states.items()
+        for state in sorted(all_states - held - {WEIGHT})
+        if held
+    ]
+    if missing:
+        raise CheckpointError("\n".join(missing))
 
 
 def _add_parameter(trained: Trained, folder: str, name: str, *, trust: bool) -> list[str]:

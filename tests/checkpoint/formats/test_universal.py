@@ -94,6 +94,11 @@ def test_what_is_written_is_read_back_and_a_lack_of_it_is_told(saved: Any, tmp_p
     with pytest.raises(ConfigError, match="is not empty"):
         write_universal(source, str(tmp_path))
     folder = tmp_path / "global_step3_universal" / "zero"
+    moment = folder / "first.weight" / "exp_avg_sq.pt"
+    moment.rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=r"first\.weight lacks exp_avg_sq\.pt"):
+        UniversalCheckpoint.open(str(tmp_path))
+    (tmp_path / "away").rename(moment)
     (folder / "embed.weight" / "fp32.pt").unlink()
     damaged = folder / "first.weight" / "exp_avg.pt"
     damaged.write_bytes(damaged.read_bytes()[:-40])
