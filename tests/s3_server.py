@@ -55,6 +55,10 @@ class Fault:
 
 
 class _Quiet(MotoRequestHandler):
+    def handle_expect_100(self) -> bool:
+        # werkzeug answers 100 Continue itself. After a second one aiohttp no longer counts its read time-out.
+        return True
+
     def log(self, type: str, message: str, *args: Any) -> None:  # noqa: A002
         pass
 

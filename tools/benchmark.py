@@ -1,4 +1,4 @@
-"""Speed, side by side in one run: `python tools/benchmark.py train`, or `checkpoint`.
+"""Speed, side by side in one run: `python tools/benchmark.py train`, `checkpoint` or `tokenize`.
 
 Every contestant takes turns, a few steps at a time, so that whatever else the machine does hits all of them
 alike; each one's best turn counts.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import checkpoint_benchmark
+import tokenize_benchmark
 import torch
 from torch import Tensor, nn
 
@@ -325,6 +326,14 @@ def main() -> None:
     verb.add_argument("--turns", type=int, default=3)
     verb.add_argument("--directory", help="where the files go; 15 GB for 110M")
     verb.set_defaults(act=checkpoint_benchmark.checkpoint)
+    verb = verbs.add_parser("tokenize", help="distft tokenize, beside a bare sentencepiece loop")
+    verb.add_argument("--corpus", help="a JSONL file; the standard library unless given")
+    verb.add_argument("--tokenizer", help="a .model file; BPE and unigram of 8192 unless given")
+    verb.add_argument("--megabytes", type=float, default=100, help="the corpus is repeated up to this size")
+    verb.add_argument("--workers", type=int, default=2)
+    verb.add_argument("--turns", type=int, default=3)
+    verb.add_argument("--directory", help="where the files go")
+    verb.set_defaults(act=tokenize_benchmark.tokenize_benchmark)
     arguments = parser.parse_args()
     arguments.act(arguments)
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from s3_server import CUT, HALF, Request, S3Server
 
@@ -170,7 +171,7 @@ def test_a_store_that_stays_broken_is_a_storage_error_that_says_what_to_do(
     assert storage.read_bytes(url) == b"old"
 
 
-def test_attempts_are_those_that_the_user_set_for_botocore(
+def test_attempts_and_timeouts_are_those_of_botocore_and_fsspec_where_the_user_set_them(
     s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
@@ -178,6 +179,21 @@ def test_attempts_are_those_that_the_user_set_for_botocore(
     with s3.failing(_anything) as fault, pytest.raises(UnreachableError):
         storage.commit_bytes(f"{bucket}/a", b"x")
     assert fault.num_answered == 2
+
+    has_raised = threading.Event()
+
+    def hang(request: Request) -> bool:  # noqa: ARG001
+        has_raised.wait(timeout=60)
+        return False
+
+    chosen = {"config_kwargs": {"read_timeout": 0.3, "retries": {"total_max_attempts": 1}}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", chosen)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)
+    _forget_clients()
+    with s3.failing(hang):
+        with pytest.raises(UnreachableError, match="ReadTimeoutError"):
+            storage.commit_bytes(f"{bucket}/a", b"x")
+        has_raised.set()
 
 
 def _forget_clients() -> None:
