@@ -60,6 +60,10 @@ class Preempted(DistftError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+class Resized(Preempted):
+    """As `Preempted`, and at once, with another number of ranks."""
+
+
 class LaunchError(DistftError):
     """Workers could not be placed, started, or kept alive."""
 

@@ -65,7 +65,7 @@ batch: {global_batch_size: 8, micro_batch_size: 2, seq_len: 64}
 engine: {type: zero, zero_stage: 1}
 optim: {peak_lr: 0.003}
 train: {max_steps: 10, log_every_steps: 1}
-cluster: {num_workers: $ranks, gpus_per_worker: $gpus_per_worker}
+cluster: {workers: $ranks, gpus_per_worker: $gpus_per_worker}
 END
 
 for launcher in "${launchers[@]}"; do

@@ -24,7 +24,10 @@ FLOORS = (  # a part imports from lower floors only, and nothing beside it
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 OWNERS = {"deepspeed": "engine", "ray": "cluster", "sentencepiece": "tokenizer", "wandb": "tracker"}
-OPPONENTS = {("tools/checkpoint_benchmark.py", "deepspeed")}  # what is measured against, not built on
+OPPONENTS = {
+    ("tools/checkpoint_benchmark.py", "deepspeed"),
+    ("tools/tokenize_benchmark.py", "sentencepiece"),
+}  # what is measured against, not built on
 READS_ENVIRONMENT = {"run", "cli", "cluster", "launch", "__main__"}
 FORBIDDEN_WORDS = {
     "utils",

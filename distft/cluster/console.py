@@ -1,10 +1,14 @@
-"""What rank 0 prints, on the driver's own streams: line by line as it was written, without Ray's marks."""
+"""What driver and workers have to tell each other; what rank 0 prints, on the driver's own streams.
+
+Text comes line by line as it was written, without Ray's marks.
+"""
 
 import asyncio
 import contextlib
 import io
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Literal, TextIO
 
@@ -15,10 +19,39 @@ Stream = Literal["stdout", "stderr"]
 
 
 class Mailbox:
-    """Text on its way from workers to the driver. Lives in an actor of its own."""
+    """Text on its way from workers to the driver, and word of how the workers are. An actor of its own."""
 
     def __init__(self) -> None:
         self._letters: asyncio.Queue[tuple[Stream, str] | None] = asyncio.Queue()
+        self._is_stop_asked = False
+        self._idle_since: float | None = time.monotonic()
+        self._refused = (0, 0)  # a world size, and the room for more that was in vain there
+
+    async def ask_stop(self) -> None:
+        """The run is to save and end."""
+        self._is_stop_asked = True
+
+    async def is_stop_asked(self) -> bool:
+        return self._is_stop_asked
+
+    async def started(self, world_size: int) -> int:
+        """Workers have begun. Returns for how many more of them there seemed to be room, without success."""
+        self._idle_since = None
+        before, spare = self._refused
+        return spare if world_size <= before else 0
+
+    async def growing(self, world_size: int, spare: int) -> None:
+        """Workers end because there is room for `spare` more."""
+        self._refused = (world_size, spare)
+
+    async def ended(self) -> None:
+        """Workers are no more."""
+        if self._idle_since is None:
+            self._idle_since = time.monotonic()
+
+    async def idle_s(self) -> float:
+        """For how long no workers have been at it; 0 while they are."""
+        return 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
 
     async def write(self, stream: Stream, text: str) -> None:
         self._letters.put_nowait((stream, text))

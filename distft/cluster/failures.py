@@ -3,13 +3,16 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from distft.errors import DistftError, LaunchError, Preempted, TrainingError
+from distft.checkpoint.committed import committed_steps
+from distft.errors import DistftError, LaunchError, Preempted, Resized, StorageError, TrainingError
+from distft.tracker.jsonl import EventLog
 
 _LOST_PEER = re.compile(
     r"connection (reset|closed|refused)|broken pipe|peer|timed out waiting", re.IGNORECASE
@@ -28,12 +31,14 @@ class RankFailure:
     @property
     def helps_if_tried_again(self) -> bool:
         """False for the user's mistakes, and where the run was asked to stop."""
-        return not isinstance(self.error, Preempted) and getattr(self.error, "exit_code", 1) != 2
+        if isinstance(self.error, Preempted):
+            return isinstance(self.error, Resized)
+        return getattr(self.error, "exit_code", 1) != 2
 
     @property
     def distance(self) -> int:
         """From the cause: to lose a peer, for instance, is a consequence."""
-        if not self.helps_if_tried_again:
+        if not self.helps_if_tried_again or isinstance(self.error, Resized):
             return 0
         if isinstance(self.error, RayError):
             return 1
@@ -95,19 +100,48 @@ def explain(error: TrainingFailedError, wanted: str) -> DistftError:
 
 
 class FailureWatch(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Stands beside Ray Train's controller: tells of restarts, and prevents those that cannot help."""
+    """Stands beside Ray Train's controller: tells of restarts, and prevents those that cannot help.
 
-    def __init__(self, mailbox: Any, max_failures: int) -> None:
+    `max_failures` in a row, with no new commit in `checkpoints` between them, end the run.
+    """
+
+    def __init__(self, mailbox: Any, *, max_failures: int, run_dir: str, checkpoints: str) -> None:
         self._mailbox = mailbox
         self._max_failures = max_failures
+        self._run_dir = run_dir
+        self._checkpoints = checkpoints
         self._num_failures = 0
+        self._last_step = -1
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Raising is how a callback ends the run: the controller does not retry its own errors."""
+        self._mailbox.ended.remote()
         cause = root_cause(worker_exceptions)
+        error = cause.as_distft_error()
         if not cause.helps_if_tried_again:
-            raise cause.as_distft_error()
-        self._num_failures += 1
-        if self._num_failures <= self._max_failures:
-            again = f"Starting the workers again ({self._num_failures} of {self._max_failures})."
-            self._mailbox.write.remote("stderr", f"{cause.as_distft_error()}\n{again}\n")
+            raise error
+        if isinstance(cause.error, Resized):
+            self._mailbox.write.remote("stderr", f"{error}\n")
+            return
+        step = self._newest_step()
+        self._num_failures = 1 if step > self._last_step else self._num_failures + 1
+        self._last_step = step
+        self._tell("fault", rank=cause.rank, reason=str(error).partition("\n")[0], attempt=self._num_failures)
+        if self._num_failures > self._max_failures:
+            raise error
+        again = f"Starting the workers again ({self._num_failures} of {self._max_failures})."
+        self._mailbox.write.remote("stderr", f"{error}\n{again}\n")
+
+    def _newest_step(self) -> int:
+        try:
+            return max(committed_steps(self._checkpoints), default=-1)
+        except (StorageError, OSError):  # not reachable now: as if nothing had been committed
+            return self._last_step
+
+    def _tell(self, kind: str, **fields: Any) -> None:
+        try:
+            log = EventLog(Path(self._run_dir))
+            log.write(kind, **fields)
+            log.close()
+        except (StorageError, OSError) as error:
+            self._mailbox.write.remote("stderr", f"{error}\n")

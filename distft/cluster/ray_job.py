@@ -23,7 +23,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from distft import storage
 from distft.cluster.console import printed_mailbox
 from distft.cluster.failures import FailureWatch, explain
+from distft.cluster.patience import Patience
 from distft.cluster.places import RUN_ROOT, Places
+from distft.cluster.room import nodes_now, resources_per_worker, room_for, there_is, wanted
 from distft.cluster.worker import Assignment, Train, work
 from distft.errors import ConfigError, DistftError, LaunchError
 from distft.run.check import describe_run
@@ -31,6 +33,9 @@ from distft.run.cluster import ClusterConfig
 from distft.run.config import RunConfig, load_run_config
 from distft.run.train import Outcome, run_training
 
+# Elastic: Ray may still count a node that has died a moment ago, so it does not wait long for its room.
+_ELASTIC_ATTEMPT_S = 10.0
+_NEVER_S = 1e9
 _OBJECT_STORE_BYTES = 100_000_000  # a configuration and some text pass through it; Ray's least is 75 MB
 
 
@@ -71,8 +76,9 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"device=cpu, but cluster.gpus_per_worker={gpus:g}: set it to 0, or set device=cuda."
         )
-    for _ in describe_run(config, config.cluster.num_workers):
-        pass  # told by `distft config check`; here the complaints count
+    for world_size in sorted({config.cluster.min_workers, config.cluster.max_workers}):
+        for _ in describe_run(config, world_size):
+            pass  # told by `distft config check`; here the complaints count
 
 
 def _placed(config: RunConfig, places: Places) -> RunConfig:
@@ -96,7 +102,9 @@ def _ray(cluster: ClusterConfig, environ: MutableMapping[str, str]) -> Iterator[
     """A connection to the cluster; leaving the block closes it, and stops a Ray that was started for it."""
     address = environ.get("RAY_ADDRESS")
     environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{cluster.start_timeout_s:g}")
+    attempt_s = min(cluster.start_timeout_s, _ELASTIC_ATTEMPT_S if cluster.is_elastic else math.inf)
+    environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{attempt_s:g}")
+    environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # its 2 s are half the time of a recovery
     if not address:
         environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
     environ.update(
@@ -113,7 +121,7 @@ def _ray(cluster: ClusterConfig, environ: MutableMapping[str, str]) -> Iterator[
             # A cluster that happens to run here is not the one that was meant, so "local" starts another.
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(cluster.num_workers * cluster.cpus_per_worker)),
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cluster.max_workers * cluster.cpus_per_worker)),
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 **quiet,
@@ -147,8 +155,9 @@ def _witness(config: RunConfig) -> Iterator[Path | None]:
 
 
 def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) -> Outcome:
-    cluster, wanted = config.cluster, _wanted(config.cluster)
+    cluster = config.cluster
     has_gpus = cluster.gpus_per_worker > 0
+    checkpoints = config.checkpoint.directory or storage.join(config.run_dir, "checkpoints")
     with printed_mailbox() as mailbox, tempfile.TemporaryDirectory(prefix="distft_ray_") as scratch:
         assignment = Assignment(
             config=config,
@@ -162,28 +171,32 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
             torch_config=TorchConfig(
                 backend="nccl" if has_gpus else "gloo", timeout_s=math.ceil(config.timeout_s)
             ),
-            scaling_config=ScalingConfig(
-                num_workers=cluster.num_workers,
-                use_gpu=has_gpus,
-                resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker},
-            ),
+            scaling_config=_scaling(cluster),
             run_config=RayRunConfig(
                 name=Path(config.run_dir).name,
                 storage_path=scratch,  # Ray wants one for its own notes; the run's truth is in run_dir
-                failure_config=FailureConfig(
-                    max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
-                ),
-                callbacks=[FailureWatch(mailbox, cluster.max_failures)],
+                # Who counts is FailureWatch for failures, and Patience for starts that do not come about.
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
+                callbacks=[
+                    FailureWatch(
+                        mailbox,
+                        max_failures=cluster.max_failures,
+                        run_dir=config.run_dir,
+                        checkpoints=checkpoints,
+                    )
+                ],
                 worker_runtime_env={"env_vars": _worker_environment(config)},
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
+        patience = Patience(mailbox, cluster)
         try:
-            outcome: Outcome = trainer.fit().return_value
+            with patience.watching():
+                outcome: Outcome = trainer.fit().return_value
         except TrainingFailedError as error:
-            raise explain(error, wanted) from None
-        except SystemExit:  # what Ray Train's own handler of SIGINT ends in
-            raise KeyboardInterrupt from None
+            raise explain(error, wanted(cluster)) from None
+        except (SystemExit, KeyboardInterrupt):  # what Ray Train's own handler of SIGINT ends in
+            raise (patience.verdict or KeyboardInterrupt) from None
         except RayError as error:
             raise LaunchError(
                 "The run was interrupted, or the node of this driver fails: Ray Train's controller is gone "
@@ -192,25 +205,24 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
         return outcome
 
 
-def _wanted(cluster: ClusterConfig) -> str:
-    return (
-        f"{cluster.num_workers} workers with {cluster.cpus_per_worker:g} CPUs "
-        f"and {cluster.gpus_per_worker:g} GPUs each"
+def _scaling(cluster: ClusterConfig) -> ScalingConfig:
+    return ScalingConfig(
+        num_workers=(cluster.min_workers, cluster.max_workers) if cluster.is_elastic else cluster.max_workers,
+        use_gpu=cluster.gpus_per_worker > 0,
+        resources_per_worker=resources_per_worker(cluster),
+        accelerator_type=cluster.accelerator_type,
+        placement_strategy=cluster.placement,
+        # Ray would end the workers between two commits; ours save first, see `Orders`.
+        elastic_resize_monitor_interval_s=_NEVER_S,
     )
 
 
 def _check_room(cluster: ClusterConfig, *, is_local: bool) -> None:
     """Tell at once of a wait for nodes that may never come; on this machine alone, none will."""
-    there = ray.cluster_resources()
-    needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    short = [
-        f"{there.get(name, 0):g} {name}s"
-        for name, each in needed.items()
-        if each * cluster.num_workers > there.get(name, 0)
-    ]
-    if not short:
+    whole, free = nodes_now()
+    if room_for(resources_per_worker(cluster), whole) >= cluster.min_workers:
         return
-    text = f"Ray has {' and '.join(short)}, too few for {_wanted(cluster)}"
+    text = f"Ray has {there_is(whole, free)}, too few for {wanted(cluster)}"
     if is_local:
         raise LaunchError(f"{text}: ask for less, or set RAY_ADDRESS to a cluster that has more.")
     print(f"{text}: waiting up to {cluster.start_timeout_s:g} s for more.", flush=True)
@@ -225,4 +237,6 @@ def _worker_environment(config: RunConfig) -> Mapping[str, str]:
     }
     if config.cluster.gpus_per_worker == 0:
         env["DS_ACCELERATOR"] = "cpu"
+    if config.cluster.network_interface is not None:
+        env["GLOO_SOCKET_IFNAME"] = env["NCCL_SOCKET_IFNAME"] = config.cluster.network_interface
     return {**env, **config.cluster.env}

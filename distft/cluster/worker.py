@@ -12,13 +12,15 @@ from typing import Any
 import ray.train
 
 from distft.cluster.console import posted_to
+from distft.cluster.orders import Orders
 from distft.cluster.places import RUN_ROOT
 from distft.errors import ConfigError, DistftError, TrainingError
 from distft.run.config import RunConfig
 from distft.run.train import Outcome
 from distft.topology import Topology
+from distft.train.loop import StopAsked, never_asked
 
-Train = Callable[[RunConfig, Topology], Outcome]
+Train = Callable[[RunConfig, Topology, StopAsked], Outcome]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +47,14 @@ def work(assignment: Assignment) -> Outcome:
         is_distributed=True,
     )
     _settle(assignment)
-    shown = posted_to(assignment.mailbox) if topology.is_main else contextlib.nullcontext()
-    with shown:
+    with contextlib.ExitStack() as stack:
+        stop_asked: StopAsked = never_asked
+        if topology.is_main:
+            stack.enter_context(posted_to(assignment.mailbox))
+            orders = Orders(assignment.mailbox, assignment.config.cluster, topology.world_size)
+            stop_asked = stack.enter_context(orders).reason
         try:
-            return assignment.train(assignment.config, topology)
+            return assignment.train(assignment.config, topology, stop_asked)
         except DistftError:
             raise
         except Exception as error:

@@ -31,7 +31,7 @@ from distft.run.saving import draft
 from distft.topology import BatchPlan, Topology
 from distft.tracker import Trackers, build_trackers
 from distft.train.evaluation import evaluate
-from distft.train.loop import Callbacks, Trainer, every
+from distft.train.loop import Callbacks, StopAsked, Trainer, every, never_asked
 from distft.train.probe import Probe
 from distft.train.throughput import Throughput, peak_flops_per_s
 
@@ -48,11 +48,11 @@ class Outcome:
     checkpoint: str | None  # the last one of this process; None where nothing was left to do
 
 
-def run_training(config: RunConfig, topology: Topology) -> Outcome:
+def run_training(config: RunConfig, topology: Topology, stop_asked: StopAsked = never_asked) -> Outcome:
     """Train from wherever the run stands to its end, on this rank.
 
     Every fault of configuration and data is raised before a device is used. Raises `Preempted` after a
-    SIGTERM, once the state is saved.
+    SIGTERM, or where `stop_asked` of any rank gives a reason, once the state is saved.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -60,7 +60,7 @@ def run_training(config: RunConfig, topology: Topology) -> Outcome:
     device = choose_device(config, topology)
     collectives = join_ranks(config, topology, device)
     try:
-        return _Run(inputs, plan, collectives, device).train()
+        return _Run(inputs, plan, collectives, device, stop_asked).train()
     finally:
         if isinstance(collectives, ProcessGroup):
             collectives.close()
@@ -70,9 +70,15 @@ class _Run:
     """One process's part of one run: assembles the parts, and stands between the loop and the disk."""
 
     def __init__(
-        self, inputs: Inputs, plan: BatchPlan, collectives: Collectives, device: torch.device
+        self,
+        inputs: Inputs,
+        plan: BatchPlan,
+        collectives: Collectives,
+        device: torch.device,
+        stop_asked: StopAsked,
     ) -> None:
         self._inputs = inputs
+        self._stop_asked = stop_asked
         self._config = inputs.config
         self._plan = plan
         self._collectives = collectives
@@ -161,6 +167,9 @@ class _Run:
             device=str(self._device),
             **self._origin(resumed),
         )
+        before = None if resumed is None else resumed.manifest.written_by.get("world_size")
+        if before not in {None, self._collectives.world_size}:
+            self._trackers.event("resize", before=before, after=self._collectives.world_size)
 
     def _origin(self, resumed: Checkpoint | None) -> dict[str, Any]:
         """For the record: where weights come from, and which settings are others than at the save."""
@@ -183,7 +192,7 @@ class _Run:
         )
         if resumed is not None:
             self._probe.check(engine, resumed.manifest, resumed.path, self._collectives)
-        with stop_on_sigterm() as is_stop_requested:
+        with stop_on_sigterm() as is_terminated:
             trainer = Trainer(
                 engine=engine,
                 objective=config.objective,
@@ -198,7 +207,7 @@ class _Run:
                     has_save_failed=lambda: self._saver.has_failed,
                     settle=self._settle,
                     evaluate=None if inputs.validation is None else lambda: self._evaluate(engine),
-                    is_stop_requested=is_stop_requested,
+                    stop_asked=lambda: "asked" if is_terminated() else self._stop_asked(),
                 ),
                 collectives=self._collectives,
                 throughput=self._throughput(),

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -14,13 +14,15 @@ from distft.config import Settings
 from distft.data.batch import Batch
 from distft.data.feed import Feed, Prefetcher
 from distft.engine.interface import Engine
-from distft.errors import Preempted, TrainingError
+from distft.errors import Preempted, Resized, TrainingError
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
 from distft.train.step import StepResult, SummedLoss, train_step
 from distft.train.throughput import Throughput, peak_memory_bytes
 
 Metrics = Mapping[str, float | int]
+StopReason = Literal["asked", "resize"]  # to save and end: somebody wants it, or there is room for more
+StopAsked = Callable[[], StopReason | None]
 
 
 class TrainConfig(Settings):
@@ -56,7 +58,11 @@ class Callbacks:
     has_save_failed: Callable[[], bool]
     settle: Callable[[], None]  # wait until what was saved is committed; raises what went wrong
     evaluate: Callable[[], Metrics] | None
-    is_stop_requested: Callable[[], bool]
+    stop_asked: StopAsked
+
+
+def never_asked() -> None:
+    """A `StopAsked` of runs that nobody stops."""
 
 
 class Cadence(Protocol):
@@ -221,15 +227,19 @@ class Trainer:
         """Once in a while, since every rank must hear of a signal, or a failed save, of any rank."""
         if self._is_finished or self._step % self._config.log_every_steps:
             return
-        is_asked, has_failed = self._callbacks.is_stop_requested(), self._callbacks.has_save_failed()
-        answers = self._collectives.all_gather((is_asked, has_failed))
+        reason, has_failed = self._callbacks.stop_asked(), self._callbacks.has_save_failed()
+        answers = self._collectives.all_gather((reason, has_failed))
         if any(failed for _, failed in answers):
             self._callbacks.settle()
-        if any(asked for asked, _ in answers):
-            if last_saved != self._step:
-                self._save()
-            self._callbacks.settle()
+        reasons = {reason for reason, _ in answers if reason is not None}
+        if not reasons:
+            return
+        if last_saved != self._step:
+            self._save()
+        self._callbacks.settle()
+        if "asked" in reasons:
             raise Preempted(f"Stopped at step {self._step} as asked; start again to go on from there.")
+        raise Resized(f"Saved at step {self._step}, to go on with another number of ranks.")
 
     def progress(self) -> Progress:
         """How far the run is; waits for the device."""

@@ -9,21 +9,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from distft.cluster.ray_job import run_on_ray
+from distft.cluster.worker import Train
 from distft.errors import DataError, DistftError
 from distft.run.config import RunConfig
 from distft.run.train import Outcome, run_training
 from distft.topology import Topology
+from distft.train.loop import StopAsked
 
 
-def killed_once(config: RunConfig, topology: Topology) -> Outcome:
+def killed_once(config: RunConfig, topology: Topology, stop_asked: StopAsked) -> Outcome:
     """Rank 1 dies in training, in the first of its lives."""
     if topology.rank == 1 and _life(config) == 1:
         threading.Thread(target=_die_after_a_commit, args=(config,), daemon=True).start()
-    return run_training(config, topology)
+    return run_training(config, topology, stop_asked)
 
 
 def _die_after_a_commit(config: RunConfig) -> None:
@@ -32,7 +33,7 @@ def _die_after_a_commit(config: RunConfig) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def bug_then_mistake(config: RunConfig, topology: Topology) -> Outcome:
+def bug_then_mistake(config: RunConfig, topology: Topology, _stop_asked: StopAsked) -> Outcome:
     """Rank 1 fails in a way that nobody foresaw, and in its second life in one that is the user's."""
     if topology.rank == 1:
         if _life(config) == 1:
@@ -50,7 +51,7 @@ def _life(config: RunConfig) -> int:
         return len(file.read())
 
 
-SCENARIOS: dict[str, Callable[[RunConfig, Topology], Outcome]] = {
+SCENARIOS: dict[str, Train] = {
     "killed_once": killed_once,
     "bug_then_mistake": bug_then_mistake,
 }

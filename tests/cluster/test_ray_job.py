@@ -35,7 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     make_text_data(folder / "data")
     engine = {"type": "zero", "zero_stage": 1}
-    raw = pretraining(Path("data"), Path("runs/small"), engine=engine, cluster={"num_workers": 2})
+    raw = pretraining(Path("data"), Path("runs/small"), engine=engine, cluster={"workers": 2})
     (folder / "c.yaml").write_text(yaml.safe_dump(raw))
     return folder
 
@@ -106,10 +106,10 @@ def test_mistakes_are_told_before_a_cluster_is_looked_for(
     project: Path, environment: Mapping[str, str]
 ) -> None:
     nowhere = {**environment, "RAY_ADDRESS": "192.0.2.1:6379"}  # to look for it would take minutes
-    faults = ["cluster.num_wokers=2", "data.sources=[{path: elsewhere}]"]
+    faults = ["cluster.wokers=2", "data.sources=[{path: elsewhere}]"]
     done = _python("launch/ray_train.py", "c.yaml", *faults, env=nowhere, cwd=project, timeout_s=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "num_workers" in done.stderr
+    assert "workers" in done.stderr
     done = _python("launch/ray_train.py", "c.yaml", faults[1], env=nowhere, cwd=project, timeout_s=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert "elsewhere" in done.stderr
@@ -121,7 +121,7 @@ def test_mistakes_are_told_before_a_cluster_is_looked_for(
     ("override", "told"),
     [
         ("engine={type: local}", "2 ranks"),
-        ("cluster.num_workers=9", "at most 8 ranks"),
+        ("cluster.workers=9", "at most 8 ranks"),
         ("device=cuda", "gpus_per_worker=0"),
         ("cluster.gpus_per_worker=1", "device=cpu"),
     ],

@@ -1,0 +1,55 @@
+"""Why a running group of workers is to save and end: the driver asks, or there is room for more of them."""
+
+import contextlib
+import threading
+import time
+from typing import Any
+
+import ray
+
+from distft.cluster.room import nodes_now, resources_per_worker, room_for
+from distft.run.cluster import ClusterConfig
+from distft.train.loop import StopReason
+
+_LOOK_EVERY_S = 1.0
+
+
+class Orders:
+    """`with Orders(...) as orders:` watches from a thread of rank 0; `orders.reason` is asked by the loop."""
+
+    def __init__(self, mailbox: Any, cluster: ClusterConfig, world_size: int) -> None:
+        self._mailbox = mailbox
+        self._cluster = cluster
+        self._world_size = world_size
+        self._reason: StopReason | None = None
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="orders", daemon=True)
+
+    def __enter__(self) -> "Orders":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._has_ended.set()
+        self._thread.join()
+
+    def reason(self) -> StopReason | None:
+        """Why to end at the next step where all ranks listen; None: go on."""
+        return self._reason
+
+    def _watch(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # driver or cluster are gone; others tell of it
+            in_vain = ray.get(self._mailbox.started.remote(self._world_size))
+            next_look = time.monotonic() + self._cluster.grow_check_s
+            while not self._has_ended.wait(_LOOK_EVERY_S):
+                if ray.get(self._mailbox.is_stop_asked.remote()):
+                    self._reason = "asked"
+                    return
+                if self._world_size < self._cluster.max_workers and time.monotonic() >= next_look:
+                    next_look = time.monotonic() + self._cluster.grow_check_s
+                    _, free = nodes_now()
+                    spare = room_for(resources_per_worker(self._cluster), free)
+                    if spare > in_vain:
+                        ray.get(self._mailbox.growing.remote(self._world_size, spare))
+                        self._reason = "resize"
+                        return
