@@ -67,6 +67,8 @@ class Progress(Settings):
 
     step: int = 0  # optimizer steps done, skipped ones included
     sequences_seen: int = 0
+    used: tuple[tuple[int, int], ...] = ()  # sequences of the run's order that ranks really used
+    used_again: tuple[tuple[int, int], ...] = ()  # those of them that were used twice: never any
     tokens_seen: int = 0  # targets: tokens, or the rows of a classification
     skipped_steps: int = 0
     skipped_in_a_row: int = 0

@@ -25,6 +25,7 @@ app.command("task")(text_verbs.task)
 app.command("train")(model_verbs.train)
 app.command("evaluate")(model_verbs.evaluate)
 app.command("generate")(model_verbs.generate)
+app.command("audit")(model_verbs.audit)
 app.add_typer(checkpoint_verbs.checkpoint_app, name="checkpoint")
 app.add_typer(config_verbs.config_app, name="config")
 

@@ -1,4 +1,4 @@
-"""`distft train`, `evaluate` and `generate`."""
+"""`distft train`, `evaluate`, `generate` and `audit`."""
 
 import json
 import os
@@ -82,3 +82,35 @@ def generate(
         if number:
             print("---")
         print(text)
+
+
+def audit(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run_dir of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Prove from its events that a run used every sequence exactly once. Exit code 1 where it did not."""
+    from dataclasses import asdict
+
+    from distft.run.audit import audit_run
+
+    found, unknown = audit_run(run)
+    if as_json:
+        print(json.dumps({**asdict(found), "is_exact": found.is_exact, "rows_unknown": unknown}))
+    else:
+        sizes = " -> ".join(map(str, found.world_sizes))
+        print(
+            f"step {found.step}, {found.num_starts} starts, ranks {sizes}, "
+            f"{found.num_lost_steps} steps done again"
+        )
+        for what, places in (("never used", found.missing), ("used more than once", found.repeated)):
+            for start, stop in places:
+                print(f"sequences {start:,} to {stop - 1:,} of the run's order were {what}")
+        if found.is_exact:
+            print(f"each of the {found.num_sequences:,} sequences up to there was used exactly once")
+        if found.uses_per_row is not None:
+            least, most = found.uses_per_row
+            print(f"by that order each row of the data was used {least:,} to {most:,} times")
+        else:
+            print(f"rows of the data were not counted: {unknown}")
+    if not found.is_exact:
+        raise typer.Exit(1)

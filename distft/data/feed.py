@@ -62,6 +62,15 @@ class Feed:
         """One line a dataset, for the log."""
         return "\n".join(dataset.summary for dataset in self._datasets)
 
+    @property
+    def dataset_sizes(self) -> list[int]:
+        """Rows of each dataset."""
+        return [dataset.num_sequences for dataset in self._datasets]
+
+    def locate(self, start: int, stop: int) -> tuple[Indices, Indices]:
+        """Dataset and row of each of the sequences [start, stop)."""
+        return self._order.locate(start, stop)
+
     def batch(self, start: int, stop: int) -> Batch:
         """Sequences [start, stop); where that is none, one row in which nothing counts."""
         source_ids, rows = self._order.locate(start, stop)
@@ -85,7 +94,8 @@ class Prefetcher:
 
     def __init__(self, feed: Feed, micro_batches: Iterable[MicroBatch], *, depth: int = 4) -> None:
         self.wait_s = 0.0
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self.taken = MicroBatch(0, 0)  # the one whose batch `next` gave last
+        self._queue: queue.Queue[tuple[MicroBatch, Batch] | BaseException | None] = queue.Queue(depth)
         self._is_closed = threading.Event()
         self._thread = threading.Thread(
             target=self._fill, args=(feed, iter(micro_batches)), name="distft-prefetch", daemon=True
@@ -102,8 +112,9 @@ class Prefetcher:
         started = perf_counter()
         item = self._queue.get()
         self.wait_s += perf_counter() - started
-        if isinstance(item, Batch):
-            return item
+        if isinstance(item, tuple):
+            self.taken, batch = item
+            return batch
         self.close()
         if item is None:
             raise StopIteration
@@ -137,7 +148,7 @@ class Prefetcher:
             for micro_batch in micro_batches:
                 if self._is_closed.is_set():
                     return
-                self._queue.put(feed.batch(micro_batch.start, micro_batch.stop))
+                self._queue.put((micro_batch, feed.batch(micro_batch.start, micro_batch.stop)))
         except BaseException as error:  # whatever it is, the consumer must hear of it
             self._queue.put(error)
         else:

@@ -29,7 +29,7 @@ from distft.run.engines import build_engine, choose_device, join_ranks
 from distft.run.inputs import Inputs, state_source
 from distft.run.saving import draft
 from distft.topology import BatchPlan, Topology
-from distft.tracker import Trackers, build_trackers
+from distft.tracker import LEDGER, Trackers, build_trackers
 from distft.train.evaluation import evaluate
 from distft.train.loop import Callbacks, StopAsked, Trainer, every, never_asked
 from distft.train.probe import Probe
@@ -95,6 +95,7 @@ class _Run:
         self._last_metrics: dict[str, float] = {}
         self._last_checkpoint: str | None = None
         self._run_id = ""
+        self._used_by_step: dict[int, dict[str, Any]] = {}  # of saves that are under way
 
     def train(self) -> Outcome:
         resumed, complaints = self._find_resume()
@@ -167,6 +168,8 @@ class _Run:
             device=str(self._device),
             **self._origin(resumed),
         )
+        if resumed is not None:
+            self._trackers.event(LEDGER, step=resumed.step, **_used(resumed.manifest.progress))
         before = None if resumed is None else resumed.manifest.written_by.get("world_size")
         if before not in {None, self._collectives.world_size}:
             self._trackers.event("resize", before=before, after=self._collectives.world_size)
@@ -263,6 +266,7 @@ class _Run:
         )
 
     def _save(self, engine: Engine, progress: Progress) -> None:
+        self._used_by_step[progress.step] = _used(progress)
         probe = self._probe.measure(engine, min(_PROBE_SEQUENCES, self._plan.micro_batch_size))
         self._saver.save(
             draft(
@@ -292,6 +296,16 @@ class _Run:
                 stall_s=round(saved.stall_s, 3),
                 write_s=round(saved.write_s, 3),
             )
+            self._trackers.event(LEDGER, step=saved.step, **self._used_by_step.pop(saved.step))
+
+
+def _used(progress: Progress) -> dict[str, Any]:
+    """For an audit."""
+    return {
+        "sequences_seen": progress.sequences_seen,
+        "used": progress.used,
+        "used_again": progress.used_again,
+    }
 
 
 @contextmanager

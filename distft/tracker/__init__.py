@@ -4,13 +4,14 @@ from distft.config import redact
 from distft.tracker.console import ConsoleTracker
 from distft.tracker.jsonl import EVENTS_FILE, METRICS_FILE, EventLog, JsonlTracker, read_lines
 from distft.tracker.progress import ProgressDisplay, progress
-from distft.tracker.protocol import Metrics, Tracker
+from distft.tracker.protocol import LEDGER, Metrics, Tracker
 from distft.tracker.tensorboard_tracker import TensorBoardConfig, TensorBoardTracker
 from distft.tracker.trackers import TrackerConfig, Trackers, build_trackers
 from distft.tracker.wandb_tracker import WandbConfig, WandbTracker
 
 __all__ = [
     "EVENTS_FILE",
+    "LEDGER",
     "METRICS_FILE",
     "ConsoleTracker",
     "EventLog",

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from distft.tracker.display import duration, number, step_line
-from distft.tracker.protocol import Metrics, plain_number
+from distft.tracker.protocol import LEDGER, Metrics, plain_number
 
 _WIDE_COLUMNS = 120  # fewer have no room for a bar beside all the numbers of a step
 _NARROW_METRICS = ("loss", "tokens_per_s")
@@ -81,6 +81,8 @@ class ConsoleTracker:
             self._print_step()
 
     def event(self, kind: str, **fields: Any) -> None:
+        if kind == LEDGER:
+            return  # for an audit, and as long as the run's history is eventful
         shown = [f"{name.replace('_', ' ')} {_field(value)}" for name, value in fields.items()]
         self._print(" | ".join([kind.replace("_", " "), *shown]))
 

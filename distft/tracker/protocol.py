@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Metrics = Mapping[str, float | int]
+LEDGER = "ledger"  # the event that tells which sequences a commit covers
 
 
 class Tracker(Protocol):

@@ -17,6 +17,7 @@ from distft.engine.interface import Engine
 from distft.errors import Preempted, Resized, TrainingError
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
+from distft.train.ledger import Ledger, merged
 from distft.train.step import StepResult, SummedLoss, train_step
 from distft.train.throughput import Throughput, peak_memory_bytes
 
@@ -114,6 +115,8 @@ class Trainer:
         self._loss_scale = loss_scale
         self._dropout_seed = dropout_seed
         self._step = progress.step
+        self._ledger = Ledger()
+        self._used, self._used_again = progress.used, progress.used_again
         # Counters stay on the device: reading them at every step would wait for it at every step.
         device = engine.device
         self._tokens_seen = torch.tensor(progress.tokens_seen, device=device)
@@ -154,7 +157,10 @@ class Trainer:
     def _one_step(self, batches: Prefetcher) -> None:
         waited_s = batches.wait_s
         places = self._plan.micro_batches(self._step, self._collectives.rank)
-        micro_batches = [next(batches) for _ in places]
+        micro_batches = []
+        for _ in places:
+            micro_batches.append(next(batches))
+            self._ledger.add(batches.taken)
         lr = self._lr_at(self._step)
         result = train_step(
             self._engine,
@@ -242,10 +248,15 @@ class Trainer:
         raise Resized(f"Saved at step {self._step}, to go on with another number of ranks.")
 
     def progress(self) -> Progress:
-        """How far the run is; waits for the device."""
+        """How far the run is; waits for the device, and for all ranks."""
+        used = [interval for part in self._collectives.all_gather(self._ledger.take()) for interval in part]
+        self._used, again = merged([*self._used, *used])
+        self._used_again = merged([*self._used_again, *again])[0]
         return Progress(
             step=self._step,
             sequences_seen=self._step * self._plan.global_batch_size,
+            used=self._used,
+            used_again=self._used_again,
             tokens_seen=int(self._tokens_seen),
             skipped_steps=int(self._skipped),
             skipped_in_a_row=int(self._skipped_in_a_row),

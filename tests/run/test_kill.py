@@ -12,6 +12,7 @@ import pytest
 from distributed import RanksError, run_ranks, start_ranks
 from small_runs import events, logged, pretraining, run
 
+from distft.run.audit import audit_run
 from distft.topology import Topology
 
 NUM_STEPS = 16
@@ -52,6 +53,9 @@ def test_a_rank_killed_in_training_leaves_no_trace(
     run_ranks(run, second, raw)
     assert logged(tmp_path) == pytest.approx(undisturbed, abs=1e-5), f"killed at step {kill_step}"
     assert [event["kind"] for event in events(tmp_path)].count("resume") == 1
+    audit, _ = audit_run(str(tmp_path))
+    assert audit.is_exact
+    assert audit.world_sizes == (first, second)
 
 
 def _last_step(run_dir: Path) -> int:
