@@ -12,7 +12,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from distft.checkpoint.committed import committed_steps
 from distft.errors import DistftError, LaunchError, Preempted, Resized, StorageError, TrainingError
-from distft.tracker.jsonl import EventLog
+from distft.tracker import METRICS_FILE, EventLog, read_lines
 
 _LOST_PEER = re.compile(
     r"connection (reset|closed|refused)|broken pipe|peer|timed out waiting", re.IGNORECASE
@@ -126,7 +126,13 @@ class FailureWatch(UserCallback):  # type: ignore[misc]  # Ray has no types
         step = self._newest_step()
         self._num_failures = 1 if step > self._last_step else self._num_failures + 1
         self._last_step = step
-        self._tell("fault", rank=cause.rank, reason=str(error).partition("\n")[0], attempt=self._num_failures)
+        self._tell(
+            "fault",
+            step=self._last_told_step(),
+            rank=cause.rank,
+            reason=str(error).partition("\n")[0],
+            attempt=self._num_failures,
+        )
         if self._num_failures > self._max_failures:
             raise error
         again = f"Starting the workers again ({self._num_failures} of {self._max_failures})."
@@ -137,6 +143,10 @@ class FailureWatch(UserCallback):  # type: ignore[misc]  # Ray has no types
             return max(committed_steps(self._checkpoints), default=-1)
         except (StorageError, OSError):  # not reachable now: as if nothing had been committed
             return self._last_step
+
+    def _last_told_step(self) -> int:
+        lines = read_lines(Path(self._run_dir) / METRICS_FILE)
+        return int(lines[-1].get("step", 0)) if lines else 0
 
     def _tell(self, kind: str, **fields: Any) -> None:
         try:
