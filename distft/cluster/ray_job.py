@@ -25,6 +25,7 @@ from distft.cluster.console import printed_mailbox
 from distft.cluster.failures import FailureWatch, explain
 from distft.cluster.patience import Patience
 from distft.cluster.places import RUN_ROOT, Places
+from distft.cluster.reservations import give_back_reservation
 from distft.cluster.room import nodes_now, resources_per_worker, room_for, there_is, wanted
 from distft.cluster.worker import Assignment, Train, work
 from distft.errors import ConfigError, DistftError, LaunchError
@@ -189,6 +190,7 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
+        give_back_reservation(config.run_dir)
         patience = Patience(mailbox, cluster)
         try:
             with patience.watching():

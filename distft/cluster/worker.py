@@ -14,6 +14,7 @@ import ray.train
 from distft.cluster.console import posted_to
 from distft.cluster.orders import Orders
 from distft.cluster.places import RUN_ROOT
+from distft.cluster.reservations import remember_reservation
 from distft.errors import ConfigError, DistftError, TrainingError
 from distft.run.config import RunConfig
 from distft.run.train import Outcome
@@ -51,6 +52,7 @@ def work(assignment: Assignment) -> Outcome:
         stop_asked: StopAsked = never_asked
         if topology.is_main:
             stack.enter_context(posted_to(assignment.mailbox))
+            remember_reservation(assignment.config.run_dir)
             orders = Orders(assignment.mailbox, assignment.config.cluster, topology.world_size)
             stop_asked = stack.enter_context(orders).reason
         try:
