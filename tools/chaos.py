@@ -78,7 +78,7 @@ class Storm:
     def strike(self, kind: str, choice: random.Random) -> Recovery:
         """Do it, and wait for the first optimizer step of the life after it."""
         step, began = self.last_step(), time.time()
-        FAULTS[kind](self, choice)
+        (FAULTS | CHANGES)[kind](self, choice)
         deadline = time.monotonic() + _DONE_WITHIN_S
         while time.monotonic() < deadline:
             found = self._recovery(kind, step, began)
@@ -119,6 +119,14 @@ class Storm:
         self._cluster.kill_node(choice)
         self._cluster.add_node()
 
+    def lose_node(self, choice: random.Random) -> None:
+        """No other comes in its place."""
+        self._cluster.kill_node(choice)
+
+    def add_nodes(self, _: random.Random) -> None:
+        self._cluster.add_node()
+        self._cluster.add_node()
+
     def kill_raylet(self, choice: random.Random) -> None:
         self._cluster.kill_raylet(choice)
         self._cluster.add_node()
@@ -151,7 +159,8 @@ class Storm:
             raise SystemExit(f"The run ended with {code}; see {self.log.name}.")
 
 
-FAULTS: dict[str, Callable[[Storm, random.Random], None]] = {
+Act = Callable[[Storm, random.Random], None]
+FAULTS: dict[str, Act] = {
     "rank killed": Storm.kill_rank,
     "rank stopped": Storm.stop_rank,
     "node killed": Storm.kill_node,
@@ -160,9 +169,11 @@ FAULTS: dict[str, Callable[[Storm, random.Random], None]] = {
     "driver terminated": Storm.terminate_driver,
     "commit damaged": Storm.damage,
 }
+# For runs whose number of nodes is not to come back to what it was: `--kinds`, and `--in-order`.
+CHANGES: dict[str, Act] = {"node lost": Storm.lose_node, "two nodes join": Storm.add_nodes}
 
 
-def make_config(folder: Path, num_steps: int, num_nodes: int) -> Path:
+def make_config(folder: Path, num_steps: int, max_workers: int) -> Path:
     """Shards of this project's own source, and a model that takes some tenths of a second a step."""
     sources = sorted(path for path in (ROOT / "distft").rglob("*.py") if path.stat().st_size)
     model = folder / "bpe.model"
@@ -184,7 +195,7 @@ def make_config(folder: Path, num_steps: int, num_nodes: int) -> Path:
         "checkpoint": {"every_steps": 10, "keep_last": 3},
         # HANG
         # BEAT
-        "cluster": {"workers": {"min": 1, "max": num_nodes}, "grow_check_s": 3.0},
+        "cluster": {"workers": {"min": 1, "max": max_workers}, "grow_check_s": 3.0},
     }
     path = folder / "chaos.yaml"
     path.write_text(yaml.safe_dump(raw))
@@ -214,8 +225,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=len(FAULTS))
-    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--kinds", nargs="+", choices=[*FAULTS, *CHANGES], default=list(FAULTS))
+    parser.add_argument("--in-order", action="store_true", help="the kinds as they are named")
     parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--max-workers", type=int, help="as many as nodes unless given")
     parser.add_argument("--steps-between", type=int, default=15)
     parser.add_argument("--ray-defaults", action="store_true", help="Ray Train's own intervals, to compare")
     parser.add_argument("--directory", type=Path, help="where everything lies; removed unless given")
@@ -226,8 +239,9 @@ def main() -> int:
 
 def _storm(arguments: argparse.Namespace, folder: Path) -> int:
     choice = random.Random(arguments.seed)
-    num_steps = arguments.steps_between * (arguments.faults + 2)
-    config = make_config(folder, num_steps, arguments.nodes)
+    num_faults = len(arguments.kinds) if arguments.in_order else arguments.faults
+    num_steps = arguments.steps_between * (num_faults + 2)
+    config = make_config(folder, num_steps, arguments.max_workers or arguments.nodes)
     expected = undisturbed(config, folder / "undisturbed")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environ |= RAY_TRAINS_OWN if arguments.ray_defaults else {}
@@ -236,7 +250,8 @@ def _storm(arguments: argparse.Namespace, folder: Path) -> int:
         try:
             print("| fault | at step | told, s | resumed, s | next step, s | ranks |")
             print("|---|---:|---:|---:|---:|---:|")
-            for number, kind in enumerate(schedule(arguments.kinds, arguments.faults, choice)):
+            planned = arguments.kinds if arguments.in_order else None
+            for number, kind in enumerate(planned or schedule(arguments.kinds, arguments.faults, choice)):
                 storm.wait_for_step((number + 1) * arguments.steps_between)
                 row = asdict(storm.strike(kind, choice))
                 cells = ("-" if value is None else str(value) for value in row.values())

@@ -12,6 +12,7 @@ from distft.run.cluster import ClusterConfig
 from distft.train.loop import StopReason
 
 _LOOK_EVERY_S = 1.0
+_RAY_COUNTS_EVERY_S = 20.0  # so long Ray may not know of a new node: workers that ended sooner would be as few
 
 
 class Orders:
@@ -41,6 +42,7 @@ class Orders:
         with contextlib.suppress(ray.exceptions.RayError):  # driver or cluster are gone; others tell of it
             in_vain = ray.get(self._mailbox.started.remote(self._world_size))
             next_look = time.monotonic() + self._cluster.grow_check_s
+            roomy_since = float("inf")
             while not self._has_ended.wait(_LOOK_EVERY_S):
                 if ray.get(self._mailbox.is_stop_asked.remote()):
                     self._reason = "asked"
@@ -49,7 +51,8 @@ class Orders:
                     next_look = time.monotonic() + self._cluster.grow_check_s
                     _, free = nodes_now()
                     spare = room_for(resources_per_worker(self._cluster), free)
-                    if spare > in_vain:
+                    roomy_since = min(roomy_since, time.monotonic()) if spare > in_vain else float("inf")
+                    if time.monotonic() - roomy_since > _RAY_COUNTS_EVERY_S:
                         ray.get(self._mailbox.growing.remote(self._world_size, spare))
                         self._reason = "resize"
                         return
