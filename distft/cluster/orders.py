@@ -12,7 +12,8 @@ from distft.run.cluster import ClusterConfig
 from distft.train.loop import StopReason
 
 _LOOK_EVERY_S = 1.0
-_RAY_COUNTS_EVERY_S = 20.0  # so long Ray may not know of a new node: workers that ended sooner would be as few
+# So long Ray may not know of a new node: workers that ended sooner would start again as few.
+_RAY_COUNTS_EVERY_S = 20.0
 
 
 class Orders:
