@@ -1,6 +1,6 @@
 """The token that a Ray cluster asks of everybody: made before Ray makes one, which others could read.
 
-`python -m distft.cluster.tokens` makes it for the `ray` commands of a script, and prints the name of its file.
+`python -m distft.cluster.tokens` makes it for the `ray` commands of a script, and prints its file's name.
 
 Ray takes the token from RAY_AUTH_TOKEN, else from the file RAY_AUTH_TOKEN_PATH, else from ~/.ray/auth_token.
 """
@@ -19,16 +19,16 @@ _TOKEN_BYTES = 32  # as many as Ray's own
 
 
 def ensure_token(environ: MutableMapping[str, str]) -> Path | None:
-    """Have whatever Ray a process with `environ` starts ask for a token; returns the token's file, if it has one.
+    """Have any Ray that a process with `environ` starts ask for a token; returns its file, if it has one.
 
     A file that is missing is made for its owner's eyes only, and one of the owner's that others can read is
-    closed to them. What `environ` says already stands: another RAY_AUTH_MODE, RAY_AUTH_TOKEN, or another file.
+    closed to them. What `environ` says stands: another RAY_AUTH_MODE, RAY_AUTH_TOKEN, or another file.
     Raises `ConfigError` where the file cannot be made or holds nothing.
     """
     if environ.get(_MODE, "token").lower() != "token":
         return None
-    # Ray reads the mode once, when it is imported; from then on only `ray.init(address="local")` sets it, by itself,
-    # and only where it is not set.
+    # Ray reads the mode once, when it is imported. From then on `ray.init(address="local")` sets it by itself,
+    # where it is not set.
     if environ is not os.environ or "ray" not in sys.modules:
         environ.setdefault(_MODE, "token")
     if environ.get(_TOKEN):
