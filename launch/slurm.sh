@@ -28,6 +28,8 @@ export DISTFT_RUN_ROOT=${DISTFT_RUN_ROOT:-$PWD}
 export RAY_USAGE_STATS_ENABLED=0
 # Nodes start at different times; Ray's own patience is 30 s.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=${RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT:-300}
+# A head that is gone stays gone, at the end of a run too: the other nodes would wait 60 s for it.
+export RAY_gcs_rpc_server_reconnect_timeout_s=${RAY_gcs_rpc_server_reconnect_timeout_s:-15}
 
 ours=$DISTFT_RUN_ROOT/.distft_job_$SLURM_JOB_ID # every node reads it, nobody else does
 (umask 077 && mkdir -p "$ours")

@@ -52,7 +52,8 @@ def two_nodes(folder: Path) -> Iterator[dict[str, int]]:
 def _living(name: str, temporary: Path) -> Iterator[int]:
     """A process that is the first of its namespace: when it dies, all others there do."""
     temporary.mkdir()
-    inside = f"mount --bind {temporary} /tmp/ray && touch {temporary}/ready && exec sleep infinity"
+    # Orphans are bash's to reap, or they would look alive for ever.
+    inside = f"mount --bind {temporary} /tmp/ray && touch {temporary}/ready && sleep infinity & wait"
     command = f"ip netns exec {name} unshare --pid --mount --fork --kill-child --mount-proc bash -c"
     with subprocess.Popen([*command.split(), inside]) as outer:
         try:
