@@ -29,7 +29,7 @@ def lacking() -> str:
 
 @contextlib.contextmanager
 def two_nodes(folder: Path) -> Iterator[dict[str, int]]:
-    """From the nodes' names to the process ids of what lives in them; whatever runs there ends with the block.
+    """From the nodes' names to the process ids of what lives in them. What runs there ends with the block.
 
     Each has an address of 10.231.7.0/24 on `INTERFACE`, and a /tmp/ray of its own below `folder`.
     """

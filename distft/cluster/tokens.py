@@ -27,7 +27,7 @@ def ensure_token(environ: MutableMapping[str, str]) -> Path | None:
     """
     if environ.get(_MODE, "token").lower() != "token":
         return None
-    # Ray reads the mode once, when it is imported. From then on `ray.init(address="local")` sets it by itself,
+    # Ray reads the mode once, when it is imported. From then on only `ray.init(address="local")` sets it,
     # where it is not set.
     if environ is not os.environ or "ray" not in sys.modules:
         environ.setdefault(_MODE, "token")

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from small_runs import logged, make_text_data, pretraining
 
+from distft.cluster.tokens import ensure_token
+
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = Path(__file__).parent / "slurm"
 NUM_STEPS = 12
@@ -27,7 +29,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _start(project: Path, stub: dict[str, Any], nodes: list[str]) -> "subprocess.Popen[str]":
+def _start(project: Path, stub: dict[str, Any], nodes: list[str], **environ: str) -> "subprocess.Popen[str]":
     """The script as Slurm starts it on the first node."""
     (project / "stub.json").write_text(json.dumps({"log": str(project / "log"), **stub}))
     kept = {
@@ -46,6 +48,7 @@ def _start(project: Path, stub: dict[str, Any], nodes: list[str]) -> "subprocess
         "SLURM_JOB_NODELIST": ",".join(nodes),
         "SLURM_SUBMIT_DIR": str(project),
         "SLURM_CPUS_ON_NODE": "1",
+        **environ,
     }
     command = [str(ROOT / "launch/slurm.sh"), "c.yaml", "train.max_steps=12"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -67,15 +70,17 @@ def test_every_node_runs_the_same_command_and_the_exit_code_is_the_run_s(project
         "--nodes=3", "--ntasks-per-node=1", "--no-kill", "--kill-on-bad-exit=0", "--wait=0"
     ]  # fmt: skip
     ray, driver = " ".join(run["command"]).split(" -- ")
-    assert ray == (
-        "ray symmetric-run --address 192.0.2.7:21234 --min-nodes 3 --num-cpus=1 --object-store-memory=200000000"
-    )
+    address = "--address 192.0.2.7:21234 --min-nodes 3"
+    assert ray == f"ray symmetric-run {address} --num-cpus=1 --object-store-memory=200000000"
     assert driver.endswith("RAY_ADDRESS=192.0.2.7:21234 python launch/ray_train.py c.yaml train.max_steps=12")
     assert not list(project.glob(".distft_job_*"))
 
 
 def test_the_token_reaches_the_nodes_by_a_file_that_only_the_owner_reads(project: Path) -> None:
-    look = f'cp -p "$RAY_AUTH_TOKEN_PATH" {project}/seen; echo "$RAY_AUTH_MODE"; stat -c %a $(dirname $RAY_AUTH_TOKEN_PATH)'
+    look = (
+        f'cp -p "$RAY_AUTH_TOKEN_PATH" {project}/seen; echo "$RAY_AUTH_MODE"; '
+        'stat -c %a "$(dirname "$RAY_AUTH_TOKEN_PATH")"'
+    )
     answers = {"hostname -I": "echo 192.0.2.7", "ray symmetric-run": look}
     with _start(project, {"answers": answers}, ["a1"]) as script:
         output, _ = script.communicate(timeout=60)
@@ -118,7 +123,7 @@ def _await(path: Path, timeout_s: float = 30) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_two_nodes_train_as_one_cluster(project: Path) -> None:
+def test_two_nodes_train_as_one_cluster_and_the_token_is_nowhere_to_be_read(project: Path) -> None:
     if reason := network_nodes.lacking():
         pytest.skip(reason)
     make_text_data(project / "data")
@@ -126,12 +131,19 @@ def test_two_nodes_train_as_one_cluster(project: Path) -> None:
     engine = {"type": "zero", "zero_stage": 1}
     raw = pretraining(Path("data"), Path("runs/small"), engine=engine, cluster=cluster)
     (project / "c.yaml").write_text(yaml.safe_dump(raw))
+    environ = {"RAY_AUTH_TOKEN_PATH": str(project / "token")}
+    ensure_token(environ)
+    token = (project / "token").read_text()
     with (
         network_nodes.two_nodes(project) as nodes,
-        _start(project, {"nodes": nodes}, list(nodes)) as script,
+        _start(project, {"nodes": nodes}, list(nodes), **environ) as script,
     ):
         output, _ = script.communicate(timeout=300)
     assert script.returncode == 0, output
     assert "start | step 0 | world size 2 | engine zero" in output
     assert sorted(logged(project / "runs/small")) == list(range(1, NUM_STEPS + 1))
     assert not list(project.glob(".distft_job_*"))
+    files = [path for path in project.rglob("*") if path.is_file()]  # the run's, and Ray's logs of both nodes
+    assert any(path.name == "raylet.out" for path in files)
+    readable = [path for path in files if token.encode() in path.read_bytes()]
+    assert (readable, token in output) == ([project / "token"], False)
