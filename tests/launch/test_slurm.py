@@ -1,5 +1,6 @@
 """launch/slurm.sh without Slurm: the commands that it gives, and two nodes that train for real."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,11 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _start(project: Path, stub: dict[str, Any], nodes: list[str], **environ: str) -> "subprocess.Popen[str]":
-    """The script as Slurm starts it on the first node."""
+@contextlib.contextmanager
+def _start(
+    project: Path, stub: dict[str, Any], nodes: list[str], **environ: str
+) -> "Iterator[subprocess.Popen[str]]":
+    """The script as Slurm starts it on the first node; nothing of it outlives the block."""
     (project / "stub.json").write_text(json.dumps({"log": str(project / "log"), **stub}))
     kept = {
         name: value
@@ -52,7 +57,14 @@ def _start(project: Path, stub: dict[str, Any], nodes: list[str], **environ: str
     }
     command = [str(ROOT / "launch/slurm.sh"), "c.yaml", "train.max_steps=12"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, env=environment, text=True, cwd="/", **pipes)
+    with subprocess.Popen(
+        command, env=environment, text=True, cwd="/", start_new_session=True, **pipes
+    ) as script:
+        try:
+            yield script
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
 
 
 def _calls(project: Path) -> list[dict[str, Any]]:
