@@ -1,6 +1,6 @@
 # make demo    the main job on the embedded default, from text to a fine-tuned classifier
 # make test    the tests
-# make check   format, lint, types, spelling
+# make check   format, lint, types, spelling, shell scripts
 # make venv    only what the others need: a virtual environment with pinned packages
 # make clean   remove the virtual environment and the tools' caches; runs/ and data/ stay
 
@@ -31,7 +31,8 @@ check: $(INSTALLED_DEV)
 	@$(BIN)/python -m ruff check --quiet .
 	@$(BIN)/python -m mypy
 	@$(BIN)/python -m codespell_lib
-	@echo "Format, lint, types and spelling are in order."
+	@$(BIN)/shellcheck launch/*.sh .ci/run
+	@echo "Format, lint, types, spelling and shell scripts are in order."
 
 venv: $(INSTALLED)
 
@@ -48,7 +49,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@echo "Installing ruff, mypy and codespell into $(VENV)."
+	@echo "Installing ruff, mypy, codespell and shellcheck into $(VENV)."
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 

@@ -19,7 +19,7 @@ def _first_words(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
-    return next(line[2:] for line in text.splitlines()[1:] if line.startswith("# "))
+    return next(line[2:] for line in text.splitlines() if line.startswith("# "))
 
 
 if __name__ == "__main__":

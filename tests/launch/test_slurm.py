@@ -1,0 +1,161 @@
+"""launch/slurm.sh without Slurm: the commands that it gives, and two nodes that train for real."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import network_nodes
+import pytest
+import yaml
+from small_runs import logged, make_text_data, pretraining
+
+from distft.cluster.tokens import ensure_token
+
+ROOT = Path(__file__).resolve().parents[2]
+STUBS = Path(__file__).parent / "slurm"
+NUM_STEPS = 12
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "launch", tmp_path / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@contextlib.contextmanager
+def _start(
+    project: Path, stub: dict[str, Any], nodes: list[str], **environ: str
+) -> "Iterator[subprocess.Popen[str]]":
+    """The script as Slurm starts it on the first node; nothing of it outlives the block."""
+    (project / "stub.json").write_text(json.dumps({"log": str(project / "log"), **stub}))
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "DISTFT_", "SLURM_", "HEAD_"))
+    }
+    path = [str(STUBS), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = {
+        **kept,
+        "PATH": os.pathsep.join(path),
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(project),
+        "SLURM_STUB": str(project / "stub.json"),
+        "SLURM_JOB_ID": "1234",
+        "SLURM_JOB_NODELIST": ",".join(nodes),
+        "SLURM_SUBMIT_DIR": str(project),
+        "SLURM_CPUS_ON_NODE": "1",
+        **environ,
+    }
+    command = [str(ROOT / "launch/slurm.sh"), "c.yaml", "train.max_steps=12"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(
+        command, env=environment, text=True, cwd="/", start_new_session=True, **pipes
+    ) as script:
+        try:
+            yield script
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+
+
+def _calls(project: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (project / "log").read_text().splitlines()]
+
+
+def test_every_node_runs_the_same_command_and_the_exit_code_is_the_run_s(project: Path) -> None:
+    answers = {"hostname -I": "echo 192.0.2.7 10.0.0.7", "ray symmetric-run": "exit 2"}
+    with _start(project, {"answers": answers}, ["a1", "a2", "a3"]) as script:
+        output, _ = script.communicate(timeout=60)
+    assert (script.returncode, output) == (2, "")
+    asked, run = _calls(project)
+    assert asked["options"] == ["--nodes=1", "--ntasks=1", "--nodelist=a1"]
+    assert run["options"] == [
+        "--nodes=3", "--ntasks-per-node=1", "--no-kill", "--kill-on-bad-exit=0", "--wait=0"
+    ]  # fmt: skip
+    ray, driver = " ".join(run["command"]).split(" -- ")
+    address = "--address 192.0.2.7:21234 --min-nodes 3"
+    assert ray == f"ray symmetric-run {address} --num-cpus=1 --object-store-memory=200000000"
+    assert driver.endswith("RAY_ADDRESS=192.0.2.7:21234 python launch/ray_train.py c.yaml train.max_steps=12")
+    assert not list(project.glob(".distft_job_*"))
+
+
+def test_the_token_reaches_the_nodes_by_a_file_that_only_the_owner_reads(project: Path) -> None:
+    look = (
+        f'cp -p "$RAY_AUTH_TOKEN_PATH" {project}/seen; echo "$RAY_AUTH_MODE"; '
+        'stat -c %a "$(dirname "$RAY_AUTH_TOKEN_PATH")"'
+    )
+    answers = {"hostname -I": "echo 192.0.2.7", "ray symmetric-run": look}
+    with _start(project, {"answers": answers}, ["a1"]) as script:
+        output, _ = script.communicate(timeout=60)
+    assert output.split() == ["token", "700"]
+    token = (project / "seen").read_text()
+    assert len(token) == 64
+    assert stat.S_IMODE((project / "seen").stat().st_mode) == 0o600
+    assert token not in output + (project / "log").read_text()
+
+
+@pytest.mark.parametrize(("answer", "is_back"), [("exit 75", True), ("exit 1", True), ("exit 0", False)])
+def test_before_the_time_limit_the_driver_is_asked_to_save_and_the_job_goes_back_into_the_queue(
+    project: Path, answer: str, is_back: bool
+) -> None:
+    until_asked = f"touch {project}/runs; until [ -e {project}/asked ]; do sleep 0.05; done; {answer}"
+    answers = {
+        "hostname -I": "echo 192.0.2.7",
+        "ray symmetric-run": until_asked,
+        "kill -TERM": f"touch {project}/asked",
+    }
+    with _start(project, {"answers": answers}, ["a1", "a2"]) as script:
+        _await(project / "runs")
+        script.send_signal(signal.SIGTERM)
+        output, _ = script.communicate(timeout=60)
+    assert script.returncode == int(answer.split()[1])
+    calls = _calls(project)
+    assert calls[2]["options"] == ["--overlap", "--nodes=1", "--ntasks=1", "--nodelist=a1"]
+    assert calls[2]["command"][-1].endswith("driver.pid")
+    assert (calls[3:] == [{"scontrol": ["requeue", "1234"]}]) is is_back
+    assert ("goes on from its last commit" in output) is is_back
+
+
+def _await(path: Path, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_nodes_train_as_one_cluster_and_the_token_is_nowhere_to_be_read(project: Path) -> None:
+    if reason := network_nodes.lacking():
+        pytest.skip(reason)
+    make_text_data(project / "data")
+    cluster = {"num_workers": 2, "env": {"GLOO_SOCKET_IFNAME": network_nodes.INTERFACE}}
+    engine = {"type": "zero", "zero_stage": 1}
+    raw = pretraining(Path("data"), Path("runs/small"), engine=engine, cluster=cluster)
+    (project / "c.yaml").write_text(yaml.safe_dump(raw))
+    environ = {"RAY_AUTH_TOKEN_PATH": str(project / "token")}
+    ensure_token(environ)
+    token = (project / "token").read_text()
+    with (
+        network_nodes.two_nodes(project) as nodes,
+        _start(project, {"nodes": nodes}, list(nodes), **environ) as script,
+    ):
+        output, _ = script.communicate(timeout=300)
+    assert script.returncode == 0, output
+    assert "start | step 0 | world size 2 | engine zero" in output
+    assert sorted(logged(project / "runs/small")) == list(range(1, NUM_STEPS + 1))
+    assert not list(project.glob(".distft_job_*"))
+    files = [path for path in project.rglob("*") if path.is_file()]  # the run's, and Ray's logs of both nodes
+    assert any(path.name == "raylet.out" for path in files)
+    readable = [path for path in files if token.encode() in path.read_bytes()]
+    assert (readable, token in output) == ([project / "token"], False)
