@@ -23,10 +23,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from distft import storage
 from distft.cluster.console import printed_mailbox
 from distft.cluster.failures import FailureWatch, explain
-from distft.cluster.patience import Patience
 from distft.cluster.places import RUN_ROOT, Places
 from distft.cluster.reservations import give_back_reservation
 from distft.cluster.room import nodes_now, resources_per_worker, room_for, there_is, wanted
+from distft.cluster.tokens import ensure_token
+from distft.cluster.waiting import Patience
 from distft.cluster.worker import Assignment, Train, work
 from distft.errors import ConfigError, DistftError, LaunchError
 from distft.run.check import describe_run
@@ -107,6 +108,7 @@ def _ray(cluster: ClusterConfig, environ: MutableMapping[str, str]) -> Iterator[
     environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{attempt_s:g}")
     environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # its 2 s are half the time of a recovery
     if not address:
+        ensure_token(environ)
         environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
     environ.update(
         RAY_CHDIR_TO_TRIAL_DIR="0",  # relative paths keep their meaning

@@ -139,7 +139,7 @@ def test_two_nodes_train_as_one_cluster_and_the_token_is_nowhere_to_be_read(proj
     if reason := network_nodes.lacking():
         pytest.skip(reason)
     make_text_data(project / "data")
-    cluster = {"num_workers": 2, "env": {"GLOO_SOCKET_IFNAME": network_nodes.INTERFACE}}
+    cluster = {"workers": 2, "network_interface": network_nodes.INTERFACE}
     engine = {"type": "zero", "zero_stage": 1}
     raw = pretraining(Path("data"), Path("runs/small"), engine=engine, cluster=cluster)
     (project / "c.yaml").write_text(yaml.safe_dump(raw))
