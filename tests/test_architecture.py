@@ -27,6 +27,7 @@ OWNERS = {"deepspeed": "engine", "ray": "cluster", "sentencepiece": "tokenizer",
 OPPONENTS = {
     ("tools/checkpoint_benchmark.py", "deepspeed"),
     ("tools/tokenize_benchmark.py", "sentencepiece"),
+    ("tools/chaos_cluster.py", "ray"),
 }  # what is measured against, not built on
 READS_ENVIRONMENT = {"run", "cli", "cluster", "launch", "__main__"}
 FORBIDDEN_WORDS = {
