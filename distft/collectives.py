@@ -1,5 +1,6 @@
 """What ranks say to each other outside of the engine: small values, votes, sums."""
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -9,11 +10,13 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from distft.errors import DistftError, UnreachableError
 from distft.topology import Topology
 
 T = TypeVar("T")
+_FOREVER = timedelta(days=365)  # torch prints a warning of each time-out, and blocks after it all the same
 
 
 class Collectives(Protocol):
@@ -34,6 +37,13 @@ class Collectives(Protocol):
     def twin(self) -> "Collectives":
         """The same ranks over a channel of their own, for the small values of another thread."""
 
+    def store(self) -> Store | None:
+        """Keys and values that all ranks see without waiting for each other; None for one rank alone.
+
+        Each call gives an empty one, over a connection of its own. The process that serves it may be a
+        rank's: a call that reads blocks for as long as that process is stopped.
+        """
+
 
 class SingleProcess:
     """The collectives of one process: everything is what it was."""
@@ -52,6 +62,9 @@ class SingleProcess:
 
     def twin(self) -> "SingleProcess":
         return self
+
+    def store(self) -> None:
+        return None
 
 
 class ProcessGroup:
@@ -92,6 +105,14 @@ class ProcessGroup:
         other = copy(self)
         other._objects = dist.new_group(backend="gloo", timeout=self._timeout)
         return other
+
+    def store(self) -> Store | None:
+        if self.world_size == 1:
+            return None
+        # The one in which the ranks found each other, whoever started them: it reaches every node.
+        shared: Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        shared.set_timeout(_FOREVER)
+        return PrefixStore(self.broadcast(secrets.token_hex(8)), shared)
 
     def close(self) -> None:
         """Leave the group. Ranks need not arrive together."""

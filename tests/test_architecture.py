@@ -13,7 +13,7 @@ FLOORS = (  # a part imports from lower floors only, and nothing beside it
     {"config"},
     {"topology", "storage", "tracker"},
     {"collectives"},
-    {"tokenizer", "model", "data", "optim"},
+    {"tokenizer", "model", "data", "optim", "watch"},
     {"objective", "checkpoint", "prepare"},
     {"engine"},
     {"train"},
