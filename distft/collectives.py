@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from distft.errors import DistftError, UnreachableError
+from distft.rendezvous import fresh_store
 from distft.topology import Topology
 
 T = TypeVar("T")
@@ -75,7 +77,14 @@ class ProcessGroup:
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             if topology.is_distributed:
-                dist.init_process_group(backend, timeout=timeout)
+                shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+                dist.init_process_group(
+                    backend,
+                    store=fresh_store(shared, rank, world_size, timeout_s),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timeout,
+                )
             else:  # one process that nobody launched, and yet an engine that wants a group
                 dist.init_process_group(
                     backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (  # a part imports from lower floors only, and nothing beside it
     {"errors"},
     {"config"},
-    {"topology", "storage", "tracker"},
+    {"topology", "storage", "tracker", "rendezvous"},
     {"collectives"},
     {"tokenizer", "model", "data", "optim", "watch"},
     {"objective", "checkpoint", "prepare"},

@@ -20,7 +20,7 @@ from distft.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 60
-START_S = 90.0  # to import and compile nothing, on a busy machine
+START_S = 90.0  # for three ranks to import everything on a busy machine
 
 
 def _torchrun(num_ranks: int, max_restarts: int) -> list[str]:
@@ -122,19 +122,13 @@ class _Launch:
 def test_torchrun_starts_a_run_again_after_a_rank_is_killed_and_after_one_is_stopped(
     raw: dict[str, Any], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
-    t = time.monotonic()
     with _started(raw, tmp_path, _torchrun(2, max_restarts=2)) as launch:
         launch.strike(1, signal.SIGKILL)
-        print(time.monotonic() - t)
         launch.strike(0, signal.SIGSTOP)
-        print(time.monotonic() - t)
         assert launch.wait() == 0, (tmp_path / "output.txt").read_text()
-        print(time.monotonic() - t)
-    print((tmp_path / "output.txt").read_text())
     assert logged(tmp_path) == pytest.approx(undisturbed, abs=1e-5)
     story = [event["kind"] for event in events(tmp_path) if event["kind"] != "save"]
     assert [kind for kind in story if kind != "finish"] == ["start", "resume", "hang", "resume"]
-    assert 0
 
 
 @pytest.mark.ranks
@@ -142,15 +136,10 @@ def test_torchrun_starts_a_run_again_after_a_rank_is_killed_and_after_one_is_sto
 def test_deepspeed_ends_a_run_whose_rank_is_killed_and_goes_on_at_another_world_size(
     raw: dict[str, Any], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
-    t = time.monotonic()
     with _started(raw, tmp_path, _deepspeed(2)) as launch:
         launch.strike(1, signal.SIGKILL)
-        print(time.monotonic() - t)
         assert launch.wait() != 0
-    print(time.monotonic() - t)
     with _started(raw, tmp_path, _deepspeed(3)) as launch:
         assert launch.wait() == 0, (tmp_path / "output.txt").read_text()
-    print(time.monotonic() - t)
     assert logged(tmp_path) == pytest.approx(undisturbed, abs=1e-5)
     assert [e["world_size"] for e in events(tmp_path) if e["kind"] in {"start", "resume"}] == [2, 3]
-    assert 0
