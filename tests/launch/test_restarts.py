@@ -19,8 +19,8 @@ from small_runs import events, logged, make_text_data, pretraining, run
 from distft.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_STEPS = 60
-START_S = 90.0  # for three ranks to import everything on a busy machine
+NUM_STEPS = 40
+START_S = 90.0  # for ranks to import everything on a busy machine
 
 
 def _torchrun(num_ranks: int, max_restarts: int) -> list[str]:
@@ -139,7 +139,7 @@ def test_deepspeed_ends_a_run_whose_rank_is_killed_and_goes_on_at_another_world_
     with _started(raw, tmp_path, _deepspeed(2)) as launch:
         launch.strike(1, signal.SIGKILL)
         assert launch.wait() != 0
-    with _started(raw, tmp_path, _deepspeed(3)) as launch:
+    with _started(raw, tmp_path, _deepspeed(1)) as launch:
         assert launch.wait() == 0, (tmp_path / "output.txt").read_text()
     assert logged(tmp_path) == pytest.approx(undisturbed, abs=1e-5)
-    assert [e["world_size"] for e in events(tmp_path) if e["kind"] in {"start", "resume"}] == [2, 3]
+    assert [e["world_size"] for e in events(tmp_path) if e["kind"] in {"start", "resume"}] == [2, 1]
