@@ -1,5 +1,6 @@
 """What ranks say to each other outside of the engine: small values, votes, sums."""
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -9,11 +10,15 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from distft.errors import DistftError, UnreachableError
+from distft.rendezvous import fresh_store
 from distft.topology import Topology
 
 T = TypeVar("T")
+_FOREVER = timedelta(days=365)  # torch prints a warning of each time-out, and blocks after it all the same
 
 
 class Collectives(Protocol):
@@ -34,6 +39,13 @@ class Collectives(Protocol):
     def twin(self) -> "Collectives":
         """The same ranks over a channel of their own, for the small values of another thread."""
 
+    def store(self) -> Store | None:
+        """Keys and values that all ranks see without waiting for each other; None for one rank alone.
+
+        Each call gives an empty one, over a connection of its own. The process that serves it may be a
+        rank's: a call that reads blocks for as long as that process is stopped.
+        """
+
 
 class SingleProcess:
     """The collectives of one process: everything is what it was."""
@@ -53,6 +65,9 @@ class SingleProcess:
     def twin(self) -> "SingleProcess":
         return self
 
+    def store(self) -> None:
+        return None
+
 
 class ProcessGroup:
     """Collectives over torch.distributed; objects travel over gloo, tensors over the device's own backend."""
@@ -62,7 +77,14 @@ class ProcessGroup:
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             if topology.is_distributed:
-                dist.init_process_group(backend, timeout=timeout)
+                shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+                dist.init_process_group(
+                    backend,
+                    store=fresh_store(shared, rank, world_size, timeout_s),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timeout,
+                )
             else:  # one process that nobody launched, and yet an engine that wants a group
                 dist.init_process_group(
                     backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
@@ -92,6 +114,14 @@ class ProcessGroup:
         other = copy(self)
         other._objects = dist.new_group(backend="gloo", timeout=self._timeout)
         return other
+
+    def store(self) -> Store | None:
+        if self.world_size == 1:
+            return None
+        # The one in which the ranks found each other, whoever started them: it reaches every node.
+        shared: Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        shared.set_timeout(_FOREVER)
+        return PrefixStore(self.broadcast(secrets.token_hex(8)), shared)
 
     def close(self) -> None:
         """Leave the group. Ranks need not arrive together."""

@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (  # a part imports from lower floors only, and nothing beside it
     {"errors"},
     {"config"},
-    {"topology", "storage", "tracker"},
+    {"topology", "storage", "tracker", "rendezvous"},
     {"collectives"},
-    {"tokenizer", "model", "data", "optim"},
+    {"tokenizer", "model", "data", "optim", "watch"},
     {"objective", "checkpoint", "prepare"},
     {"engine"},
     {"train"},

@@ -46,6 +46,8 @@ class RunConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(default=None, ge=1)  # of each rank's CPU work; None: torch's choice
     timeout_s: float = Field(default=600.0, gt=0)  # how long ranks wait for each other
+    hang_timeout_s: float = Field(default=300.0, gt=0)  # silence or standstill that makes a rank a hung one
+    heartbeat_s: float = Field(default=5.0, ge=0)  # between signs of life of each rank; 0: none are given
     tokenizer: str | None = None  # a .model file; None: the one beside the data or the checkpoint
     init_from: str | None = None  # a checkpoint, of any format, whose weights the run starts from, at step 0
     model: ModelConfig | None = None  # None: that of init_from
@@ -78,6 +80,11 @@ class RunConfig(Settings):
             )
         if self.evaluation.every_steps is not None and self.validation is None:
             faults.append("evaluation.every_steps is set, but there is no validation data")
+        if self.hang_timeout_s < 3 * self.heartbeat_s:
+            faults.append(
+                f"hang_timeout_s={self.hang_timeout_s:g} is less than three times "
+                f"heartbeat_s={self.heartbeat_s:g}: a rank that is only late would be taken for a hung one"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -34,9 +34,11 @@ from distft.train.evaluation import evaluate
 from distft.train.loop import Callbacks, StopAsked, Trainer, every, never_asked
 from distft.train.probe import Probe
 from distft.train.throughput import Throughput, peak_flops_per_s
+from distft.watch.watch import Watch
 
 CONFIG_FILE = "config.yaml"
 _PROBE_SEQUENCES = 4
+_LEAST_WATCHED_STEPS = 10  # over which ranks are compared, to find slow ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,15 @@ def run_training(config: RunConfig, topology: Topology, stop_asked: StopAsked = 
     device = choose_device(config, topology)
     collectives = join_ranks(config, topology, device)
     try:
-        return _Run(inputs, plan, collectives, device, stop_asked).train()
+        watch = Watch(
+            collectives,
+            Path(config.run_dir),
+            heartbeat_s=config.heartbeat_s,
+            hang_timeout_s=config.hang_timeout_s,
+            interval_steps=max(config.train.log_every_steps, _LEAST_WATCHED_STEPS),
+        )
+        with watch:
+            return _Run(inputs, plan, collectives, device, watch, stop_asked).train()
     finally:
         if isinstance(collectives, ProcessGroup):
             collectives.close()
@@ -75,6 +85,7 @@ class _Run:
         plan: BatchPlan,
         collectives: Collectives,
         device: torch.device,
+        watch: Watch,
         stop_asked: StopAsked,
     ) -> None:
         self._inputs = inputs
@@ -83,6 +94,7 @@ class _Run:
         self._plan = plan
         self._collectives = collectives
         self._device = device
+        self._watch = watch
         directory = self._config.checkpoint.directory or storage.join(self._config.run_dir, "checkpoints")
         # The saver's thread talks to those of other ranks while this thread and the engine talk to theirs.
         self._store = CheckpointStore(directory, collectives.twin())
@@ -219,6 +231,7 @@ class _Run:
                 evaluation_due=every(config.evaluation.every_steps),
                 loss_scale=self._loss_scale(progress),
                 dropout_seed=config.seed if inputs.model.dropout > 0 else None,
+                pulse=self._watch.pulse,
             )
             try:
                 return trainer.run()
@@ -249,6 +262,16 @@ class _Run:
     def _log(self, metrics: Mapping[str, float | int], step: int) -> None:
         self._last_metrics.update(metrics)
         self._trackers.log(metrics, step=step)
+        for straggler, member in self._watch.collect():
+            self._trackers.event(
+                "straggler",
+                step=step,
+                rank=straggler.rank,
+                host=member.host,
+                pid=member.pid,
+                own_s=round(straggler.own_s, 4),
+                others_own_s=round(straggler.others_own_s, 4),
+            )
 
     def _evaluate(self, engine: Engine) -> dict[str, float]:
         assert self._inputs.validation is not None

@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from distft.checkpoint.manifest import Progress
 from distft.collectives import Collectives
@@ -20,6 +21,7 @@ from distft.topology import BatchPlan, MicroBatch
 from distft.train.ledger import Ledger, merged
 from distft.train.step import StepResult, SummedLoss, train_step
 from distft.train.throughput import Throughput, peak_memory_bytes
+from distft.watch.pulse import Pulse
 
 Metrics = Mapping[str, float | int]
 StopReason = Literal["asked", "resize"]  # to save and end: somebody wants it, or there is room for more
@@ -99,6 +101,7 @@ class Trainer:
         evaluation_due: Cadence,
         loss_scale: DynamicLossScale | None = None,
         dropout_seed: int | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -114,6 +117,7 @@ class Trainer:
         self._evaluation_due = evaluation_due
         self._loss_scale = loss_scale
         self._dropout_seed = dropout_seed
+        self._pulse = pulse or Pulse()
         self._step = progress.step
         self._ledger = Ledger()
         self._used, self._used_again = progress.used, progress.used_again
@@ -156,20 +160,23 @@ class Trainer:
 
     def _one_step(self, batches: Prefetcher) -> None:
         waited_s = batches.wait_s
+        self._pulse.enter("data", self._step + 1)
         places = self._plan.micro_batches(self._step, self._collectives.rank)
         micro_batches = []
-        for _ in places:
-            micro_batches.append(next(batches))
-            self._ledger.add(batches.taken)
+        with self._pulse.own_work():
+            for _ in places:
+                micro_batches.append(next(batches))
+                self._ledger.add(batches.taken)
         lr = self._lr_at(self._step)
         result = train_step(
             self._engine,
-            self._objective,
+            self._forward,
             micro_batches,
             lr=lr,
             before_forward=lambda index: self._seed_dropout(places[index]),
         )
         self._step += 1
+        self._pulse.finish_step()
         self._account(result)
         num_tokens = _num_computed_tokens(micro_batches) * self._collectives.world_size
         self._throughput.add_step(num_tokens, batches.wait_s - waited_s)
@@ -178,6 +185,14 @@ class Trainer:
             self._check_skips(result)
         if is_log_due:
             self._callbacks.log(self._read(result, lr), self._step)
+
+    def _forward(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The objective's loss. Ranks meet in the backward; in the forward too at stage 3."""
+        self._pulse.enter("forward")
+        with self._pulse.own_work(batch.input_ids.numel()):
+            loss = self._objective(model, batch)
+        self._pulse.enter("backward and update")
+        return loss
 
     def _seed_dropout(self, place: MicroBatch) -> None:
         """Random draws are a function of the sequences they fall on, so a resume repeats them."""
@@ -221,11 +236,13 @@ class Trainer:
     def _evaluate(self) -> None:
         if self._callbacks.evaluate is None:
             return
+        self._pulse.enter("evaluation")
         metrics = self._callbacks.evaluate()
         self._callbacks.log({f"validation/{name}": value for name, value in metrics.items()}, self._step)
         self._throughput.restart()
 
     def _save(self) -> None:
+        self._pulse.enter("save")
         self._callbacks.save(self.progress())
         self._throughput.restart()
 
