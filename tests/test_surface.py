@@ -71,7 +71,7 @@ def test_help_imports_nothing_heavy() -> None:
     [
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "{config}", "train.max_step=5"], "Did you mean 'max_steps'?"),
-        (["evaluate", "nowhere"], "No committed checkpoint at nowhere"),
+        (["evaluate", "nowhere"], "nowhere does not exist"),
         (["tokenize", "nothing.txt", "-t", "no.model", "-o", "{out}"], "no.model"),
         (["frobnicate"], "No such command 'frobnicate'"),
     ],

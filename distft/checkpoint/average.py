@@ -14,7 +14,8 @@ from distft.errors import ConfigError
 class AveragedCheckpoint:
     """Weights alone, in fp32: the moments of one optimizer say nothing of a mean.
 
-    Everything else is that of the last source. Buffers come from there as they are.
+    Everything else is that of the last source which has its run's configuration; of the last one where none
+    has. Buffers come from there as they are.
     """
 
     format = "average"
@@ -30,8 +31,9 @@ class AveragedCheckpoint:
             raise ConfigError("\n".join(faults))
         self._sources = tuple(sources)
         self._shares = [share / sum(shares) for share in shares]
-        self.path = sources[-1].path
-        last = sources[-1].manifest
+        self._base = _described(sources)
+        self.path = self._base.path
+        last = self._base.manifest
         self.manifest: Manifest = last.model_copy(
             update={
                 "progress": Progress(step=last.progress.step, tokens_seen=last.progress.tokens_seen),
@@ -45,6 +47,13 @@ class AveragedCheckpoint:
             }
         )
 
+    @property
+    def summary(self) -> str:
+        """What it is made of, in a line."""
+        names = ", ".join(source.path for source in self._sources)
+        shares = ", ".join(f"{share:.4g}" for share in self._shares)
+        return f"average of {names} (weights {shares}); step and configuration of {self.path}"
+
     def _record(self, record: ParameterRecord) -> ParameterRecord:
         dtype = record.states[WEIGHT].dtype if record.is_buffer else "float32"
         return record.model_copy(update={"updates": 0, "states": {WEIGHT: StateRecord(dtype=dtype)}})
@@ -53,14 +62,14 @@ class AveragedCheckpoint:
         return state == WEIGHT and parameter in self.manifest.parameters
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
-        return self._sources[-1].shape(parameter)
+        return self._base.shape(parameter)
 
     def updates(self, parameter: str) -> int:  # noqa: ARG002
         return 0
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
         if self.manifest.parameters[parameter].is_buffer:
-            return self._sources[-1].read(parameter, state, start, stop)
+            return self._base.read(parameter, state, start, stop)
         total = torch.zeros(stop - start, dtype=torch.float64)
         for source, share in zip(self._sources, self._shares, strict=True):
             total.add_(source.read(parameter, state, start, stop).double(), alpha=share)
@@ -68,6 +77,15 @@ class AveragedCheckpoint:
 
     def faults(self) -> list[str]:
         return [fault for source in self._sources for fault in source.faults()]
+
+
+def _described(sources: Sequence[CheckpointSource]) -> CheckpointSource:
+    """The last source with a run's configuration; without one the last that tells its model, or any."""
+    for key in ("run_dir", "model"):
+        for source in reversed(sources):
+            if key in source.manifest.config:
+                return source
+    return sources[-1]
 
 
 def _faults(sources: Sequence[CheckpointSource], shares: Sequence[float]) -> list[str]:

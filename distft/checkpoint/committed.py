@@ -1,7 +1,7 @@
 """Committed checkpoints of ours: find them, read them, check them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,7 +11,8 @@ from distft.checkpoint.fragments import Interval, cover
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.checkpoint.rank_file import Place, read_header, read_values
 from distft.collectives import Collectives, together
-from distft.errors import CheckpointError, StorageError, UnreachableError
+from distft.errors import CheckpointError, DataError, StorageError, UnreachableError
+from distft.tokenizer import Tokenizer
 
 STEP = "step_"
 _THREADS = min(4, os.cpu_count() or 1)
@@ -86,13 +87,33 @@ class Checkpoint:
         return read_values(path, place, piece.start, piece.stop)
 
     def faults(self, numbers: Sequence[int] | None = None) -> list[str]:
-        """What is wrong with the files of these numbers, or all: absent, of another size or other bytes.
+        """What is wrong with the files of these numbers: absent, of another size or other bytes.
 
-        Raises `UnreachableError` where that cannot be found out.
+        Without numbers all are looked at, and the tokenizer. Raises `UnreachableError` where that cannot be
+        found out.
         """
         chosen = range(len(self.manifest.files)) if numbers is None else numbers
         with ThreadPoolExecutor(_THREADS) as threads:  # reading and hashing leave the interpreter free
-            return [fault for fault in threads.map(self._fault, chosen) if fault]
+            found = [fault for fault in threads.map(self._fault, chosen) if fault]
+        return found if numbers is not None else [*found, *self.tokenizer_faults()]
+
+    def tokenizer_faults(self) -> list[str]:
+        """What is wrong with the tokenizer that lies beside the manifest: absent, or with other ids."""
+        record = self.manifest.tokenizer
+        if record is None or record.file is None:
+            return []
+        where = storage.join(self.path, record.file)
+        try:
+            found = Tokenizer(storage.read_bytes(where)).fingerprint
+        except FileNotFoundError:
+            fault = f"{where} is missing"
+        except DataError as error:
+            fault = f"{where} is damaged ({error})"
+        else:
+            if found == record.fingerprint:
+                return []
+            fault = f"{where} is damaged: its fingerprint is {found}, the manifest's {record.fingerprint}"
+        return [f"{fault}; another commit of the run has it: copy it from there."]
 
     def _fault(self, number: int) -> str:
         record = self.manifest.files[number]
@@ -125,6 +146,23 @@ def steps_in(root: str) -> list[int]:
     """Steps that have a directory, ascending, committed or not."""
     names = (name.removeprefix(STEP) for name in storage.list_names(root) if name.startswith(STEP))
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def uncommitted(root: str, *, after: int = -1) -> list[str]:
+    """A sentence on each step later than `after` that has a directory and no manifest."""
+    committed = set(committed_steps(root))
+    return [
+        f"{storage.join(root, f'{STEP}{step:08d}')} is uncommitted: it has no {MANIFEST}."
+        for step in steps_in(root)
+        if step > after and step not in committed
+    ]
+
+
+def looks_like_draft(path: str, names: Iterable[str]) -> bool:
+    """Whether a directory with these names is a step of ours, or holds a rank's file."""
+    own_name = path.rstrip("/").rpartition("/")[2]
+    is_step = own_name.startswith(STEP) and own_name.removeprefix(STEP).isdecimal()
+    return is_step or any(name.startswith("rank_") and name.endswith(".safetensors") for name in names)
 
 
 def find_checkpoint(path: str) -> Checkpoint:

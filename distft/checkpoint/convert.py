@@ -1,13 +1,14 @@
 """One checkpoint in another format. The source stays as it is; the target counts from its last file on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, Self, get_args
 
-import torch
 from pydantic import model_validator
 
 from distft.checkpoint.comparison import check_whole
+from distft.checkpoint.formats.deepspeed_model import PARAM_DTYPES
 from distft.checkpoint.formats.deepspeed_target import write_deepspeed
+from distft.checkpoint.formats.huggingface_shape import Architecture
 from distft.checkpoint.formats.huggingface_target import write_huggingface
 from distft.checkpoint.formats.universal import write_universal
 from distft.checkpoint.reshard import write_distft
@@ -16,10 +17,8 @@ from distft.checkpoint.target import new_directory
 from distft.config import Settings
 
 Format = Literal["distft", "deepspeed", "universal", "huggingface"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
+FORMATS: tuple[str, ...] = get_args(Format)
+ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
 
 # What only some formats have a use for.
 _OPTIONS: dict[Format, tuple[str, ...]] = {
@@ -42,11 +41,16 @@ class ConvertConfig(Settings):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        useless = sorted(self.model_fields_set - {"to", *_OPTIONS[self.to]})
+        useless = self.model_fields_set - {"to", *_OPTIONS[self.to]}
         if useless:
-            known = ", ".join(_OPTIONS[self.to]) or "no settings"
-            raise ValueError(f"{self.to} has no {', '.join(useless)}: leave that out; it takes {known}")
+            # The command line does not offer all of them.
+            known = _as_options(set(_OPTIONS[self.to]) - {"max_shard_bytes"}) or "no options"
+            raise ValueError(f"{self.to} has no {_as_options(useless)}: leave that out; it takes {known}")
         return self
+
+
+def _as_options(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
 def convert(
@@ -75,7 +79,7 @@ def convert(
         return write_huggingface(
             source,
             target,
-            dtype=None if config.dtype is None else _DTYPES[config.dtype],
+            dtype=None if config.dtype is None else PARAM_DTYPES[config.dtype],
             max_shard_bytes=config.max_shard_bytes,
             architecture=config.architecture,
             on_progress=on_progress,

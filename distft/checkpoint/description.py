@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from distft import storage
+from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.comparison import num_bytes, states_of, statistics
 from distft.checkpoint.sources import CheckpointSource
 
@@ -28,18 +30,37 @@ def describe(
         "num_bytes": num_bytes(source),
         "written_by": manifest.written_by,
         "label_names": manifest.label_names,
-        "tokenizer": None if manifest.tokenizer is None else manifest.tokenizer.model_dump(mode="json"),
+        "tokenizer": _tokenizer(source),
         "probe": None if manifest.probe is None else manifest.probe.model_dump(mode="json"),
         "tied": manifest.tied,
         "groups": [{"num_parameters": len(group.parameters), **group.settings} for group in manifest.groups],
-        "files": [
-            {"name": file.name, "num_bytes": file.num_bytes, "checksum": file.checksum}
-            for file in manifest.files
-        ],
+        "files": _files(source),
         "parameters": {
             name: _parameter(source, name, statistics, on_progress) for name in manifest.parameters
         },
     }
+
+
+def _files(source: CheckpointSource) -> list[dict[str, Any]]:
+    if not isinstance(source, Checkpoint):  # the manifest of a foreign format has none
+        return []
+    return [
+        {
+            "name": file.name,
+            "num_bytes": file.num_bytes,
+            "checksum": file.checksum,
+            "is_missing": not storage.exists(source.file_path(number)),
+        }
+        for number, file in enumerate(source.manifest.files)
+    ]
+
+
+def _tokenizer(source: CheckpointSource) -> dict[str, Any] | None:
+    record = source.manifest.tokenizer
+    if record is None:
+        return None
+    is_missing = record.file is not None and not storage.exists(storage.join(source.path, record.file))
+    return {**record.model_dump(mode="json"), "is_missing": is_missing}
 
 
 def _parameter(
@@ -77,10 +98,12 @@ def description_table(found: dict[str, Any]) -> Group:
         facts.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     for name in ("written_by", "probe", "tied", "tokenizer"):
         if found[name]:
-            pairs = ", ".join(f"{key} {value}" for key, value in found[name].items() if value is not None)
-            facts.add_row(name, pairs)
+            shown = {key: value for key, value in found[name].items() if key != "is_missing"}
+            pairs = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
+            facts.add_row(name, pairs + _mark(found[name]))
     for file in found["files"]:
-        facts.add_row("file", f"{file['name']}, {file['num_bytes']:,} bytes, {file['checksum']}")
+        told = f"{file['name']}, {file['num_bytes']:,} bytes, {file['checksum']}"
+        facts.add_row("file", told + _mark(file))
     has_statistics = any("mean" in s for p in found["parameters"].values() for s in p["states"].values())
     table = Table(pad_edge=False)
     for column in ("parameter", "shape", "state", "dtype", "updates", "learns"):
@@ -97,3 +120,7 @@ def description_table(found: dict[str, Any]) -> Group:
                 cells.append(f"{record['num_not_finite']:,}")
             table.add_row(*map(Text, cells))
     return Group(facts, Text(), table)
+
+
+def _mark(file: dict[str, Any]) -> str:
+    return ", MISSING" if file.get("is_missing") else ""

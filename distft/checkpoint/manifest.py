@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from distft.checkpoint.unread import UnreadError
 from distft.config import Settings
 from distft.errors import CheckpointError
 from distft.storage import checksum_of_bytes
@@ -108,7 +109,7 @@ class Manifest(Settings):
             ) from None
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise CheckpointError(
+            raise (UnreadError if isinstance(version, int) else CheckpointError)(
                 f"{where} has format_version={version!r}; this distft reads up to {FORMAT_VERSION}: "
                 "upgrade distft, or choose another checkpoint."
             )

@@ -18,8 +18,7 @@ def new_directory(path: str, source: str) -> Iterator[None]:
     one that holds anything else, or is the source: what is there is never written over.
     """
     mark = storage.join(path, UNFINISHED)
-    if _is_within(path, source):
-        raise ConfigError(f"{path} lies in the source {source}, which stays as it is: choose another target.")
+    check_outside(path, _all_commits(source))
     names = storage.list_names(path)
     if names and UNFINISHED not in names:
         raise ConfigError(f"{path} is not empty: choose another target, or remove it.")
@@ -38,6 +37,18 @@ def new_directory(path: str, source: str) -> Iterator[None]:
             storage.remove_tree(path)
         raise
     storage.remove(mark)
+
+
+def check_outside(path: str, source: str) -> None:
+    """Refuse a target within the directory of a source, which stays as it is: raises `ConfigError`."""
+    if _is_within(path, source):
+        raise ConfigError(f"{path} lies in the source {source}, which stays as it is: choose another target.")
+
+
+def _all_commits(source: str) -> str:
+    """The `checkpoints` of the run that a commit lies in; else the source itself."""
+    above = storage.parent(source)
+    return above if above.rpartition("/")[2] == "checkpoints" else source
 
 
 def _remove(path: str) -> None:

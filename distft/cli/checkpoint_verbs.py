@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,6 +44,7 @@ def inspect(
     from distft.tracker import progress
 
     source = open_source(checkpoint, trust=trust)
+    _note_uncommitted(source, checkpoint)
     if statistics:
         with progress(num_bytes(source), "reading", "bytes") as display:
             found = describe(source, statistics=True, on_progress=display.advance)
@@ -64,9 +66,20 @@ def verify(checkpoint: Path, as_json: AsJson = False, trust: Trust = False) -> N
     """Read every byte: sizes, checksums, and each tensor's fingerprint. Exit code 1 for a damaged one."""
     from distft.checkpoint.comparison import all_faults, num_bytes
     from distft.checkpoint.formats.detect import open_source
+    from distft.checkpoint.unread import UnreadError
+    from distft.errors import CheckpointError
     from distft.tracker import progress
 
-    source = open_source(checkpoint, trust=trust)
+    try:
+        source = open_source(checkpoint, trust=trust)
+    except UnreadError:
+        raise
+    except CheckpointError as error:  # so damaged that it cannot be opened
+        faults = str(error).splitlines()
+        found = {"path": checkpoint, "format": None, "faults": faults}
+        print(json.dumps(found, indent=1) if as_json else "\n".join(faults))
+        raise typer.Exit(1) from None
+    _note_uncommitted(source, checkpoint)
     total = num_bytes(source)
     with progress(total, "verifying", "bytes") as display:
         faults = all_faults(source, display.advance)
@@ -99,11 +112,18 @@ def diff(
     from distft.checkpoint.comparison import absent_states, differences, num_bytes
     from distft.checkpoint.formats.detect import open_source
     from distft.checkpoint.fragments import STATES
+    from distft.errors import CheckpointError
     from distft.tracker import progress
 
+    for name in state or ():
+        _check_choice("--state", name, STATES)
     a, b = open_source(first, trust=trust), open_source(second, trust=trust)
     with progress(num_bytes(a), "comparing", "bytes") as display:
         found = list(differences(a, b, state or STATES, display.advance))
+    if not found:
+        raise CheckpointError(
+            f"Nothing was compared: neither {a.path} nor {b.path} has {' or '.join(state or STATES)}."
+        )
     odd = [difference for difference in found if difference.kind != "identical"]
     if as_json:
         print(json.dumps([asdict(difference) for difference in found], indent=1))
@@ -178,6 +198,16 @@ def convert(
     trust: Trust = False,
 ) -> None:
     """Write a checkpoint in another format; the source stays as it is."""
+    from distft.checkpoint.convert import ARCHITECTURES, FORMATS
+    from distft.checkpoint.formats.deepspeed_model import PARAM_DTYPES
+
+    for option, value, known in (
+        ("--to", to, FORMATS),
+        ("--dtype", dtype, tuple(PARAM_DTYPES)),
+        ("--architecture", architecture, ARCHITECTURES),
+    ):
+        if value is not None:
+            _check_choice(option, value, known)
     settings = {
         "to": to,
         "ranks": ranks,
@@ -205,7 +235,8 @@ def average(
     from distft.checkpoint.formats.detect import open_source
 
     sources = [open_source(path, trust=trust) for path in checkpoints]
-    _write(AveragedCheckpoint(sources, weight), output, {"to": "distft"})
+    mean = AveragedCheckpoint(sources, weight)
+    _write(mean, output, {"to": "distft"}, checkpoints, mean.summary)
 
 
 @checkpoint_app.command("prune")
@@ -232,30 +263,53 @@ def prune(
     for complaint in complaints:
         print(f"note: {complaint}", file=sys.stderr)
     gone = expired(store.good_steps(), config) if dry_run else store.retain(config)
-    verb = "would go" if dry_run else "are gone"
     kept = [step for step in store.good_steps() if step not in gone]
-    print(f"{root}: steps {_listed(gone)} {verb}; {_listed(kept)} stay.")
+    verb = "would go" if dry_run else "is gone" if len(gone) < 2 else "are gone"
+    print(f"{root}: {_named(gone)} {verb}; {_named(kept)} {'stay' if len(kept) > 1 else 'stays'}.")
 
 
-def _listed(steps: list[int]) -> str:
-    return ", ".join(map(str, steps)) or "none"
+def _named(steps: list[int]) -> str:
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}" if steps else "no step"
+
+
+def _note_uncommitted(source: "CheckpointSource", given: str) -> None:
+    """Tell of steps after the newest commit of the run that was given."""
+    from distft import storage
+    from distft.checkpoint.committed import Checkpoint, uncommitted
+
+    if isinstance(source, Checkpoint) and source.path != given:
+        for note in uncommitted(storage.parent(source.path), after=source.step):
+            print(f"note: {note}", file=sys.stderr)
+
+
+def _check_choice(option: str, value: str, known: Sequence[str]) -> None:
+    from distft.errors import ConfigError
+
+    if value not in known:
+        raise ConfigError(f"{option} {value} is none of {', '.join(known)}.")
 
 
 def _convert(checkpoint: str, target: str, settings: dict[str, Any], trust: bool) -> None:
     from distft.checkpoint.formats.detect import open_source
 
-    _write(open_source(checkpoint, trust=trust), target, settings)
+    source = open_source(checkpoint, trust=trust)
+    _write(source, target, settings, [checkpoint], f"step {source.manifest.progress.step} of {source.path}")
 
 
-def _write(source: "CheckpointSource", target: str, settings: dict[str, Any]) -> None:
+def _write(
+    source: "CheckpointSource", target: str, settings: dict[str, Any], given: list[str], summary: str
+) -> None:
     from distft.checkpoint.comparison import num_bytes
     from distft.checkpoint.convert import ConvertConfig, convert
+    from distft.checkpoint.target import check_outside
     from distft.config import parse
     from distft.tracker import progress
 
     config: ConvertConfig = parse(ConvertConfig, settings)
+    for path in given:
+        check_outside(target, path)
     with progress(num_bytes(source), f"writing {config.to}", "bytes") as display:
         notes = convert(source, target, config, display.advance)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{target}: step {source.manifest.progress.step} of {source.path}, as {config.to}")
+    print(f"{target}: {summary}, as {config.to}")

@@ -33,7 +33,11 @@ def evaluate(
     checkpoint: CheckpointPath,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the run's, such as validation.path=x."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings over the run's, such as 'validation.sources.0.path=shards' of tokens, "
+            "'validation.path=rows.jsonl' of other data.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

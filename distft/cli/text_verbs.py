@@ -122,7 +122,8 @@ def tokenize(
     for side, shards in (("train", result.train), ("validation", result.validation)):
         if shards is not None:
             print(
-                f"{output}/{side}: {shards.num_tokens:,} tokens of {shards.num_documents:,} documents "
+                f"{output}/{side}: {shards.num_tokens:,} tokens of {shards.num_documents:,} "
+                f"document{'s' * (shards.num_documents != 1)} "
                 f"({shards.num_bytes / shards.num_tokens:.2f} bytes a token)"
             )
 

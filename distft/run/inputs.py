@@ -59,9 +59,11 @@ def read_inputs(config: RunConfig) -> Inputs:
     with mistakes.gather():
         init_from = _checkpoint_to_start_from(config)
     tokenizer = None
-    with mistakes.gather():
-        tokenizer = Tokenizer.load(tokenizer_path(config.tokenizer, config.data, init_from))
-    if tokenizer is None or (config.init_from is not None and init_from is None):
+    is_start_lost = config.init_from is not None and init_from is None
+    if config.tokenizer is not None or not is_start_lost:  # else it might be the checkpoint's
+        with mistakes.gather():
+            tokenizer = Tokenizer.load(tokenizer_path(config.tokenizer, config.data, init_from))
+    if tokenizer is None or is_start_lost:
         mistakes.raise_if_any()
     assert tokenizer is not None
     shape = _model_shape(config, init_from, tokenizer)
@@ -164,9 +166,13 @@ def _checkpoint_to_start_from(config: RunConfig) -> CheckpointSource | None:
     if config.init_from is None:
         return None
     try:
-        return open_source(config.init_from)
+        source = open_source(config.init_from)
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from None
+    faults = source.tokenizer_faults() if isinstance(source, Checkpoint) else []
+    if faults:  # or another tokenizer would serve, or none be found
+        raise CheckpointError("\n".join(f"init_from: {fault}" for fault in faults))
+    return source
 
 
 def data_context(

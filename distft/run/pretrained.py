@@ -10,6 +10,7 @@ import torch
 from distft import storage
 from distft.checkpoint.committed import Checkpoint, find_checkpoint
 from distft.checkpoint.comparison import check_whole
+from distft.checkpoint.formats.detect import format_at
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import read_state
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
@@ -32,6 +33,12 @@ from distft.train.evaluation import evaluate
 
 def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> tuple[Checkpoint, RunConfig, Tokenizer]:
     """A checkpoint with the configuration of its run (`overrides` over it) and its tokenizer."""
+    found = format_at(path)
+    if found != Checkpoint.format:
+        raise ConfigError(
+            f"{path} is a {found} checkpoint, and evaluate and generate read distft's own runs: name it in "
+            "init_from of a configuration, and use the run that comes of it."
+        )
     checkpoint = find_checkpoint(path)
     if "run_dir" not in checkpoint.manifest.config:
         raise ConfigError(
@@ -39,8 +46,13 @@ def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> tuple[Checkpoin
             "init_from of a configuration, and use the run that comes of it."
         )
     check_whole(checkpoint)
+    # When the run would evaluate does not matter here, and asks for validation data.
+    overrides = [*overrides, "evaluation.every_steps=null"]
     raw: dict[str, Any] = apply_overrides(checkpoint.manifest.config, overrides)
-    config: RunConfig = parse(RunConfig, raw, where=f"the configuration of {checkpoint.path}")
+    try:
+        config: RunConfig = parse(RunConfig, raw)
+    except ConfigError as error:
+        raise ConfigError(f"In the configuration of {checkpoint.path}:\n{error}") from None
     tokenizer = Tokenizer.load(storage.join(checkpoint.path, TOKENIZER_FILE))
     return checkpoint, config, tokenizer
 
@@ -61,9 +73,9 @@ def load_model(checkpoint: Checkpoint, config: RunConfig, device: torch.device) 
 
 def _example(kind: str) -> str:
     return (
-        "validation.type=tokens validation.sources=[{path: held_out}]"
+        "validation.type=tokens 'validation.sources=[{path: held_out}]'"
         if kind == "tokens"
-        else (f"validation.type={kind} validation.path=held_out.jsonl")
+        else f"validation.type={kind} validation.path=held_out.jsonl"
     )
 
 
@@ -73,7 +85,7 @@ def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology)
     if config.validation is None:
         raise ConfigError(
             f"The run of {checkpoint.path} has no validation data: "
-            f"name some, such as {_example(config.data.type)}"
+            f"name some, such as {_example(config.data.type)}."
         )
     assert config.model is not None
     names = checkpoint.manifest.label_names

@@ -118,7 +118,11 @@ class _Run:
             if progress.step < self._total_steps:
                 progress = self._train_from(progress, resumed)
             else:
-                self._trackers.event("nothing_to_do", step=progress.step, total_steps=self._total_steps)
+                is_beyond = progress.step > self._total_steps
+                reason = {"reason": "the run is already beyond its last step"} if is_beyond else {}
+                self._trackers.event(
+                    "nothing_to_do", step=progress.step, total_steps=self._total_steps, **reason
+                )
             status = "completed"
         except Preempted:
             status = "preempted"

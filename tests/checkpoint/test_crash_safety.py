@@ -307,7 +307,7 @@ def test_pruning_keeps_the_newest_good_commit(
     _with_a_damaged_commit(tmp_path)
     assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1", *options]) == 0
     told = capsys.readouterr()
-    assert "steps none" in told.out
+    assert ": no step " in told.out
     assert "2 stay" in told.out
     assert "step 4: " in told.err
     assert Checkpoint.open(str(tmp_path / "step_00000002")).faults() == []

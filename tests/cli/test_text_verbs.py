@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from distft.cli.main import main
 from distft.cli.text_verbs import corpus_from_arguments
 from distft.errors import ConfigError
 
@@ -27,3 +28,15 @@ def test_the_kind_is_told_by_the_endings(mixed: Path, pattern: str, kind: str) -
 def test_kinds_that_are_mixed_are_refused_and_none_is_passed_over(mixed: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"CORPUS mixes jsonl( and parquet)? and text files"):
         corpus_from_arguments([str(mixed / name)], "text", "file")
+
+
+@pytest.mark.parametrize(("texts", "told"), [(["a"], "1 document "), (["a", "b"], "2 documents ")])
+def test_documents_are_counted_in_words_that_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: list[str], told: str
+) -> None:
+    for text in texts:
+        (tmp_path / f"{text}.txt").write_text(f"{text} few words of text")
+    corpus, model = str(tmp_path / "*.txt"), str(tmp_path / "a.model")
+    assert main(["tokenizer", "train", corpus, "-o", model, "--algorithm", "char"]) == 0
+    assert main(["tokenize", corpus, "-t", model, "-o", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert f" tokens of {told}(" in capsys.readouterr().out

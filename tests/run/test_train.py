@@ -140,7 +140,7 @@ def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_
     [
         ({"trainable": ["block.1.*"]}, ConfigError, r"'block.1.\*' matches none .* near it are 'blocks"),
         ({"tokenizer": "no.model"}, DataError, r"tokenizer no.model cannot be read"),
-        ({"init_from": "nowhere"}, DistftError, r"init_from: nowhere does not exist, or is empty"),
+        ({"init_from": "nowhere"}, DistftError, r"init_from: nowhere does not exist"),
         ({"objective": {"type": "classification"}}, ConfigError, r"needs labels: set data.type=labelled"),
         (
             {"data": {"type": "labelled", "path": "gone.jsonl"}, "objective": {"type": "classification"}},

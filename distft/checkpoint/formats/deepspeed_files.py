@@ -7,6 +7,7 @@ from typing import Any
 
 from distft import storage
 from distft.checkpoint.formats.torch_file import read_torch_file, torch_file_faults
+from distft.checkpoint.unread import UnreadError
 from distft.errors import CheckpointError, Mistakes
 
 LATEST = "latest"
@@ -77,7 +78,7 @@ class TagFiles:
     def _add(self, name: str) -> None:
         for prefix, what in _FOREIGN_NAMES.items():
             if name.startswith(prefix):
-                raise CheckpointError(
+                raise UnreadError(
                     f"{storage.join(self.path, name)} belongs to {what}, which are not read here: "
                     "convert the checkpoint with DeepSpeed's own ds_to_universal or zero_to_fp32."
                 )
@@ -86,7 +87,7 @@ class TagFiles:
         if match is None:
             return
         if int(match["mp_rank"]):
-            raise CheckpointError(
+            raise UnreadError(
                 f"{storage.join(self.path, name)} belongs to a model that is split over ranks by tensors or "
                 "layers, which is not read here: convert it with DeepSpeed's ds_to_universal."
             )
@@ -142,9 +143,11 @@ class TagFiles:
         for kind, ranks in wanted.items():
             there = set(self.model if kind == "model" else self.optimizer)
             if ranks - there:
-                faults.append(f"the {kind} files of ranks {_listed(ranks - there)} are missing")
+                verb = "is" if len(ranks - there) == 1 else "are"
+                faults.append(f"the {_files_of(kind, ranks - there)} {verb} missing")
             if there - ranks:
-                faults.append(f"there are {kind} files of ranks {_listed(there - ranks)} besides")
+                verb = "is a" if len(there - ranks) == 1 else "are"
+                faults.append(f"there {verb} {_files_of(kind, there - ranks)} besides")
         if faults:
             raise CheckpointError(
                 f"{self.path} was written by {world_size} ranks, but {' and '.join(faults)}: "
@@ -156,8 +159,9 @@ class TagFiles:
         return [fault for name in self.names() for fault in torch_file_faults(self.file_path(name))]
 
 
-def _listed(ranks: set[int]) -> str:
-    return ", ".join(map(str, sorted(ranks)))
+def _files_of(kind: str, ranks: set[int]) -> str:
+    plural = "s" * (len(ranks) > 1)
+    return f"{kind} file{plural} of rank{plural} {', '.join(map(str, sorted(ranks)))}"
 
 
 def _checked(path: str, key: str, *, trust: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from distft.checkpoint.formats.pieces import Pieces
 from distft.checkpoint.formats.torch_file import ForeignObject, StoredTensor
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
+
+PARAM_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+)
+_OUR_NAMES = {dtype: name for name, dtype in PARAM_DTYPES.items()}
 
 # What DeepSpeed itself keeps in a model file; the rest is the script's own.
 _OWN_KEYS = frozenset(
@@ -157,7 +163,7 @@ def build_manifest(
             "engine": "deepspeed",
             "zero_stage": zero_stage,
             "world_size": model["dp_world_size"],
-            "param_dtype": str(reading.param_dtype).removeprefix("torch."),
+            "param_dtype": _OUR_NAMES.get(reading.param_dtype, str(reading.param_dtype)),
             "ds_version": str(model.get("ds_version")),
         },
         parameters=records,

@@ -16,6 +16,7 @@ from distft.checkpoint.formats.unnamed_parameters import (
 )
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import GroupRecord
+from distft.checkpoint.unread import UnreadError
 from distft.errors import CheckpointError
 
 _NO_SETTINGS = frozenset(["params", "param_names", "step"])
@@ -63,7 +64,7 @@ def read_flat(model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]],
     states = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
     bases = [state["base_optimizer_state"] for state in states]
     if not all(isinstance(base, dict) for base in bases):
-        raise CheckpointError(
+        raise UnreadError(
             f"{where} was written with zero_optimization.elastic_checkpoint, which leaves out the settings "
             "of the optimizer: load it with DeepSpeed and save it again without."
         )
@@ -93,7 +94,7 @@ def read_sliced(model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]
     trained = Trained()
     states = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
     if any("ds_zero_partition_groups" in state for state in states):
-        raise CheckpointError(f"{where} holds experts that only some ranks share, which is not read here.")
+        raise UnreadError(f"{where} holds experts that only some ranks share, which is not read here.")
     inner = states[0]["optimizer_state_dict"]
     group_of = {index: group for group in inner["param_groups"] for index in group["params"]}
     for number, shapes in enumerate(model["param_shapes"]):
@@ -225,7 +226,7 @@ def _names_of(
     try:
         return assign_names(names, unnamed)
     except ValueError as reason:
-        raise CheckpointError(
+        raise UnreadError(
             f"{where} keeps the optimizer's state by number, and {reason}: give the names of each group's "
             "parameters, in the order in which the script gave them to the optimizer."
         ) from None

@@ -17,7 +17,8 @@ from distft.checkpoint.formats.deepspeed_layout import (
     sliced_runs,
     sub_groups,
 )
-from distft.checkpoint.formats.target_state import DEEPSPEED_VERSION, PARAM_DTYPES, TargetState
+from distft.checkpoint.formats.deepspeed_model import PARAM_DTYPES
+from distft.checkpoint.formats.target_state import DEEPSPEED_VERSION, TargetState
 from distft.checkpoint.formats.torch_file import ForeignObject, write_torch_file
 from distft.checkpoint.formats.torch_pickle import is_plain
 from distft.checkpoint.fragments import WEIGHT

@@ -6,6 +6,7 @@ from typing import Any
 
 from distft import storage
 from distft.checkpoint.formats.safetensors_file import TensorPlace, read_header
+from distft.checkpoint.unread import UnreadError
 from distft.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -35,7 +36,8 @@ def find_tensors(path: str) -> FoundTensors:
         return found
     index = storage.join(path, INDEX_FILE)
     if not storage.exists(index):
-        raise CheckpointError(
+        is_other_kind = any(name.endswith(".bin") for name in storage.list_names(path))
+        raise (UnreadError if is_other_kind else CheckpointError)(
             f"{path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}. Weights in another form, such as "
             "pytorch_model.bin, must be saved as safetensors first: save_pretrained of transformers does so."
         )

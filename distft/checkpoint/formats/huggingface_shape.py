@@ -55,10 +55,10 @@ def choose_architecture(config: ModelConfig, wanted: str | None = None) -> Archi
     faults = {name: _misfits(config, name) for name in candidates}
     nearest = min(candidates, key=lambda name: len(faults[name]))
     if faults[nearest]:
-        none_of = "" if wanted is not None else f"of {', '.join(candidates)}, of which the nearest is "
+        none_of = f"none of {', '.join(candidates)}, of which the nearest is {nearest}"
         raise ConfigError(
-            f"The model cannot be written for transformers: it is none {none_of}{nearest}, as\n"
-            + "\n".join(faults[nearest])
+            "The model cannot be written for transformers: it is "
+            f"{none_of if wanted is None else f'no {nearest}'}, as\n" + "\n".join(faults[nearest])
         )
     return nearest
 

@@ -124,7 +124,9 @@ def _survey(path: str, shape: HuggingFaceShape, *, compare_tied: bool = False) -
         shape.head,
         num_labels=len(shape.label_names or ()),
         # A model that was saved without a head has no prefix, and GPT-2 as OpenAI gave it out neither.
-        has_prefix=any(name.startswith(base_prefix(shape.architecture)) for name in found.places),
+        has_prefix=any(
+            name.startswith(base_prefix(shape.architecture)) for name in (*found.places, *found.lost)
+        ),
     )
     faults = [*found.faults]
     if shape.model.tie_embeddings and LM_HEAD in found.places:

@@ -1,6 +1,6 @@
 """What every DeepSpeed target takes from a source: groups, tensors that are made while they are written."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +17,6 @@ from distft.checkpoint.sources import CheckpointSource, read_state
 from distft.errors import CheckpointError
 
 DEEPSPEED_VERSION = "0.19.8"  # whose layout is written
-PARAM_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-)
 # torch.optim.AdamW's own, for checkpoints that tell nothing of an optimizer.
 _DEFAULT_SETTINGS = MappingProxyType({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2})
 _SCALERS = "deepspeed.runtime.fp16.loss_scaler"

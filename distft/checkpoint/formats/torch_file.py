@@ -12,6 +12,7 @@ from distft import storage
 from distft.checkpoint.formats.torch_pickle import AnyTensor, pickled
 from distft.checkpoint.formats.torch_unpickle import StorageEntry, unpickle
 from distft.checkpoint.formats.torch_values import ForeignObject, StoredTensor, StreamedTensor
+from distft.checkpoint.unread import UnreadError
 from distft.errors import CheckpointError, StorageError, UnreachableError
 
 __all__ = [
@@ -56,7 +57,7 @@ def read_torch_file(path: str, *, trust: bool = False) -> Any:
     except UnreachableError:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, StorageError) as error:
-        raise CheckpointError(_not_a_zip(path, error)) from error
+        raise _not_a_zip(path, error) from error
     return unpickle(data, path, entries, trust=trust)
 
 
@@ -82,21 +83,21 @@ def _entry(file: BinaryIO, info: zipfile.ZipInfo, path: str) -> StorageEntry:
 
 def _check_byte_order(order: bytes, path: str) -> None:
     if order != b"little":
-        raise CheckpointError(
+        raise UnreadError(
             f"{path} was written on a machine of byte order {order.decode(errors='replace')!r}; "
             "load it there or with torch, and save it again on a little-endian one."
         )
 
 
-def _not_a_zip(path: str, error: Exception) -> str:
+def _not_a_zip(path: str, error: Exception) -> CheckpointError:
     with storage.open_read(path) as file:
         head = file.read(len(_LOCAL_SIGNATURE))
     if head.startswith(b"\x80"):
-        return (
+        return UnreadError(
             f"{path} is a bare pickle: torch's old format, or no torch file. If you trust it, let torch.load "
             "and torch.save make it new (in DeepSpeed: checkpoint.checkpoint_serialization: true)."
         )
-    return f"{path} is damaged or cut short ({error}): use another checkpoint."
+    return CheckpointError(f"{path} is damaged or cut short ({error}): use another checkpoint.")
 
 
 def torch_file_faults(path: str) -> list[str]:
@@ -107,7 +108,7 @@ def torch_file_faults(path: str) -> list[str]:
     except FileNotFoundError:
         return [f"{path} does not exist."]
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        return [_not_a_zip(path, error)]
+        return [str(_not_a_zip(path, error))]
 
 
 def _entry_faults(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from distft.checkpoint.formats.torch_values import ForeignObject, StoredTensor
+from distft.checkpoint.unread import UnreadError
 from distft.errors import CheckpointError
 
 STORAGE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -136,7 +137,7 @@ class _Unpickler(pickle.Unpickler):
             return getattr(torch, name)
         if self._trust:
             return super().find_class(module, name)
-        raise CheckpointError(
+        raise UnreadError(
             f"{self._path} names {module}.{name}, which no plain DeepSpeed checkpoint needs: unpickling it "
             "would run code. Nothing was run. If you know who wrote the file, --trust runs it."
         )

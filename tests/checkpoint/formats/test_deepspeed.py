@@ -125,7 +125,7 @@ def test_what_is_read_is_what_deepspeed_says_it_has(case: Any) -> None:
     assert frozen == ({"second.weight", "norm.bias"} if script.frozen else set())
     assert manifest.written_by["zero_stage"] == script.stage
     assert manifest.written_by["world_size"] == world_size
-    assert manifest.written_by["param_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[script.dtype]
+    assert manifest.written_by["param_dtype"] == script.dtype
 
 
 def test_groups_keep_their_settings_members_and_update_counts(case: Any) -> None:
@@ -209,7 +209,7 @@ def test_everything_that_is_missing_or_damaged_is_told_at_once(copied: Path) -> 
     flipped.write_bytes(data)
     with pytest.raises(CheckpointError) as failure:
         DeepSpeedCheckpoint.open(str(copied))
-    assert "the optimizer files of ranks 1 are missing" in str(failure.value)
+    assert "the optimizer file of rank 1 is missing" in str(failure.value)
     assert f"{names[2]} is damaged or cut short" in str(failure.value)
     faults = "\n".join(checkpoint.faults())
     assert f"{names[3]} does not exist" in faults
@@ -222,7 +222,7 @@ def test_files_of_more_ranks_than_wrote_the_checkpoint_are_refused(copied: Path)
     for kind in ("model", "optim"):
         content = (copied / f"zero_pp_rank_1_mp_rank_00_{kind}_states.pt").read_bytes()
         (copied / f"zero_pp_rank_2_mp_rank_00_{kind}_states.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"written by 2 ranks, but .* files of ranks 2 besides"):
+    with pytest.raises(CheckpointError, match=r"by 2 ranks, but there is a model file of rank 2 besides"):
         DeepSpeedCheckpoint.open(str(copied))
 
 
@@ -264,7 +264,7 @@ def test_fp16_keeps_its_loss_scale_in_deepspeeds_own_class(copied: Path, tmp_pat
         target = tmp_path / str(stage)
         write_deepspeed(source, str(target), zero_stage=stage, world_size=1, param_dtype="fp16", tag="half")
         back = DeepSpeedCheckpoint.open(str(target)).manifest
-        assert back.written_by["param_dtype"] == "float16"
+        assert back.written_by["param_dtype"] == "fp16"
         assert back.progress.loss_scale is not None
         assert back.progress.loss_scale["scale"] == 512.0
         assert back.progress.loss_scale["good_steps"] == 1

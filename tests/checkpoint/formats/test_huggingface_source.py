@@ -207,10 +207,13 @@ def test_lost_and_shortened_shards_are_named_once(saved: Path, tmp_path: Path) -
     assert f"{shards[2]} is not a safetensors file" in faults[2]
 
 
-@pytest.mark.parametrize("keep", [0, 5, 300, -1])  # bytes
-def test_a_single_file_that_is_cut_short_is_named(saved: Path, tmp_path: Path, keep: int) -> None:
+@pytest.mark.parametrize("keep", [0, 5, 300, -1, None])  # bytes; None: the header and no more
+def test_a_single_file_that_is_cut_short_is_named(saved: Path, tmp_path: Path, keep: int | None) -> None:
     folder = copied(saved, "gpt2", tmp_path / "model")
-    (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:keep])
+    data = (folder / MODEL).read_bytes()
+    if keep is None:
+        keep = 8 + int.from_bytes(data[:8], "little")
+    (folder / MODEL).write_bytes(data[:keep])
     source = HuggingFaceCheckpoint.open(str(folder))
     faults = source.faults()
     assert len(faults) == 1

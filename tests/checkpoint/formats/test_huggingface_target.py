@@ -329,7 +329,7 @@ def test_a_url_is_written_as_a_path_is(tmp_path: Path) -> None:
         ({**GPT2, "num_kv_heads": 2}, "gpt2", ["model.num_kv_heads=2 would have to be 4"]),
         ({**GPT2, "head_dim": 5}, "gpt2", ["model.head_dim=5 would have to be d_model / num_heads = 6"]),
         ({"mlp_bias": True}, "mistral", ["model.mlp_bias=true would have to be false"]),
-        ({}, "qwen2", ["model.qkv_bias=false would have to be true"]),
+        ({}, "qwen2", ["it is no qwen2, as\n", "model.qkv_bias=false would have to be true"]),
         ({}, "falcon", ["architecture='falcon' is not one of llama, mistral"]),
     ],
     ids=str,

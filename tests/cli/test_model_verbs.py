@@ -1,0 +1,99 @@
+"""`distft evaluate`, `generate` and `train` as a user calls them, on a run of their own."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from small_runs import events, make_text_data, pretraining, run
+
+from distft.cli.main import main
+from distft.topology import Topology
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps that looks at its validation data on the way."""
+    run_dir = tmp_path_factory.mktemp("trained")
+    run(Topology(), pretraining(data, run_dir, train={"max_steps": 4}, evaluation={"every_steps": 2}))
+    return run_dir
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_what_is_no_run_is_told_for_what_it_is(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    for kind in ("huggingface", "deepspeed", "universal"):
+        target = str(tmp_path / kind)
+        assert main(["checkpoint", "convert", str(trained), target, "--to", kind]) == 0
+        capsys.readouterr()
+        assert main([verb, target]) == 2
+        told = capsys.readouterr().err
+        assert f"{target} is a {kind} checkpoint" in told
+        assert "name it in init_from of a configuration" in told
+    assert main([verb, str(tmp_path / "nowhere")]) == 2
+    assert f"{tmp_path}/nowhere does not exist." in capsys.readouterr().err
+
+
+def test_a_wrong_setting_of_an_evaluation_is_told_by_its_key(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(trained), "validation.path=x"]) == 2
+    place, fault = capsys.readouterr().err.splitlines()
+    assert place == f"config error: In the configuration of {trained}/checkpoints/step_00000004:"
+    assert fault.startswith("validation.path='x' is not a setting.")
+
+
+def test_without_validation_data_the_example_that_is_told_serves_in_a_shell(
+    data: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(trained), "validation=null"]) == 2
+    told = capsys.readouterr().err
+    assert "has no validation data: name some, such as " in told
+    assert "every_steps" not in told
+    example = told.partition("such as ")[2].strip().removesuffix(".")
+    held_out = str(data / "shards" / "validation")
+    arguments = [argument.replace("held_out", held_out) for argument in shlex.split(example)]
+    assert main(["evaluate", str(trained), "validation=null", *arguments]) == 0
+
+
+def test_the_example_of_the_help_serves_for_tokens(
+    data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["evaluate", "--help"]) == 0
+    example = "validation.sources.0.path=shards"
+    assert f"'{example}'" in capsys.readouterr().out
+    assert main(["evaluate", str(trained), f"{example[:-6]}{data}/shards/validation"]) == 0
+
+
+def test_a_checkpoint_to_start_from_that_is_not_there_is_the_one_fault_that_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = pretraining(
+        data,
+        tmp_path / "run",
+        init_from=str(tmp_path / "nowhere"),
+        data={"type": "labelled", "path": str(data / "train.jsonl")},
+        validation=None,
+        objective={"type": "classification"},
+    )
+    (tmp_path / "fine_tune.yaml").write_text(json.dumps(raw))
+    assert main(["config", "check", str(tmp_path / "fine_tune.yaml")]) == 2
+    assert capsys.readouterr().err == f"checkpoint error: init_from: {tmp_path}/nowhere does not exist.\n"
+
+
+@pytest.mark.parametrize(("max_steps", "is_told"), [(3, True), (4, False)])
+def test_a_run_that_is_beyond_its_last_step_says_so(
+    data: Path, trained: Path, tmp_path: Path, max_steps: int, is_told: bool
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    run(Topology(), pretraining(data, tmp_path / "run", train={"max_steps": max_steps}))
+    (event,) = [event for event in events(tmp_path / "run") if event["kind"] == "nothing_to_do"]
+    assert ("beyond" in event.get("reason", "")) == is_told
