@@ -41,7 +41,7 @@ def submit(
     ] = False,
     allow_clear_text_token: AllowClearText = False,
 ) -> None:
-    """Train as CONFIG says on a Ray cluster: uploads this directory, shows the log, gives the run's exit code.
+    """Train as CONFIG says on a Ray cluster: uploads this directory, shows its log, gives its exit code.
 
     Relative paths start in DISTFT_RUN_ROOT on the nodes; for a cluster on this machine in this directory,
     unless set.

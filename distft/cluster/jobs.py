@@ -1,6 +1,7 @@
 """The jobs of a Ray cluster, over HTTP, by a client that puts up with networks and heads that come and go."""
 
 import asyncio
+import logging
 import re
 import sys
 import time
@@ -59,6 +60,7 @@ class Jobs:
         for name in ADDRESS_VARIABLES:
             environ.pop(name, None)
         environ["RAY_ADDRESS"] = address
+        _quieten_ray()
         self.address = redact(address)
         self._patience_s = patience_s
         try:
@@ -203,8 +205,7 @@ class Jobs:
                     raise
                 if time.monotonic() > deadline:
                     raise NoAnswerError(
-                        f"No Ray dashboard answers at {self.address} ({_reason(error)}): is the cluster up "
-                        "(`ray start --head`), and is this its dashboard's URL (--address)?"
+                        f"No Ray dashboard serves at {self.address} ({_reason(error)}). {_remedy(error)}"
                     ) from None
                 if not is_told:
                     _tell(f"{self.address}: {_reason(error)}; asking again for {self._patience_s:g} s.")
@@ -276,6 +277,23 @@ def _reason(error: BaseException) -> str:
     # What a server says of itself may be a traceback, with the fault at its end.
     said = getattr(error, "strerror", None) or lines[-1 if "Traceback" in lines[0] else 0].strip()
     return redact(said[:200].rstrip(".")) or type(error).__name__
+
+
+def _quieten_ray() -> None:
+    """Ray's client tells every step at level INFO; only who asks for that level is to hear of it."""
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+        logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+
+
+def _remedy(error: BaseException) -> str:
+    if "No available agent" in str(error):
+        return (
+            "Agents start some seconds after their nodes; none does where its port is taken, by another "
+            "cluster on the same machine: `ray start --dashboard-agent-listen-port 0` chooses a free one."
+        )
+    return "Is the cluster up (`ray start --head`), and is this its dashboard's URL (--address)?"
 
 
 def _tell(text: str) -> None:

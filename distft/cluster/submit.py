@@ -14,7 +14,7 @@ from distft import __version__
 from distft.cluster.dashboard_address import check_clear_text, choose_address
 from distft.cluster.jobs import Job, Jobs, NoAnswerError
 from distft.cluster.places import RUN_ROOT, Places
-from distft.config import redact
+from distft.config import apply_overrides, redact
 from distft.errors import ConfigError, LaunchError, Mistakes
 from distft.run.config import RunConfig, load_run_config
 
@@ -76,12 +76,19 @@ def submit(
 
 def check_no_secrets(overrides: Sequence[str]) -> None:
     """Raise `ConfigError` for what looks like one: whoever may look at the cluster sees command lines."""
-    masked = [str(shown) for shown, given in zip(redact(overrides), overrides, strict=True) if shown != given]
-    if masked:
-        raise ConfigError(
-            "\n".join(f"{text} looks like a secret, and jobs show their command lines." for text in masked)
-            + "\nSet it in the environment of the cluster's nodes."
-        )
+    faults = []
+    for override in overrides:
+        key, _, text = override.partition("=")
+        name = key.rpartition(".")[2]
+        with contextlib.suppress(ConfigError):  # is told where the configuration is read
+            plain = apply_overrides({}, [f"{name if name.isidentifier() else 'value'}={text}"])
+            if redact(plain) != plain:
+                faults.append(
+                    f"{key}=... looks like a secret, and a job's command line is shown to whoever sees the "
+                    "cluster: set it in the environment of the nodes."
+                )
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def is_this_machine(session_name: str, environ: Mapping[str, str]) -> bool:
