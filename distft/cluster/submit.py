@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from distft import __version__
+import distft
 from distft.cluster.dashboard_address import check_clear_text, choose_address
 from distft.cluster.jobs import Job, Jobs, NoAnswerError
 from distft.cluster.places import RUN_ROOT, Places
@@ -122,7 +122,7 @@ def describe_job(
             "env_vars": env_vars if root is None else {**env_vars, RUN_ROOT: root},
         },
         metadata=redact(
-            {"distft": __version__, "config": str(config_path), "run_dir": runs.outlasting(run_dir)}
+            {"distft": distft.__version__, "config": str(config_path), "run_dir": runs.outlasting(run_dir)}
         ),
     )
 

@@ -101,7 +101,7 @@ def test_a_run_is_submitted_looked_at_and_followed(
     with urllib.request.urlopen(f"{cluster['dashboard']}/api/jobs/{job_id}") as answer:
         known = json.load(answer)
     assert "sesame" not in json.dumps(known) + jobs.log(job_id)
-    assert known["metadata"].keys() == {"distft", "config", "run_dir", "job_submission_id", "job_name"}
+    assert known["metadata"].keys() == {"distft", "config", "run_dir"}
     assert known["runtime_env"]["env_vars"].keys() == {"RAY_JOB_STOP_WAIT_TIME_S", "DISTFT_RUN_ROOT"}
 
 
