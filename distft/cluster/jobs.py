@@ -2,18 +2,15 @@
 
 import asyncio
 import logging
-import re
-import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aiohttp
-from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from distft.cluster.dashboard_address import ADDRESS_VARIABLES
+from distft.cluster.patience import FAULTS, patiently, reason, status_code, tell
 from distft.config import redact
 from distft.errors import ConfigError, LaunchError
 
@@ -24,12 +21,6 @@ _PAUSE_S = 1.0  # before another attempt
 _LONGEST_PAUSE_S = 30.0
 _SILENCE_S = 30.0  # of a log; then it is asked whether the stream still stands
 _LONGEST_SILENCE_S = 480.0
-_STATUS_CODE = re.compile(r"status code (\d{3})")
-_TRANSIENT = (OSError, RuntimeError, aiohttp.ClientError)  # among which there may be others: see _may_pass
-
-
-class NoAnswerError(LaunchError):
-    """The cluster cannot be reached; what becomes of its jobs is not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +58,7 @@ class Jobs:
             self._client = self._patiently(lambda: _Client(address))
         except (ValueError, KeyError, RuntimeError) as error:
             raise ConfigError(
-                f"What answers at {self.address} is not a Ray dashboard ({_reason(error)}): "
+                f"What answers at {self.address} is not a Ray dashboard ({reason(error)}): "
                 "give the dashboard's URL with --address."
             ) from None
 
@@ -110,7 +101,7 @@ class Jobs:
             try:
                 return _job(self._client.get_job_info(job_id))
             except RuntimeError as error:
-                if _status_code(error) == 404:
+                if status_code(error) == 404:
                     return None
                 raise
 
@@ -158,9 +149,9 @@ class Jobs:
                 asyncio.run(self._stream(job_id, shown, quiet_s))
             except TimeoutError:
                 quiet_s = min(2 * quiet_s, _LONGEST_SILENCE_S)
-            except _TRANSIENT as error:
+            except FAULTS as error:
                 if not is_told:
-                    _tell(f"The stream of the log broke off ({_reason(error)}): connecting again.")
+                    tell(f"The stream of the log broke off ({reason(error)}): connecting again.")
                 is_told = True
             job = self.get(job_id)
             shown.show_beyond(self._log_if_to_be_had(job_id))
@@ -187,30 +178,11 @@ class Jobs:
     def _log_if_to_be_had(self, job_id: str) -> str:
         try:
             return str(self._client.get_job_logs(job_id))
-        except _TRANSIENT:
+        except FAULTS:
             return ""  # the job's node is gone, and its log with it, or the stream brings it yet
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        deadline, is_told = time.monotonic() + self._patience_s, False
-        while True:
-            try:
-                return call()
-            except AuthenticationError as error:
-                raise ConfigError(
-                    f"The cluster at {self.address} wants its token ({_reason(error)}): set "
-                    "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that holds it."
-                ) from None
-            except _TRANSIENT as error:
-                if not _may_pass(error):
-                    raise
-                if time.monotonic() > deadline:
-                    raise NoAnswerError(
-                        f"No Ray dashboard serves at {self.address} ({_reason(error)}). {_remedy(error)}"
-                    ) from None
-                if not is_told:
-                    _tell(f"{self.address}: {_reason(error)}; asking again for {self._patience_s:g} s.")
-                is_told = True
-            time.sleep(min(_PAUSE_S, self._patience_s))
+        return patiently(call, address=self.address, patience_s=self._patience_s)
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types
@@ -257,44 +229,9 @@ def _job(details: Any) -> Job:
     )
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later: no connection, or a fault on the other side."""
-    if isinstance(error, RuntimeError):
-        return (_status_code(error) or 0) >= 500
-    return not isinstance(error, ValueError)  # an answer that is no JSON, which requests makes an OSError
-
-
-def _status_code(error: BaseException) -> int | None:
-    found = _STATUS_CODE.search(str(error))
-    return None if found is None else int(found[1])
-
-
-def _reason(error: BaseException) -> str:
-    """In a few words: libraries wrap `Connection refused` three times."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    lines = str(error).strip().splitlines() or [""]
-    # What a server says of itself may be a traceback, with the fault at its end.
-    said = getattr(error, "strerror", None) or lines[-1 if "Traceback" in lines[0] else 0].strip()
-    return redact(said[:200].rstrip(".")) or type(error).__name__
-
-
 def _quieten_ray() -> None:
     """Ray's client tells every step at level INFO; only who asks for that level is to hear of it."""
     if not logging.getLogger().isEnabledFor(logging.INFO):
         for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
             logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-
-
-def _remedy(error: BaseException) -> str:
-    if "No available agent" in str(error):
-        return (
-            "Agents start some seconds after their nodes; none does where its port is taken, by another "
-            "cluster on the same machine: `ray start --dashboard-agent-listen-port 0` chooses a free one."
-        )
-    return "Is the cluster up (`ray start --head`), and is this its dashboard's URL (--address)?"
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ import contextlib
 import re
 import secrets
 import shlex
-import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -12,7 +11,8 @@ from typing import Any
 
 import distft
 from distft.cluster.dashboard_address import check_clear_text, choose_address
-from distft.cluster.jobs import Job, Jobs, NoAnswerError
+from distft.cluster.jobs import Job, Jobs
+from distft.cluster.patience import NoAnswerError, tell
 from distft.cluster.places import RUN_ROOT, Places
 from distft.config import apply_overrides, redact
 from distft.errors import ConfigError, LaunchError, Mistakes
@@ -146,18 +146,18 @@ def run_job(jobs: Jobs, request: JobRequest, *, stop_on_interrupt: bool = False,
         is_submitted = True
         if not wait:
             print(request.job_id, flush=True)
-            _tell(_ways_on(jobs, request.job_id))
+            tell(_ways_on(jobs, request.job_id))
             return 0
-        _tell(f"Submitted {request.job_id} to {jobs.address}.")
+        tell(f"Submitted {request.job_id} to {jobs.address}.")
         return follow_to_the_end(jobs, request.job_id)
     except KeyboardInterrupt:
         if not is_submitted and jobs.find(request.job_id) is None:
-            _tell("Interrupted before the job was submitted.")
+            tell("Interrupted before the job was submitted.")
         elif stop_on_interrupt:
-            _tell(f"Interrupted: stopping {request.job_id}; it has {STOP_GRACE_S} s to save its state.")
-            _tell(f"{request.job_id}: {jobs.stop(request.job_id, grace_s=STOP_GRACE_S).state}.")
+            tell(f"Interrupted: stopping {request.job_id}; it has {STOP_GRACE_S} s to save its state.")
+            tell(f"{request.job_id}: {jobs.stop(request.job_id, grace_s=STOP_GRACE_S).state}.")
         else:
-            _tell(f"Interrupted, but {request.job_id} goes on.\n{_ways_on(jobs, request.job_id)}")
+            tell(f"Interrupted, but {request.job_id} goes on.\n{_ways_on(jobs, request.job_id)}")
         return INTERRUPTED
 
 
@@ -203,7 +203,3 @@ def _ways_on(jobs: Jobs, job_id: str) -> str:
 
 def _show(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -18,8 +18,16 @@ from cluster_nodes import call, call_python, free_port
 from faulty_proxy import faulty_proxy
 from small_runs import logged
 
-from distft.cluster.jobs import Jobs
-from distft.cluster.submit import JobRequest, describe_job, exit_code, is_this_machine, make_job_id, run_job
+from distft.cluster.jobs import Job, Jobs
+from distft.cluster.submit import (
+    JobRequest,
+    describe_job,
+    exit_code,
+    follow_to_the_end,
+    is_this_machine,
+    make_job_id,
+    run_job,
+)
 from distft.errors import ConfigError, LaunchError
 
 pytestmark = [
@@ -32,7 +40,7 @@ pytestmark = [
 FEW_STEPS = ("engine={type: local}", "cluster.num_workers=1", "train.max_steps=3", "validation=null")
 INTERRUPTED = """
 import os, sys
-from distft.cluster.jobs import Jobs
+from distft.cluster.jobs import Job, Jobs
 from distft.cluster.submit import JobRequest, run_job
 address, job_id, stop = sys.argv[1:]
 request = JobRequest(job_id=job_id, entrypoint="echo up; exec sleep 300", runtime_env={}, metadata={})
@@ -47,8 +55,18 @@ def jobs(cluster: Mapping[str, str]) -> Iterator[Jobs]:
     gc.collect()  # that no later file is blamed for the warning above
 
 
-def request(job_id: str, entrypoint: str) -> JobRequest:
-    return JobRequest(job_id=job_id, entrypoint=entrypoint, runtime_env={}, metadata={"distft": "test"})
+@pytest.fixture(scope="module")
+def ended(jobs: Jobs) -> dict[str, Job]:
+    """Jobs that came to different ends, oldest first; one is none of distft's."""
+    ours = {"distft": "test"}
+    for job_id, command, metadata in (
+        ("foreign", "exit 2", {}),
+        ("saved", "exit 75", ours),
+        ("killed", "kill -9 $$", ours),
+    ):
+        request = JobRequest(job_id=job_id, entrypoint=command, runtime_env={}, metadata=metadata)
+        assert run_job(jobs, request, wait=False) == 0
+    return {job_id: jobs.follow(job_id, lambda _: None) for job_id in ("foreign", "saved", "killed")}
 
 
 def test_every_mistake_is_told_before_anything_is_sent(project: Path, environment: Mapping[str, str]) -> None:
@@ -105,37 +123,29 @@ def test_a_run_is_submitted_looked_at_and_followed(
     assert known["runtime_env"]["env_vars"].keys() == {"RAY_JOB_STOP_WAIT_TIME_S", "DISTFT_RUN_ROOT"}
 
 
-def test_a_job_passes_the_drivers_exit_code_on(jobs: Jobs) -> None:
-    commands = {0: "exit 0", 2: "exit 2", 75: "exit 75", 1: "exit 1", None: "kill -9 $$"}
-    for code, command in commands.items():
-        made = request(f"code-{code}", command)
-        assert run_job(jobs, made, wait=False) == 0
-    ends = {code: jobs.follow(f"code-{code}", lambda _: None) for code in commands}
-    killed = ends.pop(None)
-    assert {code: exit_code(job) for code, job in ends.items()} == {code: code for code in ends}
+def test_a_job_passes_the_drivers_exit_code_on(ended: Mapping[str, Job]) -> None:
+    assert exit_code(ended["saved"]) == 75
+    assert exit_code(ended["foreign"]) == 2
     with pytest.raises(LaunchError, match="signal 9"):
-        exit_code(killed)
+        exit_code(ended["killed"])
 
 
 def test_an_unknown_job_is_a_mistake_and_the_known_ones_are_named(
-    jobs: Jobs, cluster: Mapping[str, str], project: Path
+    ended: Mapping[str, Job], cluster: Mapping[str, str], project: Path
 ) -> None:
-    jobs.submit("known-1", "true", runtime_env={}, metadata={"distft": "test"})
-    jobs.submit("foreign-1", "true", runtime_env={}, metadata={})
+    assert ended
     client = {**cluster, "RAY_ADDRESS": "http://192.0.2.1:8265"}  # --address comes first
-    command = ["-m", "distft", "logs", "unknown-1", "--address", cluster["dashboard"]]
-    done = call_python(*command, env=client, cwd=project, timeout_s=60)
+    here = {"env": client, "cwd": project, "timeout_s": 60}
+    done = call_python("-m", "distft", "logs", "unknown", "--address", cluster["dashboard"], **here)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "unknown-1" in done.stderr
-    assert "known-1" in done.stderr.replace("unknown-1", "")
-    assert "foreign-1" not in done.stderr
+    for job_id, is_named in (("unknown", True), ("saved", True), ("killed", True), ("foreign", False)):
+        assert (job_id in done.stderr) is is_named
 
-    done = call_python(
-        "-m", "distft", "status", "--json", "--address", cluster["dashboard"], env=client, cwd=project
-    )
+    done = call_python("-m", "distft", "status", "--json", "--address", cluster["dashboard"], **here)
     rows = json.loads(done.stdout)
-    assert [row["job"] for row in rows][:1] == ["known-1"]  # the newest
-    assert "foreign-1" not in done.stdout
+    assert [row["job"] for row in rows][:2] == ["killed", "saved"]  # the newest first
+    assert [row["exit_code"] for row in rows][:2] == [-9, 75]
+    assert "foreign" not in {row["job"] for row in rows}
 
 
 @pytest.mark.parametrize("stop", ["stop", "leave"])
@@ -179,7 +189,7 @@ def test_a_head_that_is_just_starting_is_waited_for(cluster: Mapping[str, str]) 
         assert proxy.faults == []
         told: list[str] = []
         assert exit_code(found[0].follow("patient-1", told.append)) == 0
-    assert "".join(told).splitlines()[-1] == "once"
+    assert "".join(told).splitlines().count("once") == 1
 
 
 def test_a_stream_that_breaks_off_goes_on_where_it_was(cluster: Mapping[str, str]) -> None:
@@ -200,6 +210,19 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(cluster: Mapping[str, str
     lines = [line for line in "".join(told).splitlines() if line.startswith("line")]
     assert lines == [f"line {i}" for i in range(41)]
     assert len(told) >= 4
+
+
+def test_where_contact_is_lost_the_ways_back_are_told(cluster: Mapping[str, str], jobs: Jobs) -> None:
+    port, upstream_port = free_port(), urlsplit(cluster["dashboard"]).port
+    assert upstream_port is not None
+    with faulty_proxy(port, upstream_port) as proxy:
+        far = Jobs(f"http://127.0.0.1:{port}", {}, patience_s=1)
+        far.submit("lost-1", "sleep 60", runtime_env={}, metadata={})
+        proxy.server_close()
+        with pytest.raises(LaunchError, match="may go on by itself") as told:
+            follow_to_the_end(far, "lost-1")
+    assert "distft logs lost-1 --follow" in str(told.value)
+    assert jobs.stop("lost-1", grace_s=10).state == "STOPPED"
 
 
 def test_a_cluster_is_on_this_machine_where_its_heads_directory_is(jobs: Jobs, tmp_path: Path) -> None:
