@@ -56,9 +56,10 @@ def _distft(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["submit", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys; from distft.cli.main import main; main(['train', '--help']); "
+        f"import sys; from distft.cli.main import main; main({arguments}); "
         "heavy = {'torch', 'deepspeed', 'ray', 'numpy', 'wandb', 'sentencepiece'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distft.cli import checkpoint_verbs, config_verbs, model_verbs, text_verbs
+from distft.cli import checkpoint_verbs, cluster_verbs, config_verbs, model_verbs, text_verbs
 from distft.errors import DistftError, Preempted
 
 app = typer.Typer(
@@ -23,6 +23,9 @@ app.add_typer(text_verbs.tokenizer_app, name="tokenizer")
 app.command("tokenize")(text_verbs.tokenize)
 app.command("task")(text_verbs.task)
 app.command("train")(model_verbs.train)
+app.command("submit")(cluster_verbs.submit)
+app.command("status")(cluster_verbs.status)
+app.command("logs")(cluster_verbs.logs)
 app.command("evaluate")(model_verbs.evaluate)
 app.command("generate")(model_verbs.generate)
 app.command("audit")(model_verbs.audit)

@@ -47,5 +47,5 @@ class Places:
         return (
             "Relative paths of this job start in its copy of the submitted directory, which lacks whatever "
             f".gitignore names: give absolute paths, or set {RUN_ROOT} to a directory that all nodes have "
-            "(launch/submit.sh sets it to the one that it is called in)."
+            "(`distft submit` sets it to the one that it is called in, where the cluster is that machine)."
         )

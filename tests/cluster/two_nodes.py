@@ -7,7 +7,8 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
+# By default every head's agent wants the same port; without it, it takes no jobs.
+NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "dashboard_agent_listen_port": 0}
 
 
 def main() -> None:

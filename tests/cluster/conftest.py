@@ -1,0 +1,61 @@
+"""A project as users submit it, and a real cluster of two nodes: one of each for a file of tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_nodes import free_port
+from small_runs import make_text_data, pretraining
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as users submit it: launch/, data/, a configuration with relative paths."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    make_text_data(folder / "data")
+    engine = {"type": "zero", "zero_stage": 1}
+    raw = pretraining(Path("data"), Path("runs/small"), engine=engine, cluster={"workers": 2})
+    (folder / "c.yaml").write_text(yaml.safe_dump(raw))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of everything that is started here: a home of its own, this Python, and no cluster by accident."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DISTFT_"))}
+    return {
+        **kept,
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """The environment of a client of a cluster of two nodes; `dashboard` in it takes jobs."""
+    port = free_port()
+    command = [sys.executable, str(HERE / "two_nodes.py"), str(port)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as nodes:
+        assert nodes.stdin is not None
+        assert nodes.stdout is not None
+        address = nodes.stdout.readline().strip()
+        assert address, "the cluster did not start"
+        try:
+            yield {**environment, "RAY_ADDRESS": address, "dashboard": f"http://127.0.0.1:{port}"}
+        finally:
+            nodes.stdin.close()
+            nodes.wait(timeout=60)
