@@ -193,8 +193,8 @@ def make_config(folder: Path, num_steps: int, max_workers: int) -> Path:
         "optim": {"peak_lr": 0.001, "schedule": {"type": "cosine", "warmup_steps": 10}},
         "train": {"max_steps": num_steps, "log_every_steps": 1},
         "checkpoint": {"every_steps": 10, "keep_last": 3},
-        # HANG
-        # BEAT
+        "hang_timeout_s": 10.0,
+        "heartbeat_s": 1.0,
         "cluster": {"workers": {"min": 1, "max": max_workers}, "grow_check_s": 3.0},
     }
     path = folder / "chaos.yaml"

@@ -70,7 +70,7 @@ def run_training(config: RunConfig, topology: Topology, stop_asked: StopAsked = 
             interval_steps=max(config.train.log_every_steps, _LEAST_WATCHED_STEPS),
         )
         with watch:
-            return _Run(inputs, plan, collectives, device, watch, stop_asked).train()
+            return _Run(inputs, plan, collectives, device, watch=watch, stop_asked=stop_asked).train()
     finally:
         if isinstance(collectives, ProcessGroup):
             collectives.close()
@@ -85,6 +85,7 @@ class _Run:
         plan: BatchPlan,
         collectives: Collectives,
         device: torch.device,
+        *,
         watch: Watch,
         stop_asked: StopAsked,
     ) -> None:

@@ -29,7 +29,11 @@ def test_a_run_learns_and_leaves_its_record(pretrained: Path) -> None:
         for name in ("validation/loss", "validation/perplexity", "validation/bits_per_byte")
         if logged(pretrained, name)
     }
-    assert [event["kind"] for event in events(pretrained)] == ["start", "save", "save", "save", "finish"]
+    assert [event["kind"] for event in events(pretrained)] == [
+        "start",
+        *["save", "ledger"] * 3,
+        "finish",
+    ]
     kept = sorted(path.name for path in (pretrained / "checkpoints").iterdir())
     assert kept == ["step_00000008", "step_00000012"]
 
