@@ -1,6 +1,7 @@
 """The jobs of a Ray cluster, over HTTP, by a client that puts up with networks and heads that come and go."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, MutableMapping
@@ -142,8 +143,9 @@ class Jobs:
         A stream that breaks off, or is silent for so long that it may be dead, is opened again.
         """
         shown = _Shown(show)
-        pause_s, quiet_s, is_told = _PAUSE_S, silence_s, False
-        while True:
+        pause_s, quiet_s, is_told = 0.0, silence_s, False
+        while not (job := self.get(job_id)).is_over:
+            time.sleep(pause_s)
             before = shown.num_chars
             try:
                 asyncio.run(self._stream(job_id, shown, quiet_s))
@@ -153,14 +155,16 @@ class Jobs:
                 if not is_told:
                     tell(f"The stream of the log broke off ({reason(error)}): connecting again.")
                 is_told = True
-            job = self.get(job_id)
-            shown.show_beyond(self._log_if_to_be_had(job_id))
-            if job.is_over:
-                return job
+                with contextlib.suppress(*FAULTS):  # for networks that let no stream through
+                    shown.show_beyond(str(self._client.get_job_logs(job_id)))
+            pause_s = min(max(2 * pause_s, _PAUSE_S), _LONGEST_PAUSE_S)
             if shown.num_chars > before:
                 pause_s, quiet_s = _PAUSE_S, silence_s
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        try:
+            shown.show_beyond(self.log(job_id))
+        except (LaunchError, RuntimeError) as error:
+            tell(f"The rest of the log of {job_id} is not to be had: {error}")
+        return job
 
     async def _stream(self, job_id: str, shown: "_Shown", silence_s: float) -> None:
         """Until the other side ends the stream. Raises `TimeoutError` after that long a silence."""
@@ -174,12 +178,6 @@ class Jobs:
             return
         finally:
             await stream.aclose()
-
-    def _log_if_to_be_had(self, job_id: str) -> str:
-        try:
-            return str(self._client.get_job_logs(job_id))
-        except FAULTS:
-            return ""  # the job's node is gone, and its log with it, or the stream brings it yet
 
     def _patiently(self, call: Callable[[], T]) -> T:
         return patiently(call, address=self.address, patience_s=self._patience_s)

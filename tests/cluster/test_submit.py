@@ -1,5 +1,6 @@
 """Submitted runs on a real cluster: what is sent, what comes back, and what becomes of a bad connection."""
 
+import contextlib
 import gc
 import json
 import os
@@ -148,28 +149,37 @@ def test_an_unknown_job_is_a_mistake_and_the_known_ones_are_named(
     assert "foreign" not in {row["job"] for row in rows}
 
 
-@pytest.mark.parametrize("stop", ["stop", "leave"])
-def test_an_interrupt_leaves_the_job_or_stops_it(cluster: Mapping[str, str], jobs: Jobs, stop: str) -> None:
-    arguments = [cluster["dashboard"], f"interrupted-{stop}", stop]
-    command = [sys.executable, "-c", INTERRUPTED, *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cluster, text=True
-    ) as client:
-        assert client.stdout is not None
-        assert any(line == "up\n" for line in client.stdout)
-        client.send_signal(signal.SIGINT)
-        told = client.communicate(timeout=60)[1]
-    assert client.returncode == 130, told
-    assert "Traceback" not in told
-    job = jobs.get(f"interrupted-{stop}")
-    if stop == "leave":
-        assert job.state == "RUNNING"
-        assert f"distft logs {job.job_id} --follow" in told
-        assert f"ray job stop {job.job_id}" in told
-        job = jobs.stop(job.job_id, grace_s=10)
-    assert job.state == "STOPPED"
+def test_an_interrupt_leaves_the_job_or_stops_it(cluster: Mapping[str, str], jobs: Jobs) -> None:
+    told = {}
+    with contextlib.ExitStack() as clients:
+        started = {
+            stop: clients.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", INTERRUPTED, cluster["dashboard"], f"interrupted-{stop}", stop],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=cluster,
+                    text=True,
+                )
+            )
+            for stop in ("stop", "leave")
+        }
+        for client in started.values():
+            assert client.stdout is not None
+            assert any(line == "up\n" for line in client.stdout)
+            client.send_signal(signal.SIGINT)
+        for stop, client in started.items():
+            told[stop] = client.communicate(timeout=60)[1]
+            assert client.returncode == 130, told[stop]
+            assert "Traceback" not in told[stop]
+
+    stopped, left = jobs.get("interrupted-stop"), jobs.get("interrupted-leave")
+    assert (stopped.state, left.state) == ("STOPPED", "RUNNING")
+    assert "distft logs interrupted-leave --follow" in told["leave"]
+    assert "ray job stop interrupted-leave" in told["leave"]
+    assert jobs.stop("interrupted-leave", grace_s=10).state == "STOPPED"
     with pytest.raises(LaunchError, match="was stopped"):
-        exit_code(job)
+        exit_code(stopped)
 
 
 def test_a_head_that_is_just_starting_is_waited_for(cluster: Mapping[str, str]) -> None:
@@ -185,15 +195,13 @@ def test_a_head_that_is_just_starting_is_waited_for(cluster: Mapping[str, str]) 
     with faulty_proxy(port, upstream_port) as proxy:
         early.join(timeout=30)
         proxy.faults = ["no agent", "no agent", "lost answer"]
-        found[0].submit("patient-1", "echo once", runtime_env={}, metadata={})
+        found[0].submit("patient-1", "true", runtime_env={}, metadata={})
         assert proxy.faults == []
-        told: list[str] = []
-        assert exit_code(found[0].follow("patient-1", told.append)) == 0
-    assert "".join(told).splitlines().count("once") == 1
+        assert found[0].get("patient-1").entrypoint == "true"
 
 
 def test_a_stream_that_breaks_off_goes_on_where_it_was(cluster: Mapping[str, str]) -> None:
-    numbers = "for i in $(seq 0 40); do echo line $i; sleep 0.15; done"
+    numbers = "for i in $(seq 0 24); do echo line $i; sleep 0.15; done"
     port, upstream_port = free_port(), urlsplit(cluster["dashboard"]).port
     assert upstream_port is not None
     told: list[str] = []
@@ -208,7 +216,7 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(cluster: Mapping[str, str
 
         assert exit_code(jobs.follow("broken-1", show, silence_s=2)) == 0
     lines = [line for line in "".join(told).splitlines() if line.startswith("line")]
-    assert lines == [f"line {i}" for i in range(41)]
+    assert lines == [f"line {i}" for i in range(25)]
     assert len(told) >= 4
 
 
