@@ -17,6 +17,7 @@ from distft.tracker import METRICS_FILE, EventLog, read_lines
 _LOST_PEER = re.compile(
     r"connection (reset|closed|refused)|broken pipe|peer|timed out waiting", re.IGNORECASE
 )
+_ACCUSES = re.compile(r"rank \d+ \(")
 _PID = re.compile(r"\bpid: (\d+)")
 _NODE = re.compile(r"\bip: (\S+)")
 
@@ -40,10 +41,12 @@ class RankFailure:
         """From the cause: to lose a peer, for instance, is a consequence."""
         if not self.helps_if_tried_again or isinstance(self.error, Resized):
             return 0
-        if isinstance(self.error, RayError):
-            return 1
         first_line = str(self.error).partition("\n")[0]
-        return 3 if _LOST_PEER.search(first_line) else 2
+        if _ACCUSES.match(first_line):
+            return 1  # a rank that saw another one hang, which was killed for that
+        if isinstance(self.error, RayError):
+            return 2
+        return 4 if _LOST_PEER.search(first_line) else 3
 
     def as_distft_error(self) -> DistftError:
         """The same for the user: with the rank, unless every rank would say the same."""

@@ -10,12 +10,19 @@ from distft.cluster.failures import explain, root_cause
 from distft.errors import ConfigError, DataError, DistftError, LaunchError, Preempted, TrainingError
 
 LOST_PEER = TrainingError("RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:3711")
-BY_DISTANCE = [DataError("a bad row"), ActorDiedError(), TrainingError("ValueError: a bug"), LOST_PEER]
+ACCUSATION = TrainingError("rank 1 (node4, pid 12) has not answered for 12 s, in step 7, forward")
+BY_DISTANCE = [
+    DataError("a bad row"),
+    ACCUSATION,
+    ActorDiedError(),
+    TrainingError("ValueError: a bug"),
+    LOST_PEER,
+]
 
 
-@pytest.mark.parametrize("order", list(permutations(range(4))))
+@pytest.mark.parametrize("order", list(permutations(range(5))))
 def test_the_cause_is_found_whatever_its_rank(order: tuple[int, ...]) -> None:
-    for first in range(4):
+    for first in range(5):
         errors = {rank: BY_DISTANCE[index] for rank, index in enumerate(order) if index >= first}
         assert root_cause(errors).error is BY_DISTANCE[first]
 
