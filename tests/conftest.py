@@ -35,6 +35,8 @@ FOREIGN = (  # what a launcher, a login or a cluster may have left in the user's
     "HUGGING_FACE_HUB_TOKEN",
 )
 
+ONE_AT_A_TIME = ("cluster", "launch")
+
 hypothesis.settings.register_profile(
     "distft", deadline=None, max_examples=30, derandomize="CI" in os.environ, print_blob=True
 )
@@ -55,6 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        # A file's tests share fixtures, so they stay in one process. What starts clusters and launchers goes
+        # one after the other: two at a time are too much for two cores.
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group("clusters" if folder in ONE_AT_A_TIME else str(item.path)))
         lacking = next((reason for mark in item.iter_markers() if (reason := _lack(mark))), None)
         if lacking is not None:
             item.add_marker(pytest.mark.skip(reason=lacking))
