@@ -1,15 +1,13 @@
 """Runs on real Ray: one of this machine's own, and a cluster of two nodes that takes jobs."""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from cluster_nodes import call, call_python
-from small_runs import events, logged, pretraining, run
+from small_runs import logged, pretraining, run
 
 from distft.cluster.ray_job import check
 from distft.errors import ConfigError
@@ -101,31 +99,6 @@ def test_what_finds_no_room_ends_with_what_was_asked_for_and_what_there_is(
     assert done.returncode == 1, done.stderr
     assert "asked for are 3 workers with 1 CPUs and 0 GPUs each; there are 2 nodes with 2 CPUs" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_sigterm_to_the_driver_saves_and_ends_with_a_code_of_its_own(
-    project: Path, cluster: Mapping[str, str]
-) -> None:
-    run_dir = project / "runs/terminated"
-    command = [
-        sys.executable,
-        "launch/ray_train.py",
-        "c.yaml",
-        "run_dir=runs/terminated",
-        "train.max_steps=50000",
-    ]
-    with subprocess.Popen(
-        [*command, "checkpoint.every_steps=40000"], env=dict(cluster), cwd=project
-    ) as driver:
-        deadline = time.monotonic() + 120
-        while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        driver.terminate()
-        assert driver.wait(timeout=120) == 75
-    step = max(logged(run_dir))
-    kinds = [event["kind"] for event in events(run_dir)]
-    assert kinds == ["start", "save", "ledger", "finish"]
-    assert (run_dir / f"checkpoints/step_{step:08d}/manifest.json").exists()
 
 
 def test_workers_live_again_after_a_failure_but_not_after_a_mistake(
