@@ -55,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         patch.delenv(name, raising=False)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # A file's tests share fixtures, so they stay in one process. What starts clusters and launchers goes

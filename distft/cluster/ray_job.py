@@ -24,7 +24,7 @@ from distft import storage
 from distft.cluster.console import printed_mailbox
 from distft.cluster.failures import FailureWatch, explain
 from distft.cluster.places import RUN_ROOT, Places
-from distft.cluster.reservations import give_back_reservation
+from distft.cluster.reservations import reservation_of
 from distft.cluster.room import nodes_now, resources_per_worker, room_for, there_is, wanted
 from distft.cluster.tokens import ensure_token
 from distft.cluster.waiting import Patience
@@ -192,10 +192,9 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
-        give_back_reservation(config.run_dir)
         patience = Patience(mailbox, cluster)
         try:
-            with patience.watching():
+            with reservation_of(config.run_dir), patience.watching():
                 outcome: Outcome = trainer.fit().return_value
         except TrainingFailedError as error:
             raise explain(error, wanted(cluster)) from None

@@ -5,6 +5,7 @@ keeps it 180 s, for which the run, submitted again, would find a full cluster.
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import ray
@@ -25,12 +26,17 @@ def remember_reservation(run_dir: str) -> None:
         (Path(run_dir) / _FILE).write_text(f"train-{run_id}")
 
 
-def give_back_reservation(run_dir: str) -> None:
-    """Cancel what the last driver of the run reserved, if it is still there."""
+@contextlib.contextmanager
+def reservation_of(run_dir: str) -> Iterator[None]:
+    """Cancel what the last driver of the run reserved. A driver that leaves the block was not killed."""
     path = Path(run_dir) / _FILE
-    if not path.exists():
-        return
-    with contextlib.suppress(ValueError, ray.exceptions.RayError):  # no such actor: nothing is reserved
-        coordinator = ray.get_actor(_NAME, namespace=_NAME)
-        ray.get(coordinator.cancel_request.remote(requester_id=path.read_text()), timeout=_ANSWER_WITHIN_S)
-    path.unlink(missing_ok=True)
+    if path.exists():
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):  # no such actor: nothing is reserved
+            coordinator = ray.get_actor(_NAME, namespace=_NAME)
+            ray.get(
+                coordinator.cancel_request.remote(requester_id=path.read_text()), timeout=_ANSWER_WITHIN_S
+            )
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # Ray Train cancels by itself

@@ -15,6 +15,7 @@ from distft.run.cluster import ClusterConfig
 
 _LOOK_EVERY_S = 1.0
 _TELL_EVERY_S = 30.0
+_HEARD_WITHIN_S = 5.0
 
 
 class Patience:
@@ -33,14 +34,17 @@ class Patience:
         thread = threading.Thread(target=self._watch, name="patience", daemon=True)
         thread.start()
         is_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, self._ask_stop) if is_main else None
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        if is_main:
+            signal.signal(signal.SIGTERM, self._ask_stop)
         try:
             yield
         finally:
-            if is_main:
-                signal.signal(signal.SIGTERM, before)
             self._has_ended.set()
             thread.join()
+            if is_main:
+                for number, handler in before.items():  # Ray Train leaves its own for SIGINT
+                    signal.signal(number, handler)
 
     def _ask_stop(self, number: int, frame: object) -> None:  # noqa: ARG002
         self._is_stop_asked = True
@@ -55,12 +59,19 @@ class Patience:
                 idle_s = ray.get(self._mailbox.idle_s.remote())
                 if idle_s >= self._cluster.start_timeout_s:
                     self.verdict = LaunchError(f"{self._lack()} Ask for less, add nodes, or wait longer.")
-                    os.kill(os.getpid(), signal.SIGINT)  # what Ray Train ends a run for
+                    self._interrupt()
                     return
                 if idle_s - told_s > _TELL_EVERY_S:
                     told_s = idle_s
                     print(f"{self._lack()} Still waiting.", flush=True)
                 told_s = min(told_s, idle_s)
+
+    def _interrupt(self) -> None:
+        """End `fit()`. Ray Train's controller may be too busy to hear the first; at the third it is left."""
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            if self._has_ended.wait(_HEARD_WITHIN_S):
+                return
 
     def _lack(self) -> str:
         waited_s = ray.get(self._mailbox.idle_s.remote())
