@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 check: $(INSTALLED_DEV)
 	@$(BIN)/python -m ruff format --check --quiet . || \

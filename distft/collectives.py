@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from distft.errors import DistftError, UnreachableError
+from distft.errors import DistftError, SupersededError, UnreachableError
 from distft.rendezvous import fresh_store
 from distft.topology import Topology
 
@@ -128,13 +128,17 @@ class ProcessGroup:
         dist.destroy_process_group()
 
 
+# What these say of the world must not be taken for a fault of a file.
+_KEPT: tuple[type[DistftError], ...] = (UnreachableError, SupersededError)
+
+
 @contextmanager
 def together(collectives: Collectives, error_type: type[DistftError]) -> Iterator[None]:
     """Fail on every rank if the block fails on any, so that no rank goes on alone and none hangs.
 
-    The error that is raised names each rank that failed and why; it is an `UnreachableError` where that was
-    any rank's reason. Only foreseen failures take part in the vote: any other exception leaves the rank at
-    once, and its peers by their time-out.
+    The error that is raised names each rank that failed and why; it is an `UnreachableError` or a
+    `SupersededError` where that was any rank's reason. Only foreseen failures take part in the vote: any
+    other exception leaves the rank at once, and its peers by their time-out.
     """
     failure: DistftError | None = None
     try:
@@ -143,11 +147,10 @@ def together(collectives: Collectives, error_type: type[DistftError]) -> Iterato
         failure = error
     except OSError as error:
         failure = error_type(f"{error.strerror or error}: {error.filename}.")
-    answers = collectives.all_gather(
-        None if failure is None else (str(failure), isinstance(failure, UnreachableError))
-    )
-    if any(answer is not None and answer[1] for answer in answers):
-        error_type = UnreachableError
+    kept = next((kind for kind in _KEPT if isinstance(failure, kind)), None)
+    answers = collectives.all_gather(None if failure is None else (str(failure), kept))
+    found = {answer[1] for answer in answers if answer is not None}
+    error_type = next((kind for kind in _KEPT if kind in found), error_type)
     if failure is not None and (collectives.world_size == 1 or isinstance(failure, error_type)):
         raise failure
     said = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer is not None]

@@ -6,6 +6,7 @@ DistftError
 ├── StorageError       a file cannot be written or read back: full disk, missing or damaged bytes
 │   └── UnreachableError   its place cannot be used now: network, service, rights; says nothing of the file
 ├── CheckpointError    a checkpoint is missing, half-written, damaged, or does not fit this run
+│   └── SupersededError    another start of the run writes its checkpoints
 ├── TrainingError      the run itself failed: non-finite losses in a row, a rank that hangs
 ├── Preempted          the run was asked to stop, and has saved its state
 └── LaunchError        workers could not be placed, started, or kept alive
@@ -50,6 +51,10 @@ class CheckpointError(DistftError):
     exit_code = 2
 
 
+class SupersededError(CheckpointError):
+    """Another start of the same run has begun to write its checkpoints: this one must not."""
+
+
 class TrainingError(DistftError):
     """The run itself failed."""
 
@@ -61,7 +66,7 @@ class Preempted(DistftError):
 
 
 class Resized(Preempted):
-    """As `Preempted`, and at once, with another number of ranks."""
+    """As `Preempted`, to go on at once: with another number of ranks, or on other nodes."""
 
 
 class LaunchError(DistftError):

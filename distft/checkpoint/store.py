@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from distft import storage
+from distft.checkpoint.claim import Claim
 from distft.checkpoint.committed import BESIDE, STEP, Checkpoint, committed_steps, steps_in
 from distft.checkpoint.fragments import STATES, WEIGHT, Fragment, fingerprint
 from distft.checkpoint.manifest import (
@@ -29,7 +30,7 @@ from distft.checkpoint.manifest import (
 from distft.checkpoint.rank_file import Entry, write_rank_file
 from distft.collectives import Collectives, together
 from distft.config import Settings
-from distft.errors import CheckpointError
+from distft.errors import CheckpointError, StorageError
 
 FROZEN = "frozen_"
 
@@ -88,6 +89,7 @@ class CheckpointStore:
     def __init__(self, root: str, collectives: Collectives) -> None:
         self.root = root
         self._collectives = collectives
+        self._claim = Claim(root)
         self._frozen_files: list[FileRecord] = []  # of the last commit that this process wrote or resumed
         self._frozen_prints: dict[str, StateRecord] = {}
         self._frozen_here: tuple[list[tuple[str, int, int]], PrintsByState] = ([], {})  # this rank's
@@ -96,6 +98,12 @@ class CheckpointStore:
 
     def path(self, step: int) -> str:
         return storage.join(self.root, f"{STEP}{step:08d}")
+
+    def claim(self) -> None:
+        """Write from now on; an earlier start of the run that still lives fails at its next save."""
+        with together(self._collectives, StorageError):
+            if self._collectives.rank == 0:
+                self._claim.take()
 
     def newest_good(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest commit that is whole, and what was wrong with each newer one.
@@ -138,12 +146,13 @@ class CheckpointStore:
         """Write and commit one checkpoint; returns its path.
 
         Until the manifest is in place the former commit is the newest, whatever happens. A failure on any
-        rank fails all of them.
+        rank fails all of them. Raises `SupersededError` after another process's `claim`.
         """
         step, collectives = draft.progress.step, self._collectives
         path = self.path(step)
-        with together(collectives, CheckpointError):
+        with together(collectives, StorageError):
             if collectives.rank == 0:
+                self._claim.check()
                 # A damaged commit of this step must not count, nor what a killed writer left of it.
                 storage.remove_tree(path, first=[MANIFEST])
                 storage.make_directory(path)
@@ -152,11 +161,11 @@ class CheckpointStore:
         moving = [f for f in draft.fragments if draft.parameters[f.parameter].trainable]
         frozen = [f for f in draft.fragments if not draft.parameters[f.parameter].trainable]
         frozen_files, frozen_prints = self._frozen(frozen, step)
-        with together(collectives, CheckpointError):
+        with together(collectives, StorageError):
             file = self._write(storage.join(path, self._file_name), moving)
             prints = _prints(moving)
         gathered = collectives.all_gather((file, prints))
-        with together(collectives, CheckpointError):
+        with together(collectives, StorageError):
             if collectives.rank == 0:
                 for attachment, data in draft.attachments.items():
                     storage.commit_bytes(storage.join(path, attachment), data)
@@ -165,6 +174,7 @@ class CheckpointStore:
                 for name, state_record in frozen_prints.items():
                     records[name] = {WEIGHT: state_record}
                 manifest = _manifest(draft, files, records)
+                self._claim.check()
                 storage.commit_bytes(storage.join(path, MANIFEST), manifest.to_bytes())
         return path
 
@@ -196,10 +206,10 @@ class CheckpointStore:
         if records == self._frozen_prints:
             return self._frozen_files, records
         directory = f"{FROZEN}{step:08d}"
-        with together(collectives, CheckpointError):
+        with together(collectives, StorageError):
             if collectives.rank == 0:
                 storage.remove_tree(storage.join(self.root, directory))  # what a killed writer left
-        with together(collectives, CheckpointError):
+        with together(collectives, StorageError):
             path = storage.join(self.root, directory, self._file_name)
             file = self._write(path, fragments, name=f"{BESIDE}{directory}/{self._file_name}")
         self._frozen_files, self._frozen_prints = collectives.all_gather(file), records
@@ -212,7 +222,7 @@ class CheckpointStore:
         on rank 0. A failure on it fails all ranks.
         """
         gone: list[int] = []
-        with together(self._collectives, CheckpointError):
+        with together(self._collectives, StorageError):
             if self._collectives.rank == 0:
                 gone = self._retain(config)
         return gone

@@ -11,10 +11,14 @@ Exit codes: 0 done, 2 the user's mistake, 75 stopped as asked with its state sav
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distft.cluster.worker import Train
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Train as the arguments say; returns the exit code."""
+def main(arguments: Sequence[str], train: "Train | None" = None) -> int:
+    """Train as the arguments say, with `train` in each worker; returns the exit code."""
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(__doc__)
         return 0 if arguments else 2
@@ -23,9 +27,10 @@ def main(arguments: Sequence[str]) -> int:
     from distft.cli.main import report
     from distft.cluster.ray_job import run_on_ray
     from distft.errors import DistftError
+    from distft.run.train import run_training
 
     try:
-        run_on_ray(arguments[0], arguments[1:], environ=os.environ)
+        run_on_ray(arguments[0], arguments[1:], environ=os.environ, train=train or run_training)
     except DistftError as error:
         report(error, rank=0)
         return error.exit_code

@@ -24,6 +24,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._letters: asyncio.Queue[tuple[Stream, str] | None] = asyncio.Queue()
         self._is_stop_asked = False
+        self._has_begun = False
         self._idle_since: float | None = time.monotonic()
         self._refused = (0, 0)  # a world size, and the room for more that was in vain there
 
@@ -36,9 +37,13 @@ class Mailbox:
 
     async def started(self, world_size: int) -> int:
         """Workers have begun. Returns for how many more of them there seemed to be room, without success."""
-        self._idle_since = None
+        self._idle_since, self._has_begun = None, True
         before, spare = self._refused
         return spare if world_size <= before else 0
+
+    async def has_begun(self) -> bool:
+        """Whether workers ever trained for this driver."""
+        return self._has_begun
 
     async def growing(self, world_size: int, spare: int) -> None:
         """Workers end because there is room for `spare` more."""

@@ -124,6 +124,7 @@ class FailureWatch(UserCallback):  # type: ignore[misc]  # Ray has no types
         if not cause.helps_if_tried_again:
             raise error
         if isinstance(cause.error, Resized):
+            self._tell("restart", step=self._last_told_step(), reason=str(error))
             self._mailbox.write.remote("stderr", f"{error}\n")
             return
         step = self._newest_step()

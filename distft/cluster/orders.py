@@ -1,4 +1,4 @@
-"""Why a running group of workers is to save and end: the driver asks, or there is room for more of them."""
+"""Why running workers are to save and end: the driver asks, a node leaves, or there is room for more."""
 
 import contextlib
 import threading
@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import ray
+from ray.train.v2._internal.execution.context import get_train_context
 
 from distft.cluster.room import nodes_now, resources_per_worker, room_for
 from distft.run.cluster import ClusterConfig
@@ -40,6 +41,7 @@ class Orders:
         return self._reason
 
     def _watch(self) -> None:
+        context = get_train_context()
         with contextlib.suppress(ray.exceptions.RayError):  # driver or cluster are gone; others tell of it
             in_vain = ray.get(self._mailbox.started.remote(self._world_size))
             next_look = time.monotonic() + self._cluster.grow_check_s
@@ -47,6 +49,11 @@ class Orders:
             while not self._has_ended.wait(_LOOK_EVERY_S):
                 if ray.get(self._mailbox.is_stop_asked.remote()):
                     self._reason = "asked"
+                    return
+                # What Ray's watcher of nodes that drain has told this worker. To ask for it by Ray's function
+                # is a barrier of all ranks, in the thread that trains.
+                if context.preemption_context.preemption_info is not None:
+                    self._reason = "drain"
                     return
                 if self._world_size < self._cluster.max_workers and time.monotonic() >= next_look:
                     next_look = time.monotonic() + self._cluster.grow_check_s

@@ -107,6 +107,7 @@ def _ray(cluster: ClusterConfig, environ: MutableMapping[str, str]) -> Iterator[
     attempt_s = min(cluster.start_timeout_s, _ELASTIC_ATTEMPT_S if cluster.is_elastic else math.inf)
     environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{attempt_s:g}")
     environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # its 2 s are half the time of a recovery
+    environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # of a notice of 30 s, Ray's 5 s are many
     if not address:
         ensure_token(environ)
         environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine

@@ -15,7 +15,7 @@ from distft.cluster.console import posted_to
 from distft.cluster.orders import Orders
 from distft.cluster.places import RUN_ROOT
 from distft.cluster.reservations import remember_reservation
-from distft.errors import ConfigError, DistftError, TrainingError
+from distft.errors import ConfigError, DistftError, StorageError, TrainingError
 from distft.run.config import RunConfig
 from distft.run.train import Outcome
 from distft.topology import Topology
@@ -76,10 +76,17 @@ def _settle(assignment: Assignment) -> None:
                 f"share it between the nodes, name another with {RUN_ROOT}, or submit it with the job."
             )
     if assignment.witness is not None and not assignment.witness.exists():
+        place = f"{assignment.witness.parent}, for checkpoints,"
+        if _has_begun(assignment.mailbox):  # it was there, and may be again
+            raise StorageError(f"{place} is not what it was on node {socket.gethostname()}.")
         faults.append(
-            f"{assignment.witness.parent}, for checkpoints, is not the same directory on node "
-            f"{socket.gethostname()} and on the driver's: set run_dir to a place that all nodes share, or "
-            "checkpoint.directory to a URL."
+            f"{place} is not the same directory on node {socket.gethostname()} and on the driver's: set "
+            "run_dir to a place that all nodes share, or checkpoint.directory to a URL."
         )
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _has_begun(mailbox: Any) -> bool:
+    """Whether workers ever trained for this driver."""
+    return bool(ray.get(mailbox.has_begun.remote()))

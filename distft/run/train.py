@@ -117,6 +117,7 @@ class _Run:
         status = "failed"
         try:
             if progress.step < self._total_steps:
+                self._store.claim()
                 progress = self._train_from(progress, resumed)
             else:
                 is_beyond = progress.step > self._total_steps

@@ -24,7 +24,9 @@ from distft.train.throughput import Throughput, peak_memory_bytes
 from distft.watch.pulse import Pulse
 
 Metrics = Mapping[str, float | int]
-StopReason = Literal["asked", "resize"]  # to save and end: somebody wants it, or there is room for more
+StopReason = Literal[
+    "asked", "resize", "drain"
+]  # to save and end: somebody wants it, there is room for more, a node leaves
 StopAsked = Callable[[], StopReason | None]
 
 
@@ -262,6 +264,8 @@ class Trainer:
         self._callbacks.settle()
         if "asked" in reasons:
             raise Preempted(f"Stopped at step {self._step} as asked; start again to go on from there.")
+        if "drain" in reasons:
+            raise Resized(f"Saved at step {self._step}, since a node is about to leave.")
         raise Resized(f"Saved at step {self._step}, to go on with another number of ranks.")
 
     def progress(self) -> Progress:

@@ -14,7 +14,7 @@ from distft.checkpoint.committed import Checkpoint, committed_steps, find_checkp
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.checkpoint.store import CheckpointConfig, CheckpointStore, expired
 from distft.collectives import SingleProcess
-from distft.errors import CheckpointError
+from distft.errors import CheckpointError, SupersededError
 
 
 def _three_saves(root: Path) -> CheckpointStore:
@@ -124,3 +124,21 @@ def test_retention_keeps_the_last_ones_and_the_grid(
     assert set(sorted(steps)[-keep_last:]) <= kept
     assert all(step in kept for step in steps if grid and step % grid == 0)
     assert len(kept) <= keep_last + sum(1 for step in steps if grid and step % grid == 0)
+
+
+def test_a_start_that_another_has_taken_over_from_writes_nothing_more(tmp_path: Path) -> None:
+    """As a rank that its cluster took for dead, or a run that was submitted twice."""
+    training = run_alone(Scenario(), 1)
+    first, second = (CheckpointStore(str(tmp_path), SingleProcess()) for _ in range(2))
+    first.claim()
+    first.save(training.draft())
+    second.claim()
+    training.run(2)
+    second.save(training.draft())
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    training.run(3)
+    with pytest.raises(SupersededError, match="Another start of this run"):
+        first.save(training.draft())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    second.save(training.draft())
+    assert committed_steps(str(tmp_path)) == [1, 2, 3]

@@ -217,7 +217,7 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(cluster: Mapping[str, str
         assert exit_code(jobs.follow("broken-1", show, silence_s=2)) == 0
     lines = [line for line in "".join(told).splitlines() if line.startswith("line")]
     assert lines == [f"line {i}" for i in range(25)]
-    assert len(told) >= 4
+    assert len(told) >= 2  # it was cut in between
 
 
 def test_where_contact_is_lost_the_ways_back_are_told(cluster: Mapping[str, str], jobs: Jobs) -> None:

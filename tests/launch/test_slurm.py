@@ -146,11 +146,10 @@ def test_two_nodes_train_as_one_cluster_and_the_token_is_nowhere_to_be_read(proj
     environ = {"RAY_AUTH_TOKEN_PATH": str(project / "token")}
     ensure_token(environ)
     token = (project / "token").read_text()
-    with (
-        network_nodes.two_nodes(project) as nodes,
-        _start(project, {"nodes": nodes}, list(nodes), **environ) as script,
-    ):
-        output, _ = script.communicate(timeout=300)
+    with network_nodes.Network(project) as network:
+        nodes = {node.name: node.pid for node in (network.add_node(), network.add_node())}
+        with _start(project, {"nodes": nodes}, list(nodes), **environ) as script:
+            output, _ = script.communicate(timeout=300)
     assert script.returncode == 0, output
     assert "start | step 0 | world size 2 | engine zero" in output
     assert sorted(logged(project / "runs/small")) == list(range(1, NUM_STEPS + 1))
