@@ -24,6 +24,7 @@ import yaml
 from chaos_cluster import ChaosCluster, NetworkCluster, ProcessCluster
 from chaos_storm import FAULTS, Storm, small_disk
 
+from distft.cluster.tokens import ensure_token
 from distft.prepare import TokenizeConfig, tokenize
 from distft.run.audit import audit_run
 from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
@@ -127,10 +128,13 @@ def _storm(arguments: argparse.Namespace, folder: Path) -> int:
         expected = undisturbed(config, folder / "undisturbed")
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environ |= RAY_TRAINS_OWN if arguments.ray_defaults else {}
+        if arguments.network:
+            environ |= {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+            ensure_token(environ)
 
         def make_cluster() -> ChaosCluster:
             return (
-                NetworkCluster(arguments.nodes, folder)
+                NetworkCluster(arguments.nodes, folder, environ)
                 if arguments.network
                 else ProcessCluster(arguments.nodes)
             )

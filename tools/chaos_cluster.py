@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -108,14 +109,12 @@ class ProcessCluster(ChaosCluster):
     def forget(self, node: Any) -> None:
         self._cluster.remove_node(node, allow_graceful=False)
 
-    def announce_end(self, choice: random.Random, *, notice_s: int) -> Any:
-        """Tell Ray that a node will be taken away, as clouds do of their cheap ones; returns the node."""
-        node = self.with_a_rank(choice)
+    def announce_end(self, node: Any, *, notice_s: int) -> None:
+        """Tell Ray that a node will be taken away, as clouds do of their cheap ones."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={self.address}"]
         reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=chaos"]
         options = [*reason, f"--node-id={node.node_id}", f"--deadline-remaining-seconds={notice_s}"]
         subprocess.run([*command, *options], check=True, capture_output=True)
-        return node
 
     def kill_head(self) -> None:
         """And the nodes with it: none of them can go on."""
@@ -139,8 +138,9 @@ class _Machine:
 class NetworkCluster(ChaosCluster):
     """Every node has an address, processes and a network cable of its own. Needs root."""
 
-    def __init__(self, num_nodes: int, folder: Path) -> None:
+    def __init__(self, num_nodes: int, folder: Path, environ: Mapping[str, str]) -> None:
         self.settings = {"network_interface": INTERFACE}
+        self._environ = dict(environ)
         self._folder = folder
         self._network = Network(folder)
         self._machines: list[_Machine] = []
@@ -201,7 +201,9 @@ class NetworkCluster(ChaosCluster):
         within = node.within(with_processes=num_cpus > 0)
         with log:
             store = f"--object-store-memory={_STORE_BYTES}"
-            process = subprocess.Popen([*within, *command, store], stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [*within, *command, store], env=self._environ, stdout=log, stderr=subprocess.STDOUT
+            )
         deadline = time.monotonic() + _STARTS_WITHIN_S
         while b"Ray runtime started" not in Path(log.name).read_bytes():
             if process.poll() is not None or time.monotonic() > deadline:

@@ -191,8 +191,10 @@ def _kill_raylet(storm: Storm, choice: random.Random) -> None:
 def _drain_node(storm: Storm, choice: random.Random) -> Undo:
     """Half a minute's notice; the node goes as soon as the run has left it."""
     assert isinstance(storm.cluster, ProcessCluster)
-    cluster, node = storm.cluster, storm.cluster.announce_end(choice, notice_s=30)
-    storm.cluster.add_node()
+    cluster = storm.cluster
+    node = cluster.with_a_rank(choice)
+    cluster.add_node()
+    cluster.announce_end(node, notice_s=30)
     return lambda: cluster.forget(node)
 
 

@@ -96,7 +96,8 @@ def _living(name: str, temporary: Path, has_own_processes: bool) -> Iterator[int
     rest = "sleep infinity & wait" if has_own_processes else "exec sleep infinity"
     inside = f"mount --bind {temporary} /tmp/ray && touch {temporary}/ready && {rest}"
     command = f"ip netns exec {name} unshare --mount {own} --fork --kill-child bash -c"
-    with subprocess.Popen([*command.split(), inside]) as outer:
+    # When its child is killed, unshare complains that it was.
+    with subprocess.Popen([*command.split(), inside], stderr=subprocess.DEVNULL) as outer:
         try:
             while not (temporary / "ready").exists():
                 assert outer.poll() is None, f"no namespaces for {name}"

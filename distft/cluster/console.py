@@ -25,6 +25,7 @@ class Mailbox:
         self._letters: asyncio.Queue[tuple[Stream, str] | None] = asyncio.Queue()
         self._is_stop_asked = False
         self._has_begun = False
+        self._nodes: dict[int, str] = {}  # by rank
         self._idle_since: float | None = time.monotonic()
         self._refused = (0, 0)  # a world size, and the room for more that was in vain there
 
@@ -40,6 +41,14 @@ class Mailbox:
         self._idle_since, self._has_begun = None, True
         before, spare = self._refused
         return spare if world_size <= before else 0
+
+    async def joined(self, rank: int, node: str) -> None:
+        """A rank runs there, until the same rank joins elsewhere."""
+        self._nodes[rank] = node
+
+    async def nodes(self, world_size: int) -> set[str]:
+        """On which nodes the ranks run."""
+        return {node for rank, node in self._nodes.items() if rank < world_size}
 
     async def has_begun(self) -> bool:
         """Whether workers ever trained for this driver."""

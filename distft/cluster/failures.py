@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import UserCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from distft.checkpoint.committed import committed_steps
@@ -56,6 +57,10 @@ class RankFailure:
             return type(self.error)(text if is_told else f"rank {self.rank}: {text}")
         if isinstance(self.error, RayError):
             return LaunchError(f"rank {self.rank} {_obituary(self.error)}")
+        if isinstance(self.error, WorkerHealthCheckTimeoutError):
+            return LaunchError(
+                f"rank {self.rank} does not answer Ray: its process is stopped, or hangs in C."
+            )
         return TrainingError(f"rank {self.rank}: {type(self.error).__name__}: {self.error}")
 
 

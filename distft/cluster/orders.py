@@ -6,9 +6,8 @@ import time
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.context import get_train_context
 
-from distft.cluster.room import nodes_now, resources_per_worker, room_for
+from distft.cluster.room import draining_nodes, nodes_now, resources_per_worker, room_for
 from distft.run.cluster import ClusterConfig
 from distft.train.loop import StopReason
 
@@ -41,7 +40,6 @@ class Orders:
         return self._reason
 
     def _watch(self) -> None:
-        context = get_train_context()
         with contextlib.suppress(ray.exceptions.RayError):  # driver or cluster are gone; others tell of it
             in_vain = ray.get(self._mailbox.started.remote(self._world_size))
             next_look = time.monotonic() + self._cluster.grow_check_s
@@ -50,9 +48,9 @@ class Orders:
                 if ray.get(self._mailbox.is_stop_asked.remote()):
                     self._reason = "asked"
                     return
-                # What Ray's watcher of nodes that drain has told this worker. To ask for it by Ray's function
-                # is a barrier of all ranks, in the thread that trains.
-                if context.preemption_context.preemption_info is not None:
+                if (leaving := draining_nodes()) and leaving & ray.get(
+                    self._mailbox.nodes.remote(self._world_size)
+                ):
                     self._reason = "drain"
                     return
                 if self._world_size < self._cluster.max_workers and time.monotonic() >= next_look:

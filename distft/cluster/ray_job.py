@@ -38,6 +38,7 @@ from distft.run.train import Outcome, run_training
 # Elastic: Ray may still count a node that has died a moment ago, so it does not wait long for its room.
 _ELASTIC_ATTEMPT_S = 10.0
 _NEVER_S = 1e9
+_WATCH_ENDS_WITHIN_S = 20.0  # with what ranks take to tell of one that hangs, and to end
 _OBJECT_STORE_BYTES = 100_000_000  # a configuration and some text pass through it; Ray's least is 75 MB
 
 
@@ -60,7 +61,7 @@ def run_on_ray(
     try:
         with contextlib.chdir(places.working_dir):
             check(config)
-        with _ray(config.cluster, environ), _witness(config) as witness:
+        with _ray(config, environ), _witness(config) as witness:
             _check_room(config.cluster, is_local="RAY_ADDRESS" not in environ)
             return _fit(config, places, train, witness)
     except DistftError as error:
@@ -100,20 +101,22 @@ def _placed(config: RunConfig, places: Places) -> RunConfig:
 
 
 @contextlib.contextmanager
-def _ray(cluster: ClusterConfig, environ: MutableMapping[str, str]) -> Iterator[None]:
+def _ray(config: RunConfig, environ: MutableMapping[str, str]) -> Iterator[None]:
     """A connection to the cluster; leaving the block closes it, and stops a Ray that was started for it."""
-    address = environ.get("RAY_ADDRESS")
+    cluster, address = config.cluster, environ.get("RAY_ADDRESS")
     environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     attempt_s = min(cluster.start_timeout_s, _ELASTIC_ATTEMPT_S if cluster.is_elastic else math.inf)
     environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{attempt_s:g}")
     environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # its 2 s are half the time of a recovery
-    environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # of a notice of 30 s, Ray's 5 s are many
+    # Ranks watch each other, and tell more; Ray sees the one that is alone, and where all hang.
+    silent_s = config.hang_timeout_s + _WATCH_ENDS_WITHIN_S
+    environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{silent_s:g}")
     if not address:
         ensure_token(environ)
-        environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
     environ.update(
         RAY_CHDIR_TO_TRIAL_DIR="0",  # relative paths keep their meaning
         RAY_TRAIN_METRICS_ENABLED="0",  # a run has trackers
+        RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process more for every start; `Orders` looks itself
         RAY_TRAIN_ENABLE_PRINT_PATCH="0",  # rank 0's output has a way of its own
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1",  # without GPUs asked for, a worker sees none
     )

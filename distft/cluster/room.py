@@ -59,3 +59,8 @@ def there_is(whole: Sequence[Resources], free: Sequence[Resources]) -> str:
         total, left = (sum(node.get(name, 0.0) for node in nodes) for nodes in (whole, free))
         parts.append(f"{total:g} {unit} ({left:g} free)")
     return f"{len(whole)} nodes with {' and '.join(parts)}"
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to leave the cluster, as whoever takes them away has announced."""
+    return set(ray._private.state.state.get_draining_nodes())  # by what Ray Train's own watcher looks

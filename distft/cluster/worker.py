@@ -48,6 +48,7 @@ def work(assignment: Assignment) -> Outcome:
         is_distributed=True,
     )
     _settle(assignment)
+    assignment.mailbox.joined.remote(topology.rank, ray.get_runtime_context().get_node_id())
     with contextlib.ExitStack() as stack:
         stop_asked: StopAsked = never_asked
         if topology.is_main:

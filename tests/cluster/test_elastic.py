@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,21 +15,37 @@ from distft.run.cluster import ClusterConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def _storm(folder: Path, *kinds: str, max_workers: int) -> tuple[dict[str, Any], list[str]]:
+    """What the audit found, and the kinds of the run's events."""
+    command = [sys.executable, str(ROOT / "tools/chaos.py"), "--directory", str(folder), "--in-order"]
+    options = [f"--max-workers={max_workers}", "--steps-between=12", "--kinds", *kinds]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=840, check=False)
+    log = folder / "run.log"
+    assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+    events = (folder / "run/events.jsonl").read_text().splitlines()
+    return json.loads(done.stdout.splitlines()[-1]), [json.loads(line)["kind"] for line in events]
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_run_shrinks_and_grows_and_its_losses_are_those_of_an_undisturbed_one(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/chaos.py"), "--directory", str(tmp_path), "--in-order"]
-    changes = ["--max-workers", "3", "--steps-between", "12", "--kinds", "node lost", "two nodes join"]
-    done = subprocess.run([*command, *changes], capture_output=True, text=True, timeout=840, check=False)
-    log = tmp_path / "run.log"
-    assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, kinds = _storm(tmp_path, "node lost", "two nodes join", max_workers=3)
     assert [size for size, _ in groupby(found["world_sizes"])] == [2, 1, 3]
     assert found["missing"] == found["repeated"] == []
     assert found["largest_difference"] < 1e-4
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert kinds.count("resize") == 2
     assert kinds.count("fault") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_notice_a_signal_and_storage_that_fails_change_no_loss(tmp_path: Path) -> None:
+    """Only the last costs steps; the run's driver ends after the signal with its own exit code."""
+    found, kinds = _storm(tmp_path, "node drained", "driver terminated", "storage gone", max_workers=2)
+    assert found["missing"] == found["repeated"] == []
+    assert found["largest_difference"] < 1e-4
+    assert (kinds.count("restart"), kinds.count("fault")) == (1, 1)
+    assert 0 < found["num_lost_steps"] <= 20
 
 
 @pytest.mark.parametrize(
