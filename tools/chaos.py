@@ -32,7 +32,6 @@ from distft.tracker import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4  # of a loss: sums over other numbers of ranks round differently, and training carries it on
-RAY_TRAINS_OWN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
 
 
 def make_config(folder: Path, num_steps: int, max_workers: int) -> Path:
@@ -104,7 +103,9 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--max-workers", type=int, help="as many as nodes unless given")
     parser.add_argument("--steps-between", type=int, default=15)
-    parser.add_argument("--ray-defaults", action="store_true", help="Ray Train's own intervals, to compare")
+    parser.add_argument(
+        "--ray-defaults", action="store_true", help="restarts as Ray Train makes them, to compare"
+    )
     parser.add_argument("--directory", type=Path, help="where everything lies; removed unless given")
     arguments = parser.parse_args()
     if arguments.network and (reason := network_nodes.lacking()):
@@ -127,7 +128,6 @@ def _storm(arguments: argparse.Namespace, folder: Path) -> int:
         config = make_config(folder, num_steps, arguments.max_workers or arguments.nodes)
         expected = undisturbed(config, folder / "undisturbed")
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        environ |= RAY_TRAINS_OWN if arguments.ray_defaults else {}
         if arguments.network:
             environ |= {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}
             ensure_token(environ)
@@ -139,7 +139,8 @@ def _storm(arguments: argparse.Namespace, folder: Path) -> int:
                 else ProcessCluster(arguments.nodes)
             )
 
-        with Storm(make_cluster, folder, environ) as storm:
+        restarts = "ray" if arguments.ray_defaults else "ours"
+        with Storm(make_cluster, folder, environ, restarts) as storm:
             print("| fault | at step | told, s | resumed, s | next step, s | ranks |")
             print("|---|---:|---:|---:|---:|---:|", flush=True)
             for number, kind in enumerate(planned):

@@ -1,8 +1,10 @@
-"""launch/ray_train.py for chaos.py: `python chaos_driver.py BRAKE CONFIG [KEY=VALUE]...`
+"""launch/ray_train.py for chaos.py: `python chaos_driver.py BRAKE ours|ray CONFIG [KEY=VALUE]...`
 
-The run goes slowly while the file BRAKE is there.
+The run goes slowly while the file BRAKE is there. With `ray`, restarts are what Ray Train makes of them.
 """
 
+import contextlib
+import os
 import sys
 import time
 from functools import partial
@@ -28,5 +30,21 @@ def train_slowly(brake: Path, config: RunConfig, topology: Topology, stop_asked:
     return run_training(config, topology, reason)
 
 
+def leave_restarts_to_ray() -> None:
+    """Take back what distft does for them; to compare."""
+    from distft.cluster import ray_job
+
+    os.environ.update(
+        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="2",
+        RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+        RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="1",
+    )
+    module = vars(ray_job)
+    module.update(_Trainer=module["TorchTrainer"], reservation_of=contextlib.nullcontext)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[2:], train=partial(train_slowly, Path(sys.argv[1]))))
+    _, brake_file, restarts, *rest = sys.argv
+    if restarts == "ray":
+        leave_restarts_to_ray()
+    sys.exit(main(rest, train=partial(train_slowly, Path(brake_file))))

@@ -43,13 +43,14 @@ class Storm:
     """One run of the configuration `folder`/chaos.yaml, and what is done to it."""
 
     def __init__(
-        self, make_cluster: Callable[[], ChaosCluster], folder: Path, environ: dict[str, str]
+        self, make_cluster: Callable[[], ChaosCluster], folder: Path, environ: dict[str, str], restarts: str
     ) -> None:
         self.run_dir = folder / "run"
         self.brake = folder / "brake"  # while this file is there, steps take seconds
         self.storage = folder / "storage"  # a file system of its own, where it can be
         self._folder = folder
         self._environ = environ
+        self._restarts = restarts
         self._make_cluster = make_cluster
         self._stack = contextlib.ExitStack()
 
@@ -66,7 +67,8 @@ class Storm:
 
     def start(self) -> None:
         """A driver, that goes on with the run."""
-        run = [str(_DRIVER), str(self.brake), str(self._folder / "chaos.yaml"), f"run_dir={self.run_dir}"]
+        config = self._folder / "chaos.yaml"
+        run = [str(_DRIVER), str(self.brake), self._restarts, str(config), f"run_dir={self.run_dir}"]
         settings = [f"cluster.{key}={value}" for key, value in self.cluster.settings.items()]
         self.driver = subprocess.Popen(
             [*self.cluster.driver_prefix, sys.executable, *run, *settings],

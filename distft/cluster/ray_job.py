@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from distft import storage
@@ -108,6 +110,7 @@ def _ray(config: RunConfig, environ: MutableMapping[str, str]) -> Iterator[None]
     attempt_s = min(cluster.start_timeout_s, _ELASTIC_ATTEMPT_S if cluster.is_elastic else math.inf)
     environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{attempt_s:g}")
     environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # its 2 s are half the time of a recovery
+    environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process at every start; `Orders` looks
     # Ranks watch each other, and tell more; Ray sees the one that is alone, and where all hang.
     silent_s = config.hang_timeout_s + _WATCH_ENDS_WITHIN_S
     environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{silent_s:g}")
@@ -116,7 +119,6 @@ def _ray(config: RunConfig, environ: MutableMapping[str, str]) -> Iterator[None]
     environ.update(
         RAY_CHDIR_TO_TRIAL_DIR="0",  # relative paths keep their meaning
         RAY_TRAIN_METRICS_ENABLED="0",  # a run has trackers
-        RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process more for every start; `Orders` looks itself
         RAY_TRAIN_ENABLE_PRINT_PATCH="0",  # rank 0's output has a way of its own
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1",  # without GPUs asked for, a worker sees none
     )
@@ -173,7 +175,7 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
             working_dir=None if places.is_uploaded else places.working_dir,
             witness=witness,
         )
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             partial(work, assignment),
             torch_config=TorchConfig(
                 backend="nccl" if has_gpus else "gloo", timeout_s=math.ceil(config.timeout_s)
@@ -210,6 +212,14 @@ def _fit(config: RunConfig, places: Places, train: Train, witness: Path | None) 
                 f"({type(error).__name__}). Start the run again: it goes on from its last checkpoint."
             ) from None
         return outcome
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    """Without Ray Data, for which Ray would start a process, and import much in each rank, at every start."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 def _scaling(cluster: ClusterConfig) -> ScalingConfig:

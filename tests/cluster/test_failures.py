@@ -4,10 +4,20 @@ from itertools import permutations
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from distft.cluster.failures import explain, root_cause
-from distft.errors import ConfigError, DataError, DistftError, LaunchError, Preempted, TrainingError
+from distft.errors import (
+    ConfigError,
+    DataError,
+    DistftError,
+    LaunchError,
+    Preempted,
+    StorageError,
+    SupersededError,
+    TrainingError,
+)
 
 LOST_PEER = TrainingError("RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:3711")
 ACCUSATION = TrainingError("rank 1 (node4, pid 12) has not answered for 12 s, in step 7, forward")
@@ -36,6 +46,13 @@ def test_the_cause_is_found_whatever_its_rank(order: tuple[int, ...]) -> None:
         (TrainingError("no finite loss"), TrainingError("rank 3: no finite loss"), True),
         (TrainingError("rank 1: no finite loss"), TrainingError("rank 1: no finite loss"), True),
         (KeyError("x"), TrainingError("rank 3: KeyError: 'x'"), True),
+        (
+            WorkerHealthCheckTimeoutError("a wall of text"),
+            LaunchError("rank 3 does not answer Ray: its process is stopped, or hangs in C."),
+            True,
+        ),
+        (SupersededError("another start"), SupersededError("another start"), False),
+        (StorageError("no space left"), StorageError("rank 3: no space left"), True),
     ],
 )
 def test_a_failure_keeps_its_kind_and_says_its_rank_where_that_tells_something(
