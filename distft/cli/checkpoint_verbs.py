@@ -195,6 +195,10 @@ def convert(
     architecture: Annotated[
         str | None, typer.Option(help="For huggingface: llama, mistral, qwen2, qwen3 or gpt2.")
     ] = None,
+    run_config: Annotated[
+        str | None,
+        typer.Option(help="A run's configuration, for checkpoints that do not say what their model is like."),
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Write a checkpoint in another format; the source stays as it is."""
@@ -216,7 +220,7 @@ def convert(
         "architecture": architecture,
     }
     given = {name: value for name, value in settings.items() if value is not None}
-    _convert(checkpoint, target, given, trust)
+    _convert(checkpoint, target, given, trust, run_config)
 
 
 @checkpoint_app.command("average")
@@ -289,11 +293,27 @@ def _check_choice(option: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{option} {value} is none of {', '.join(known)}.")
 
 
-def _convert(checkpoint: str, target: str, settings: dict[str, Any], trust: bool) -> None:
+def _convert(
+    checkpoint: str, target: str, settings: dict[str, Any], trust: bool, run_config: str | None = None
+) -> None:
     from distft.checkpoint.formats.detect import open_source
 
     source = open_source(checkpoint, trust=trust)
+    if run_config is not None:
+        _describe(source, run_config)
     _write(source, target, settings, [checkpoint], f"step {source.manifest.progress.step} of {source.path}")
+
+
+def _describe(source: "CheckpointSource", run_config: str) -> None:
+    """Take `run_config` for that of the run that wrote `source`, which does not say it itself."""
+    from distft.config import redact
+    from distft.errors import ConfigError
+    from distft.run.config import load_run_config
+
+    if source.manifest.config:
+        raise ConfigError(f"{source.path} holds the configuration of its run: leave --run-config out.")
+    config = redact(load_run_config(run_config, []).model_dump(mode="json"))
+    source.manifest = source.manifest.model_copy(update={"config": config})
 
 
 def _write(

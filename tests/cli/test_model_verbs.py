@@ -97,3 +97,23 @@ def test_a_run_that_is_beyond_its_last_step_says_so(
     run(Topology(), pretraining(data, tmp_path / "run", train={"max_steps": max_steps}))
     (event,) = [event for event in events(tmp_path / "run") if event["kind"] == "nothing_to_do"]
     assert ("beyond" in event.get("reason", "")) == is_told
+
+
+def test_files_of_deepspeed_go_to_transformers_with_a_configuration(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They do not say what their model is like; weights and description are then those of a direct export."""
+    foreign, direct, target = (str(tmp_path / name) for name in ("deepspeed", "direct", "target"))
+    to_transformers = ["--to", "huggingface", "--dtype", "fp32"]
+    assert main(["checkpoint", "convert", str(trained), foreign, "--to", "deepspeed"]) == 0
+    assert main(["checkpoint", "convert", str(trained), direct, *to_transformers]) == 0
+    assert main(["checkpoint", "convert", foreign, target, *to_transformers]) == 2
+    assert "--run-config" in capsys.readouterr().err
+    known = ["--run-config", str(trained / "config.yaml")]
+    assert main(["checkpoint", "convert", foreign, target, *to_transformers, *known]) == 0
+    assert Path(target, "model.safetensors").read_bytes() == Path(direct, "model.safetensors").read_bytes()
+    described, expected = (json.loads(Path(path, "config.json").read_text()) for path in (target, direct))
+    ids = {key for key in expected if key.endswith("_token_id")}  # of the tokenizer, which is not there
+    assert {key for key in expected if described[key] != expected[key]} <= ids
+    assert main(["checkpoint", "convert", str(trained), str(tmp_path / "x"), *to_transformers, *known]) == 2
+    assert "leave --run-config out" in capsys.readouterr().err

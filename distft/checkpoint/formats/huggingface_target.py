@@ -114,8 +114,8 @@ def _model_config(source: CheckpointSource) -> ModelConfig:
     raw = source.manifest.config.get("model")
     if raw is None:
         raise ConfigError(
-            f"{source.path} does not say what its model is like, so transformers cannot be told: give the "
-            "configuration of its run."
+            f"{source.path} does not say what its model is like, so transformers cannot be told: name the "
+            "configuration of its run by --run-config."
         )
     config: ModelConfig = parse(ModelConfig, raw, where="model")
     return config
