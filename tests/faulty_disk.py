@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 import pytest
 
+from distft.errors import DistftError
+from distft.storage.local import DRAFT_MARK
+
 How = Literal["die", "torn", "full", "kill"]
 
 _ON_A_PATH = ("mkdir", "rmdir", "unlink", "remove", "truncate")
@@ -153,3 +156,19 @@ def _full(path: Any, descriptor: int | None = None) -> str:
     if descriptor is None:
         return os.path.abspath(below)  # noqa: PTH100 - keeps links as they are
     return os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), below).rstrip("/")  # noqa: PTH118, PTH115
+
+
+def names_in(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def drafts_in(root: Path) -> list[str]:
+    return [name for name in names_in(root) if DRAFT_MARK in name]
+
+
+def error_of(call: Callable[[], object]) -> BaseException | None:
+    try:
+        call()
+    except (Died, DistftError) as error:
+        return error
+    return None

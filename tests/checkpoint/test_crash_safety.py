@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from distributed import RanksError, run_ranks
 from engine_scenarios import Scenario, Training, collectives_for, run_alone
-from faulty_disk import Died, FaultyDisk, Operation
+from faulty_disk import Died, FaultyDisk, Operation, drafts_in, error_of, names_in
 
 from distft.checkpoint.committed import Checkpoint, committed_steps
 from distft.checkpoint.manifest import MANIFEST
-from distft.checkpoint.reshard import write_distft
 from distft.checkpoint.store import CheckpointConfig, CheckpointStore
-from distft.checkpoint.target import UNFINISHED
 from distft.cli.main import main
 from distft.collectives import SingleProcess
-from distft.errors import CheckpointError, DistftError
+from distft.errors import DistftError
 from distft.storage.local import DRAFT_MARK
 from distft.topology import Topology
 
@@ -118,14 +115,6 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Prepared(CASES[request.param], tmp_path_factory.mktemp("prepared") / "checkpoints")
 
 
-def _names(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*")}
-
-
-def _drafts(root: Path) -> list[str]:
-    return [name for name in _names(root) if DRAFT_MARK in name]
-
-
 class Undisturbed:
     """A case without accidents, and what comes after it: the same must come after any accident."""
 
@@ -141,7 +130,7 @@ class Undisturbed:
         if prepared.old_step not in self.losses:
             self.losses[prepared.old_step] = prepared.resume(prepared.old).run(prepared.case.last_step)
         self._go_on(store, checkpoint, [prepared.case.last_step])
-        self.names = _names(disk)
+        self.names = names_in(disk)
 
     def _go_on(self, store: CheckpointStore, checkpoint: Checkpoint | None, steps: list[int]) -> list[float]:
         training = self.prepared.resume(checkpoint)
@@ -171,7 +160,7 @@ class Undisturbed:
         newest, complaints = CheckpointStore(store.root, SingleProcess()).newest_good()
         assert newest is not None, said
         assert (newest.step, complaints) == (case.last_step, []), said
-        assert _names(disk) == self.names, said
+        assert names_in(disk) == self.names, said
 
 
 @pytest.fixture(scope="module")
@@ -195,14 +184,6 @@ def test_a_writer_may_die_at_any_operation(undisturbed: Undisturbed, tmp_path: P
         undisturbed.check(disk, faulty.operations, said)
 
 
-def _error(call: Callable[[], object]) -> BaseException | None:
-    try:
-        call()
-    except (Died, DistftError) as error:
-        return error
-    return None
-
-
 @pytest.mark.parametrize("goes_on", [False, True], ids=["another process", "the same process"])
 def test_the_disk_may_be_full_from_any_operation_on(
     undisturbed: Undisturbed, tmp_path: Path, goes_on: bool
@@ -213,10 +194,10 @@ def test_the_disk_may_be_full_from_any_operation_on(
         disk = tmp_path / str(number)
         store = prepared.on(disk)
         with FaultyDisk(disk, fail_at=number, how="full") as faulty:
-            error = _error(lambda store=store: prepared.act(store))  # type: ignore[misc]
+            error = error_of(lambda store=store: prepared.act(store))  # type: ignore[misc]
         said = f"full from operation {number} of {len(operations)} on: {operation}; {error}"
         assert error is None or re.search("no space left.*Free some space", str(error)), said
-        assert not _drafts(disk), said
+        assert not drafts_in(disk), said
         num_failed += error is not None
         done = faulty.operations
         if goes_on and error is not None:
@@ -316,70 +297,6 @@ def test_pruning_keeps_the_newest_good_commit(
 # A tool's new directory
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(run_alone(PARTLY, 2).save(str(tmp_path_factory.mktemp("source"))))
-
-
-def _is_whole_or_nothing(target: Path, source: Checkpoint, said: str) -> bool:
-    try:
-        written = Checkpoint.open(str(target))
-    except CheckpointError:
-        return False
-    assert written.faults() == [], said
-    for name, record in source.manifest.parameters.items():
-        for state in record.states:
-            numel = torch.Size(record.shape).numel()
-            assert torch.equal(written.read(name, state, 0, numel), source.read(name, state, 0, numel)), said
-    return True
-
-
-@pytest.mark.parametrize("before", ["nothing", "its manifest", "the end of its mark"])
-@pytest.mark.parametrize("how", ["die", "torn", "full"])
-def test_a_reshard_may_die_at_any_operation_and_be_run_again(
-    source: Checkpoint, tmp_path: Path, how: Any, before: str
-) -> None:
-    """Also over what is left of one that died right before its manifest, or before its mark was removed."""
-    target = tmp_path / "target"
-
-    def write(fail_at: int | None = None, how: Any = "die") -> list[Operation]:
-        with FaultyDisk(target, fail_at=fail_at, how=how) as disk:
-            write_distft(source, str(target), world_size=2)
-        return disk.operations
-
-    first = write()
-    names = _names(target)
-    died_at = {
-        "its manifest": next(
-            n for n, o in enumerate(first) if (o.kind, Path(o.path).name) == ("replace", MANIFEST)
-        ),
-        "the end of its mark": next(
-            n for n, o in enumerate(first) if (o.kind, Path(o.path).name) == ("unlink", UNFINISHED)
-        ),
-    }
-
-    def prepare() -> None:
-        shutil.rmtree(target)
-        if before != "nothing":
-            assert isinstance(_error(lambda: write(died_at[before])), Died)
-
-    prepare()
-    for number in range(len(write())):
-        prepare()
-        error = _error(lambda number=number: write(number, how))  # type: ignore[misc]
-        said = f"{how} at operation {number}: {error}"
-        assert (how == "full" and error is None) or re.search("Died|no space left", repr(error)), said
-        assert how != "full" or not _drafts(target), said
-        is_whole = _is_whole_or_nothing(target, source, said)
-        if not is_whole or (target / UNFINISHED).exists():
-            write()
-        assert _is_whole_or_nothing(target, source, said), said
-        assert _names(target) == names, said
-
-
-# The real thing
-
-
 def _save_and_be_killed(topology: Topology, root: str, rank: int, share: float) -> None:
     """Save steps 1 to 3; one rank is killed at an operation of the last save, `share` of the way into it."""
     scenario = replace(PARTLY, stage=1, micro_batch_size=2)
@@ -410,7 +327,7 @@ def test_a_rank_killed_at_a_random_operation_leaves_a_commit_to_go_on_from(tmp_p
     assert training.run(5) == pytest.approx(expected[checkpoint.step :], abs=1e-5), said
     store.save(training.draft())
     store.retain(KEEP_ONE)
-    assert not _drafts(tmp_path), said
+    assert not drafts_in(tmp_path), said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["frozen_00000001", "step_00000005"], said
 
 
@@ -446,7 +363,7 @@ def test_a_file_system_that_is_really_full_keeps_the_last_commit(tmp_path: Path)
             DistftError, match=r"step_00000002.*: no space left.*bytes are free.*Free some space"
         ):
             store.save(training.draft())
-        assert not _drafts(root)
+        assert not drafts_in(root)
         checkpoint, complaints = CheckpointStore(str(root), SingleProcess()).newest_good()
         assert checkpoint is not None
         assert (checkpoint.step, complaints) == (1, [])
