@@ -103,10 +103,13 @@ def diff(
     state: Annotated[
         list[str] | None, typer.Option(help="weight, exp_avg or exp_avg_sq; all unless given.")
     ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Difference over the first one's size, in norm, that passes.")
+    ] = 0.0,
     as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:
-    """Compare two checkpoints, of any formats, parameter by parameter. Exit code 1 where they differ."""
+    """Compare two checkpoints of any formats, parameter by parameter. Exit code 1 where they differ."""
     from dataclasses import asdict
 
     from distft.checkpoint.comparison import absent_states, differences, num_bytes
@@ -124,7 +127,8 @@ def diff(
         raise CheckpointError(
             f"Nothing was compared: neither {a.path} nor {b.path} has {' or '.join(state or STATES)}."
         )
-    odd = [difference for difference in found if difference.kind != "identical"]
+    unequal = [d for d in found if d.kind != "identical"]
+    odd = [d for d in unequal if d.kind != "differs" or not d.relative <= tolerance]
     if as_json:
         print(json.dumps([asdict(difference) for difference in found], indent=1))
     else:
@@ -137,7 +141,9 @@ def diff(
                 how = f": {d.num_differing:,} elements, by {d.max_abs:.3g} at most, {d.relative:.3g} in norm"
             print(f"{d.state} of {d.parameter} {_KINDS[d.kind]}{how}")
         print(f"A {a.path} ({a.format}), B {b.path} ({b.format})")
-        print(f"{len(found) - len(odd):,} of {len(found):,} states are identical.")
+        print(f"{len(found) - len(unequal):,} of {len(found):,} states are identical.")
+        if close := len(unequal) - len(odd):
+            print(f"{close:,} differ by {tolerance:g} in norm or less.")
     if odd:
         raise typer.Exit(1)
 

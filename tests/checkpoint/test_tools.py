@@ -132,6 +132,11 @@ def test_diff_tells_what_moved_and_by_how_much(saved: Training, capsys: pytest.C
         assert found[name]["kind"] == ("differs" if name in saved.trainable else "identical"), name
         assert found[name]["max_abs"] == pytest.approx(float((a - b).abs().max()))
         assert found[name]["num_differing"] == int((a != b).sum())
+    largest = max(d["relative"] for d in found.values())
+    for factor, code in ((1.01, 0), (0.99, 1)):
+        tolerance = ["--tolerance", largest * factor, "--state", "weight"]
+        assert cli("diff", older, path_of(saved), *tolerance) == code
+    capsys.readouterr()
     assert cli("diff", path_of(saved), path_of(saved)) == 0
     assert "states are identical" in capsys.readouterr().out
 
