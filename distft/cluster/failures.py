@@ -13,7 +13,8 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from distft.checkpoint.committed import committed_steps
 from distft.errors import DistftError, LaunchError, Preempted, Resized, StorageError, TrainingError
-from distft.tracker import METRICS_FILE, EventLog, read_lines
+from distft.tracker import EVENTS_FILE, METRICS_FILE, EventLog, read_lines
+from distft.watch.verdict import HANG, STACK_FOLLOWS, explain_event
 
 _LOST_PEER = re.compile(
     r"connection (reset|closed|refused)|broken pipe|peer|timed out waiting", re.IGNORECASE
@@ -132,20 +133,32 @@ class FailureWatch(UserCallback):  # type: ignore[misc]  # Ray has no types
             self._tell("restart", step=self._last_told_step(), reason=str(error))
             self._mailbox.write.remote("stderr", f"{error}\n")
             return
+        rank = cause.rank
+        if hangs := self._hangs():  # Ray saw the rank that told of it end, or the one that was killed for it
+            rank, error = hangs[0]["rank"], TrainingError("\n".join(map(_explain_hang, hangs)))
         step = self._newest_step()
         self._num_failures = 1 if step > self._last_step else self._num_failures + 1
         self._last_step = step
         self._tell(
             "fault",
             step=self._last_told_step(),
-            rank=cause.rank,
-            reason=str(error).partition("\n")[0],
+            rank=rank,
+            reason=str(error).partition("\n")[0].removesuffix(STACK_FOLLOWS),
             attempt=self._num_failures,
         )
         if self._num_failures > self._max_failures:
             raise error
         again = f"Starting the workers again ({self._num_failures} of {self._max_failures})."
         self._mailbox.write.remote("stderr", f"{error}\n{again}\n")
+
+    def _hangs(self) -> list[Mapping[str, Any]]:
+        """What the ranks told of one of them in their last life."""
+        try:
+            events = read_lines(Path(self._run_dir) / EVENTS_FILE)
+        except (StorageError, OSError):
+            return []
+        began = max((n for n, event in enumerate(events) if event["kind"] in {"start", "resume"}), default=0)
+        return [event for event in events[began:] if event["kind"] == HANG]
 
     def _newest_step(self) -> int:
         try:
@@ -164,3 +177,7 @@ class FailureWatch(UserCallback):  # type: ignore[misc]  # Ray has no types
             log.close()
         except (StorageError, OSError) as error:
             self._mailbox.write.remote("stderr", f"{error}\n")
+
+
+def _explain_hang(event: Mapping[str, Any]) -> str:
+    return explain_event(event, f"{event['host']}, pid {event['pid']}")

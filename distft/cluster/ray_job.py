@@ -106,6 +106,12 @@ def _placed(config: RunConfig, places: Places) -> RunConfig:
 def _ray(config: RunConfig, environ: MutableMapping[str, str]) -> Iterator[None]:
     """A connection to the cluster; leaving the block closes it, and stops a Ray that was started for it."""
     cluster, address = config.cluster, environ.get("RAY_ADDRESS")
+    if address and "://" in address and not address.startswith("ray://"):
+        raise LaunchError(
+            f"RAY_ADDRESS={address} is a dashboard's, which `distft submit` takes. A driver needs the "
+            "cluster's own, such as head:6379, or auto on one of its nodes."
+        )
+    print(f"Connecting to Ray at {address}." if address else "Starting a Ray for this run.", flush=True)
     environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     attempt_s = min(cluster.start_timeout_s, _ELASTIC_ATTEMPT_S if cluster.is_elastic else math.inf)
     environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{attempt_s:g}")
@@ -237,10 +243,12 @@ def _scaling(cluster: ClusterConfig) -> ScalingConfig:
 def _check_room(cluster: ClusterConfig, *, is_local: bool) -> None:
     """Tell at once of a wait for nodes that may never come; on this machine alone, none will."""
     whole, free = nodes_now()
-    if room_for(resources_per_worker(cluster), whole) >= cluster.min_workers:
+    each, least = resources_per_worker(cluster), cluster.min_workers
+    if room_for(each, free) >= least:
         return
-    text = f"Ray has {there_is(whole, free)}, too few for {wanted(cluster)}"
-    if is_local:
+    is_enough = room_for(each, whole) >= least
+    text = f"Ray has {there_is(whole, free)}, too few{' free' if is_enough else ''} for {wanted(cluster)}"
+    if is_local and not is_enough:
         raise LaunchError(f"{text}: ask for less, or set RAY_ADDRESS to a cluster that has more.")
     print(f"{text}: waiting up to {cluster.start_timeout_s:g} s for more.", flush=True)
 

@@ -65,7 +65,10 @@ def _lines(faults: list[_Fault]) -> list[str]:
         reasons = lines.setdefault(fault.subject, [])
         if fault.reason not in reasons:
             reasons.append(fault.reason)
-    return [_sentence(subject + ", or ".join(reasons)) for subject, reasons in lines.items()]
+    return [
+        _sentence(subject + ", or ".join([first, *(text[0].lower() + text[1:] for text in others)]))
+        for subject, (first, *others) in lines.items()
+    ]
 
 
 def _sentence(text: str) -> str:

@@ -20,7 +20,7 @@ from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup, together
 from distft.config import dump_yaml, redact
 from distft.engine.interface import DTYPES, Engine
-from distft.errors import CheckpointError, ConfigError, Preempted
+from distft.errors import CheckpointError, ConfigError, Preempted, SupersededError
 from distft.model.counts import training_flops_per_token
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import read_checked
@@ -128,6 +128,10 @@ class _Run:
             status = "completed"
         except Preempted:
             status = "preempted"
+            raise
+        except SupersededError as error:
+            self._trackers.event("superseded", reason=str(error))
+            status = "superseded"
             raise
         finally:
             self._trackers.finish(status)

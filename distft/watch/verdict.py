@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from distft.watch.pulse import Beat, Phase
 
@@ -10,6 +10,8 @@ from distft.watch.pulse import Beat, Phase
 # busy for long while the others wait: reading a checkpoint, writing a manifest.
 _IN_STEP: frozenset[Phase] = frozenset({"data", "forward", "backward and update", "after the step"})
 
+HANG = "hang"  # the kind of an event
+STACK_FOLLOWS = "; its Python stack was:"
 Reason = Literal["silent", "unreachable", "behind"]
 
 
@@ -84,15 +86,31 @@ def _behind(there: Mapping[int, Sighting], hang_timeout_s: float) -> tuple[int, 
 
 def explain(hang: Hang, sightings: Mapping[int, Sighting], places: Mapping[int, str]) -> str:
     """For the user: each rank that hangs, since when, in what, and where it stood; `places`: host and pid."""
-    return "\n".join(_explain_one(hang.reason, r, sightings[r], places[r]) for r in hang.ranks)
+    return "\n".join(
+        explain_event(as_event(hang.reason, rank, sightings[rank]), places[rank]) for rank in hang.ranks
+    )
 
 
-def _explain_one(reason: Reason, rank: int, seen: Sighting, place: str) -> str:
-    if reason == "behind":
-        what = f"stands still for {seen.unmoved_s:.1f} s while the other ranks wait for it"
+def as_event(reason: Reason, rank: int, seen: Sighting) -> dict[str, Any]:
+    """What `events.jsonl` keeps of a rank that hangs."""
+    return {
+        "rank": rank,
+        "reason": reason,
+        "step": seen.beat.step,
+        "phase": seen.beat.phase,
+        "silent_s": round(seen.silent_s, 1),
+        "unmoved_s": round(seen.unmoved_s, 1),
+        "stack": seen.beat.frames,
+    }
+
+
+def explain_event(event: Mapping[str, Any], place: str) -> str:
+    """The same for the user; the first line ends where the stack begins."""
+    if event["reason"] == "behind":
+        what = f"stands still for {event['unmoved_s']:.1f} s while the other ranks wait for it"
     else:
-        what = f"has not answered for {seen.silent_s:.1f} s"
-    store = ", or the store that it or its launcher serves" if reason == "unreachable" else ""
-    where = "before its first step" if seen.beat.step == 0 else f"in step {seen.beat.step}, {seen.beat.phase}"
-    lines = [f"rank {rank} ({place}){store} {what}, {where}; its Python stack was:"]
-    return "\n  ".join([*lines, *seen.beat.frames])
+        what = f"has not answered for {event['silent_s']:.1f} s"
+    store = ", or the store that it or its launcher serves" if event["reason"] == "unreachable" else ""
+    where = f"in step {event['step']}, {event['phase']}" if event["step"] else "before its first step"
+    lines = [f"rank {event['rank']} ({place}){store} {what}, {where}{STACK_FOLLOWS}"]
+    return "\n  ".join([*lines, *event["stack"]])

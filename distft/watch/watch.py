@@ -17,7 +17,7 @@ from distft.watch.exchange import Exchange, Told
 from distft.watch.member import Member
 from distft.watch.pulse import Pulse
 from distft.watch.stragglers import Straggler, StragglerWatch
-from distft.watch.verdict import Hang, Sighting, explain, find_hang
+from distft.watch.verdict import HANG, Hang, Sighting, as_event, explain, find_hang
 
 _NUM_DECIDERS = 2  # ranks that watch all; the others watch these, so beats cost the store O(ranks)
 _STORE_S = 2.0  # to wait for the store where it may have stopped
@@ -151,20 +151,9 @@ class Watch:
         with contextlib.suppress(DistftError, OSError):  # the message counts more than its record
             log = EventLog(self._run_dir)
             for rank in hang.ranks:
-                seen, member = sightings[rank], self._members[rank]
-                log.write(
-                    "hang",
-                    rank=rank,
-                    host=member.host,
-                    pid=member.pid,
-                    reason=hang.reason,
-                    step=seen.beat.step,
-                    phase=seen.beat.phase,
-                    silent_s=round(seen.silent_s, 1),
-                    unmoved_s=round(seen.unmoved_s, 1),
-                    stack=seen.beat.frames,
-                    found_by=self._rank,
-                )
+                member = self._members[rank]
+                about = as_event(hang.reason, rank, sightings[rank])
+                log.write(HANG, **about, host=member.host, pid=member.pid, found_by=self._rank)
             log.close()
 
     def _end_run(self, ranks: tuple[int, ...], text: str) -> None:

@@ -1,13 +1,14 @@
 """Of several ranks that fail together, the cause is told, in the words of whoever foresaw it."""
 
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from distft.cluster.failures import explain, root_cause
+from distft.cluster.failures import FailureWatch, explain, root_cause
 from distft.errors import (
     ConfigError,
     DataError,
@@ -18,6 +19,8 @@ from distft.errors import (
     SupersededError,
     TrainingError,
 )
+from distft.tracker import EVENTS_FILE, EventLog, read_lines
+from distft.watch.verdict import HANG
 
 LOST_PEER = TrainingError("RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:3711")
 ACCUSATION = TrainingError("rank 1 (node4, pid 12) has not answered for 12 s, in step 7, forward")
@@ -82,3 +85,35 @@ def test_what_ray_says_of_another_process_is_cut_to_what_went_wrong() -> None:
     told = explain(error, "2 workers")
     assert isinstance(told, LaunchError)
     assert str(told) == "Ray could not run 2 workers: RuntimeError: ModuleNotFoundError: No module named 'a'"
+
+
+class _Mailbox:
+    """Takes what a watch tells the driver."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.write = self.ended = self
+
+    def remote(self, *arguments: str) -> None:
+        self.told += arguments[1:]
+
+
+def test_a_rank_that_was_seen_to_hang_is_the_fault_whoever_ray_saw_end(tmp_path: Path) -> None:
+    """Once: of an earlier life nothing is told again."""
+    about = {"reason": "silent", "step": 7, "phase": "forward", "silent_s": 12.0, "unmoved_s": 12.0}
+    log = EventLog(tmp_path)
+    log.write("start", step=0)
+    log.write(HANG, rank=1, host="node4", pid=12, stack=["loop.py:173 _one_step"], **about)
+    log.close()
+    mailbox = _Mailbox()
+    watch = FailureWatch(mailbox, max_failures=3, run_dir=str(tmp_path), checkpoints=str(tmp_path / "none"))
+    watch.after_exception(None, {0: ActorDiedError()})
+    assert "rank 1 (node4, pid 12) has not answered for 12.0 s, in step 7, forward" in mailbox.told[0]
+    assert "loop.py:173 _one_step" in mailbox.told[0]
+    log = EventLog(tmp_path)
+    log.write("resume", step=5)
+    log.close()
+    watch.after_exception(None, {0: ActorDiedError()})
+    first, second = (event for event in read_lines(tmp_path / EVENTS_FILE) if event["kind"] == "fault")
+    assert (first["rank"], first["reason"].endswith("in step 7, forward")) == (1, True)
+    assert (second["rank"], "died" in second["reason"]) == (0, True)
