@@ -144,24 +144,35 @@ class NetworkCluster(ChaosCluster):
         self._folder = folder
         self._network = Network(folder)
         self._machines: list[_Machine] = []
+        self._started: list[subprocess.Popen[bytes]] = []
         self._num_nodes = num_nodes
 
     def __enter__(self) -> Self:
-        self._network.__enter__()
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._network)
+            undo.callback(self._end)
+            self._begin()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._undo.close()
+
+    def _begin(self) -> None:
         head = self._network.add_node(has_own_processes=False)  # a driver there must find itself in /proc
         self.address = f"{head.address}:{_PORT}"
         self.driver_prefix = tuple(head.within(with_processes=False))
         verdicts = f"--system-config={json.dumps(_QUICK_VERDICTS)}"
-        self._head = self._start(head, "--head", f"--port={_PORT}", "--include-dashboard=false", verdicts)
+        self._start(head, "--head", f"--port={_PORT}", "--include-dashboard=false", verdicts)
         for _ in range(self._num_nodes):
             self.add_node()
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        for machine in [*self._machines, self._head]:
-            _kill(self.processes(machine))
-            machine.ray.wait()
-        self._network.__exit__(*exc_info)
+    def _end(self) -> None:
+        """Whatever was started, on nodes that are forgotten, too."""
+        for process in self._started:
+            if process.poll() is None:
+                _kill([*_descendants(psutil.Process(process.pid)), psutil.Process(process.pid)])
+                process.wait()
 
     def add_node(self) -> None:
         self._machines.append(self._start(self._network.add_node(), f"--address={self.address}"))
@@ -204,6 +215,7 @@ class NetworkCluster(ChaosCluster):
             process = subprocess.Popen(
                 [*within, *command, store], env=self._environ, stdout=log, stderr=subprocess.STDOUT
             )
+        self._started.append(process)
         deadline = time.monotonic() + _STARTS_WITHIN_S
         while b"Ray runtime started" not in Path(log.name).read_bytes():
             if process.poll() is not None or time.monotonic() > deadline:

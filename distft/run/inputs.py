@@ -79,7 +79,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         if config.validation is not None:
             validation = config.validation.build_in_order(replace(context, label_names=label_names))
     with mistakes.gather():
-        head = config.objective.head(label_names if train is not None else _ANY_TWO_LABELS)
+        head = _some_head(config) if train is None else config.objective.head(label_names)
         shapes = parameter_shapes(shape, head)
         trainable = _check_parameters(config, shapes, init_from, label_names)
     if train is not None:
@@ -99,6 +99,14 @@ def read_inputs(config: RunConfig) -> Inputs:
         trainable=trainable,
         init_from=init_from,
     )
+
+
+def _some_head(config: RunConfig) -> Head:
+    """One that the objective takes, where the data that would decide it is not there."""
+    try:
+        return config.objective.head(None)
+    except ConfigError:
+        return config.objective.head(_ANY_TWO_LABELS)
 
 
 def _model_shape(config: RunConfig, init_from: CheckpointSource | None, tokenizer: Tokenizer) -> ModelConfig:

@@ -251,3 +251,15 @@ def test_many_steps_without_finite_gradients_end_the_run_and_keep_the_last_check
         run(Topology(), raw)
     assert max(logged(tmp_path, "skipped_steps").values()) == 2  # the third ends the run before it is logged
     assert find_checkpoint(str(tmp_path)).step == 4
+
+
+def test_where_data_cannot_be_read_nothing_is_said_of_its_labels(data: Path, tmp_path: Path) -> None:
+    raw = pretraining(data, tmp_path, tokenizer=str(data / "tokenizer.model"))
+    raw["data"]["sources"][0]["path"] = str(data / "shards")  # train/ is below it
+    with pytest.raises(DistftError) as told:
+        run(Topology(), raw)
+    assert "labels" not in str(told.value)
+    raw["objective"] = {"type": "classification"}
+    with pytest.raises(DistftError) as told:
+        run(Topology(), raw)
+    assert str(data / "shards") in str(told.value)
