@@ -9,6 +9,7 @@ import pytest
 from distributed import run_ranks
 from small_runs import events, fine_tuning, logged, pretraining, run
 
+from distft.checkpoint.claim import CLAIM
 from distft.checkpoint.committed import find_checkpoint
 from distft.cli.main import main
 from distft.config import load_yaml, parse
@@ -35,7 +36,7 @@ def test_a_run_learns_and_leaves_its_record(pretrained: Path) -> None:
         "finish",
     ]
     kept = sorted(path.name for path in (pretrained / "checkpoints").iterdir())
-    assert kept == ["step_00000008", "step_00000012"]
+    assert kept == ["step_00000008", "step_00000012", CLAIM]
 
 
 def test_the_written_configuration_repeats_the_run(pretrained: Path, tmp_path: Path) -> None:
