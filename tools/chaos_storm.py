@@ -21,7 +21,7 @@ from distft.tracker import EVENTS_FILE, METRICS_FILE, read_lines
 
 _DRIVER = Path(__file__).with_name("chaos_driver.py")
 _DONE_WITHIN_S = 240.0
-_TELLS = {"fault", "hang", "restart", "straggler"}  # events that name what was done
+_TELLS = {True: {"fault", "hang", "restart"}, False: {"straggler"}}  # events that name it, by `ends_ranks`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,11 +96,11 @@ class Storm:
     def strike(self, kind: str, choice: random.Random) -> Recovery:
         """Do it, and wait for the first optimizer step after it; where it ends ranks, of their next life."""
         step, began, fault = self.last_step(), time.time(), FAULTS[kind]
-        undo = fault.act(self, choice)
+        tells, undo = _TELLS[fault.ends_ranks], fault.act(self, choice)
         deadline = time.monotonic() + _DONE_WITHIN_S
         while time.monotonic() < deadline:
             events = read_lines(self.run_dir / EVENTS_FILE)
-            told = [e["time"] - began for e in events if e["kind"] in _TELLS and e["time"] > began]
+            told = [e["time"] - began for e in events if e["kind"] in tells and e["time"] > began]
             if undo is not None and told:
                 undo()
                 undo = None
@@ -113,8 +113,9 @@ class Storm:
         raise SystemExit(f"No step within {_DONE_WITHIN_S:g} s of {kind}.")
 
     def _recovery(self, kind: str, step: int, began: float, events: list[dict[str, Any]]) -> Recovery | None:
+        tells = _TELLS[FAULTS[kind].ends_ranks]
         starts = [e for e in events if e["kind"] in {"resume", "start"}]
-        told = [e["time"] for e in events if e["kind"] in _TELLS and e["time"] > began]
+        told = [e["time"] for e in events if e["kind"] in tells and e["time"] > began]
         after = starts[-1]["time"] if FAULTS[kind].ends_ranks else (told or [float("inf")])[0]
         steps = [
             line["time"]
