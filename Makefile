@@ -1,19 +1,19 @@
-# make demo    the main job on the embedded default, from text to a fine-tuned classifier
+# make demo    from text to a fine-tuned classifier, on Python's standard library
 # make test    the tests
 # make check   format, lint, types, spelling, shell scripts
-# make venv    only what the others need: a virtual environment with pinned packages
-# make clean   remove the virtual environment and the tools' caches; runs/ and data/ stay
+# make venv    the virtual environment with pinned packages that the other targets use
+# make clean   remove the virtual environment and all caches; keep runs/ and data/
 
 PYTHON ?= python3
 VENV ?= .venv
-# Processes that take tests, file by file; each takes up to 3 GB.
+# Processes that run tests, one file at a time each; up to 3 GB of memory per process.
 TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-# DeepSpeed comes as source. Its build, apart from the environment, needs no torch, but pinned tools too:
-# older pips read the first variable for that, newer ones the second.
+# pip builds DeepSpeed from source, in an isolated environment without torch. Both variables pin the build tools
+# there: older versions of pip read the first, newer ones the second.
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 

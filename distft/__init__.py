@@ -1,3 +1,3 @@
-"""distft: text to a fine-tuned Transformer, on one machine or on a cluster whose nodes come and go."""
+"""distft trains Transformers from raw text to a fine-tuned model, on one machine or an elastic cluster."""
 
 __version__ = "0.1.0"

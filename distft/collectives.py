@@ -1,4 +1,4 @@
-"""What ranks say to each other outside of the engine: small values, votes, sums."""
+"""Collectives outside of the engine: small objects, sums, and errors that every rank must see."""
 
 import secrets
 from collections.abc import Iterator
@@ -18,37 +18,38 @@ from distft.rendezvous import fresh_store
 from distft.topology import Topology
 
 T = TypeVar("T")
-_FOREVER = timedelta(days=365)  # torch prints a warning of each time-out, and blocks after it all the same
+# torch warns at each time-out of a store and then blocks all the same, so no time-out is short.
+_NO_TIMEOUT = timedelta(days=365)
 
 
 class Collectives(Protocol):
-    """Calls that every rank makes in the same order."""
+    """Calls that every rank must make in the same order."""
 
     rank: int
     world_size: int
 
     def all_gather(self, value: T) -> list[T]:
-        """The values of all ranks, by rank, on every rank. Small things only: they travel as objects."""
+        """All ranks' values in rank order, on every rank. For small values: they are pickled."""
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank."""
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks of a tensor that is on the rank's own device; the argument is kept."""
+        """The sum over ranks of a tensor on the rank's own device; the argument does not change."""
 
-    def twin(self) -> "Collectives":
-        """The same ranks over a channel of their own, for the small values of another thread."""
+    def with_new_group(self) -> "Collectives":
+        """The same ranks over a new process group, so that another thread can exchange small values."""
 
     def store(self) -> Store | None:
-        """Keys and values that all ranks see without waiting for each other; None for one rank alone.
+        """A new, empty key-value store that all ranks use without waiting for each other; None for one rank.
 
-        Each call gives an empty one, over a connection of its own. The process that serves it may be a
-        rank's: a call that reads blocks for as long as that process is stopped.
+        Each call opens its own connection. A rank's process may serve the store: if that process is stopped,
+        reads block until it continues.
         """
 
 
 class SingleProcess:
-    """The collectives of one process: everything is what it was."""
+    """Collectives of a single process: each returns its argument."""
 
     rank = 0
     world_size = 1
@@ -62,7 +63,7 @@ class SingleProcess:
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return value.clone()
 
-    def twin(self) -> "SingleProcess":
+    def with_new_group(self) -> "SingleProcess":
         return self
 
     def store(self) -> None:
@@ -70,89 +71,89 @@ class SingleProcess:
 
 
 class ProcessGroup:
-    """Collectives over torch.distributed; objects travel over gloo, tensors over the device's own backend."""
+    """Collectives over torch.distributed: objects over gloo, tensors over the device's backend."""
 
     def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
         timeout = timedelta(seconds=timeout_s)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             if topology.is_distributed:
-                shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+                store, rank, world_size = next(rendezvous("env://", timeout=timeout))
                 dist.init_process_group(
                     backend,
-                    store=fresh_store(shared, rank, world_size, timeout_s),
+                    store=fresh_store(store, rank, world_size, timeout_s),
                     rank=rank,
                     world_size=world_size,
                     timeout=timeout,
                 )
-            else:  # one process that nobody launched, and yet an engine that wants a group
+            else:  # no launcher, one process; DeepSpeed needs a process group all the same
                 dist.init_process_group(
                     backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
                 )
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        # A timeout given to init_process_group is not honoured by gloo; one given to new_group is.
+        # gloo ignores the timeout of init_process_group, but not that of new_group.
         self._timeout = timeout
-        self._objects = dist.new_group(backend="gloo", timeout=timeout)
+        self._object_group = dist.new_group(backend="gloo", timeout=timeout)
 
     def all_gather(self, value: T) -> list[T]:
         gathered: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(gathered, value, group=self._objects)
-        return gathered  # type: ignore[return-value]  # every place has been filled
+        dist.all_gather_object(gathered, value, group=self._object_group)
+        return gathered  # type: ignore[return-value]  # all_gather_object has replaced every None
 
     def broadcast(self, value: T) -> T:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._objects)
-        return box[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._object_group)
+        return values[0]
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         total = value.clone()
         dist.all_reduce(total)
         return total
 
-    def twin(self) -> "ProcessGroup":
+    def with_new_group(self) -> "ProcessGroup":
         other = copy(self)
-        other._objects = dist.new_group(backend="gloo", timeout=self._timeout)
+        other._object_group = dist.new_group(backend="gloo", timeout=self._timeout)
         return other
 
     def store(self) -> Store | None:
         if self.world_size == 1:
             return None
-        # The one in which the ranks found each other, whoever started them: it reaches every node.
-        shared: Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        shared.set_timeout(_FOREVER)
-        return PrefixStore(self.broadcast(secrets.token_hex(8)), shared)
+        # The rendezvous store: every node can reach it, whichever launcher started the ranks.
+        store: Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        store.set_timeout(_NO_TIMEOUT)
+        return PrefixStore(self.broadcast(secrets.token_hex(8)), store)
 
     def close(self) -> None:
-        """Leave the group. Ranks need not arrive together."""
+        """Destroy the process group. Ranks need not call it at the same time."""
         dist.destroy_process_group()
 
 
-# What these say of the world must not be taken for a fault of a file.
-_KEPT: tuple[type[DistftError], ...] = (UnreachableError, SupersededError)
+# Errors about the environment, not about a file: all_or_none must not turn them into a damaged file's error.
+_PRESERVED: tuple[type[DistftError], ...] = (UnreachableError, SupersededError)
 
 
 @contextmanager
-def together(collectives: Collectives, error_type: type[DistftError]) -> Iterator[None]:
-    """Fail on every rank if the block fails on any, so that no rank goes on alone and none hangs.
+def all_or_none(collectives: Collectives, error_type: type[DistftError]) -> Iterator[None]:
+    """Raise on every rank if the block raises a `DistftError` or an `OSError` on any rank.
 
-    The error that is raised names each rank that failed and why; it is an `UnreachableError` or a
-    `SupersededError` where that was any rank's reason. Only foreseen failures take part in the vote: any
-    other exception leaves the rank at once, and its peers by their time-out.
+    The error is of `error_type`, or an `UnreachableError` or `SupersededError` if a rank raised that. A rank
+    that raised such an error re-raises it; on the others it names each failed rank and its reason. Any other
+    exception propagates on its own rank at once, and the other ranks fail when their collective times out.
     """
-    failure: DistftError | None = None
+    local_error: DistftError | None = None
     try:
         yield
     except DistftError as error:
-        failure = error
+        local_error = error
     except OSError as error:
-        failure = error_type(f"{error.strerror or error}: {error.filename}.")
-    kept = next((kind for kind in _KEPT if isinstance(failure, kind)), None)
-    answers = collectives.all_gather(None if failure is None else (str(failure), kept))
-    found = {answer[1] for answer in answers if answer is not None}
-    error_type = next((kind for kind in _KEPT if kind in found), error_type)
-    if failure is not None and (collectives.world_size == 1 or isinstance(failure, error_type)):
-        raise failure
-    said = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer is not None]
-    if said:
-        raise error_type("\n".join(dict.fromkeys(said)))
+        local_error = error_type(f"{error.strerror or error}: {error.filename}.")
+    preserved = next((kind for kind in _PRESERVED if isinstance(local_error, kind)), None)
+    reports = collectives.all_gather(None if local_error is None else (str(local_error), preserved))
+    preserved_anywhere = {report[1] for report in reports if report is not None}
+    error_type = next((kind for kind in _PRESERVED if kind in preserved_anywhere), error_type)
+    if local_error is not None and (collectives.world_size == 1 or isinstance(local_error, error_type)):
+        raise local_error
+    messages = [f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report is not None]
+    if messages:
+        raise error_type("\n".join(messages))

@@ -1,96 +1,125 @@
-"""Everything distft raises on purpose.
+"""The errors that distft raises on purpose, and their exit codes.
 
+error                             exit  raised by
 DistftError
-├── ConfigError        the run was described wrongly; raised before any GPU is touched
-├── DataError          text, labels, or token shards are missing, damaged, or of another kind
-├── StorageError       a file cannot be written or read back: full disk, missing or damaged bytes
-│   └── UnreachableError   its place cannot be used now: network, service, rights; says nothing of the file
-├── CheckpointError    a checkpoint is missing, half-written, damaged, or does not fit this run
-│   └── SupersededError    another start of the run writes its checkpoints
-├── TrainingError      the run itself failed: non-finite losses in a row, a rank that hangs
-├── Preempted          the run was asked to stop, and has saved its state
-└── LaunchError        workers could not be placed, started, or kept alive
+├── ConfigError                      2  every package that reads settings or options, before a GPU is used
+├── DataError                        2  data, prepare, tokenizer: unusable text, labels or token shards
+├── StorageError                     1  storage, tracker: full disk, missing or damaged bytes
+│   └── UnreachableError             1  storage: no access to a store (network, service, credentials)
+├── CheckpointError                  2  checkpoint: missing, incomplete, damaged, or wrong for this run
+│   ├── UnsupportedFormatError       2  checkpoint.formats: no checkpoint of a format that distft reads
+│   └── SupersededError              2  checkpoint: a later start of the same run writes its checkpoints
+├── TrainingError                    1  train, watch, cluster, prepare: non-finite gradients, a hang, a crash
+├── Preempted                       75  train: stopped on request, after saving
+│   └── Resized                     75  train: stopped to continue at once on other ranks or nodes
+└── LaunchError                      1  cluster, rendezvous: workers not placed, not started, or lost
+
+Exit code 2: the user has to change something first; the same command would fail again. Exit code 1: the same
+command may work again. Exit code 75 (EX_TEMPFAIL of sysexits.h): the same command continues the run.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+_MOST_NAMES = 12  # in a message
 
 
 class DistftError(Exception):
-    """Base class: catch this to catch every failure distft foresees."""
+    """Base class: catch it to catch every failure that distft foresees."""
 
-    exit_code = 1  # of the command line: a failure of the run
+    exit_code = 1
 
 
 class ConfigError(DistftError):
-    """The run was described wrongly. The message lists every fault, one a line."""
+    """The settings or options are wrong. The message lists every problem, one per line."""
 
-    exit_code = 2  # the user's mistake
+    exit_code = 2
 
 
 class DataError(DistftError):
-    """Text, labels, or token shards are missing, damaged, or of another kind."""
+    """Text, labels, or token shards are missing, damaged, or of the wrong kind."""
 
     exit_code = 2
 
 
 class StorageError(DistftError):
-    """A file cannot be written or read back: the disk is full, or bytes are missing or damaged."""
+    """A file cannot be written or read: the disk is full, or bytes are missing or damaged."""
 
 
 class UnreachableError(StorageError):
-    """A place for files cannot be used now: network, service, credentials, rights.
+    """A store cannot be accessed now: network, service, credentials, permissions.
 
-    Whether the files there are whole is not known, so nothing may be taken for damaged or absent by it.
+    It says nothing about the files in the store: do not treat them as damaged or missing.
     """
 
 
 class CheckpointError(DistftError):
-    """A checkpoint is missing, half-written, damaged, or does not fit this run."""
+    """A checkpoint is missing, incomplete, damaged, or does not fit this run."""
 
     exit_code = 2
 
 
+class UnsupportedFormatError(CheckpointError):
+    """No checkpoint is there, or one in a format that distft does not read: not corruption."""
+
+
 class SupersededError(CheckpointError):
-    """Another start of the same run has begun to write its checkpoints: this one must not."""
+    """A later start of the same run writes its checkpoints, so this one must stop writing."""
 
 
 class TrainingError(DistftError):
-    """The run itself failed."""
+    """Work failed: gradients not finite for too many steps, a rank that hangs, a process that was killed."""
 
 
 class Preempted(DistftError):
-    """The run was asked to stop, and has saved its state; starting it again goes on from there."""
+    """The run stopped on request and saved its state; the same command continues it."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+    exit_code = 75
 
 
 class Resized(Preempted):
-    """As `Preempted`, to go on at once: with another number of ranks, or on other nodes."""
+    """The run stopped and saved, to continue at once with another number of ranks or on other nodes."""
 
 
 class LaunchError(DistftError):
     """Workers could not be placed, started, or kept alive."""
 
 
-class Mistakes:
-    """Gathers the user's mistakes of steps that do not need each other, so that all are told at once."""
+class ErrorCollector:
+    """Collects the user's errors (exit code 2) from independent checks, to report all of them at once."""
 
     def __init__(self) -> None:
-        self._found: list[DistftError] = []
+        self._errors: list[DistftError] = []
 
     @contextmanager
-    def gather(self) -> Iterator[None]:
-        """A mistake of the user's within the block ends the block, and is kept; anything else goes on up."""
+    def collect(self) -> Iterator[None]:
+        """Keep a user's error that the block raises, and end the block. Other exceptions propagate."""
         try:
             yield
         except DistftError as error:
             if error.exit_code != ConfigError.exit_code:
                 raise
-            self._found.append(error)
+            self._errors.append(error)
 
     def raise_if_any(self) -> None:
-        """Raise what was found: one error, of the kind of the first, that says each thing once."""
-        if self._found:
-            said = dict.fromkeys(str(error) for error in self._found)
-            raise type(self._found[0])("\n".join(said)) from self._found[0]
+        """Raise one error with all collected messages, without repetitions, of the first error's class."""
+        if self._errors:
+            messages = dict.fromkeys(str(error) for error in self._errors)
+            raise type(self._errors[0])("\n".join(messages)) from self._errors[0]
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """ " Did you mean 'x'?" with the most similar known name; empty if none is similar."""
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean {similar[0]!r}?" if similar else ""
+
+
+def suggest_name(name: str, known: Sequence[str]) -> str:
+    """ " Did you mean 'x'?" with the most similar known name; a list of known names if none is similar."""
+    if hint := did_you_mean(name, known):
+        return hint
+    if not known:
+        return " No name is valid here."
+    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    return f" Known names: {', '.join(known[:_MOST_NAMES])}{more}."

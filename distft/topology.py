@@ -1,4 +1,4 @@
-"""Ranks, and how one optimizer step is shared out among them. Arithmetic only: no torch."""
+"""Ranks, and how the sequences of one optimizer step are split among them. Arithmetic only: no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ _LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
-    """Where this process stands in the job. Read from the environment once, then passed by hand."""
+    """This process's rank in the job. Read from the environment once, then passed as an argument."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    is_distributed: bool = False  # started by a launcher, so a process group is expected
+    is_distributed: bool = False  # started by a launcher, which expects a process group
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Topology":
-        """Follow the torchrun contract; with none of it set, this is a single process.
+        """Read torchrun's variables; without any of them this is a single process.
 
-        Raises `ConfigError` for half an environment or for numbers that cannot be.
+        Raises `ConfigError` if some are missing, or are not valid numbers.
         """
         present = [name for name in _LAUNCH_VARIABLES if name in env]
         if not present:
@@ -36,7 +36,7 @@ class Topology:
         try:
             rank, local_rank, world_size = (int(env[name]) for name in _LAUNCH_VARIABLES)
         except ValueError as error:
-            raise ConfigError(f"The launch environment holds no number: {error}.") from None
+            raise ConfigError(f"{', '.join(_LAUNCH_VARIABLES)} must be whole numbers: {error}.") from None
         if not 0 <= rank < world_size:
             raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world_size}.")
         return cls(rank=rank, local_rank=local_rank, world_size=world_size, is_distributed=True)
@@ -48,7 +48,7 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences [start, stop) of the run's global order; empty where a rank only keeps step."""
+    """Sequences [start, stop) of the run's global order. Empty if the rank only takes part in collectives."""
 
     start: int
     stop: int
@@ -59,10 +59,10 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
-    """Sizes of one optimizer step. Three are chosen and one is found; the rest follow.
+    """Sizes of one optimizer step. The user chooses three, the launcher the world size; the rest is derived.
 
-    Any number of ranks can share any global batch: where it does not divide, shares differ by one
-    sequence, and a rank with less to do runs an empty micro-batch, which adds nothing to loss or gradient.
+    Any number of ranks can split any global batch. If it does not divide evenly, ranks differ by one
+    sequence; a rank with fewer may run an empty micro-batch, which adds nothing to loss or gradient.
     """
 
     global_batch_size: int  # sequences per optimizer step, over all ranks
@@ -71,42 +71,46 @@ class BatchPlan:
     dp_world_size: int
 
     def __post_init__(self) -> None:
-        faults = []
+        errors = []
         if self.micro_batch_size > self.global_batch_size:
-            faults.append(
+            errors.append(
                 f"batch.micro_batch_size={self.micro_batch_size} is more than "
                 f"batch.global_batch_size={self.global_batch_size}: lower it, or raise the global batch."
             )
         if self.dp_world_size > self.global_batch_size:
-            faults.append(
+            errors.append(
                 f"batch.global_batch_size={self.global_batch_size} is less than the "
-                f"{self.dp_world_size} ranks of this run, so some would never work: "
+                f"{self.dp_world_size} ranks of this run, so some ranks would have no data: "
                 f"start at most {self.global_batch_size} ranks, or raise the global batch."
             )
-        if faults:
-            raise ConfigError("\n".join(faults))
+        if errors:
+            raise ConfigError("\n".join(errors))
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        largest_share = -(-self.global_batch_size // self.dp_world_size)
-        return -(-largest_share // self.micro_batch_size)
+        most_sequences = -(-self.global_batch_size // self.dp_world_size)  # of any rank
+        return -(-most_sequences // self.micro_batch_size)
 
     @property
     def global_batch_tokens(self) -> int:
         return self.global_batch_size * self.seq_len
 
     def micro_batches(self, step: int, dp_rank: int) -> list[MicroBatch]:
-        """What `dp_rank` reads in optimizer step `step`: equally many micro-batches on every rank."""
+        """The micro-batches of `dp_rank` in optimizer step `step`; every rank has the same number of them."""
         begin = step * self.global_batch_size
-        return share(begin, begin + self.global_batch_size, self, dp_rank)
+        return split_among_ranks(begin, begin + self.global_batch_size, self, dp_rank)
 
 
-def share(start: int, stop: int, plan: BatchPlan, dp_rank: int) -> list[MicroBatch]:
-    """Cut sequences [start, stop) among the ranks of `plan`, and `dp_rank`'s part into micro-batches."""
-    numel = stop - start
-    lower = start + numel * dp_rank // plan.dp_world_size
-    upper = start + numel * (dp_rank + 1) // plan.dp_world_size
-    largest_share = -(-numel // plan.dp_world_size)
-    count = -(-largest_share // plan.micro_batch_size)
-    cuts = [min(lower + i * plan.micro_batch_size, upper) for i in range(count + 1)]
+def split_among_ranks(start: int, stop: int, plan: BatchPlan, dp_rank: int) -> list[MicroBatch]:
+    """Split sequences [start, stop) evenly among ranks; return those of `dp_rank`, cut into micro-batches.
+
+    Every rank gets the same number of micro-batches, the last ones possibly empty, because each forward is a
+    collective under ZeRO 3.
+    """
+    num_sequences = stop - start
+    lower = start + num_sequences * dp_rank // plan.dp_world_size
+    upper = start + num_sequences * (dp_rank + 1) // plan.dp_world_size
+    most_sequences = -(-num_sequences // plan.dp_world_size)  # of any rank
+    num_micro_batches = -(-most_sequences // plan.micro_batch_size)
+    cuts = [min(lower + i * plan.micro_batch_size, upper) for i in range(num_micro_batches + 1)]
     return [MicroBatch(a, b) for a, b in pairwise(cuts)]

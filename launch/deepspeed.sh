@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# A run on several machines without Ray: launch/deepspeed.sh HOSTFILE CONFIG [KEY=VALUE]...
+# Train on several machines without Ray: launch/deepspeed.sh HOSTFILE CONFIG [KEY=VALUE]...
 #
-# HOSTFILE is as launch/hostfile.example. Call it on the first machine of it, in a directory that all machines
-# share; each needs the same Python, and ssh without a password. NETWORK_INTERFACE (eth0) names the private
-# network, MASTER_ADDRESS and MASTER_PORT (29500) where ranks meet.
+# HOSTFILE has the form of launch/hostfile.example. Call the script on the first machine in it, in a directory that
+# all machines share. All machines need the same Python and ssh without a password. NETWORK_INTERFACE (such as eth0)
+# selects the private network, MASTER_ADDRESS and MASTER_PORT (29500) the address of rank 0.
 #
-# Where a machine or a rank dies, the run is started again, on the machines of HOSTFILE as it is then: take
-# out what is broken. It goes on from its last commit, with as many ranks as there are. RESTARTS=3 times.
+# If a machine or a rank dies, the script starts the run again, RESTARTS (3) times. It reads HOSTFILE again each
+# time, so remove broken machines from it. The run resumes from its last commit, on the ranks of HOSTFILE.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
-  echo "Name a hostfile and a configuration: launch/deepspeed.sh HOSTFILE CONFIG [KEY=VALUE]..." >&2
+  echo "A hostfile and a configuration are required: launch/deepspeed.sh HOSTFILE CONFIG [KEY=VALUE]..." >&2
   exit 2
 fi
 hostfile=$1
 shift
 if [ ! -r "$hostfile" ]; then
-  echo "$hostfile cannot be read: write one like launch/hostfile.example." >&2
+  echo "$hostfile cannot be read: write a hostfile like launch/hostfile.example." >&2
   exit 2
 fi
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ -n "${NETWORK_INTERFACE:-}" ]; then
-  # DeepSpeed gives other machines little of the environment, and what this file says. No secrets: it puts
-  # them on command lines.
+  # DeepSpeed passes few environment variables to other machines, plus those in this file. It puts them on command
+  # lines, so the file must not contain secrets.
   DS_ENV_FILE=$(mktemp)
   export DS_ENV_FILE
   trap 'rm -f "$DS_ENV_FILE"' EXIT
@@ -36,10 +36,10 @@ for ((attempt = 0; ; attempt++)); do
     ${MASTER_ADDRESS:+--master_addr "$MASTER_ADDRESS"} --master_port "${MASTER_PORT:-29500}" \
     "$launch/deepspeed_train.py" "$@" || status=$?
   case $status in
-    # Done; a mistake, which stays one; stopped as asked, by a signal or by ^C.
+    # Done; a user error, which would repeat; stopped on request, by ^C or by SIGTERM.
     0 | 2 | 75 | 130 | 143) exit "$status" ;;
   esac
   [ "$attempt" -lt "$restarts" ] || exit "$status"
-  echo "Started again after exit code $status: the run goes on from its last commit." >&2
-  sleep "${RESTART_DELAY_S:-10}" # until ports and devices are free
+  echo "Restarting after exit code $status: the run resumes from its last commit." >&2
+  sleep "${RESTART_DELAY_S:-10}" # ports and devices become free
 done

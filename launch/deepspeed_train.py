@@ -1,7 +1,7 @@
 """Train under DeepSpeed's launcher: `deepspeed --num_gpus 2 launch/deepspeed_train.py CONFIG [KEY=VALUE]...`
 
-The same as `distft train`: the launcher sets torchrun's environment, and adds an argument `--local_rank=N`
-that says what LOCAL_RANK says. On a machine without a GPU, `--num_gpus 2` starts two ranks on the CPU.
+Calls `distft train`. The launcher sets the same environment variables as torchrun; its extra argument
+`--local_rank=N` repeats LOCAL_RANK and is dropped. Without GPUs, `--num_gpus 2` starts two ranks on the CPU.
 """
 
 import sys

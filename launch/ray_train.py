@@ -1,6 +1,6 @@
 """Train on Ray: `ray job submit --working-dir . -- python launch/ray_train.py CONFIG [KEY=VALUE]...`
 
-The same as `python -m distft.cli.ray_driver`; its --help has the exit codes, and where relative paths start.
+The same as `python -m distft.cli.ray_driver`, whose --help explains exit codes and relative paths.
 """
 
 import sys

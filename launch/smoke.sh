@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Does every launcher train here, and to the same losses?
+# Checks that every launcher trains on this machine, to the same losses.
 #
 # launch/smoke.sh [plain|torchrun|deepspeed|ray]...
 #
-# Makes a tiny corpus of Python's own library, a tokenizer and shards in a temporary directory, trains the same
-# few steps under each launcher (all four unless named), and prints a table. Fails where a launcher fails, or
-# where losses differ. RANKS=2 ranks for all but plain; DEVICE=cpu or cuda; PYTHON=python.
+# Makes a tiny corpus from Python's library, a tokenizer and shards in a temporary directory, trains the same few
+# steps under each launcher (default: all four), and prints a table. Fails if a launcher fails or losses differ.
+# RANKS=2: ranks for all but plain; DEVICE=cpu or cuda; PYTHON=python.
 set -euo pipefail
 
 python=${PYTHON:-python}
@@ -18,11 +18,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 export PYTHONPATH=$launch/..${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-unset RAY_ADDRESS # a Ray of its own
+unset RAY_ADDRESS # start a new Ray
 gpus_per_worker=0
 if [ "$device" = cpu ]; then export DS_ACCELERATOR=cpu; else gpus_per_worker=1; fi
 
-quietly() { # the output is shown only when the command fails
+quietly() { # shows the output only if the command fails
   local status=0
   "$@" >output.txt 2>&1 || status=$?
   if [ "$status" -ne 0 ]; then
@@ -32,13 +32,13 @@ quietly() { # the output is shown only when the command fails
   return "$status"
 }
 
-start() { # the launcher's command line up to the configuration
+start() { # prints the launcher's command line up to the configuration
   case $1 in
     plain) echo "$python -m distft train" ;;
     torchrun) echo "$python -m torch.distributed.run --standalone --nproc-per-node $ranks -m distft train" ;;
     deepspeed) echo "$python -m deepspeed.launcher.runner --num_gpus $ranks --master_port $(free_port) $launch/deepspeed_train.py" ;;
     ray) echo "$python $launch/ray_train.py" ;;
-    *) echo "There is no launcher $1: choose among plain, torchrun, deepspeed and ray." >&2 && return 2 ;;
+    *) echo "Unknown launcher $1: choose plain, torchrun, deepspeed or ray." >&2 && return 2 ;;
   esac
 }
 
@@ -71,7 +71,7 @@ END
 for launcher in "${launchers[@]}"; do
   echo "training under $launcher"
   began=$SECONDS
-  # shellcheck disable=SC2046 # the command's words
+  # shellcheck disable=SC2046 # split into words
   quietly $(start "$launcher") smoke.yaml run_dir="runs/$launcher"
   echo $((SECONDS - began)) >"runs/$launcher/seconds"
 done
@@ -93,5 +93,5 @@ for launcher in launchers:
     seconds = (run / "seconds").read_text().strip()
     print(f"{launcher:<10} {num_ranks:>5} {curve[-1]:>10.6f} {difference:>10.1e} {seconds:>7}")
     if difference > limit:
-        sys.exit(f"The losses under {launcher} are not those under {launchers[0]}.")
+        sys.exit(f"The losses under {launcher} differ from those under {launchers[0]}.")
 END

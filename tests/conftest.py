@@ -1,4 +1,4 @@
-"""One environment, one hypothesis profile and the reasons to skip, for every test."""
+"""For every test: the environment, the hypothesis profile, skips for lacking devices, shared fixtures."""
 
 import os
 import tempfile
@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-from distributed import start_pool
+from support.rank_pool import start_pool
 
 if TYPE_CHECKING:
-    from s3_server import S3Server
-
-    from distft.model.config import ModelConfig
+    from support.s3_server import S3Server
 
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # the ranks' own setting: sums in another order are other sums
+    "OMP_NUM_THREADS": "1",  # as on the ranks: another number of threads sums in another order
     "DS_ACCELERATOR": "cpu",
     "WANDB_MODE": "offline",
     "HF_HUB_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-FOREIGN = (  # what a launcher, a login or a cluster may have left in the user's shell
+REMOVED = (  # variables of a launcher, login or cluster that the user's shell may have
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -35,7 +33,9 @@ FOREIGN = (  # what a launcher, a login or a cluster may have left in the user's
     "HUGGING_FACE_HUB_TOKEN",
 )
 
-ONE_AT_A_TIME = ("cluster", "launch")
+# Folders whose tests run one after the other, at the end. They start clusters and launchers: two at a time
+# overload two cores, and beside other tests they take four times as long.
+SERIAL_FOLDERS = ("cluster", "launch")
 
 hypothesis.settings.register_profile(
     "distft", deadline=None, max_examples=30, derandomize="CI" in os.environ, print_blob=True
@@ -51,34 +51,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(patch.undo)
     for name, value in (ENVIRONMENT | {"TORCH_EXTENSIONS_DIR": extensions.name}).items():
         patch.setenv(name, value)
-    for name in FOREIGN:
+    for name in REMOVED:
         patch.delenv(name, raising=False)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the groups
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's hook, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # At the end they have the machine to themselves: beside other tests they take four times as long.
-    items.sort(key=lambda item: item.path.parent.name in ONE_AT_A_TIME)
+    items.sort(key=lambda item: item.path.parent.name in SERIAL_FOLDERS)
     for item in items:
-        # A file's tests share fixtures, so they stay in one process. What starts clusters and launchers goes
-        # one after the other: two at a time are too much for two cores.
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("clusters" if folder in ONE_AT_A_TIME else str(item.path)))
-        lacking = next((reason for mark in item.iter_markers() if (reason := _lack(mark))), None)
-        if lacking is not None:
-            item.add_marker(pytest.mark.skip(reason=lacking))
+        # Tests of one file share fixtures, so they stay in one process.
+        is_serial = item.path.parent.name in SERIAL_FOLDERS
+        item.add_marker(pytest.mark.xdist_group("serial" if is_serial else str(item.path)))
+        reasons = [reason for mark in item.iter_markers() if (reason := _missing_devices(mark))]
+        if reasons:
+            item.add_marker(pytest.mark.skip(reason=reasons[0]))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Warm the pool of ranks up while the first tests run, if there is a test that wants it."""
+    """Start the rank pool while the first tests run, if any test needs it."""
     if not session.config.option.collectonly and any(
         item.get_closest_marker("ranks") for item in session.items
     ):
         start_pool()
 
 
-def _lack(mark: pytest.Mark) -> str | None:
-    """What this machine lacks of what the mark needs, or None."""
+def _missing_devices(mark: pytest.Mark) -> str | None:
+    """The reason to skip: this machine has too few devices for the mark. None if it has enough."""
     needed = {"gpu": 1, "multi_gpu": 2}.get(mark.name, 0)
     if not needed:
         return None
@@ -88,19 +86,9 @@ def _lack(mark: pytest.Mark) -> str | None:
     return None if present >= needed else f"needs {needed} CUDA device(s), and torch sees {present}"
 
 
-@pytest.fixture
-def tiny_model_config() -> "ModelConfig":
-    """A Transformer with every kind of weight twice, and sizes that differ, so that a mixed-up axis shows."""
-    from distft.model.config import ModelConfig
-
-    return ModelConfig(
-        vocab_size=61, max_seq_len=32, d_model=24, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=40
-    )
-
-
 @pytest.fixture(scope="session")
 def s3_server() -> "Iterator[S3Server]":
-    from s3_server import S3Server
+    from support.s3_server import S3Server
 
     server = S3Server().start()
     yield server
@@ -109,9 +97,9 @@ def s3_server() -> "Iterator[S3Server]":
 
 @pytest.fixture
 def s3(s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> "S3Server":
-    """A running S3 server that this process, and ranks given its `environment`, find as users' do.
+    """An S3 server that this process finds through its environment variables, as a user's would.
 
-    Each test has a new client of it, which does not wait between attempts.
+    Pass its `environment` to ranks. Each test gets a new client, which does not wait between retries.
     """
     import s3fs
     from botocore.retries.standard import ExponentialBackoff

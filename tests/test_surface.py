@@ -1,4 +1,4 @@
-"""What users rely on: keys of a configuration, the schema that editors read, verbs and their exit codes."""
+"""The public surface: configuration keys, the JSON schema for editors, commands and their exit codes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from distft.config import json_schema
+from distft.config import dump_yaml, json_schema, parse, parse_yaml
 from distft.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +18,7 @@ KEYS = ROOT / "tests" / "golden" / "config_keys.txt"
 
 
 def _keys(schema: dict[str, Any], node: dict[str, Any], prefix: str, seen: tuple[str, ...]) -> Iterator[str]:
-    """Every dotted key below a node; `[type]` marks what only one member of a union has."""
+    """Every dotted key below a node of the schema, those of all members of a union included."""
     if "$ref" in node:
         name = node["$ref"].rsplit("/", 1)[1]
         if name not in seen:
@@ -34,15 +34,15 @@ def _keys(schema: dict[str, Any], node: dict[str, Any], prefix: str, seen: tuple
         yield from _keys(schema, value, dotted, seen)
 
 
-def test_the_keys_of_a_configuration_change_knowingly() -> None:
+def test_the_configuration_has_exactly_the_recorded_keys() -> None:
     schema = json_schema(RunConfig)
     found = "\n".join(sorted(set(_keys(schema, schema, "", ())))) + "\n"
-    assert found == KEYS.read_text(), f"If this is meant, write it to {KEYS.relative_to(ROOT)}:\n{found}"
+    assert found == KEYS.read_text(), f"If this is intended, write it to {KEYS.relative_to(ROOT)}:\n{found}"
 
 
-def test_the_schema_for_editors_is_that_of_the_code() -> None:
+def test_the_schema_for_editors_is_up_to_date() -> None:
     written = json.loads((ROOT / "configs" / "schema.json").read_text())
-    assert written == json_schema(RunConfig), "Write it: distft config schema > configs/schema.json"
+    assert written == json_schema(RunConfig), "Run: distft config schema > configs/schema.json"
 
 
 def _distft(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -57,7 +57,7 @@ def _distft(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["submit", "--help"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+def test_help_imports_no_heavy_package(arguments: list[str]) -> None:
     code = (
         f"import sys; from distft.cli.main import main; main({arguments}); "
         "heavy = {'torch', 'deepspeed', 'ray', 'numpy', 'wandb', 'sentencepiece'} & set(sys.modules); "
@@ -77,23 +77,19 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         (["frobnicate"], "No such command 'frobnicate'"),
     ],
 )
-def test_a_users_mistake_gives_one_message_and_exit_code_2(
+def test_a_user_error_gives_one_message_and_exit_code_2(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    places = {"config": ROOT / "configs" / "shakespeare_char.yaml", "out": tmp_path / "out"}
-    done = _distft(*(argument.format(**places) for argument in arguments))
+    paths = {"config": ROOT / "configs" / "shakespeare_char.yaml", "out": tmp_path / "out"}
+    done = _distft(*(argument.format(**paths) for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
-def test_config_show_prints_a_configuration_that_shows_the_same() -> None:
+def test_config_show_prints_a_configuration_that_parses_to_the_same_settings() -> None:
     shown = _distft("config", "show", str(ROOT / "configs" / "shakespeare_char.yaml"))
     assert shown.returncode == 0, shown.stderr
-    from distft.config import parse, parse_yaml
-
-    again = parse(RunConfig, parse_yaml(shown.stdout, source="shown"))
-    from distft.config import dump_yaml
-
-    assert dump_yaml(again) == shown.stdout
+    parsed = parse(RunConfig, parse_yaml(shown.stdout, source="shown"))
+    assert dump_yaml(parsed) == shown.stdout

@@ -1,7 +1,7 @@
-"""Speed, side by side in one run: `python tools/benchmark.py train`, `checkpoint` or `tokenize`.
+"""Compares distft's speed with that of other tools: `python tools/benchmark.py train|checkpoint|tokenize`.
 
-Every contestant takes turns, a few steps at a time, so that whatever else the machine does hits all of them
-alike; each one's best turn counts.
+The implementations take turns of a few steps, so that other load on the machine slows all of them alike. The
+best turn of each counts.
 """
 
 import argparse
@@ -24,15 +24,13 @@ from distft.data.batch import Batch
 from distft.engine.interface import DTYPES, Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.engine.memory import allocate
-from distft.model.config import ModelConfig
+from distft.model.config import LanguageModelHead, ModelConfig
 from distft.model.counts import num_parameters, training_flops_per_token
-from distft.model.head import LanguageModelHead
 from distft.model.initialisation import initial_fragment
 from distft.objective.settings import CausalLM
-from distft.optim.adamw import AdamWConfig
-from distft.optim.groups import parameter_groups
-from distft.run.environment import enter_environment
-from distft.run.inputs import build_module
+from distft.optim.adamw import AdamWConfig, parameter_groups
+from distft.run.environment import configure_environment
+from distft.run.model import build_module
 from distft.topology import BatchPlan, Topology
 from distft.train.step import train_step
 from distft.train.throughput import measured_flops_per_s
@@ -72,7 +70,7 @@ SHAPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What all contestants share."""
+    """Model, batches and precision that all implementations share."""
 
     model: ModelConfig
     precision: str
@@ -87,20 +85,20 @@ class Setup:
         return self.micro_batch_size * self.seq_len
 
 
-def make_batches(setup_model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
-    """Random tokens; more than one batch, so that nothing can be cached between steps."""
-    assert setup_model.vocab_size is not None
+def make_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
+    """Batches of random tokens; several, so that no implementation can cache one between steps."""
+    assert model.vocab_size is not None
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(4):
-        ids = torch.randint(0, setup_model.vocab_size, (rows, seq_len + 1), generator=generator)
+        ids = torch.randint(0, model.vocab_size, (rows, seq_len + 1), generator=generator)
         batch = Batch(input_ids=ids[:, :-1], labels=ids[:, 1:], num_target_tokens=rows * seq_len)
         batches.append(batch.to(device))
     return batches
 
 
 def distft_step(setup: Setup, zero_stage: int | None) -> Step:
-    """A training step of ours; `zero_stage` None is the local engine."""
+    """A step of distft on ZeRO at `zero_stage`, or on the local engine if it is None."""
     module = build_module(setup.model, LanguageModelHead())
     if setup.compile:
         module.compile_blocks()
@@ -151,18 +149,18 @@ def distft_step(setup: Setup, zero_stage: int | None) -> Step:
 
 
 def bare_step(setup: Setup) -> Step:
-    """The same model in the plainest torch loop: autocast for bf16, torch's loss, clipping and AdamW."""
+    """A step of a minimal torch loop over the same model: torch's loss, clipping and AdamW."""
     module = build_module(setup.model, LanguageModelHead())
     allocate(module, setup.device, torch.float32)
     with torch.no_grad():
         for name, param in module.named_parameters():
             values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=0, config=setup.model)
             param.copy_(values.view(param.shape))
-    return _plain_step(module, setup, lambda batch: module(batch.input_ids))
+    return _torch_step(module, setup, lambda batch: module(batch.input_ids))
 
 
 def transformers_step(setup: Setup) -> Step | None:
-    """transformers' Llama of the same shape in a plain loop; None where it is not installed."""
+    """A step of the same loop over transformers' Llama of the same shape; None if it is not installed."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
@@ -180,12 +178,12 @@ def transformers_step(setup: Setup) -> Step | None:
         use_cache=False,
     )
     module = LlamaForCausalLM(config).to(setup.device)
-    return _plain_step(module, setup, lambda batch: module(batch.input_ids).logits)
+    return _torch_step(module, setup, lambda batch: module(batch.input_ids).logits)
 
 
-def _plain_step(module: nn.Module, setup: Setup, logits_of: Callable[[Batch], Tensor]) -> Step:
+def _torch_step(module: nn.Module, setup: Setup, logits_of: Callable[[Batch], Tensor]) -> Step:
     dtype = DTYPES[setup.precision]  # type: ignore[index]
-    module.to(dtype)  # weights in the type computed with, as users of a plain loop do
+    module.to(dtype)  # weights in the compute dtype, the usual choice in a minimal loop
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     batches = _cycle(setup.batches)
 
@@ -206,35 +204,35 @@ def _cycle(batches: list[Batch]) -> Iterator[Batch]:
         yield from batches
 
 
-def measure(contestants: dict[str, Step], setup: Setup, *, turns: int, steps: int) -> dict[str, float]:
-    """Tokens/s of each: the best of `turns` turns of `steps` steps, taken in rotation."""
+def measure(implementations: dict[str, Step], setup: Setup, *, turns: int, steps: int) -> dict[str, float]:
+    """Tokens/s of each: the best of `turns` turns of `steps` steps each, in rotation."""
     best: dict[str, float] = {}
-    for name, step in contestants.items():
+    for name, step in implementations.items():
         started = time.perf_counter()
         for _ in range(2):
             step()
-        _wait(setup.device)
-        print(f"{name}: warm after {time.perf_counter() - started:.1f} s", flush=True)
+        _synchronize(setup.device)
+        print(f"{name}: warmed up in {time.perf_counter() - started:.1f} s", flush=True)
     for _ in range(turns):
-        for name, step in contestants.items():
-            _wait(setup.device)
+        for name, step in implementations.items():
+            _synchronize(setup.device)
             started = time.perf_counter()
             for _ in range(steps):
                 step()
-            _wait(setup.device)
+            _synchronize(setup.device)
             rate = setup.num_tokens * steps / (time.perf_counter() - started)
             best[name] = max(best.get(name, 0.0), rate)
     return best
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Measure, print a table, and a JSON line for docs/benchmarks.md."""
-    enter_environment("auto")
+    """Measure, then print a table and a JSON line for docs/benchmarks.md."""
+    configure_environment("auto")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SHAPES[arguments.shape]
     rows, seq_len = arguments.micro_batch_size, arguments.seq_len
@@ -250,32 +248,32 @@ def train(arguments: argparse.Namespace) -> None:
             batches=batches,
         )
         peak = measured_flops_per_s(device, DTYPES[precision])
-        contestants = {"distft local": distft_step(setup, None)}
+        implementations = {"distft local": distft_step(setup, None)}
         for stage in arguments.zero_stage:
-            contestants[f"distft zero {stage}"] = distft_step(setup, stage)
-        contestants["bare torch loop"] = bare_step(setup)
-        theirs = transformers_step(setup)
-        if theirs is not None:
-            contestants["transformers Llama"] = theirs
-        rates = measure(contestants, setup, turns=arguments.turns, steps=arguments.steps)
+            implementations[f"distft zero {stage}"] = distft_step(setup, stage)
+        implementations["bare torch loop"] = bare_step(setup)
+        llama = transformers_step(setup)
+        if llama is not None:
+            implementations["transformers Llama"] = llama
+        rates = measure(implementations, setup, turns=arguments.turns, steps=arguments.steps)
         peak = max(peak, measured_flops_per_s(device, DTYPES[precision]))
         _print_table(rates, setup, peak)
 
 
 def _print_table(rates: dict[str, float], setup: Setup, peak_flops_per_s: float) -> None:
     flops = training_flops_per_token(setup.model, setup.seq_len)
-    reference = rates.get("transformers Llama", rates["bare torch loop"])
+    baseline = rates.get("transformers Llama", rates["bare torch loop"])
     num = num_parameters(setup.model, LanguageModelHead())
     print(
         f"\n{num / 1e6:.1f}M parameters, {setup.precision}, compile {setup.compile}, "
         f"{setup.micro_batch_size} x {setup.seq_len} tokens, {_machine(setup.device)}; "
         f"matrix product {peak_flops_per_s / 1e9:,.0f} GFLOP/s"
     )
-    print(f"| {'contestant':<20} | tokens/s | ratio | share of the matrix rate |")
+    print(f"| {'implementation':<20} | tokens/s | ratio | share of the matrix rate |")
     print(f"|{'-' * 22}|---------:|------:|-------------------------:|")
     for name, rate in rates.items():
         share = rate * flops / peak_flops_per_s
-        print(f"| {name:<20} | {rate:8,.0f} | {rate / reference:5.2f} | {share:24.1%} |")
+        print(f"| {name:<20} | {rate:8,.0f} | {rate / baseline:5.2f} | {share:24.1%} |")
     record = {
         "commit": _commit(),
         "machine": _machine(setup.device),
@@ -311,7 +309,9 @@ def _version(package: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(required=True)
-    verb = verbs.add_parser("train", help="training steps of ours, of bare torch, and of transformers")
+    verb = verbs.add_parser(
+        "train", help="training steps of distft, of a minimal torch loop, and of transformers"
+    )
     verb.add_argument("--shape", choices=SHAPES, default="6.9M")
     verb.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     verb.add_argument("--micro-batch-size", type=int, default=8)
@@ -321,18 +321,18 @@ def main() -> None:
     verb.add_argument("--turns", type=int, default=5)
     verb.add_argument("--steps", type=int, default=3)
     verb.set_defaults(act=train)
-    verb = verbs.add_parser("checkpoint", help="loading, resharding and converting, beside cp and DeepSpeed")
+    verb = verbs.add_parser("checkpoint", help="loading, resharding and converting, against cp and DeepSpeed")
     verb.add_argument("--shape", choices=checkpoint_benchmark.SHAPES, default="110M")
     verb.add_argument("--turns", type=int, default=3)
-    verb.add_argument("--directory", help="where the files go; 15 GB for 110M")
+    verb.add_argument("--directory", help="for temporary files: 15 GB for 110M")
     verb.set_defaults(act=checkpoint_benchmark.checkpoint)
-    verb = verbs.add_parser("tokenize", help="distft tokenize, beside a bare sentencepiece loop")
-    verb.add_argument("--corpus", help="a JSONL file; the standard library unless given")
-    verb.add_argument("--tokenizer", help="a .model file; BPE and unigram of 8192 unless given")
-    verb.add_argument("--megabytes", type=float, default=100, help="the corpus is repeated up to this size")
+    verb = verbs.add_parser("tokenize", help="distft tokenize, against a bare sentencepiece loop")
+    verb.add_argument("--corpus", help="a JSONL file; default: the standard library")
+    verb.add_argument("--tokenizer", help="a .model file; default: a BPE and a unigram vocabulary of 8192")
+    verb.add_argument("--megabytes", type=float, default=100, help="the corpus is repeated to this size")
     verb.add_argument("--workers", type=int, default=2)
     verb.add_argument("--turns", type=int, default=3)
-    verb.add_argument("--directory", help="where the files go")
+    verb.add_argument("--directory", help="for temporary files")
     verb.set_defaults(act=tokenize_benchmark.tokenize_benchmark)
     arguments = parser.parse_args()
     arguments.act(arguments)

@@ -1,9 +1,9 @@
-"""Faults on purpose: `python tools/chaos.py --seed 1 --faults 6`.
+"""Injects faults into a run on a Ray cluster: `python tools/chaos.py --seed 1 --faults 6`.
 
-Trains a small model on a Ray cluster of several nodes on this machine while ranks, nodes, raylets, drivers
-and the head are killed, stopped, slowed and cut off, commits damaged, and storage fails, at seeded moments.
-At the end every loss must equal that of a run that nobody disturbed, and `distft audit` must find every
-sequence used exactly once. Exit code 0 if so.
+Trains a small model on a Ray cluster of several nodes on this machine. Meanwhile it kills, stops, slows and
+disconnects ranks, nodes, raylets, drivers and the head, damages checkpoints, and makes storage fail, in a
+seeded order. Exits with 0 if every loss equals that of an undisturbed run, and `distft audit` finds every
+sequence used exactly once.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import network_nodes
 import yaml
 from chaos_cluster import ChaosCluster, NetworkCluster, ProcessCluster
-from chaos_storm import FAULTS, Storm, small_disk
+from chaos_run import FAULTS, FaultInjectionRun, small_disk
 
 from distft.cluster.tokens import ensure_token
 from distft.prepare import TokenizeConfig, tokenize
@@ -31,11 +31,11 @@ from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
 from distft.tracker import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLERANCE = 1e-4  # of a loss: sums over other numbers of ranks round differently, and training carries it on
+TOLERANCE = 1e-4  # of a loss: sums over another number of ranks round differently, and training amplifies it
 
 
 def make_config(folder: Path, num_steps: int, max_workers: int) -> Path:
-    """Shards of this project's own source, and a model that takes some tenths of a second a step."""
+    """Tokenize this project's source, and configure a model that takes some tenths of a second per step."""
     sources = sorted(path for path in (ROOT / "distft").rglob("*.py") if path.stat().st_size)
     model = folder / "bpe.model"
     train_tokenizer((path.read_text() for path in sources), TokenizerTrainConfig(vocab_size=1024), model)
@@ -67,8 +67,8 @@ def make_config(folder: Path, num_steps: int, max_workers: int) -> Path:
     return path
 
 
-def undisturbed(config: Path, run_dir: Path) -> dict[int, float]:
-    """Losses of one process, without Ray or DeepSpeed."""
+def train_undisturbed(config: Path, run_dir: Path) -> dict[int, float]:
+    """Train in one process, without Ray or DeepSpeed; returns the loss of each step."""
     command = [sys.executable, "-m", "distft", "train", str(config), f"run_dir={run_dir}"]
     alone = ["engine={type: local}", "checkpoint.directory=null"]
     subprocess.run([*command, *alone], check=True, capture_output=True, cwd=ROOT)
@@ -79,16 +79,16 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {int(line["step"]): line["loss"] for line in read_lines(run_dir / METRICS_FILE) if "loss" in line}
 
 
-def schedule(kinds: Sequence[str], num_faults: int, choice: random.Random) -> list[str]:
-    """Each kind once, in a seeded order, then again until there are enough."""
+def schedule(kinds: Sequence[str], num_faults: int, rng: random.Random) -> list[str]:
+    """`num_faults` kinds: each once in a random order, then each again, and so on."""
     planned: list[str] = []
     while len(planned) < num_faults:
-        planned += choice.sample(list(kinds), len(kinds))
+        planned += rng.sample(list(kinds), len(kinds))
     return planned[:num_faults]
 
 
-def possible(kind: str, *, has_addresses: bool, has_disk: bool) -> bool:
-    """Whether that can be done to this cluster, on this machine."""
+def is_possible(kind: str, *, has_addresses: bool, has_disk: bool) -> bool:
+    """Whether this kind of fault can be injected into this cluster, on this machine."""
     needed = {"addresses": has_addresses, "no addresses": not has_addresses, "disk": has_disk}
     return needed.get(FAULTS[kind].needs, True)
 
@@ -96,37 +96,42 @@ def possible(kind: str, *, has_addresses: bool, has_disk: bool) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", type=int, help="as many as there are kinds unless given")
-    parser.add_argument("--kinds", nargs="+", choices=list(FAULTS), help="all that can be, unless given")
-    parser.add_argument("--in-order", action="store_true", help="the kinds as they are named")
-    parser.add_argument("--network", action="store_true", help="nodes with an address each; needs root")
-    parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--max-workers", type=int, help="as many as nodes unless given")
-    parser.add_argument("--steps-between", type=int, default=15)
+    parser.add_argument("--faults", type=int, help="number of faults; default: one of each kind")
     parser.add_argument(
-        "--ray-defaults", action="store_true", help="restarts as Ray Train makes them, to compare"
+        "--kinds", nargs="+", choices=list(FAULTS), help="default: all that are possible here"
     )
-    parser.add_argument("--directory", type=Path, help="where everything lies; removed unless given")
+    parser.add_argument(
+        "--in-order", action="store_true", help="inject the kinds in the order given, each once"
+    )
+    parser.add_argument(
+        "--network", action="store_true", help="give each node an address of its own; needs root"
+    )
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--max-workers", type=int, help="default: the number of nodes")
+    parser.add_argument("--steps-between", type=int, default=15)
+    parser.add_argument("--ray-defaults", action="store_true", help="leave restarts to Ray Train, to compare")
+    parser.add_argument("--directory", type=Path, help="for all files; default: a temporary one")
     arguments = parser.parse_args()
-    if arguments.network and (reason := network_nodes.lacking()):
+    if arguments.network and (reason := network_nodes.why_unavailable()):
         raise SystemExit(f"--network {reason}.")
     with tempfile.TemporaryDirectory(prefix="chaos_") as name:
-        return _storm(arguments, arguments.directory or Path(name))
+        return inject_faults(arguments, arguments.directory or Path(name))
 
 
-def _storm(arguments: argparse.Namespace, folder: Path) -> int:
+def inject_faults(arguments: argparse.Namespace, folder: Path) -> int:
+    """Run the whole experiment below `folder`, and print a table row per fault; returns the exit code."""
     with small_disk(folder / "storage") as has_disk:
-        able = partial(possible, has_addresses=arguments.network, has_disk=has_disk)
+        is_possible_here = partial(is_possible, has_addresses=arguments.network, has_disk=has_disk)
         kinds = arguments.kinds or [
-            kind for kind, fault in FAULTS.items() if able(kind) and not fault.is_lasting
+            kind for kind, fault in FAULTS.items() if is_possible_here(kind) and not fault.changes_num_nodes
         ]
-        if unable := [kind for kind in kinds if not able(kind)]:
-            raise SystemExit(f"Not on this cluster, or not here: {', '.join(unable)}.")
-        choice = random.Random(arguments.seed)
-        planned = kinds if arguments.in_order else schedule(kinds, arguments.faults or len(kinds), choice)
+        if impossible := [kind for kind in kinds if not is_possible_here(kind)]:
+            raise SystemExit(f"Not possible with this cluster on this machine: {', '.join(impossible)}.")
+        rng = random.Random(arguments.seed)
+        planned = kinds if arguments.in_order else schedule(kinds, arguments.faults or len(kinds), rng)
         num_steps = arguments.steps_between * (len(planned) + 2)
         config = make_config(folder, num_steps, arguments.max_workers or arguments.nodes)
-        expected = undisturbed(config, folder / "undisturbed")
+        expected = train_undisturbed(config, folder / "undisturbed")
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if arguments.network:
             environ |= {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}
@@ -139,21 +144,21 @@ def _storm(arguments: argparse.Namespace, folder: Path) -> int:
                 else ProcessCluster(arguments.nodes)
             )
 
-        restarts = "ray" if arguments.ray_defaults else "ours"
-        with Storm(make_cluster, folder, environ, restarts) as storm:
-            print("| fault | at step | told, s | resumed, s | next step, s | ranks |")
+        restarts = "ray" if arguments.ray_defaults else "distft"
+        with FaultInjectionRun(make_cluster, folder, environ, restarts) as run:
+            print("| fault | at step | reported, s | resumed, s | next step, s | ranks |")
             print("|---|---:|---:|---:|---:|---:|", flush=True)
             for number, kind in enumerate(planned):
-                storm.wait_for_step((number + 1) * arguments.steps_between)
-                row = asdict(storm.strike(kind, choice))
+                run.wait_for_step((number + 1) * arguments.steps_between)
+                row = asdict(run.inject(kind, rng))
                 cells = ("-" if value is None else str(value) for value in row.values())
                 print(f"| {' | '.join(cells)} |", flush=True)
-            storm.finish()
-        return verdict(expected, folder / "run")
+            run.wait_for_end()
+        return compare(expected, folder / "run")
 
 
-def verdict(expected: dict[int, float], run_dir: Path) -> int:
-    """Compare losses and audit; 0 where nothing was lost."""
+def compare(expected: dict[int, float], run_dir: Path) -> int:
+    """Compare losses and audit the run; returns 0 if both are as without faults."""
     found = losses(run_dir)
     gaps = {step: abs(found.get(step, float("inf")) - loss) for step, loss in expected.items()}
     worst = max(gaps, key=gaps.__getitem__)
@@ -161,7 +166,7 @@ def verdict(expected: dict[int, float], run_dir: Path) -> int:
     is_same = gaps[worst] <= TOLERANCE
     print(
         f"{len(found)} of {len(expected)} steps; the largest difference of a loss is {gaps[worst]:.2g}, "
-        f"at step {worst}; {audit.num_lost_steps} steps were done again; ranks {list(audit.world_sizes)}; "
+        f"at step {worst}; {audit.num_lost_steps} steps were repeated; ranks {list(audit.world_sizes)}; "
         f"every sequence {'was' if audit.is_exact else 'WAS NOT'} used exactly once"
     )
     print(json.dumps({"largest_difference": gaps[worst], **asdict(audit)}))

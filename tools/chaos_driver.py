@@ -1,6 +1,6 @@
-"""launch/ray_train.py for chaos.py: `python chaos_driver.py BRAKE ours|ray CONFIG [KEY=VALUE]...`
+"""launch/ray_train.py for chaos.py: `python chaos_driver.py BRAKE distft|ray CONFIG [KEY=VALUE]...`
 
-The run goes slowly while the file BRAKE is there. With `ray`, restarts are what Ray Train makes of them.
+Steps take seconds while the file BRAKE exists. With `ray`, Ray Train restarts workers by its own defaults.
 """
 
 import contextlib
@@ -12,35 +12,39 @@ from pathlib import Path
 
 from distft.cli.ray_driver import main
 from distft.run.config import RunConfig
-from distft.run.train import Outcome, run_training
+from distft.run.train import RunResult, run_training
 from distft.topology import Topology
-from distft.train.loop import StopAsked, StopReason
+from distft.train.services import StopReason, StopRequested
 
-_PAUSE_S = 3.0  # a step; below the time after which a rank is taken to hang
+_PAUSE_S = 3.0  # per step; shorter than hang_timeout_s
 
 
-def train_slowly(brake: Path, config: RunConfig, topology: Topology, stop_asked: StopAsked) -> Outcome:
-    """As any run, in which every step waits while `brake` exists."""
+def train_slowly(
+    brake: Path, config: RunConfig, topology: Topology, stop_requested: StopRequested
+) -> RunResult:
+    """Train, but pause in every step while the file `brake` exists."""
 
-    def reason() -> StopReason | None:
+    def pausing_stop_requested() -> StopReason | None:
         if brake.exists():
             time.sleep(_PAUSE_S)
-        return stop_asked()
+        return stop_requested()
 
-    return run_training(config, topology, reason)
+    return run_training(config, topology, pausing_stop_requested)
 
 
 def leave_restarts_to_ray() -> None:
-    """Take back what distft does for them; to compare."""
-    from distft.cluster import ray_job
+    """Undo what distft changes about Ray Train's restarts."""
+    from distft.cluster.driver import driver
 
     os.environ.update(
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="2",
         RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
         RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="1",
     )
-    module = vars(ray_job)
-    module.update(_Trainer=module["TorchTrainer"], reservation_of=contextlib.nullcontext)
+    module = vars(driver)
+    module.update(
+        make_torch_trainer=module["TorchTrainer"], stale_reservation_released=contextlib.nullcontext
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Checkpoints, side by side in one run: `python tools/benchmark.py checkpoint`.
+"""Benchmark of checkpoint tools, side by side: `python tools/benchmark.py checkpoint`.
 
-Random state of a model with both moments, as two ranks write it. Every contestant runs in a process of its
-own, after its imports and with the files in the page cache; memory is what its process, and any that it
-starts, reached above an idle interpreter with the same imports.
+Input is random state of a model with both moments, as two ranks write it. Each candidate runs in its own
+process, after its imports and with the files in the page cache; memory is the peak of that process and its
+children, above an idle interpreter with the same imports.
 """
 
 import argparse
@@ -26,18 +26,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distft.checkpoint.background import Saver
+from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.convert import ConvertConfig, convert
 from distft.checkpoint.fragments import MOMENTS, STATES, WEIGHT, Fragment
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
 from distft.checkpoint.reshard import contiguous_layout, write_distft
+from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
 from distft.checkpoint.sources import read_state
-from distft.checkpoint.store import CheckpointConfig, CheckpointStore, Draft, ParameterInfo, RunRecord
+from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
-from distft.model.config import ModelConfig
-from distft.model.head import LanguageModelHead
-from distft.run.inputs import parameter_shapes
+from distft.model.config import LanguageModelHead, ModelConfig
+from distft.run.model import parameter_shapes
 
 SHAPES = {
     "tiny": ModelConfig(vocab_size=512, max_seq_len=128, d_model=64, num_layers=2, num_heads=4),
@@ -45,11 +46,13 @@ SHAPES = {
     "1.1B": ModelConfig(vocab_size=32000, max_seq_len=2048, d_model=2048, num_layers=20, num_heads=16),
 }
 LOADING_RANKS = 4
-LARGE = ("cp", "reshard to 4", "to huggingface", "load at 4 ranks")  # what is tried on a model of 10 GB
+Measurement = Callable[[], tuple[float, float]]  # returns seconds and MiB
+# Candidates that also run on a model of 10 GB.
+RUN_ON_LARGE_MODEL = ("cp", "reshard to 4", "to huggingface", "load at 4 ranks")
 
 
 class RandomCheckpoint:
-    """State drawn when it is asked for: a source without files."""
+    """A source without files: `read` draws random state."""
 
     format = "random"
     path = "random"
@@ -81,19 +84,19 @@ class RandomCheckpoint:
         generator = torch.Generator().manual_seed(hash((parameter, state, start)) % 2**63)
         return torch.rand(stop - start, generator=generator)
 
-    def faults(self) -> list[str]:
+    def find_damage(self) -> list[str]:
         return []
 
 
-def our_tool(source: str, target: str, settings: dict[str, object]) -> None:
+def convert_with_distft(source: str, target: str, settings: dict[str, object]) -> None:
     convert(Checkpoint.open(source), target, ConvertConfig.model_validate(settings), lambda _: None)
 
 
-def load_share(source: str, rank: int) -> None:
-    """What one of four ranks does at a resume: check its share of the files, read its part of the state."""
+def load_as_rank(source: str, rank: int) -> None:
+    """Resume as one of `LOADING_RANKS` ranks: verify its share of the files, read its slice of the state."""
     checkpoint = Checkpoint.open(source)
     numbers = range(rank, len(checkpoint.manifest.files), LOADING_RANKS)
-    assert not checkpoint.faults(list(numbers))
+    assert not checkpoint.find_damage(list(numbers))
     numels = {name: prod(record.shape) for name, record in checkpoint.manifest.parameters.items()}
     for name, (start, stop) in contiguous_layout(numels, LOADING_RANKS)[rank].items():
         for state in STATES:
@@ -126,7 +129,7 @@ def _child(pipe: Connection, work: Callable[..., None], arguments: tuple[object,
     if work in (ds_to_universal, zero_to_fp32):
         import deepspeed.checkpoint.ds_to_universal  # noqa: F401
     torch.set_num_threads(1)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, that of the imports
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which the imports have reached
     idle_kib = _peak_kib()
     began = time.perf_counter()
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -137,13 +140,13 @@ def _child(pipe: Connection, work: Callable[..., None], arguments: tuple[object,
 
 
 def _peak_kib() -> int:
-    """Of this process: not what getrusage says, which counts the parent that it was forked from."""
+    """Peak memory of this process. getrusage would include the parent that it was forked from."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
-def run_alone(*works: tuple[Callable[..., None], tuple[object, ...]]) -> tuple[float, float]:
-    """Seconds until all of `works`, started together, are done, and the largest peak memory of one, MiB."""
+def run_in_processes(*works: tuple[Callable[..., None], tuple[object, ...]]) -> tuple[float, float]:
+    """Run `works` at the same time; returns seconds until all are done, and the largest peak in MiB."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for work, arguments in works:
@@ -165,32 +168,33 @@ def copy(source: str, target: str) -> tuple[float, float]:
     return time.perf_counter() - began, 0.0
 
 
-def contestants(ours: str, theirs: dict[int, str], out: Path) -> dict[str, Callable[[], tuple[float, float]]]:
-    """By name; each gives seconds and MiB."""
+def candidates(distft_source: str, deepspeed_sources: dict[int, str], out: Path) -> dict[str, Measurement]:
+    """Measurement by name. `deepspeed_sources` are by ZeRO stage."""
 
-    def tool(name: str, settings: dict[str, object], source: str = ours) -> Callable[[], tuple[float, float]]:
-        return lambda: run_alone((our_tool, (source, str(out / name), settings)))
+    def tool(name: str, settings: dict[str, object]) -> Measurement:
+        return lambda: run_in_processes((convert_with_distft, (distft_source, str(out / name), settings)))
 
-    table: dict[str, Callable[[], tuple[float, float]]] = {
-        "cp": lambda: copy(ours, str(out / "cp")),
-        "load at 4 ranks": lambda: run_alone(*((load_share, (ours, r)) for r in range(LOADING_RANKS))),
+    loads = [(load_as_rank, (distft_source, rank)) for rank in range(LOADING_RANKS)]
+    table: dict[str, Measurement] = {
+        "cp": lambda: copy(distft_source, str(out / "cp")),
+        "load at 4 ranks": lambda: run_in_processes(*loads),
         "reshard to 4": tool("reshard", {"to": "distft", "ranks": 4}),
         "to universal": tool("universal", {"to": "universal"}),
         "to huggingface": tool("huggingface", {"to": "huggingface"}),
     }
-    for stage, source in theirs.items():
+    for stage, source in deepspeed_sources.items():
         tag = str(next(path for path in Path(source).iterdir() if path.is_dir()))
         table[f"ds_to_universal, stage {stage}"] = partial(
-            run_alone, (ds_to_universal, (tag, str(out / f"universal_{stage}")))
+            run_in_processes, (ds_to_universal, (tag, str(out / f"universal_{stage}")))
         )
         table[f"zero_to_fp32, stage {stage}"] = partial(
-            run_alone, (zero_to_fp32, (source, str(out / f"fp32_{stage}")))
+            run_in_processes, (zero_to_fp32, (source, str(out / f"fp32_{stage}")))
         )
     return table
 
 
 def measure_stall(model: ModelConfig, folder: Path) -> dict[str, float]:
-    """Seconds that training stands still for a save: the best of three, in the background and not."""
+    """Seconds that training stands still for a save, in the background and not: the best of three."""
     shapes = parameter_shapes(model, LanguageModelHead())
     fragments = [
         Fragment(name, state, 0, torch.rand(prod(shape)))
@@ -200,17 +204,17 @@ def measure_stall(model: ModelConfig, folder: Path) -> dict[str, float]:
     stalls = {}
     for in_background in (False, True):
         store = CheckpointStore(str(folder / f"stall_{in_background}"), SingleProcess())
-        saver = Saver(store, CheckpointConfig(in_background=in_background, keep_last=1))
+        saver = CheckpointSaver(store, CheckpointConfig(in_background=in_background, keep_last=1))
         for step in (1, 2, 3):
-            saver.save(_draft(step, shapes, fragments))
+            saver.save(_snapshot(step, shapes, fragments))
             saver.wait()
         name = "in the background" if in_background else "in the foreground"
-        stalls[name] = min(saved.stall_s for saved in saver.collect())
+        stalls[name] = min(result.stall_s for result in saver.collect())
     return stalls
 
 
-def _draft(step: int, shapes: dict[str, tuple[int, ...]], fragments: list[Fragment]) -> Draft:
-    record = RunRecord(
+def _snapshot(step: int, shapes: dict[str, tuple[int, ...]], fragments: list[Fragment]) -> CheckpointSnapshot:
+    metadata = RunMetadata(
         run_id="benchmark",
         config={},
         label_names=None,
@@ -220,11 +224,11 @@ def _draft(step: int, shapes: dict[str, tuple[int, ...]], fragments: list[Fragme
         tied={},
         probe=None,
     )
-    return Draft(
+    return CheckpointSnapshot(
         progress=Progress(step=step),
         fragments=fragments,
         parameters={name: ParameterInfo(shape, True, step) for name, shape in shapes.items()},
-        record=record,
+        metadata=metadata,
         attachments={},
     )
 
@@ -234,29 +238,30 @@ def checkpoint(arguments: argparse.Namespace) -> None:
     model = SHAPES[arguments.shape]
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         folder = Path(name)
-        ours = str(folder / "ours")
-        manifest = write_distft(RandomCheckpoint(model), ours, world_size=2)
+        distft_source = str(folder / "distft")
+        manifest = write_distft(RandomCheckpoint(model), distft_source, world_size=2)
         num_bytes = sum(file.num_bytes for file in manifest.files)
         is_large = num_bytes > 4 << 30
-        theirs = {} if is_large else {2: str(folder / "theirs_2"), 3: str(folder / "theirs_3")}
-        for stage, target in theirs.items():
-            our_tool(ours, target, {"to": "deepspeed", "ranks": 2, "zero_stage": stage})
+        stages = () if is_large else (2, 3)
+        deepspeed_sources = {stage: str(folder / f"deepspeed_{stage}") for stage in stages}
+        for stage, target in deepspeed_sources.items():
+            convert_with_distft(distft_source, target, {"to": "deepspeed", "ranks": 2, "zero_stage": stage})
         out = folder / "out"
         results: dict[str, tuple[float, float]] = {}
-        # In turns, so that a disk that is slow for a while is slow to all of them.
+        # Candidates take turns, so that a disk that is slow for a while slows all of them.
         for turn in range(arguments.turns):
-            for contestant, act in contestants(ours, theirs, out).items():
-                is_slow = contestant.startswith(("ds_", "zero_"))
-                if (is_slow and turn) or (is_large and contestant not in LARGE):
+            for candidate, measure in candidates(distft_source, deepspeed_sources, out).items():
+                is_slow = candidate.startswith(("ds_", "zero_"))
+                if (is_slow and turn) or (is_large and candidate not in RUN_ON_LARGE_MODEL):
                     continue
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir()
                 subprocess.run(["sync"], check=True)
-                subprocess.run(f"cat {ours}/* > /dev/null", shell=True, check=True)
-                found = act()
-                print(f"{contestant}: {found[0]:.2f} s", flush=True)
-                best = results.get(contestant, found)
-                results[contestant] = (min(best[0], found[0]), max(best[1], found[1]))
+                subprocess.run(f"cat {distft_source}/* > /dev/null", shell=True, check=True)
+                found = measure()
+                print(f"{candidate}: {found[0]:.2f} s", flush=True)
+                best = results.get(candidate, found)
+                results[candidate] = (min(best[0], found[0]), max(best[1], found[1]))
         shutil.rmtree(out, ignore_errors=True)
         stalls = {} if is_large else measure_stall(model, folder)
     _print_table(arguments.shape, num_bytes, results, stalls)

@@ -1,4 +1,4 @@
-"""Print what the demo came to, and where it lies: python tools/demo_results.py runs/demo SECONDS."""
+"""Prints the demo's results and the paths of its files: `python tools/demo_results.py runs/demo SECONDS`."""
 
 import json
 import math
@@ -15,20 +15,20 @@ from distft.tracker import METRICS_FILE, read_lines
 
 
 def main(demo: Path, seconds: int) -> None:
-    """Read the files of the demo's runs, print one table."""
+    """Read the files of the demo's runs and print one table."""
     table = Table(
         title=f"The demo, {seconds // 60} min {seconds % 60} s", title_justify="left", show_header=False
     )
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     table.add_column(style="dim", no_wrap=True)
-    for what, came_to, lies_in in rows(demo):
-        table.add_row(what, escape(came_to), lies_in)
+    for stage, result, path in rows(demo):
+        table.add_row(stage, escape(result), path)
     Console().print(table)
 
 
 def rows(demo: Path) -> Iterator[tuple[str, str, str]]:
-    """What was done, what it came to, where it lies."""
+    """For each stage of the demo: its name, its result, the path of its files."""
     shards = _json(demo / "shards" / "train" / "manifest.json")
     yield "corpus", f"{shards['num_tokens']:,} tokens of Python's standard library", f"{demo}/shards"
     pretrain = _metrics(demo / "pretrain")
@@ -41,11 +41,12 @@ def rows(demo: Path) -> Iterator[tuple[str, str, str]]:
         f"({held_out['validation/bits_per_byte']:.2f} bits a byte)",
         f"{demo}/pretrain",
     )
-    again = _losses(_metrics(demo / "one_rank"))
-    gap = max((abs(loss - losses[step]) for step, loss in again.items()), default=math.nan)
+    resumed = _losses(_metrics(demo / "one_rank"))
+    difference = max((abs(loss - losses[step]) for step, loss in resumed.items()), default=math.nan)
     yield (
-        "read back",
-        f"1 rank without ZeRO: its losses of steps {min(again)} to {max(again)} differ by at most {gap:.1e}",
+        "resumed",
+        f"1 rank without ZeRO: losses of steps {min(resumed)} to {max(resumed)} "
+        f"differ by at most {difference:.1e}",
         f"{demo}/one_rank",
     )
     parameters = _json(_last_checkpoint(demo / "finetune") / "manifest.json")["parameters"]

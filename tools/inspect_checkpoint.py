@@ -1,4 +1,4 @@
-"""Tell what is in a checkpoint: `python tools/inspect_checkpoint.py CHECKPOINT [--json]`."""
+"""Show the content of a checkpoint: `python tools/inspect_checkpoint.py CHECKPOINT [--json]`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Several machines on this one: namespaces for network, processes and mounts, on one switch. Needs root."""
+"""Several virtual machines on one: network, process and mount namespaces on one switch. Needs root."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ INTERFACE = "eth0"
 _TOOLS = ("ip", "unshare", "nsenter", "mount")
 
 
-def lacking() -> str:
-    """Why there can be no such nodes here; empty where there can."""
+def why_unavailable() -> str:
+    """Why this machine cannot make such nodes; empty if it can."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
@@ -23,32 +23,32 @@ def lacking() -> str:
         return f"needs {', '.join(missing)}"
     name = f"distft_{secrets.token_hex(3)}"
     if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
-        return "this machine makes no network namespaces"
+        return "needs network namespaces, which this machine cannot make"
     _run("ip", "netns", "delete", name)
     return ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkNode:
-    """What lives in the namespaces of `pid` is on this node."""
+    """A node, which consists of the namespaces of process `pid`."""
 
     name: str
     address: str
     pid: int
 
-    def within(self, *, with_processes: bool = True) -> list[str]:
-        """What a command starts with, to run on the node; without its processes it keeps its own id."""
+    def command_prefix(self, *, with_processes: bool = True) -> list[str]:
+        """The prefix of a command that runs on the node; it joins the process namespace on request."""
         namespaces = ["--net", "--mount", *(["--pid"] if with_processes else [])]
         return ["nsenter", f"--target={self.pid}", *namespaces, f"--wd={Path.cwd()}", "--"]
 
-    def set_cable(self, *, is_plugged_in: bool) -> None:
-        _run("ip", "-n", self.name, "link", "set", INTERFACE, "up" if is_plugged_in else "down")
+    def set_link(self, *, is_up: bool) -> None:
+        _run("ip", "-n", self.name, "link", "set", INTERFACE, "up" if is_up else "down")
 
 
 class Network:
-    """A switch, as a context; what runs on its nodes ends with it.
+    """A context: a switch and its nodes. Processes on the nodes end with it.
 
-    Each node has an address of 10.231.7.0/24 on `INTERFACE`, and a /tmp/ray of its own below `folder`.
+    Each node has an address in 10.231.7.0/24 on `INTERFACE`, and its own /tmp/ray, which is below `folder`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +68,7 @@ class Network:
         self._stack.close()
 
     def add_node(self, *, has_own_processes: bool = True) -> NetworkNode:
-        """Another node. Where processes are its own, killing that of `pid` kills all of them at once."""
+        """Add a node. With `has_own_processes`, killing `pid` kills all processes of the node at once."""
         self._num_nodes += 1
         name, port = f"{self._switch}_{self._num_nodes}", f"port{self._num_nodes}"
         address = f"10.231.7.{self._num_nodes}"
@@ -79,7 +79,7 @@ class Network:
         _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
         for interface in ("lo", INTERFACE):
             _run("ip", "-n", name, "link", "set", interface, "up")
-        pid = self._stack.enter_context(_living(name, self._folder / name, has_own_processes))
+        pid = self._stack.enter_context(_namespaces(name, self._folder / name, has_own_processes))
         return NetworkNode(name=name, address=address, pid=pid)
 
     def _make_namespace(self, name: str) -> None:
@@ -88,15 +88,15 @@ class Network:
 
 
 @contextlib.contextmanager
-def _living(name: str, temporary: Path, has_own_processes: bool) -> Iterator[int]:
-    """A process that keeps the namespaces alive: the first of them, where processes are their own."""
+def _namespaces(name: str, temporary: Path, has_own_processes: bool) -> Iterator[int]:
+    """Start a process that keeps the namespaces alive; with `has_own_processes` it is their process 1."""
     temporary.mkdir()
-    own = "--pid --mount-proc" if has_own_processes else ""
-    # Orphans are bash's to reap, or they would look alive for ever.
+    process_namespace = "--pid --mount-proc" if has_own_processes else ""
+    # bash reaps orphans, which would look alive otherwise.
     rest = "sleep infinity & wait" if has_own_processes else "exec sleep infinity"
     inside = f"mount --bind {temporary} /tmp/ray && touch {temporary}/ready && {rest}"
-    command = f"ip netns exec {name} unshare --mount {own} --fork --kill-child bash -c"
-    # When its child is killed, unshare complains that it was.
+    command = f"ip netns exec {name} unshare --mount {process_namespace} --fork --kill-child bash -c"
+    # unshare prints an error message when its child is killed.
     with subprocess.Popen([*command.split(), inside], stderr=subprocess.DEVNULL) as outer:
         try:
             while not (temporary / "ready").exists():

@@ -1,4 +1,4 @@
-"""The floor of a text classification: TF-IDF of words and pairs, logistic regression. Needs scikit-learn.
+"""Baseline for text classification: TF-IDF of words and bigrams, logistic regression. Needs scikit-learn.
 
 python tools/tfidf_floor.py data/trec/train.jsonl data/trec/test.jsonl
 """
@@ -34,13 +34,13 @@ def main() -> int:
         LogisticRegression(C=30.0, max_iter=1000),
     )
     model.fit(train_texts, train_labels)
-    guesses = model.predict(test_texts)
+    predictions = model.predict(test_texts)
     figures = {
         "num_train": len(train_texts),
         "num_test": len(test_texts),
         "num_labels": len(set(train_labels)),
-        "accuracy": round(float(accuracy_score(test_labels, guesses)), 4),
-        "macro_f1": round(float(f1_score(test_labels, guesses, average="macro")), 4),
+        "accuracy": round(float(accuracy_score(test_labels, predictions)), 4),
+        "macro_f1": round(float(f1_score(test_labels, predictions, average="macro")), 4),
     }
     print(json.dumps(figures))
     return 0

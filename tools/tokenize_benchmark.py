@@ -1,8 +1,8 @@
-"""Tokenizing, side by side in one run: `python tools/benchmark.py tokenize`.
+"""Compares `distft tokenize` with a bare sentencepiece loop: `python tools/benchmark.py tokenize`.
 
-The bare loop is what one would write by hand: as many processes as `distft tokenize` has, each with the
-model loaded and its share of the texts in memory, encoding one after another; only that is timed. Ours is
-timed as a whole command: start of the interpreters, reading, encoding, writing, checksums and the commit.
+The bare loop has as many processes as `distft tokenize`, each with the model loaded and its share of the
+texts in memory; only encoding is timed. `distft tokenize` is timed as a whole command: starting interpreters,
+reading, encoding, writing, checksums and the commit.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from distft.data.corpus import JsonlCorpus, StdlibCorpus
 from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
 
 
-def _encode(model: str, jsonl: str, share: tuple[int, int], start: Barrier, end: Barrier) -> None:
+def _encode(model: str, jsonl: str, shard: tuple[int, int], start: Barrier, end: Barrier) -> None:
+    """Encode every `num_workers`-th text, for `shard` = (rank, num_workers), between the two barriers."""
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_file=model)
+    rank, num_workers = shard
     with Path(jsonl).open() as lines:
-        texts = [
-            json.loads(line)["text"] for number, line in enumerate(lines) if number % share[1] == share[0]
-        ]
+        texts = [json.loads(line)["text"] for i, line in enumerate(lines) if i % num_workers == rank]
     start.wait()
     for text in texts:
         processor.encode(text)
@@ -35,7 +35,7 @@ def _encode(model: str, jsonl: str, share: tuple[int, int], start: Barrier, end:
 
 
 def bare_loop(model: str, jsonl: str, num_workers: int) -> float:
-    """Seconds that `num_workers` processes encode."""
+    """Seconds in which `num_workers` processes encode all texts."""
     context = multiprocessing.get_context("spawn")
     start, end = context.Barrier(num_workers + 1), context.Barrier(num_workers + 1)
     processes = [
@@ -53,8 +53,8 @@ def bare_loop(model: str, jsonl: str, num_workers: int) -> float:
     return seconds
 
 
-def ours(model: str, jsonl: str, num_workers: int, output: Path) -> float:
-    """Seconds of the command, from the start of its interpreter to its end."""
+def distft_tokenize(model: str, jsonl: str, num_workers: int, output: Path) -> float:
+    """Seconds of the whole command."""
     command = [sys.executable, "-m", "distft", "tokenize", jsonl, "-t", model, "-o", str(output)]
     began = time.perf_counter()
     subprocess.run([*command, "--workers", str(num_workers)], check=True, capture_output=True)
@@ -62,10 +62,10 @@ def ours(model: str, jsonl: str, num_workers: int, output: Path) -> float:
 
 
 def tokenize_benchmark(arguments: argparse.Namespace) -> None:
-    """Measure, and print rows for docs/benchmarks.md."""
+    """Measure, and print table rows for docs/benchmarks.md."""
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         folder = Path(name)
-        texts = [document.text for document in corpora.documents(_corpus(arguments.corpus))]
+        texts = [document.text for document in corpora.read_documents(_corpus(arguments.corpus))]
         models = {arguments.tokenizer: arguments.tokenizer} if arguments.tokenizer else {}
         for algorithm in () if models else ("bpe", "unigram"):
             models[algorithm] = str(folder / f"{algorithm}.model")
@@ -84,13 +84,13 @@ def tokenize_benchmark(arguments: argparse.Namespace) -> None:
         print("| tokenizer | bare loop, MB/s | distft tokenize, MB/s | ratio | start, s | ratio without it |")
         print("|---|---:|---:|---:|---:|---:|")
         for label, model in models.items():
-            bare_s, ours_s, start_s = [], [], []
+            bare_s, distft_s, start_s = [], [], []
             for turn in range(arguments.turns):
                 output = folder / f"{Path(model).stem}_{turn}"
                 bare_s.append(bare_loop(model, str(jsonl), arguments.workers))
-                ours_s.append(ours(model, str(jsonl), arguments.workers, output))
-                start_s.append(ours(model, str(first), arguments.workers, Path(f"{output}_first")))
-            bare, whole, start = min(bare_s), min(ours_s), min(start_s)
+                distft_s.append(distft_tokenize(model, str(jsonl), arguments.workers, output))
+                start_s.append(distft_tokenize(model, str(first), arguments.workers, Path(f"{output}_first")))
+            bare, whole, start = min(bare_s), min(distft_s), min(start_s)
             print(
                 f"| {Path(label).name} | {megabytes / bare:.1f} | {megabytes / whole:.1f} "
                 f"| {bare / whole:.2f} | {start:.2f} | {bare / (whole - start):.2f} |",

@@ -1,4 +1,4 @@
-"""The weighted mean of several checkpoints' weights, as one more source."""
+"""The weighted mean of several checkpoints' weights, as a checkpoint source."""
 
 from collections.abc import Sequence
 
@@ -12,47 +12,47 @@ from distft.errors import ConfigError
 
 
 class AveragedCheckpoint:
-    """Weights alone, in fp32: the moments of one optimizer say nothing of a mean.
+    """Mean of the weights in fp32; without moments, which do not belong to the mean.
 
-    Everything else is that of the last source which has its run's configuration; of the last one where none
-    has. Buffers come from there as they are.
+    Everything else, buffers included, comes from the last source that has a run's configuration, or from the
+    last source if none has.
     """
 
     format = "average"
 
     def __init__(self, sources: Sequence[CheckpointSource], weights: Sequence[float] | None = None) -> None:
-        """`weights` count relative to each other; None: all alike.
+        """`weights` are relative to each other; None: all equal.
 
-        Raises `ConfigError` where the checkpoints are not of one model, or weights do not fit them.
+        Raises `ConfigError` if the checkpoints are not of the same model, or the weights do not match them.
         """
-        shares = [1.0] * len(sources) if weights is None else list(weights)
-        faults = _faults(sources, shares)
-        if faults:
-            raise ConfigError("\n".join(faults))
+        factors = [1.0] * len(sources) if weights is None else list(weights)
+        problems = _problems(sources, factors)
+        if problems:
+            raise ConfigError("\n".join(problems))
         self._sources = tuple(sources)
-        self._shares = [share / sum(shares) for share in shares]
-        self._base = _described(sources)
+        self._factors = [factor / sum(factors) for factor in factors]
+        self._base = _last_with_config(sources)
         self.path = self._base.path
-        last = self._base.manifest
-        self.manifest: Manifest = last.model_copy(
+        base = self._base.manifest
+        self.manifest: Manifest = base.model_copy(
             update={
-                "progress": Progress(step=last.progress.step, tokens_seen=last.progress.tokens_seen),
-                "parameters": {name: self._record(record) for name, record in last.parameters.items()},
+                "progress": Progress(step=base.progress.step, tokens_seen=base.progress.tokens_seen),
+                "parameters": {name: self._record(record) for name, record in base.parameters.items()},
                 "groups": [],
                 "probe": None,
                 "written_by": {
-                    **last.written_by,
-                    "average_of": {s.path: share for s, share in zip(sources, self._shares, strict=True)},
+                    **base.written_by,
+                    "average_of": {s.path: factor for s, factor in zip(sources, self._factors, strict=True)},
                 },
             }
         )
 
     @property
     def summary(self) -> str:
-        """What it is made of, in a line."""
+        """The sources and their weights, in a line."""
         names = ", ".join(source.path for source in self._sources)
-        shares = ", ".join(f"{share:.4g}" for share in self._shares)
-        return f"average of {names} (weights {shares}); step and configuration of {self.path}"
+        factors = ", ".join(f"{factor:.4g}" for factor in self._factors)
+        return f"average of {names} (weights {factors}); step and configuration of {self.path}"
 
     def _record(self, record: ParameterRecord) -> ParameterRecord:
         dtype = record.states[WEIGHT].dtype if record.is_buffer else "float32"
@@ -71,16 +71,16 @@ class AveragedCheckpoint:
         if self.manifest.parameters[parameter].is_buffer:
             return self._base.read(parameter, state, start, stop)
         total = torch.zeros(stop - start, dtype=torch.float64)
-        for source, share in zip(self._sources, self._shares, strict=True):
-            total.add_(source.read(parameter, state, start, stop).double(), alpha=share)
+        for source, factor in zip(self._sources, self._factors, strict=True):
+            total.add_(source.read(parameter, state, start, stop).double(), alpha=factor)
         return total.float()
 
-    def faults(self) -> list[str]:
-        return [fault for source in self._sources for fault in source.faults()]
+    def find_damage(self) -> list[str]:
+        return [damage for source in self._sources for damage in source.find_damage()]
 
 
-def _described(sources: Sequence[CheckpointSource]) -> CheckpointSource:
-    """The last source with a run's configuration; without one the last that tells its model, or any."""
+def _last_with_config(sources: Sequence[CheckpointSource]) -> CheckpointSource:
+    """The last source with a run's configuration; else the last with a model's, else the last."""
     for key in ("run_dir", "model"):
         for source in reversed(sources):
             if key in source.manifest.config:
@@ -88,21 +88,28 @@ def _described(sources: Sequence[CheckpointSource]) -> CheckpointSource:
     return sources[-1]
 
 
-def _faults(sources: Sequence[CheckpointSource], shares: Sequence[float]) -> list[str]:
-    faults = []
+def _problems(sources: Sequence[CheckpointSource], weights: Sequence[float]) -> list[str]:
+    problems = []
     if len(sources) < 2:
-        faults.append("An average is of two checkpoints or more.")
-    if len(shares) != len(sources):
-        faults.append(f"{len(shares)} weights were given for {len(sources)} checkpoints: give one for each.")
-    elif not sum(shares) > 0:
-        faults.append(f"The weights {list(shares)} add up to {sum(shares)}, and must add up to more than 0.")
+        problems.append("An average needs two checkpoints or more.")
+    if len(weights) != len(sources):
+        problems.append(
+            f"{len(weights)} weights were given for {len(sources)} checkpoints: give one for each."
+        )
+    elif not sum(weights) > 0:
+        problems.append(
+            f"The weights {list(weights)} add up to {sum(weights)}, and must add up to more than 0."
+        )
     if not sources:
-        return faults
-    shapes = {name: record.shape for name, record in sources[-1].manifest.parameters.items()}
+        return problems
+    last = {name: record.shape for name, record in sources[-1].manifest.parameters.items()}
     for source in sources[:-1]:
-        theirs = {name: record.shape for name, record in source.manifest.parameters.items()}
-        odd = sorted(n for n in {*shapes, *theirs} if shapes.get(n) != theirs.get(n))
-        if odd:
-            shown = ", ".join(odd[:5]) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
-            faults.append(f"{source.path} is of another model than {sources[-1].path}: {shown} differ.")
-    return faults
+        shapes = {name: record.shape for name, record in source.manifest.parameters.items()}
+        differing = sorted(name for name in {*last, *shapes} if last.get(name) != shapes.get(name))
+        if differing:
+            shown = ", ".join(differing[:5])
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            problems.append(
+                f"{source.path} is of another model than {sources[-1].path}: {shown}{more} differ."
+            )
+    return problems

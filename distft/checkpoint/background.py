@@ -1,4 +1,4 @@
-"""Saving while training goes on: the step waits for a copy to host memory, a thread does the rest."""
+"""Saving in the background: training waits only for a copy to host memory; a thread writes it."""
 
 import threading
 import time
@@ -8,42 +8,47 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.fragments import Fragment
-from distft.checkpoint.store import CheckpointConfig, CheckpointStore, Draft
+from distft.checkpoint.snapshot import CheckpointSnapshot
+from distft.checkpoint.store import CheckpointStore
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """A commit, and what it cost."""
+class SaveResult:
+    """A commit, and the time that it took."""
 
     step: int
     path: str
-    stall_s: float  # how long training stood still
-    write_s: float  # how long it was written, beside training if that was in the background
+    stall_s: float  # training stood still
+    write_s: float  # writing took; in the background, training went on meanwhile
 
 
-class HostCopy:
-    """Copies of fragments in host memory that is kept from save to save, and pinned beside a GPU."""
+class StagingBuffers:
+    """Host memory for copies of fragments: reused from save to save, and pinned for fragments on a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
-    def take(self, fragments: Iterable[Fragment], keep: Callable[[Fragment], bool]) -> list[Fragment]:
-        """The fragments with values that training does not change; those to `keep` stay as they are."""
-        copies = []
+    def stage(self, fragments: Iterable[Fragment], is_constant: Callable[[Fragment], bool]) -> list[Fragment]:
+        """Copy fragments so that training can go on; `is_constant` ones are returned without a copy.
+
+        The copies are valid until the next call.
+        """
+        staged = []
         is_on_gpu = False
         for fragment in fragments:
-            if keep(fragment):
-                copies.append(fragment)
+            if is_constant(fragment):
+                staged.append(fragment)
                 continue
             values = fragment.values.detach()
             buffer = self._buffer(fragment, values)
             buffer.copy_(values, non_blocking=True)
             is_on_gpu |= values.is_cuda
-            copies.append(replace(fragment, values=buffer))
+            staged.append(replace(fragment, values=buffer))
         if is_on_gpu:
             torch.cuda.current_stream().synchronize()
-        return copies
+        return staged
 
     def _buffer(self, fragment: Fragment, values: Tensor) -> Tensor:
         key = (fragment.parameter, fragment.state)
@@ -54,67 +59,71 @@ class HostCopy:
         return found
 
 
-class Saver:
-    """Saves drafts to a store, at most one at a time. Every method is called by all ranks together.
+class CheckpointSaver:
+    """Saves snapshots to a store, at most one at a time. All ranks call `save` and `wait` together.
 
-    In the background the store needs collectives of its own: its thread speaks to the other ranks' threads
-    while the engines speak to each other.
+    In the background the store needs a process group of its own: its thread communicates with those of the
+    other ranks while the engines communicate with each other.
     """
 
     def __init__(self, store: CheckpointStore, config: CheckpointConfig) -> None:
         self._store = store
         self._config = config
-        self._copy = HostCopy()
+        self._buffers = StagingBuffers()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._saved: list[Saved] = []
+        self._results: list[SaveResult] = []
 
-    def save(self, draft: Draft) -> None:
-        """Take a copy of the draft and return; or write it here, where the background is not wanted.
+    def save(self, snapshot: CheckpointSnapshot) -> None:
+        """Copy the snapshot and return, while a thread writes it; without `in_background`, write it here.
 
-        Waits for a save that is still being written, and raises what went wrong with it.
+        First waits for the previous save, and raises its failure.
         """
         began = time.perf_counter()
         self.wait()
         if not self._config.in_background:
-            self._write(draft, began, None)
+            self._write(snapshot, began, None)
             self._raise_failure()
             return
-        copies = self._copy.take(draft.fragments, lambda f: not draft.parameters[f.parameter].trainable)
-        copied = replace(draft, fragments=copies)
+        fragments = self._buffers.stage(
+            snapshot.fragments, is_constant=lambda f: not snapshot.parameters[f.parameter].trainable
+        )
+        staged = replace(snapshot, fragments=fragments)
         stall_s = time.perf_counter() - began
         self._thread = threading.Thread(
-            target=self._write, args=(copied, time.perf_counter(), stall_s), name="distft-save", daemon=True
+            target=self._write, args=(staged, time.perf_counter(), stall_s), name="distft-save", daemon=True
         )
         self._thread.start()
 
-    def _write(self, draft: Draft, began: float, stall_s: float | None) -> None:
+    def _write(self, snapshot: CheckpointSnapshot, began: float, stall_s: float | None) -> None:
         try:
-            path = self._store.save(draft)
-            self._store.retain(self._config)
-        except BaseException as error:  # it is raised again where the run can act on it
+            path = self._store.save(snapshot)
+            self._store.prune(self._config)
+        except BaseException as error:  # raised again in the training thread, by `wait`
             self._failure = error
             return
         write_s = time.perf_counter() - began
-        self._saved.append(Saved(draft.progress.step, path, write_s if stall_s is None else stall_s, write_s))
+        self._results.append(
+            SaveResult(snapshot.progress.step, path, write_s if stall_s is None else stall_s, write_s)
+        )
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save went wrong that nobody has been told of yet."""
+        """Whether a save has failed and `wait` has not raised that yet."""
         return self._failure is not None
 
-    def collect(self) -> list[Saved]:
-        """The commits that were made since the last call."""
-        found, self._saved = self._saved, []
-        return found
+    def collect(self) -> list[SaveResult]:
+        """The commits made since the last call."""
+        results, self._results = self._results, []
+        return results
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what went wrong."""
+        """Wait until nothing is being written; raises the failure of the last save."""
         self.join()
         self._raise_failure()
 
     def join(self) -> None:
-        """Until nothing is being written; what went wrong is left for others to raise."""
+        """Wait until nothing is being written; raises nothing."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,26 +1,26 @@
-"""One checkpoint in another format. The source stays as it is; the target counts from its last file on."""
+"""Convert a checkpoint to another format; the target becomes a checkpoint when its last file is written."""
 
 from collections.abc import Callable, Iterable
 from typing import Literal, Self, get_args
 
 from pydantic import model_validator
 
-from distft.checkpoint.comparison import check_whole
+from distft.checkpoint.damage import require_undamaged
 from distft.checkpoint.formats.deepspeed_model import PARAM_DTYPES
 from distft.checkpoint.formats.deepspeed_target import write_deepspeed
-from distft.checkpoint.formats.huggingface_shape import Architecture
+from distft.checkpoint.formats.huggingface_architecture import Architecture
 from distft.checkpoint.formats.huggingface_target import write_huggingface
 from distft.checkpoint.formats.universal import write_universal
 from distft.checkpoint.reshard import write_distft
 from distft.checkpoint.sources import CheckpointSource
-from distft.checkpoint.target import new_directory
+from distft.checkpoint.target import target_directory
 from distft.config import Settings
 
 Format = Literal["distft", "deepspeed", "universal", "huggingface"]
 FORMATS: tuple[str, ...] = get_args(Format)
 ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
 
-# What only some formats have a use for.
+# The settings that each format accepts.
 _OPTIONS: dict[Format, tuple[str, ...]] = {
     "distft": ("ranks",),
     "deepspeed": ("ranks", "zero_stage", "dtype"),
@@ -30,12 +30,12 @@ _OPTIONS: dict[Format, tuple[str, ...]] = {
 
 
 class ConvertConfig(Settings):
-    """What a conversion makes; a setting that the format has no use for is a mistake."""
+    """Settings of a conversion. A setting that the format does not accept is an error."""
 
     to: Format
-    ranks: int = 1  # deepspeed, distft: number of ranks whose files are written
+    ranks: int = 1  # deepspeed, distft: number of ranks to write files for
     zero_stage: int = 1  # deepspeed
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # deepspeed: of its module; huggingface: of all
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of deepspeed's module, of huggingface's weights
     architecture: str | None = None  # huggingface; None: the first that fits
     max_shard_bytes: int = 5 << 30  # huggingface
 
@@ -43,7 +43,7 @@ class ConvertConfig(Settings):
     def _check_options(self) -> Self:
         useless = self.model_fields_set - {"to", *_OPTIONS[self.to]}
         if useless:
-            # The command line does not offer all of them.
+            # max_shard_bytes has no option on the command line.
             known = _as_options(set(_OPTIONS[self.to]) - {"max_shard_bytes"}) or "no options"
             raise ValueError(f"{self.to} has no {_as_options(useless)}: leave that out; it takes {known}")
         return self
@@ -56,12 +56,15 @@ def _as_options(names: Iterable[str]) -> str:
 def convert(
     source: CheckpointSource, target: str, config: ConvertConfig, on_progress: Callable[[int], None]
 ) -> list[str]:
-    """Write `source` to the new directory `target`; returns notes on what could not be carried over."""
+    """Write `source` to the new directory `target`; returns notes on what the format cannot represent.
+
+    Raises `CheckpointError` for a damaged source, and `ConfigError` if `target` is in use.
+    """
     if config.to == "distft":
         write_distft(source, target, world_size=config.ranks, on_progress=on_progress)
         return []
-    check_whole(source)
-    with new_directory(target, source.path):
+    require_undamaged(source)
+    with target_directory(target, source.path):
         if config.to == "universal":
             write_universal(source, target, on_progress=on_progress)
             return []

@@ -1,10 +1,10 @@
-"""One rank's fragments as a safetensors file: plain bytes behind a JSON header; nothing in it can run.
+"""One rank's fragments as a safetensors file: a JSON header and plain bytes, no code.
 
 Keys are `parameter/state/start`; each tensor is 1-D. Any safetensors reader opens these files.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distft.checkpoint.fragments import Fragment
+from distft.checkpoint.manifest import FileRecord
 from distft.errors import CheckpointError, StorageError, UnreachableError
 from distft.storage import ChecksumWriter, open_write, read_into, read_range
 
@@ -34,29 +35,29 @@ _COPY_NUMEL = 1 << 24  # elements copied from a device at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a fragment's bytes are in its file."""
+class FragmentLocation:
+    """Where a file stores a fragment."""
 
     dtype: torch.dtype
-    start: int  # of the fragment, in elements of the parameter
+    start: int  # elements [start, stop) of the parameter
     stop: int
-    offset: int  # of its first byte, in the file
+    offset: int  # of the first byte, in the file
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A fragment in the making: its values come in pieces, in order, when they are written."""
+class LazyFragment:
+    """A fragment to be written, whose values are produced chunk by chunk, in order."""
 
     parameter: str
     state: str
     start: int
     stop: int
     dtype: torch.dtype
-    pieces: Callable[[], Iterable[Tensor]]
+    chunks: Callable[[], Iterable[Tensor]]
 
     @classmethod
-    def of(cls, fragment: Fragment) -> "Entry":
-        """What is in memory, copied from its device a piece at a time."""
+    def of(cls, fragment: Fragment) -> "LazyFragment":
+        """A fragment in memory; a chunk at a time is copied from its device."""
         values = fragment.values.detach()
         return cls(
             fragment.parameter,
@@ -68,30 +69,47 @@ class Entry:
         )
 
 
-def write_rank_file(path: str, entries: Sequence[Entry], *, durable: bool = True) -> ChecksumWriter:
-    """Write a rank's fragments; returns what knows the file's size and checksum.
+def rank_file_name(rank: int) -> str:
+    """Name of the file that `rank` writes."""
+    return f"rank_{rank:05d}.safetensors"
 
-    `durable` waits until the disk has them.
+
+def is_rank_file(name: str) -> bool:
+    """Whether a file of this name is one that a rank wrote."""
+    return name.startswith("rank_") and name.endswith(".safetensors")
+
+
+def write_rank_file(
+    path: str, fragments: Sequence[LazyFragment], *, name: str, durable: bool = True
+) -> FileRecord:
+    """Write a rank's fragments to `path`; returns the record of the file, which the manifest calls `name`.
+
+    `durable`: return only when the disk has the data.
     """
     header: dict[str, object] = {"__metadata__": {"format": "distft-fragments"}}
     offset = 0
-    for entry in entries:
-        num_bytes = (entry.stop - entry.start) * entry.dtype.itemsize
-        header[f"{entry.parameter}/{entry.state}/{entry.start}"] = {
-            "dtype": _CODES[entry.dtype],
-            "shape": [entry.stop - entry.start],
+    for fragment in fragments:
+        num_bytes = (fragment.stop - fragment.start) * fragment.dtype.itemsize
+        header[f"{fragment.parameter}/{fragment.state}/{fragment.start}"] = {
+            "dtype": _CODES[fragment.dtype],
+            "shape": [fragment.stop - fragment.start],
             "data_offsets": [offset, offset + num_bytes],
         }
         offset += num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
+    text += b" " * (-len(text) % 8)  # the format requires data to be aligned to 8 bytes
     with open_write(path, durable=durable) as file:
         writer = ChecksumWriter(file)
         writer.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        for entry in entries:
-            for piece in entry.pieces():
-                writer.write(_bytes_of(piece))
-    return writer
+        for fragment in fragments:
+            for chunk in fragment.chunks():
+                writer.write(_bytes_of(chunk))
+    return FileRecord(
+        name=name,
+        num_bytes=writer.num_bytes,
+        checksum=writer.checksum,
+        intervals={fragment.parameter: (fragment.start, fragment.stop) for fragment in fragments},
+    )
 
 
 def _bytes_of(values: Tensor) -> memoryview:
@@ -99,8 +117,11 @@ def _bytes_of(values: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def read_header(path: str) -> dict[tuple[str, str], Place]:
-    """Where each (parameter, state) of a rank's file lies; `CheckpointError` for what is no such file."""
+def read_header(path: str) -> dict[tuple[str, str], FragmentLocation]:
+    """Location of each (parameter, state) in a rank's file.
+
+    Raises `CheckpointError` if the file is missing or damaged.
+    """
     try:
         length = int.from_bytes(read_range(path, 0, _LENGTH_BYTES), "little")
         if not 0 < length <= _MAX_HEADER_BYTES:
@@ -108,7 +129,7 @@ def read_header(path: str) -> dict[tuple[str, str], Place]:
         raw: Mapping[str, Mapping[str, Any]] = json.loads(
             bytes(read_range(path, _LENGTH_BYTES, _LENGTH_BYTES + length))
         )
-        return dict(_places(raw, _LENGTH_BYTES + length))
+        return dict(_locations(raw, _LENGTH_BYTES + length))
     except UnreachableError:
         raise
     except FileNotFoundError:
@@ -119,27 +140,27 @@ def read_header(path: str) -> dict[tuple[str, str], Place]:
         ) from None
 
 
-def _places(raw: Mapping[str, Mapping[str, Any]], data_offset: int) -> list[tuple[tuple[str, str], Place]]:
-    places = []
-    for key, entry in raw.items():
+def _locations(
+    header: Mapping[str, Mapping[str, Any]], data_offset: int
+) -> Iterator[tuple[tuple[str, str], FragmentLocation]]:
+    for key, tensor in header.items():
         if key == "__metadata__":
             continue
         parameter, state, start = key.rsplit("/", 2)
-        begin, end = entry["data_offsets"]
-        dtype = _DTYPES[str(entry["dtype"])]
-        numel = (end - begin) // dtype.itemsize
-        places.append(((parameter, state), Place(dtype, int(start), int(start) + numel, data_offset + begin)))
-    return places
+        begin, end = tensor["data_offsets"]
+        dtype = _DTYPES[str(tensor["dtype"])]
+        stop = int(start) + (end - begin) // dtype.itemsize
+        yield (parameter, state), FragmentLocation(dtype, int(start), stop, data_offset + begin)
 
 
-def read_values(path: str, place: Place, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the parameter from a file that has them at `place`; reads no other bytes."""
-    begin = place.offset + (start - place.start) * place.dtype.itemsize
-    return read_elements(path, begin, place.dtype, stop - start)
+def read_values(path: str, location: FragmentLocation, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the parameter, from the fragment at `location`; reads no other bytes."""
+    offset = location.offset + (start - location.start) * location.dtype.itemsize
+    return read_elements(path, offset, location.dtype, stop - start)
 
 
 def read_elements(path: str, offset: int, dtype: torch.dtype, numel: int) -> Tensor:
-    """`numel` elements that lie at byte `offset` of a file: 1-D, in memory of their own."""
+    """`numel` elements from byte `offset` of a file on: 1-D, in newly allocated memory."""
     values = torch.empty(numel, dtype=dtype)
     if numel:
         raw: Any = values.view(torch.uint8).numpy()

@@ -1,50 +1,52 @@
-"""Where an engine's state comes from: an initialiser, a checkpoint, or several in order of preference."""
+"""Sources of an engine's state: an initialiser, a checkpoint, or several in order of preference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.fragments import STATES, WEIGHT
 from distft.checkpoint.manifest import Manifest
 from distft.errors import CheckpointError
 
-_READ_NUMEL = 1 << 22  # elements held beside the ones that they are copied to
+_READ_NUMEL = 1 << 22  # elements read at a time into a larger tensor
+_CHUNK_NUMEL = 1 << 20
 
 
 class StateSource(Protocol):
-    """State by parameter name, in flattened pieces; nothing is held whole unless the whole is asked for."""
+    """State by parameter name, read as intervals of flattened parameters."""
 
     def has(self, parameter: str, state: str) -> bool:
-        """Whether `read` would serve this state."""
+        """Whether `read` can serve this state."""
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
-        """The parameter's shape here; None where it is not held."""
+        """The parameter's shape; None if the source does not have it."""
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened state: 1-D, on the CPU, in the dtype it is kept in."""
+        """Elements [start, stop) of the flattened state: 1-D, on the CPU, in the stored dtype."""
 
     def updates(self, parameter: str) -> int:
-        """How many optimizer updates the parameter has had here."""
+        """Number of optimizer updates that the parameter has had."""
 
 
 class CheckpointSource(StateSource, Protocol):
-    """A checkpoint on disk, in whatever format: what the tools of `distft checkpoint` work on.
+    """A checkpoint on disk, in any format: the input of the tools of `distft checkpoint`.
 
-    Nothing is loaded until `read` asks for it, and no more than that: a reader's memory is what it returns.
+    `read` loads only the interval that it returns.
     """
 
     path: str
     format: str  # distft, deepspeed, universal, huggingface
-    manifest: Manifest  # ours, or what a foreign format tells of the same; without files there
+    manifest: Manifest  # of a foreign format: the equivalent, without files
 
-    def faults(self) -> list[str]:
-        """What is wrong with its files, as far as the format can tell: every byte of them is read."""
+    def find_damage(self) -> list[str]:
+        """Read every byte; a message on each file that is damaged, as far as the format can show it."""
 
 
 class InitialSource:
-    """Fresh weights, made by a function of name and interval; no moments."""
+    """Freshly initialised weights, computed from name and interval; no moments."""
 
     def __init__(
         self,
@@ -68,16 +70,16 @@ class InitialSource:
 
 
 class WeightsOnly:
-    """Another source without its moments and update counts: what `init_from` takes from a checkpoint."""
+    """Another source without its moments and update counts: what `init_from` loads of a checkpoint."""
 
     def __init__(self, source: StateSource, *, without: tuple[str, ...] = ()) -> None:
-        """Parameters whose names begin with one of `without` are not offered."""
+        """Leaves out parameters whose names begin with one of `without`."""
         self._source = source
         self._without = without
 
     def has(self, parameter: str, state: str) -> bool:
-        is_offered = state == WEIGHT and not parameter.startswith(self._without)
-        return is_offered and self._source.has(parameter, state)
+        is_included = state == WEIGHT and not parameter.startswith(self._without)
+        return is_included and self._source.has(parameter, state)
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         return self._source.shape(parameter)
@@ -90,43 +92,72 @@ class WeightsOnly:
 
 
 class FirstOf:
-    """Each parameter from the first source that holds it."""
+    """Each parameter from the first source that has it."""
 
     def __init__(self, sources: Sequence[StateSource]) -> None:
         self._sources = tuple(sources)
 
-    def _owner(self, parameter: str) -> StateSource | None:
+    def _source_of(self, parameter: str) -> StateSource | None:
         return next((source for source in self._sources if source.has(parameter, WEIGHT)), None)
 
     def has(self, parameter: str, state: str) -> bool:
-        owner = self._owner(parameter)
-        return owner is not None and owner.has(parameter, state)
+        source = self._source_of(parameter)
+        return source is not None and source.has(parameter, state)
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
-        owner = self._owner(parameter)
-        return None if owner is None else owner.shape(parameter)
+        source = self._source_of(parameter)
+        return None if source is None else source.shape(parameter)
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
-        owner = self._owner(parameter)
-        if owner is None:
+        source = self._source_of(parameter)
+        if source is None:
             raise CheckpointError(f"{parameter!r} is in none of {len(self._sources)} sources.")
-        return owner.read(parameter, state, start, stop)
+        return source.read(parameter, state, start, stop)
 
     def updates(self, parameter: str) -> int:
-        owner = self._owner(parameter)
-        return 0 if owner is None else owner.updates(parameter)
+        source = self._source_of(parameter)
+        return 0 if source is None else source.updates(parameter)
 
 
 def read_state(source: StateSource, parameter: str, state: str, out: Tensor, start: int) -> None:
-    """Fill the 1-D tensor `out` with elements from `start` on; zeros where a moment does not exist yet."""
+    """Fill the 1-D tensor `out` with elements from `start` on; with zeros if a moment does not exist yet."""
     if not out.numel():
         return
     with torch.no_grad():
         if source.has(parameter, state):
-            for piece in torch.split(out, _READ_NUMEL):
-                piece.copy_(source.read(parameter, state, start, start + piece.numel()))
-                start += piece.numel()
+            for chunk in torch.split(out, _READ_NUMEL):
+                chunk.copy_(source.read(parameter, state, start, start + chunk.numel()))
+                start += chunk.numel()
         elif state == WEIGHT:
             raise CheckpointError(f"No source has the weight of {parameter!r}.")
         else:
             out.zero_()
+
+
+def stored_states(source: CheckpointSource, parameter: str) -> list[str]:
+    """The states that a checkpoint has of a parameter, in the order of `STATES`."""
+    return [state for state in STATES if state in source.manifest.parameters[parameter].states]
+
+
+def num_state_bytes(source: CheckpointSource) -> int:
+    """Size of all states of all parameters."""
+    return sum(
+        prod(record.shape) * getattr(torch, state.dtype).itemsize
+        for record in source.manifest.parameters.values()
+        for state in record.states.values()
+    )
+
+
+def read_chunks(
+    source: CheckpointSource, parameter: str, state: str, on_progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """A state from end to end, as (start, values) of a few MiB each.
+
+    After each chunk is consumed, `on_progress` is called with its number of bytes.
+    """
+    numel = prod(source.manifest.parameters[parameter].shape)
+    for start in range(0, numel, _CHUNK_NUMEL):
+        values = source.read(parameter, state, start, min(start + _CHUNK_NUMEL, numel))
+        yield start, values
+        if on_progress is not None:
+            on_progress(values.numel() * values.element_size())

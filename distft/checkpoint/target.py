@@ -1,4 +1,4 @@
-"""A directory that a tool writes into: taken only if it is free, and marked until the tool is done."""
+"""A tool's target directory: used only if it is free, and marked as unfinished until the tool is done."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,48 +7,49 @@ from distft import storage
 from distft.checkpoint.manifest import MANIFEST
 from distft.errors import ConfigError
 
-UNFINISHED = "UNFINISHED.txt"
+UNFINISHED_MARKER = "UNFINISHED.txt"
 
 
 @contextmanager
-def new_directory(path: str, source: str) -> Iterator[None]:
-    """Make `path` for what is made of `source`.
+def target_directory(path: str, source: str) -> Iterator[None]:
+    """Create `path` for the block to write into; removes the marker when the block succeeds.
 
-    A directory that an interrupted run of a tool left is emptied and used again. Raises `ConfigError` for
-    one that holds anything else, or is the source: what is there is never written over.
+    Empties and reuses a directory that an interrupted tool left. Raises `ConfigError` if the directory
+    contains anything else or lies in `source`: existing files are never overwritten.
     """
-    mark = storage.join(path, UNFINISHED)
-    check_outside(path, _all_commits(source))
+    marker = storage.join(path, UNFINISHED_MARKER)
+    require_outside(path, _all_commits(source))
     names = storage.list_names(path)
-    if names and UNFINISHED not in names:
+    if names and UNFINISHED_MARKER not in names:
         raise ConfigError(f"{path} is not empty: choose another target, or remove it.")
-    # The manifest goes first and the mark last: a death on the way leaves what nobody loads or keeps.
-    for name in sorted(set(names) - {UNFINISHED}, key=lambda name: name != MANIFEST):
+    # The manifest goes first and the marker last, so that an interrupted removal never leaves a directory
+    # that could be loaded, or one that could not be reused.
+    for name in sorted(set(names) - {UNFINISHED_MARKER}, key=lambda name: name != MANIFEST):
         _remove(storage.join(path, name))
-    storage.remove_drafts(path)
+    storage.remove_temporary_files(path)
     storage.make_directory(path)
     storage.commit_bytes(
-        mark, f"Being made of {source}. While this file is here, the rest is not whole.\n".encode()
+        marker, f"Being written from {source}. While this file is here, the rest is incomplete.\n".encode()
     )
     try:
         yield
     except BaseException:
-        if storage.list_names(path) == [UNFINISHED]:  # refused before anything was written
+        if storage.list_names(path) == [UNFINISHED_MARKER]:  # the block failed before it wrote anything
             storage.remove_tree(path)
         raise
-    storage.remove(mark)
+    storage.remove(marker)
 
 
-def check_outside(path: str, source: str) -> None:
-    """Refuse a target within the directory of a source, which stays as it is: raises `ConfigError`."""
+def require_outside(path: str, source: str) -> None:
+    """Raise `ConfigError` if the target `path` lies in the directory of a source, which must not change."""
     if _is_within(path, source):
         raise ConfigError(f"{path} lies in the source {source}, which stays as it is: choose another target.")
 
 
 def _all_commits(source: str) -> str:
-    """The `checkpoints` of the run that a commit lies in; else the source itself."""
-    above = storage.parent(source)
-    return above if above.rpartition("/")[2] == "checkpoints" else source
+    """The `checkpoints` directory that a commit lies in; otherwise the source itself."""
+    parent = storage.parent(source)
+    return parent if parent.rpartition("/")[2] == "checkpoints" else source
 
 
 def _remove(path: str) -> None:

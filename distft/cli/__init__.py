@@ -1,1 +1,1 @@
-"""The command line: parse, call, print, exit code. Heavy imports wait until a verb runs."""
+"""The command line: parse, call, print, exit code. Commands do their heavy imports when they run."""

@@ -1,4 +1,4 @@
-"""`distft checkpoint`: look at checkpoints of any format, check them, and write them in another."""
+"""`distft checkpoint`: inspect, verify, compare, convert, average and prune checkpoints of any format."""
 
 import json
 import sys
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from distft.checkpoint.comparison import StateDifference
     from distft.checkpoint.sources import CheckpointSource
 
 checkpoint_app = typer.Typer(
-    help="Look at checkpoints of any format, check them, and write them in another.", no_args_is_help=True
+    help="Inspect, verify and convert checkpoints of any format.", no_args_is_help=True
 )
 
 Path = Annotated[
@@ -19,13 +20,18 @@ Path = Annotated[
 ]
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A new directory, or a URL.")]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Let DeepSpeed's files import classes not known here: runs code.")
+    bool, typer.Option("--trust", help="Let DeepSpeed's pickles import unknown classes: runs their code.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
-Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks whose files are written.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks to write files for.")]
 
-
-_FILE_COLUMNS = 240  # of a table that goes to a file or another program
+_FILE_COLUMNS = 240  # width of a table that goes to a file or another program
+_DIFFERENCE_KINDS = {
+    "differs": "differs",
+    "shape": "has another shape",
+    "missing": "is not in B",
+    "added": "is only in B",
+}
 
 
 @checkpoint_app.command("inspect")
@@ -37,62 +43,61 @@ def inspect(
     as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:
-    """Tell what is in a checkpoint: step, tokens, layout, and every parameter."""
-    from distft.checkpoint.comparison import num_bytes
+    """Show the content of a checkpoint: step, tokens, files, and every parameter."""
     from distft.checkpoint.description import describe, description_table
     from distft.checkpoint.formats.detect import open_source
+    from distft.checkpoint.sources import num_state_bytes
     from distft.tracker import progress
 
     source = open_source(checkpoint, trust=trust)
     _note_uncommitted(source, checkpoint)
     if statistics:
-        with progress(num_bytes(source), "reading", "bytes") as display:
-            found = describe(source, statistics=True, on_progress=display.advance)
+        with progress(num_state_bytes(source), "reading", "bytes") as display:
+            description = describe(source, statistics=True, on_progress=display.advance)
     else:
-        found = describe(source, statistics=False)
+        description = describe(source, statistics=False)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(description, indent=1))
         return
     from rich.console import Console
 
     screen = Console(highlight=False)
     if not screen.is_terminal:
         screen.width = _FILE_COLUMNS
-    screen.print(description_table(found))
+    screen.print(description_table(description))
 
 
 @checkpoint_app.command("verify")
 def verify(checkpoint: Path, as_json: AsJson = False, trust: Trust = False) -> None:
-    """Read every byte: sizes, checksums, and each tensor's fingerprint. Exit code 1 for a damaged one."""
-    from distft.checkpoint.comparison import all_faults, num_bytes
+    """Read every byte: check sizes, checksums and tensor fingerprints. Exit code 1 if anything is damaged."""
+    from distft.checkpoint.damage import find_all_damage
     from distft.checkpoint.formats.detect import open_source
-    from distft.checkpoint.unread import UnreadError
-    from distft.errors import CheckpointError
+    from distft.checkpoint.sources import num_state_bytes
+    from distft.errors import CheckpointError, UnsupportedFormatError
     from distft.tracker import progress
 
     try:
         source = open_source(checkpoint, trust=trust)
-    except UnreadError:
+    except UnsupportedFormatError:
         raise
-    except CheckpointError as error:  # so damaged that it cannot be opened
-        faults = str(error).splitlines()
-        found = {"path": checkpoint, "format": None, "faults": faults}
-        print(json.dumps(found, indent=1) if as_json else "\n".join(faults))
+    except CheckpointError as error:  # too damaged to be opened
+        damage = str(error).splitlines()
+        result = {"path": checkpoint, "format": None, "faults": damage}
+        print(json.dumps(result, indent=1) if as_json else "\n".join(damage))
         raise typer.Exit(1) from None
     _note_uncommitted(source, checkpoint)
-    total = num_bytes(source)
+    total = num_state_bytes(source)
     with progress(total, "verifying", "bytes") as display:
-        faults = all_faults(source, display.advance)
+        damage = find_all_damage(source, display.advance)
     if as_json:
-        print(json.dumps({"path": source.path, "format": source.format, "faults": faults}, indent=1))
+        print(json.dumps({"path": source.path, "format": source.format, "faults": damage}, indent=1))
+    elif damage:
+        print("\n".join(damage))
     else:
-        for fault in faults:
-            print(fault)
-        if not faults:
-            count = len(source.manifest.parameters)
-            said = "readable; this format has no checksums" if source.format == "huggingface" else "whole"
-            print(f"{source.path}: {said}; {count:,} parameters, {total:,} bytes of state.")
-    if faults:
+        verdict = "readable; this format has no checksums" if source.format == "huggingface" else "undamaged"
+        count = len(source.manifest.parameters)
+        print(f"{source.path}: {verdict}; {count:,} parameters, {total:,} bytes of state.")
+    if damage:
         raise typer.Exit(1)
 
 
@@ -101,88 +106,93 @@ def diff(
     first: Annotated[str, typer.Argument(metavar="A")],
     second: Annotated[str, typer.Argument(metavar="B")],
     state: Annotated[
-        list[str] | None, typer.Option(help="weight, exp_avg or exp_avg_sq; all unless given.")
+        list[str] | None, typer.Option(help="weight, exp_avg or exp_avg_sq; default: all.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Difference over the first one's size, in norm, that passes.")
+        float, typer.Option(min=0.0, help="Largest norm of a difference, relative to A's, that passes.")
     ] = 0.0,
     as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:
-    """Compare two checkpoints of any formats, parameter by parameter. Exit code 1 where they differ."""
+    """Compare two checkpoints of any formats, parameter by parameter. Exit code 1 if they differ."""
     from dataclasses import asdict
 
-    from distft.checkpoint.comparison import absent_states, differences, num_bytes
+    from distft.checkpoint.comparison import differences
     from distft.checkpoint.formats.detect import open_source
     from distft.checkpoint.fragments import STATES
+    from distft.checkpoint.sources import num_state_bytes
     from distft.errors import CheckpointError
     from distft.tracker import progress
 
     for name in state or ():
         _check_choice("--state", name, STATES)
     a, b = open_source(first, trust=trust), open_source(second, trust=trust)
-    with progress(num_bytes(a), "comparing", "bytes") as display:
+    with progress(num_state_bytes(a), "comparing", "bytes") as display:
         found = list(differences(a, b, state or STATES, display.advance))
     if not found:
         raise CheckpointError(
             f"Nothing was compared: neither {a.path} nor {b.path} has {' or '.join(state or STATES)}."
         )
     unequal = [d for d in found if d.kind != "identical"]
-    odd = [d for d in unequal if d.kind != "differs" or not d.relative <= tolerance]
+    beyond_tolerance = [d for d in unequal if d.kind != "differs" or not d.relative <= tolerance]
     if as_json:
         print(json.dumps([asdict(difference) for difference in found], indent=1))
     else:
-        absent = absent_states(found)
-        for (name, kind), count in absent.items():
-            print(f"{name} of all {count:,} parameters that have it {_KINDS[kind]}")
-        for d in (d for d in odd if (d.state, d.kind) not in absent):
-            how = ""
-            if d.kind == "differs":
-                how = f": {d.num_differing:,} elements, by {d.max_abs:.3g} at most, {d.relative:.3g} in norm"
-            print(f"{d.state} of {d.parameter} {_KINDS[d.kind]}{how}")
+        _print_differences(found, beyond_tolerance)
         print(f"A {a.path} ({a.format}), B {b.path} ({b.format})")
         print(f"{len(found) - len(unequal):,} of {len(found):,} states are identical.")
-        if close := len(unequal) - len(odd):
-            print(f"{close:,} differ by {tolerance:g} in norm or less.")
-    if odd:
+        if num_close := len(unequal) - len(beyond_tolerance):
+            print(f"{num_close:,} differ by {tolerance:g} in norm or less.")
+    if beyond_tolerance:
         raise typer.Exit(1)
 
 
-_KINDS = {
-    "differs": "differs",
-    "shape": "has another shape",
-    "missing": "is not in B",
-    "added": "is only in B",
-}
+def _print_differences(
+    found: Sequence["StateDifference"], beyond_tolerance: Sequence["StateDifference"]
+) -> None:
+    from distft.checkpoint.comparison import absent_states
+
+    absent = absent_states(found)
+    for (name, kind), count in absent.items():
+        print(f"{name} of all {count:,} parameters that have it {_DIFFERENCE_KINDS[kind]}")
+    for d in beyond_tolerance:
+        if (d.state, d.kind) in absent:
+            continue
+        amount = ""
+        if d.kind == "differs":
+            amount = f": {d.num_differing:,} elements, by {d.max_abs:.3g} at most, {d.relative:.3g} in norm"
+        print(f"{d.state} of {d.parameter} {_DIFFERENCE_KINDS[d.kind]}{amount}")
 
 
 @checkpoint_app.command("plan")
 def plan(checkpoint: Path, ranks: Ranks = 1, as_json: AsJson = False, trust: Trust = False) -> None:
-    """Tell what `reshard` would read and write, and about how long it takes; changes nothing."""
+    """Show what `reshard` would read and write, and about how long it would take; changes nothing."""
     from distft.checkpoint.formats.detect import open_source
+    from distft.checkpoint.rank_file import rank_file_name
     from distft.checkpoint.reshard import estimate_seconds, plan_reshard
 
     source = open_source(checkpoint, trust=trust)
-    found = plan_reshard(source, ranks)
-    seconds = estimate_seconds(source, found)
+    planned = plan_reshard(source, ranks)
+    seconds = estimate_seconds(source, planned)
     if as_json:
         files = [
-            {"num_bytes": size, "intervals": held}
-            for size, held in zip(found.num_bytes, found.layout, strict=True)
+            {"num_bytes": size, "intervals": intervals}
+            for size, intervals in zip(planned.num_bytes, planned.layout, strict=True)
         ]
-        print(json.dumps({"files": files, "num_bytes": found.num_source_bytes, "seconds": seconds}, indent=1))
+        result = {"files": files, "num_bytes": planned.num_source_bytes, "seconds": seconds}
+        print(json.dumps(result, indent=1))
         return
-    print(f"reads   {found.num_source_bytes:,} bytes of {source.path} ({source.format})")
-    for rank, (size, held) in enumerate(zip(found.num_bytes, found.layout, strict=True)):
-        names = list(held)
+    print(f"reads   {planned.num_source_bytes:,} bytes of {source.path} ({source.format})")
+    for rank, (size, intervals) in enumerate(zip(planned.num_bytes, planned.layout, strict=True)):
+        names = list(intervals)
         span = f"{names[0]} to {names[-1]}" if names else "nothing"
-        print(f"writes  rank_{rank:05d}.safetensors: {size:,} bytes of {len(names):,} parameters, {span}")
-    print(f"takes   about {seconds:.1f} s, by the rate of a first piece; nothing was changed")
+        print(f"writes  {rank_file_name(rank)}: {size:,} bytes of {len(names):,} parameters, {span}")
+    print(f"takes   about {seconds:.1f} s, extrapolated from a sample; nothing was changed")
 
 
 @checkpoint_app.command("reshard")
 def reshard(checkpoint: Path, target: Target, ranks: Ranks = 1, trust: Trust = False) -> None:
-    """Write a checkpoint of ours for another number of ranks. A resume needs none of this."""
+    """Write a distft checkpoint for another number of ranks. A resume does not need this."""
     _convert(checkpoint, target, {"to": "distft", "ranks": ranks}, trust)
 
 
@@ -192,7 +202,7 @@ def convert(
     target: Target,
     to: Annotated[str, typer.Option(help="distft, deepspeed, universal or huggingface.")],
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="For distft and deepspeed: ranks whose files are written.")
+        int | None, typer.Option(min=1, help="For distft and deepspeed: number of ranks to write files for.")
     ] = None,
     zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="For deepspeed.")] = None,
     dtype: Annotated[
@@ -203,7 +213,7 @@ def convert(
     ] = None,
     run_config: Annotated[
         str | None,
-        typer.Option(help="A run's configuration, for checkpoints that do not say what their model is like."),
+        typer.Option(help="A run's configuration, for checkpoints that do not describe their model."),
     ] = None,
     trust: Trust = False,
 ) -> None:
@@ -211,13 +221,13 @@ def convert(
     from distft.checkpoint.convert import ARCHITECTURES, FORMATS
     from distft.checkpoint.formats.deepspeed_model import PARAM_DTYPES
 
-    for option, value, known in (
+    for option, value, choices in (
         ("--to", to, FORMATS),
         ("--dtype", dtype, tuple(PARAM_DTYPES)),
         ("--architecture", architecture, ARCHITECTURES),
     ):
         if value is not None:
-            _check_choice(option, value, known)
+            _check_choice(option, value, choices)
     settings = {
         "to": to,
         "ranks": ranks,
@@ -232,15 +242,16 @@ def convert(
 @checkpoint_app.command("average")
 def average(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more of one model.")
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more of the same model.")
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="A new directory.")],
     weight: Annotated[
-        list[float] | None, typer.Option(help="One for each, relative to each other; all alike unless given.")
+        list[float] | None,
+        typer.Option(help="One for each checkpoint, relative to each other; default: all equal."),
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Average the weights of several checkpoints; what comes out serves init_from, evaluate and convert."""
+    """Average the weights of several checkpoints; the result serves init_from, evaluate and convert."""
     from distft.checkpoint.average import AveragedCheckpoint
     from distft.checkpoint.formats.detect import open_source
 
@@ -252,15 +263,19 @@ def average(
 @checkpoint_app.command("prune")
 def prune(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a directory of its commits.")],
-    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest stay.")],
-    keep_every_steps: Annotated[int | None, typer.Option(min=1, help="Multiples of this stay, too.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest to keep.")],
+    keep_every_steps: Annotated[
+        int | None, typer.Option(min=1, help="Also keep steps that are multiples of this.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
 ) -> None:
-    """Delete old commits, and frozen weights that none of the rest needs. The newest good commit stays."""
+    """Delete old commits, and frozen weights that no remaining one needs. Keeps the newest valid commit."""
     from distft import storage
     from distft.checkpoint.committed import find_checkpoint
+    from distft.checkpoint.config import CheckpointConfig
     from distft.checkpoint.manifest import MANIFEST
-    from distft.checkpoint.store import CheckpointConfig, CheckpointStore, expired
+    from distft.checkpoint.retention import steps_to_prune
+    from distft.checkpoint.store import CheckpointStore
     from distft.collectives import SingleProcess
     from distft.errors import ConfigError
 
@@ -269,34 +284,36 @@ def prune(
     root = storage.parent(find_checkpoint(run).path)
     config = CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps)
     store = CheckpointStore(root, SingleProcess())
-    _, complaints = store.newest_good()
-    for complaint in complaints:
+    found = store.find_latest_valid()
+    for complaint in found.complaints:
         print(f"note: {complaint}", file=sys.stderr)
-    gone = expired(store.good_steps(), config) if dry_run else store.retain(config)
-    kept = [step for step in store.good_steps() if step not in gone]
-    verb = "would go" if dry_run else "is gone" if len(gone) < 2 else "are gone"
-    print(f"{root}: {_named(gone)} {verb}; {_named(kept)} {'stay' if len(kept) > 1 else 'stays'}.")
+    store.resume_from(found)
+    pruned = steps_to_prune(store.valid_steps(), config) if dry_run else store.prune(config)
+    kept = [step for step in store.valid_steps() if step not in pruned]
+    goes = "would go" if dry_run else "is gone" if len(pruned) < 2 else "are gone"
+    stays = "stay" if len(kept) > 1 else "stays"
+    print(f"{root}: {_list_steps(pruned)} {goes}; {_list_steps(kept)} {stays}.")
 
 
-def _named(steps: list[int]) -> str:
+def _list_steps(steps: list[int]) -> str:
     return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}" if steps else "no step"
 
 
 def _note_uncommitted(source: "CheckpointSource", given: str) -> None:
-    """Tell of steps after the newest commit of the run that was given."""
+    """If a run was given, print a note on each step that is newer than its newest commit."""
     from distft import storage
-    from distft.checkpoint.committed import Checkpoint, uncommitted
+    from distft.checkpoint.committed import Checkpoint, uncommitted_notes
 
     if isinstance(source, Checkpoint) and source.path != given:
-        for note in uncommitted(storage.parent(source.path), after=source.step):
+        for note in uncommitted_notes(storage.parent(source.path), after=source.step):
             print(f"note: {note}", file=sys.stderr)
 
 
-def _check_choice(option: str, value: str, known: Sequence[str]) -> None:
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     from distft.errors import ConfigError
 
-    if value not in known:
-        raise ConfigError(f"{option} {value} is none of {', '.join(known)}.")
+    if value not in choices:
+        raise ConfigError(f"{option} must be one of {', '.join(choices)}, not {value}.")
 
 
 def _convert(
@@ -306,18 +323,18 @@ def _convert(
 
     source = open_source(checkpoint, trust=trust)
     if run_config is not None:
-        _describe(source, run_config)
+        _set_run_config(source, run_config)
     _write(source, target, settings, [checkpoint], f"step {source.manifest.progress.step} of {source.path}")
 
 
-def _describe(source: "CheckpointSource", run_config: str) -> None:
-    """Take `run_config` for that of the run that wrote `source`, which does not say it itself."""
+def _set_run_config(source: "CheckpointSource", run_config: str) -> None:
+    """Use `run_config` as the configuration of the run that wrote `source`, which lacks one."""
     from distft.config import redact
     from distft.errors import ConfigError
     from distft.run.config import load_run_config
 
     if source.manifest.config:
-        raise ConfigError(f"{source.path} holds the configuration of its run: leave --run-config out.")
+        raise ConfigError(f"{source.path} contains the configuration of its run: leave --run-config out.")
     config = redact(load_run_config(run_config, []).model_dump(mode="json"))
     source.manifest = source.manifest.model_copy(update={"config": config})
 
@@ -325,16 +342,17 @@ def _describe(source: "CheckpointSource", run_config: str) -> None:
 def _write(
     source: "CheckpointSource", target: str, settings: dict[str, Any], given: list[str], summary: str
 ) -> None:
-    from distft.checkpoint.comparison import num_bytes
+    """Convert `source`, made of the checkpoints at the paths `given`, and print notes and `summary`."""
     from distft.checkpoint.convert import ConvertConfig, convert
-    from distft.checkpoint.target import check_outside
+    from distft.checkpoint.sources import num_state_bytes
+    from distft.checkpoint.target import require_outside
     from distft.config import parse
     from distft.tracker import progress
 
     config: ConvertConfig = parse(ConvertConfig, settings)
     for path in given:
-        check_outside(target, path)
-    with progress(num_bytes(source), f"writing {config.to}", "bytes") as display:
+        require_outside(target, path)
+    with progress(num_state_bytes(source), f"writing {config.to}", "bytes") as display:
         notes = convert(source, target, config, display.advance)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`distft submit`, `status` and `logs`: runs on a Ray cluster, from outside of it."""
+"""`distft submit`, `status` and `logs`: start and observe runs on a Ray cluster from outside of it."""
 
 import json
 import os
@@ -12,21 +12,23 @@ import typer
 from distft.cli.config_verbs import ConfigPath, Overrides
 
 if TYPE_CHECKING:
-    from distft.cluster.jobs import Jobs
+    from distft.cluster.client.jobs import JobClient
 
-_PATIENCE_S = 10.0  # to look at what is there; a head that is just starting is waited for in `submit` alone
+_RETRY_S = 10.0  # for `status` and `logs`; only `submit` waits for a head that is just starting
 
 Address = Annotated[
     str | None,
     typer.Option(
-        metavar="URL", help="The cluster's dashboard; RAY_ADDRESS, or http://127.0.0.1:8265, unless given."
+        metavar="URL", help="The cluster's dashboard; default: RAY_ADDRESS, or http://127.0.0.1:8265."
     ),
 ]
 AllowClearText = Annotated[
     bool,
     typer.Option("--allow-clear-text-token", help="Send the cluster's token even where others can read it."),
 ]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `distft submit` and `status` name it.")]
+JobId = Annotated[
+    str, typer.Argument(metavar="JOB", help="The job's id, which `distft submit` and `status` print.")
+]
 
 
 def submit(
@@ -34,19 +36,20 @@ def submit(
     overrides: Overrides = None,
     address: Address = None,
     stop_on_interrupt: Annotated[
-        bool, typer.Option("--stop-on-interrupt", help="Ctrl-C stops the job; without this it goes on.")
+        bool,
+        typer.Option("--stop-on-interrupt", help="Ctrl-C stops the job; without this option it continues."),
     ] = False,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Print the job's id, and do not wait for its end.")
+        bool, typer.Option("--no-wait", help="Print the job's id and return at once.")
     ] = False,
     allow_clear_text_token: AllowClearText = False,
 ) -> None:
-    """Train as CONFIG says on a Ray cluster: uploads this directory, shows its log, gives its exit code.
+    """Train CONFIG on a Ray cluster: upload this directory, print the run's log, return its exit code.
 
-    Relative paths start in DISTFT_RUN_ROOT on the nodes; for a cluster on this machine in this directory,
-    unless set.
+    Relative paths start in DISTFT_RUN_ROOT on the nodes; if that is not set and the cluster's head is this
+    machine, in this directory.
     """
-    from distft.cluster.submit import submit as submit_run
+    from distft.cluster.client.submit import submit as submit_run
 
     code = submit_run(
         config,
@@ -63,53 +66,56 @@ def submit(
 
 def status(
     job: Annotated[
-        str | None, typer.Argument(metavar="[JOB]", help="One job; all of distft's if left out.")
+        str | None, typer.Argument(metavar="[JOB]", help="One job; default: all runs of distft.")
     ] = None,
     address: Address = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     allow_clear_text_token: AllowClearText = False,
 ) -> None:
-    """Tell which runs a cluster has, newest first, or how one of them is doing."""
-    from distft.cluster import job_status
+    """List the runs of a cluster, newest first, or show the status of one."""
+    from distft.cluster.client import status as job_status
 
-    jobs = _jobs(address, allow_clear_text_token)
+    client = _connect(address, allow_clear_text_token)
     now = time.time()
     if job is None:
-        rows = [job_status.facts(found, now=now) for found in jobs.submitted() if job_status.is_ours(found)]
-        print(json.dumps(rows, indent=1) if as_json else "\n".join(job_status.table(rows)))
+        rows = [
+            job_status.describe(one, now=now) for one in client.submitted() if job_status.is_distft_run(one)
+        ]
+        print(json.dumps(rows, indent=1) if as_json else "\n".join(job_status.format_table(rows)))
         return
-    found = job_status.require(jobs, job)
-    facts, record = job_status.facts(found, now=now), job_status.last_record(found)
+    found = job_status.require_job(client, job)
+    row, latest = job_status.describe(found, now=now), job_status.latest_of_run(found)
     if as_json:
-        print(json.dumps({**facts, **(record or {"metrics": None, "events": None})}, indent=1))
+        print(json.dumps({**row, **(latest or {"metrics": None, "events": None})}, indent=1))
     else:
-        print("\n".join(job_status.report(facts, record)))
+        print("\n".join(job_status.format_job(row, latest)))
 
 
 def logs(
     job: JobId,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the run ends; its exit code is this one's.")
+        bool,
+        typer.Option("--follow", "-f", help="Follow the log until the run ends, and return its exit code."),
     ] = False,
     address: Address = None,
     allow_clear_text_token: AllowClearText = False,
 ) -> None:
-    """Print what a submitted run has printed."""
-    from distft.cluster import job_status
-    from distft.cluster.submit import follow_to_the_end
+    """Print the output of a submitted run."""
+    from distft.cluster.client import status as job_status
+    from distft.cluster.client.submit import follow_job
 
-    jobs = _jobs(address, allow_clear_text_token)
-    job_status.require(jobs, job)
+    client = _connect(address, allow_clear_text_token)
+    job_status.require_job(client, job)
     if follow:
-        raise typer.Exit(follow_to_the_end(jobs, job))
-    sys.stdout.write(jobs.log(job))
+        raise typer.Exit(follow_job(client, job))
+    sys.stdout.write(client.log(job))
 
 
-def _jobs(address: str | None, allow_clear_text: bool) -> "Jobs":
-    from distft.cluster.dashboard_address import check_clear_text, choose_address
-    from distft.cluster.jobs import Jobs
+def _connect(address: str | None, allow_clear_text: bool) -> "JobClient":
+    from distft.cluster.client.address import check_clear_text, choose_address
+    from distft.cluster.client.jobs import JobClient
 
     url = choose_address(address, os.environ)
     if not allow_clear_text:
         check_clear_text(url, os.environ)
-    return Jobs(url, os.environ, patience_s=_PATIENCE_S)
+    return JobClient(url, os.environ, retry_s=_RETRY_S)

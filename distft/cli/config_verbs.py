@@ -1,4 +1,4 @@
-"""`distft config`: look at a configuration without running it."""
+"""`distft config`: check or print a configuration without running it."""
 
 import json
 from typing import Annotated
@@ -6,19 +6,19 @@ from typing import Annotated
 import typer
 
 config_app = typer.Typer(
-    help="Check a configuration, show it resolved, or write its JSON schema.", no_args_is_help=True
+    help="Check a configuration, print it with defaults, or print its JSON schema.", no_args_is_help=True
 )
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's, by dotted key."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override settings of the file, by dotted key."),
 ]
 
 
 @config_app.command("schema")
 def schema() -> None:
-    """Print the JSON schema, with which editors complete and check the YAML."""
+    """Print the JSON schema, which editors use to complete and check the YAML."""
     from distft.config import json_schema
     from distft.run.config import RunConfig
 
@@ -27,7 +27,7 @@ def schema() -> None:
 
 @config_app.command("show")
 def show(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the configuration with every default filled in."""
+    """Print the configuration with all defaults."""
     from distft.config import dump_yaml
     from distft.run.config import load_run_config
 
@@ -38,9 +38,9 @@ def show(config: ConfigPath, overrides: Overrides = None) -> None:
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option(help="Ranks that the run is meant for.")] = 1,
+    world_size: Annotated[int, typer.Option(help="Number of ranks of the run.")] = 1,
 ) -> None:
-    """Check the configuration, and everything it names: tokenizer, data, checkpoint, parameters."""
+    """Check the configuration and its inputs: tokenizer, data, checkpoint, parameters."""
     from distft.run.check import describe_run
     from distft.run.config import load_run_config
 

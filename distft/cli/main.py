@@ -1,7 +1,8 @@
-"""The verbs, and what becomes of their failures."""
+"""The `distft` command: registers the subcommands, and turns errors into messages and exit codes."""
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from typing import Annotated
 import typer
 
 from distft.cli import checkpoint_verbs, cluster_verbs, config_verbs, model_verbs, text_verbs
-from distft.errors import DistftError, Preempted
+from distft.errors import CheckpointError, DistftError, Preempted, UnsupportedFormatError
 
 app = typer.Typer(
-    help="Text to a fine-tuned Transformer, on one machine or on a cluster whose nodes come and go.",
+    help="Train Transformers from raw text to a fine-tuned model, on one machine or an elastic cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,22 +37,22 @@ app.add_typer(config_verbs.config_app, name="config")
 @app.callback()
 def _options(
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say more, third parties' words too.")
+        bool, typer.Option("--verbose", "-v", help="Log more, including messages of other libraries.")
     ] = False,
 ) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     if not verbose:
-        # torch and DeepSpeed warn each other of deprecations that no user of ours can mend.
+        # Deprecations inside torch and DeepSpeed, which users of distft cannot fix.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 2 the user's mistake, 1 a failure of the run, 75 stopped.
+    """Run one command; returns its exit code (0, or as in `distft.errors`; 130 for Ctrl-C).
 
-    A failure that distft foresees is told in its own words, without a traceback.
+    A `DistftError` is printed as its message alone, without a traceback.
     """
     try:
         app(args=None if argv is None else list(argv), standalone_mode=True)
@@ -67,15 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(error: DistftError, *, rank: int) -> None:
-    """Tell the user. Every rank finds the same mistake of the user's, so one rank tells it."""
+    """Print the error to stderr. All ranks raise the same user error, so only rank 0 prints that."""
     if rank == 0 or error.exit_code == 1:
-        where = f"rank {rank}: " if rank else ""
-        print(f"{where}{_kind(error)}{error}", file=sys.stderr)
+        prefix = f"rank {rank}: " if rank else ""
+        print(f"{prefix}{_kind(error)}{error}", file=sys.stderr)
 
 
 def _kind(error: DistftError) -> str:
-    """The kind of fault, by the class that distft.errors has for it; a stop that was asked for is none."""
+    """Such as "config error: ", from the nearest class in `distft.errors`; empty for a requested stop."""
     if isinstance(error, Preempted):
         return ""
-    known = next(kind for kind in type(error).__mro__ if kind.__module__ == DistftError.__module__)
-    return f"{known.__name__.removesuffix('Error').lower()} error: "
+    nearest = next(base for base in type(error).__mro__ if base.__module__ == DistftError.__module__)
+    if nearest is UnsupportedFormatError:  # a path that does not exist is one, too
+        nearest = CheckpointError
+    words = re.findall("[A-Z][a-z]*", nearest.__name__.removesuffix("Error"))
+    return f"{' '.join(words).lower()} error: "

@@ -17,16 +17,16 @@ CheckpointPath = Annotated[
 
 
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Pretrain or fine-tune as CONFIG says; goes on where the run's last checkpoint stands.
+    """Pretrain or fine-tune as configured in CONFIG; resumes from the run's latest checkpoint.
 
     Runs in this process, or as one rank of torchrun, deepspeed or Ray.
     """
     from distft.run.config import load_run_config
-    from distft.run.environment import enter_environment
+    from distft.run.environment import configure_environment
     from distft.run.train import run_training
 
     settings = load_run_config(config, overrides or ())
-    run_training(settings, enter_environment(settings.device))
+    run_training(settings, configure_environment(settings.device))
 
 
 def evaluate(
@@ -35,13 +35,13 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Settings over the run's, such as 'validation.sources.0.path=shards' of tokens, "
-            "'validation.path=rows.jsonl' of other data.",
+            help="Override the run's settings, such as 'validation.sources.0.path=shards' for tokens, "
+            "'validation.path=rows.jsonl' for other data.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure a checkpoint on its run's validation data, or on other data."""
+    """Evaluate a checkpoint on its run's validation data, or on other data."""
     from distft.run.pretrained import evaluate_checkpoint
     from distft.topology import Topology
 
@@ -63,12 +63,15 @@ def generate(
         list[str] | None, typer.Option("--prompt", "-p", help="May be given several times.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest with this probability.")
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed generates the same text.")] = 0,
 ) -> None:
     """Continue prompts with a checkpoint's language model."""
     from distft.run.pretrained import generate_text
@@ -92,29 +95,29 @@ def audit(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run_dir of a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Prove from its events that a run used every sequence exactly once. Exit code 1 where it did not."""
+    """Check from its events that a run used every sequence exactly once. Exit code 1 if it did not."""
     from dataclasses import asdict
 
     from distft.run.audit import audit_run
 
-    found, unknown = audit_run(run)
+    found, not_counted = audit_run(run)
     if as_json:
-        print(json.dumps({**asdict(found), "is_exact": found.is_exact, "rows_unknown": unknown}))
+        print(json.dumps({**asdict(found), "is_exact": found.is_exact, "rows_unknown": not_counted}))
     else:
         sizes = " -> ".join(map(str, found.world_sizes))
         print(
             f"step {found.step}, {found.num_starts} starts, ranks {sizes}, "
-            f"{found.num_lost_steps} steps done again"
+            f"{found.num_lost_steps} steps repeated"
         )
-        for what, places in (("never used", found.missing), ("used more than once", found.repeated)):
-            for start, stop in places:
-                print(f"sequences {start:,} to {stop - 1:,} of the run's order were {what}")
+        for use, intervals in (("never used", found.missing), ("used more than once", found.repeated)):
+            for start, stop in intervals:
+                print(f"sequences {start:,} to {stop - 1:,} of the run's order were {use}")
         if found.is_exact:
-            print(f"each of the {found.num_sequences:,} sequences up to there was used exactly once")
+            print(f"each of the {found.num_sequences:,} sequences up to that step was used exactly once")
         if found.uses_per_row is not None:
             least, most = found.uses_per_row
-            print(f"by that order each row of the data was used {least:,} to {most:,} times")
+            print(f"each row of the data was used {least:,} to {most:,} times")
         else:
-            print(f"rows of the data were not counted: {unknown}")
+            print(f"uses per row of the data were not counted: {not_counted}")
     if not found.is_exact:
         raise typer.Exit(1)

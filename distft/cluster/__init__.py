@@ -1,1 +1,1 @@
-"""The run on a Ray cluster: placed, watched, started again. Nothing below this floor knows of Ray."""
+"""Runs on a Ray cluster: submit, place, restart and resize them. Only this package imports ray."""

@@ -1,8 +1,8 @@
-"""The token that a Ray cluster asks of everybody: made before Ray makes one, which others could read.
+"""Makes the token that a Ray cluster requires of its clients, in a file that only its owner can read.
 
-`python -m distft.cluster.tokens` makes it for the `ray` commands of a script, and prints its file's name.
-
-Ray takes the token from RAY_AUTH_TOKEN, else from the file RAY_AUTH_TOKEN_PATH, else from ~/.ray/auth_token.
+Ray would make one that others can read. `python -m distft.cluster.tokens` makes the token for scripts
+that call `ray`, and prints the file's name. Ray takes the token from RAY_AUTH_TOKEN, else from the file
+RAY_AUTH_TOKEN_PATH, else from ~/.ray/auth_token.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ from pathlib import Path
 from distft.errors import ConfigError, DistftError
 
 _MODE, _TOKEN, _PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-_TOKEN_BYTES = 32  # as many as Ray's own
+_TOKEN_BYTES = 32  # as in Ray's own tokens
 
 
 def ensure_token(environ: MutableMapping[str, str]) -> Path | None:
-    """Have any Ray that a process with `environ` starts ask for a token; returns its file, if it has one.
+    """Make every Ray that a process with `environ` starts require a token; returns the token's file, if any.
 
-    A file that is missing is made for its owner's eyes only, and one of the owner's that others can read is
-    closed to them. What `environ` says stands: another RAY_AUTH_MODE, RAY_AUTH_TOKEN, or another file.
-    Raises `ConfigError` where the file cannot be made or holds nothing.
+    Makes a missing file readable for its owner only, and takes the permissions of others off an existing one.
+    Respects RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH in `environ`. Raises `ConfigError` if the
+    file is empty or cannot be made.
     """
     if environ.get(_MODE, "token").lower() != "token":
         return None
-    # Ray reads the mode once, when it is imported. From then on only `ray.init(address="local")` sets it,
-    # where it is not set.
+    # Ray reads the mode only once, when it is imported. After that the variable must stay unset:
+    # `ray.init(address="local")` then switches tokens on by itself.
     if environ is not os.environ or "ray" not in sys.modules:
         environ.setdefault(_MODE, "token")
     if environ.get(_TOKEN):
@@ -38,11 +38,13 @@ def ensure_token(environ: MutableMapping[str, str]) -> Path | None:
         if not path.exists():
             _make(path)
         if path.stat().st_size == 0:
-            raise ConfigError(f"{path} is to hold Ray's token, and is empty: delete it, and it is made anew.")
-        _close_to_others(path)
+            raise ConfigError(
+                f"{path}, the file for Ray's token, is empty: delete it, and a new one is made."
+            )
+        _restrict_to_owner(path)
     except OSError as error:
         raise ConfigError(
-            f"{path}, for Ray's token, cannot be used: {error.strerror}. Name another file in {_PATH}."
+            f"{path}, the file for Ray's token, cannot be used: {error.strerror}. Name another in {_PATH}."
         ) from None
     environ[_PATH] = str(path)
     return path
@@ -54,20 +56,20 @@ def _default_path(environ: MutableMapping[str, str]) -> Path:
 
 
 def _make(path: Path) -> None:
-    """Whole or not at all, and never readable by others; whoever comes second takes the first one's."""
+    """Make the file atomically, at no time readable by others; keep one that another process has made."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(_TOKEN_BYTES))
         with contextlib.suppress(FileExistsError):
-            path.hardlink_to(draft)
+            path.hardlink_to(temporary)
     finally:
-        draft.unlink()
+        temporary.unlink()
 
 
-def _close_to_others(path: Path) -> None:
+def _restrict_to_owner(path: Path) -> None:
     status = path.stat()
     if status.st_uid == os.getuid() and status.st_mode & 0o077:
         path.chmod(0o600)

@@ -1,4 +1,4 @@
-"""What every worker of the cluster does: the same training as under any launcher."""
+"""What runs in each worker of the cluster: the same training function as under any other launcher."""
 
 import contextlib
 import os
@@ -11,34 +11,34 @@ from typing import Any
 
 import ray.train
 
-from distft.cluster.console import posted_to
-from distft.cluster.orders import Orders
-from distft.cluster.places import RUN_ROOT
-from distft.cluster.reservations import remember_reservation
+from distft.cluster.driver.reservations import record_reservation
+from distft.cluster.mailbox import forward_output
+from distft.cluster.paths import RUN_ROOT
+from distft.cluster.stop_monitor import StopMonitor
 from distft.errors import ConfigError, DistftError, StorageError, TrainingError
 from distft.run.config import RunConfig
-from distft.run.train import Outcome
+from distft.run.train import RunResult
 from distft.topology import Topology
-from distft.train.loop import StopAsked, never_asked
+from distft.train.services import StopRequested, never_stop
 
-Train = Callable[[RunConfig, Topology, StopAsked], Outcome]
+TrainFn = Callable[[RunConfig, Topology, StopRequested], RunResult]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Assignment:
+class WorkerTask:
     """What the driver sends to each worker."""
 
     config: RunConfig
-    train: Train
-    mailbox: Any  # where rank 0's output goes
-    working_dir: Path | None  # None: Ray has put the worker into its copy of the job's upload
-    witness: Path | None  # a file of the driver's beside the checkpoints; None: they are at a URL
+    train: TrainFn
+    mailbox: Any  # a `Mailbox` actor
+    working_dir: Path | None  # None: Ray has started the worker in its copy of the job's upload
+    storage_marker: Path | None  # made by the driver beside the checkpoints; None: they are at a URL
 
 
-def work(assignment: Assignment) -> Outcome:
-    """Train as one rank. Ray Train has made the process group and set torchrun's environment.
+def run_worker(task: WorkerTask) -> RunResult:
+    """Train as one rank. Ray Train has made the process group and set torchrun's environment variables.
 
-    Raises errors of distft only: others may not survive the way to the driver, and their traceback does not.
+    Raises `DistftError` only: other classes may not unpickle on the driver, and would lose their traceback.
     """
     context = ray.train.get_context()
     topology = Topology(
@@ -47,17 +47,17 @@ def work(assignment: Assignment) -> Outcome:
         world_size=context.get_world_size(),
         is_distributed=True,
     )
-    _settle(assignment)
-    assignment.mailbox.joined.remote(topology.rank, ray.get_runtime_context().get_node_id())
+    _prepare_node(task)
+    task.mailbox.rank_joined.remote(topology.rank, ray.get_runtime_context().get_node_id())
     with contextlib.ExitStack() as stack:
-        stop_asked: StopAsked = never_asked
+        stop_requested: StopRequested = never_stop
         if topology.is_main:
-            stack.enter_context(posted_to(assignment.mailbox))
-            remember_reservation(assignment.config.run_dir)
-            orders = Orders(assignment.mailbox, assignment.config.cluster, topology.world_size)
-            stop_asked = stack.enter_context(orders).reason
+            stack.enter_context(forward_output(task.mailbox))
+            record_reservation(task.config.run_dir)
+            monitor = StopMonitor(task.mailbox, task.config.cluster, topology.world_size)
+            stop_requested = stack.enter_context(monitor).reason
         try:
-            return assignment.train(assignment.config, topology, stop_asked)
+            return task.train(task.config, topology, stop_requested)
         except DistftError:
             raise
         except Exception as error:
@@ -65,29 +65,29 @@ def work(assignment: Assignment) -> Outcome:
             raise TrainingError(text) from None
 
 
-def _settle(assignment: Assignment) -> None:
-    """Stand where relative paths start, and see that this node shares what it has to share."""
-    faults = []
-    if assignment.working_dir is not None:
-        if assignment.working_dir.is_dir():
-            os.chdir(assignment.working_dir)
+def _prepare_node(task: WorkerTask) -> None:
+    """Change to the working directory, and check that this node sees the driver's directories."""
+    problems = []
+    if task.working_dir is not None:
+        if task.working_dir.is_dir():
+            os.chdir(task.working_dir)
         else:
-            faults.append(
-                f"Node {socket.gethostname()} has no {assignment.working_dir}, where relative paths start: "
+            problems.append(
+                f"Node {socket.gethostname()} has no {task.working_dir}, where relative paths start: "
                 f"share it between the nodes, name another with {RUN_ROOT}, or submit it with the job."
             )
-    if assignment.witness is not None and not assignment.witness.exists():
-        place = f"{assignment.witness.parent}, for checkpoints,"
-        if _has_begun(assignment.mailbox):  # it was there, and may be again
-            raise StorageError(f"{place} is not what it was on node {socket.gethostname()}.")
-        faults.append(
-            f"{place} is not the same directory on node {socket.gethostname()} and on the driver's: set "
-            "run_dir to a place that all nodes share, or checkpoint.directory to a URL."
+    if task.storage_marker is not None and not task.storage_marker.exists():
+        directory = f"The checkpoint directory {task.storage_marker.parent}"
+        if _has_ever_started(task.mailbox):  # the node saw it before, and may see it again
+            raise StorageError(f"{directory} is no longer the driver's on node {socket.gethostname()}.")
+        problems.append(
+            f"{directory} is not the same directory on node {socket.gethostname()} and on the driver's: set "
+            "run_dir to a directory that all nodes share, or checkpoint.directory to a URL."
         )
-    if faults:
-        raise ConfigError("\n".join(faults))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
-def _has_begun(mailbox: Any) -> bool:
+def _has_ever_started(mailbox: Any) -> bool:
     """Whether workers ever trained for this driver."""
-    return bool(ray.get(mailbox.has_begun.remote()))
+    return bool(ray.get(mailbox.has_ever_started.remote()))

@@ -1,18 +1,17 @@
-"""Settings: from YAML and dotted overrides to frozen, checked objects, and back.
+"""Settings: YAML and dotted overrides to immutable, validated objects, and back.
 
 `parse(RunConfig, apply_overrides(load_yaml(path), ["train.max_steps=50"]))`
 """
 
+from distft.config.component import Component, Settings
 from distft.config.overrides import apply_overrides
-from distft.config.parsing import parse
-from distft.config.part import Part
+from distft.config.parsing import dump_yaml, parse
 from distft.config.redaction import redact
 from distft.config.schema import json_schema
-from distft.config.settings import Settings, dump_yaml
 from distft.config.yaml_text import load_yaml, parse_yaml
 
 __all__ = [
-    "Part",
+    "Component",
     "Settings",
     "apply_overrides",
     "dump_yaml",

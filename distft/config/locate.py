@@ -1,7 +1,7 @@
-"""From the place that pydantic gives for a fault to the dotted key that the user wrote.
+"""Translates the location of a pydantic error into the dotted key that the user wrote.
 
-Pydantic's places also hold the names of union members and of validators. Walking the annotations beside them
-tells which is which, and which names would have been valid at the place of an unknown one.
+Pydantic's locations also contain names of union members and validators. Walking the type annotations along
+with the location separates those from keys, and finds the valid names in place of an unknown one.
 """
 
 import collections.abc
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
-from distft.config.part import OUTSIDE_TAG, Part, import_settings, members_by_type
+from distft.config.component import EXTERNAL_TAG, Component, import_settings, members_by_type
 
 _UNIONS = (Union, types.UnionType)
 _SEQUENCES = (list, tuple, set, frozenset, collections.abc.Sequence)
@@ -22,58 +22,56 @@ _MAPPINGS = (dict, collections.abc.Mapping)
 
 
 @dataclass(kw_only=True, slots=True)
-class Place:
-    """Where a fault is, as the user sees it."""
+class Location:
+    """Where an error is, in terms of the user's keys."""
 
-    parts: list[str | int] = field(default_factory=list)
-    known_names: list[str] = field(
-        default_factory=list
-    )  # valid beside the last part, where that is a setting
-    undecided_at: tuple[str | int, ...] | None = None  # the innermost union that no `type` decides
+    keys: list[str | int] = field(default_factory=list)  # from the top; an int is a list index
+    known_names: list[str] = field(default_factory=list)  # valid in place of the last key, if it is a setting
+    union_keys: tuple[str | int, ...] | None = None  # of the innermost union without a `type` to decide
 
 
-def locate(annotation: Any, raw: Any, location: Sequence[str | int]) -> Place:
-    """Follow pydantic's `location` through `annotation`, with the data `raw` at hand."""
-    place = Place()
-    rest = list(location)
+def locate(annotation: Any, raw: Any, pydantic_location: Sequence[str | int]) -> Location:
+    """The location of an error that pydantic found in `raw`, which was parsed as `annotation`."""
+    location = Location()
+    rest = list(pydantic_location)
     while rest:
-        annotation = _plain(annotation)
+        annotation = _unwrap(annotation)
         origin = get_origin(annotation)
-        if isinstance(annotation, _Chosen):
-            annotation = annotation.member_of(rest.pop(0), raw)
+        if isinstance(annotation, _TaggedUnion):
+            annotation = annotation.member(rest.pop(0), raw)
         elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            head = rest.pop(0)
+            key = rest.pop(0)
             fields = {info.alias or name: info for name, info in annotation.model_fields.items()}
-            place.parts.append(head)
-            place.known_names = list(fields)
-            annotation = _annotation_of(fields[head]) if head in fields else Any
-            raw = _inside(raw, head)
+            location.keys.append(key)
+            location.known_names = list(fields)
+            annotation = _field_annotation(fields[key]) if key in fields else Any
+            raw = _value_at(raw, key)
         elif origin in _UNIONS:
-            place.undecided_at = tuple(place.parts)
-            annotation = _labelled(annotation, str(rest.pop(0)))
+            location.union_keys = tuple(location.keys)
+            annotation = _member_with_label(annotation, str(rest.pop(0)))
         elif origin in _SEQUENCES or origin in _MAPPINGS:
-            head = rest.pop(0)
-            place.parts.append(head)
-            annotation = _item_of(annotation, head)
-            raw = _inside(raw, head)
+            key = rest.pop(0)
+            location.keys.append(key)
+            annotation = _item_annotation(annotation, key)
+            raw = _value_at(raw, key)
             if rest == ["[key]"]:
                 rest.clear()
         else:
-            head = rest.pop(0)
-            if _inside(raw, head) is not None or not rest:
-                place.parts.append(head)
-                raw = _inside(raw, head)
-    return place
+            key = rest.pop(0)
+            if _value_at(raw, key) is not None or not rest:
+                location.keys.append(key)
+                raw = _value_at(raw, key)
+    return location
 
 
 @dataclass(frozen=True, slots=True)
-class _Chosen:
-    """A union whose member is chosen by a key of the data; pydantic's places name the choice."""
+class _TaggedUnion:
+    """A union whose member is chosen by a key of the data; pydantic's locations contain that tag."""
 
     members: Mapping[str, type[BaseModel]]
 
-    def member_of(self, tag: str | int, raw: Any) -> Any:
-        if tag != OUTSIDE_TAG:
+    def member(self, tag: str | int, raw: Any) -> Any:
+        if tag != EXTERNAL_TAG:
             return self.members.get(str(tag), Any)
         try:
             return import_settings(raw["type"])
@@ -81,18 +79,18 @@ class _Chosen:
             return Any
 
 
-def _plain(annotation: Any) -> Any:
-    """`annotation` without aliases, `None` and metadata; a `_Chosen` for a union with a discriminator."""
+def _unwrap(annotation: Any) -> Any:
+    """`annotation` without aliases, `None` and metadata; a union with a discriminator as `_TaggedUnion`."""
     while True:
         if isinstance(annotation, TypeAliasType):
             annotation = annotation.__value__
         elif get_origin(annotation) is Annotated:
             annotation, *metadata = get_args(annotation)
-            for mark in metadata:
-                if isinstance(mark, Part):
-                    return _Chosen(members_by_type(annotation))
-                if isinstance(mark, FieldInfo) and isinstance(mark.discriminator, str):
-                    return _Chosen(_by_field(annotation, mark.discriminator))
+            for item in metadata:
+                if isinstance(item, Component):
+                    return _TaggedUnion(members_by_type(annotation))
+                if isinstance(item, FieldInfo) and isinstance(item.discriminator, str):
+                    return _TaggedUnion(_members_by_field(annotation, item.discriminator))
         elif get_origin(annotation) in _UNIONS:
             members = [member for member in get_args(annotation) if member is not type(None)]
             if len(members) > 1:
@@ -102,16 +100,17 @@ def _plain(annotation: Any) -> Any:
             return annotation
 
 
-def _annotation_of(info: FieldInfo) -> Any:
-    """The whole annotation of a field: pydantic keeps its outermost metadata apart."""
+def _field_annotation(info: FieldInfo) -> Any:
+    """The whole annotation of a field: pydantic stores its outermost metadata separately."""
     annotation: Any = info.annotation
-    for mark in info.metadata:
-        annotation = Annotated[annotation, mark]
+    for item in info.metadata:
+        annotation = Annotated[annotation, item]
     return Annotated[annotation, info] if info.discriminator else annotation
 
 
-def _by_field(union: Any, name: str) -> dict[str, type[BaseModel]]:
-    members = [_plain(member) for member in get_args(union) if member is not type(None)]
+def _members_by_field(union: Any, name: str) -> dict[str, type[BaseModel]]:
+    """The members of a union by the values of their `Literal` field `name`."""
+    members = [_unwrap(member) for member in get_args(union) if member is not type(None)]
     return {
         str(tag): member
         for member in members
@@ -120,27 +119,27 @@ def _by_field(union: Any, name: str) -> dict[str, type[BaseModel]]:
     }
 
 
-def _labelled(union: Any, label: str) -> Any:
-    """The member of a union that pydantic calls `label`: classes by name, containers by how they begin."""
+def _member_with_label(union: Any, label: str) -> Any:
+    """The member that pydantic labels `label`: a class by its name, a container as `tuple[...]`."""
     for member in get_args(union):
-        plain = _plain(member)
+        plain = _unwrap(member)
         name = getattr(get_origin(plain) or plain, "__name__", "")
         if name and (label == name or label.startswith(f"{name}[")):
             return member
     return Any
 
 
-def _item_of(annotation: Any, head: str | int) -> Any:
+def _item_annotation(annotation: Any, key: str | int) -> Any:
     arguments = get_args(annotation)
     if get_origin(annotation) in _MAPPINGS:
         return arguments[1] if len(arguments) == 2 else Any
     if get_origin(annotation) is tuple and Ellipsis not in arguments:
-        return arguments[head] if isinstance(head, int) and head < len(arguments) else Any
+        return arguments[key] if isinstance(key, int) and key < len(arguments) else Any
     return arguments[0] if arguments else Any
 
 
-def _inside(raw: Any, head: str | int) -> Any:
+def _value_at(raw: Any, key: str | int) -> Any:
     try:
-        return raw[head]
+        return raw[key]
     except (LookupError, TypeError):
         return None

@@ -1,66 +1,93 @@
-"""Changes to a configuration that are given on the command line: `train.max_steps=50`."""
+"""Dotted keys (`data.sources.0.path`), and overrides of a configuration by them (`train.max_steps=50`)."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distft.config.keys import join_key, split_key
 from distft.config.yaml_text import yaml_value
 from distft.errors import ConfigError
 
+_NAME = re.compile(r'"(?P<quoted>[^"]*)"|(?P<plain>[^."]+)')
+
+
+def split_key(key: str) -> list[str]:
+    """The names in a dotted key; a name that contains dots is quoted: `lr_scales."layers.0"`.
+
+    Raises `ValueError` for an empty name or an unmatched quote.
+    """
+    names, position = [], 0
+    while True:
+        match = _NAME.match(key, position)
+        if match is None:
+            raise ValueError(f"{key!r} is not a dotted key such as train.max_steps")
+        names.append(match["plain"] if match["quoted"] is None else match["quoted"])
+        position = match.end()
+        if position == len(key):
+            return names
+        if key[position] != ".":
+            raise ValueError(f"{key!r} is not a dotted key such as train.max_steps")
+        position += 1
+
+
+def join_key(names: Iterable[str | int]) -> str:
+    """The dotted key that `split_key` splits into `names`."""
+    texts = [str(name) for name in names]
+    return ".".join(text if text and not set(text) & set('."=') else f'"{text}"' for text in texts)
+
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `raw` with every `dotted.key=value` set; the last one wins.
+    """A copy of `raw` with every `dotted.key=value` applied in order.
 
-    Values are YAML (`null`, `[1, 2]`, `1e-3`; nothing after `=` is null). Missing mappings are made; elements
-    of lists go by index. Raises one `ConfigError` that lists every override that cannot be applied.
+    Values are YAML (`null`, `[1, 2]`, `1e-3`; an empty value is null). Missing mappings are created; list
+    elements are addressed by index. Raises one `ConfigError` that lists every impossible override.
     """
     changed = copy.deepcopy(dict(raw))
-    faults = []
+    problems = []
     for override in overrides:
         try:
-            key, equals, text = _cut(override)
+            key, equals, text = _split_override(override)
             if not equals:
-                raise ConfigError(f"{override!r} is no override: write key=value, as in train.max_steps=50.")
-            _put(changed, split_key(key), yaml_value(text, source=f"the value of {key}"))
+                raise ValueError("write key=value, such as train.max_steps=50")
+            _set_value(changed, split_key(key), yaml_value(text, source=f"the value of {key}"))
         except ValueError as error:
-            faults.append(f"{override!r} is no override: {error}.")
+            problems.append(f"{override!r} is not an override: {error}.")
         except ConfigError as error:
-            faults.append(str(error))
-    if faults:
-        raise ConfigError("\n".join(faults))
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
     return changed
 
 
-def _cut(override: str) -> tuple[str, str, str]:
-    """Key, "=" and value, cut at the first "=" that stands outside of quotes."""
-    quoted = False
+def _split_override(override: str) -> tuple[str, str, str]:
+    """Key, "=" and value, split at the first "=" outside quotes; "=" is empty if there is none."""
+    in_quotes = False
     for position, character in enumerate(override):
         if character == '"':
-            quoted = not quoted
-        elif character == "=" and not quoted:
+            in_quotes = not in_quotes
+        elif character == "=" and not in_quotes:
             return override[:position].strip(), "=", override[position + 1 :]
     return override, "", ""
 
 
-def _put(node: Any, parts: Sequence[str], value: Any) -> None:
-    """Set the value below `node`, which is the whole configuration."""
-    for depth, part in enumerate(parts, start=1):
-        place: str | int = part
+def _set_value(config: Any, names: Sequence[str], value: Any) -> None:
+    node = config
+    for depth, name in enumerate(names, start=1):
+        index: str | int = name
         if isinstance(node, list):
-            if not (part.isascii() and part.isdigit() and int(part) < len(node)):
-                size = f"0 to {len(node) - 1}" if node else "none, the list is empty"
-                raise ConfigError(f"{join_key(parts[:depth])}: {part!r} is no index of this list ({size}).")
-            place = int(part)
+            if not (name.isascii() and name.isdigit() and int(name) < len(node)):
+                size = f" (0 to {len(node) - 1})" if node else ", which is empty"
+                raise ConfigError(f"{join_key(names[:depth])}: {name!r} is not an index of this list{size}.")
+            index = int(name)
         elif not isinstance(node, dict):
             raise ConfigError(
-                f"{join_key(parts)} cannot be set: {join_key(parts[: depth - 1])}={node!r} has no parts."
+                f"{join_key(names)} cannot be set: {join_key(names[: depth - 1])}={node!r} is not a mapping."
             )
-        if depth == len(parts):
-            node[place] = value
+        if depth == len(names):
+            node[index] = value
         else:
             if isinstance(node, dict):
-                node.setdefault(place, None)
-            if node[place] is None:
-                node[place] = {}
-            node = node[place]
+                node.setdefault(index, None)
+            if node[index] is None:
+                node[index] = {}
+            node = node[index]

@@ -1,4 +1,4 @@
-"""Plain data to settings, with every fault told at once."""
+"""Plain data to settings and back; one error lists every wrong setting."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,14 +7,15 @@ from typing import Any, TypeVar, overload
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 
-from distft.config.keys import join_key, nearest, split_key
-from distft.config.locate import Place, locate
+from distft.config.component import Settings
+from distft.config.locate import Location, locate
+from distft.config.overrides import join_key, split_key
 from distft.config.redaction import MASK, is_secret_name, redact
-from distft.config.settings import Settings
-from distft.errors import ConfigError
+from distft.config.yaml_text import to_yaml
+from distft.errors import ConfigError, did_you_mean, suggest_name
 
 T = TypeVar("T")
-_LONGEST_VALUE = 60  # characters of a value that an error shows
+_MOST_CHARACTERS = 60  # of a value in a message
 
 
 @overload
@@ -22,52 +23,57 @@ def parse(annotation: type[T], raw: Any, *, where: str = "") -> T: ...
 @overload
 def parse(annotation: Any, raw: Any, *, where: str = "") -> Any: ...
 def parse(annotation: Any, raw: Any, *, where: str = "") -> Any:
-    """`raw` (dicts, lists, scalars, as from YAML) as an object of type `annotation`.
+    """Convert `raw` (dicts, lists, scalars, as from YAML) to an object of type `annotation`.
 
-    Types are strict as in JSON: "3" and 3.0 are no integers, 1 is no boolean; integers do for floats, lists
-    for tuples, strings for paths and enums. `where` is the dotted key under which `raw` stands. Raises one
-    `ConfigError` with a line for each fault.
+    Types are strict, as in JSON: an integer is not accepted as "3" or 3.0, nor a boolean as 1. An integer is
+    accepted as a float, a list as a tuple, a string as a path or an enum. `where` is the dotted key of `raw`,
+    for messages. Raises one `ConfigError` with a line for each problem.
     """
     prefix: list[str | int] = list(split_key(where)) if where else []
     data = raw.model_dump(mode="json") if isinstance(raw, Settings) else raw
     try:
-        # JSON mode is what makes pydantic strict about scalars and yet take a list for a tuple.
+        # In JSON mode, pydantic is strict about scalars, yet accepts a list for a tuple.
         text = to_json(data, inf_nan_mode="constants", by_alias=True)
     except (PydanticSerializationError, ValueError) as error:
         raise ConfigError(f"{where or 'the configuration'} is not plain data: {error}.") from None
     try:
         return TypeAdapter(annotation).validate_json(text, strict=True)
     except ValidationError as error:
-        # A default that hangs on a faulty size cannot be found; the size itself is told already.
+        # A default computed from an invalid field is not called; the error of that field is in the list.
         details = [d for d in error.errors(include_url=False) if d["type"] != "default_factory_not_called"]
-    faults = [_fault(annotation, data, detail, prefix) for detail in details]
-    raise ConfigError("\n".join(_lines(faults)))
+    problems = [_describe(annotation, data, detail, prefix) for detail in details]
+    raise ConfigError("\n".join(_lines(problems)))
+
+
+def dump_yaml(settings: Settings) -> str:
+    """YAML from which `parse(type(settings), parse_yaml(text))` makes an equal object."""
+    return to_yaml(settings.model_dump(mode="json", by_alias=True))
 
 
 @dataclass(frozen=True, slots=True)
-class _Fault:
-    place: Place
+class _Problem:
+    location: Location
     subject: str  # key and value
     reason: str
 
 
-def _lines(faults: list[_Fault]) -> list[str]:
-    """One line a key. Of the members that a union tried, those that got deeper into the data tell more."""
-    lines: dict[str, list[str]] = {}
-    for fault in faults:
-        got_deeper = any(
-            other.place.undecided_at == fault.place.undecided_at
-            and len(other.place.parts) > len(fault.place.parts)
-            for other in faults
+def _lines(problems: list[_Problem]) -> list[str]:
+    """One line per key. Of a union, the members that match the data most deeply are reported."""
+    reasons_by_subject: dict[str, list[str]] = {}
+    for problem in problems:
+        union_keys = problem.location.union_keys
+        another_is_deeper = any(
+            other.location.union_keys == union_keys and len(other.location.keys) > len(problem.location.keys)
+            for other in problems
         )
-        if fault.place.undecided_at == tuple(fault.place.parts) and got_deeper:
+        if union_keys == tuple(problem.location.keys) and another_is_deeper:
             continue
-        reasons = lines.setdefault(fault.subject, [])
-        if fault.reason not in reasons:
-            reasons.append(fault.reason)
+        reasons = reasons_by_subject.setdefault(problem.subject, [])
+        if problem.reason not in reasons:
+            reasons.append(problem.reason)
     return [
         _sentence(subject + ", or ".join([first, *(text[0].lower() + text[1:] for text in others)]))
-        for subject, (first, *others) in lines.items()
+        for subject, (first, *others) in reasons_by_subject.items()
     ]
 
 
@@ -75,50 +81,51 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "?")) else f"{text}."
 
 
-def _fault(annotation: Any, data: Any, detail: ErrorDetails, prefix: list[str | int]) -> _Fault:
-    place = locate(annotation, data, detail["loc"])
+def _describe(annotation: Any, data: Any, detail: ErrorDetails, prefix: list[str | int]) -> _Problem:
+    location = locate(annotation, data, detail["loc"])
     kind, value = detail["type"], detail["input"]
-    parts = [*prefix, *place.parts]
-    key = join_key(parts)
-    shown = f"{key}{_shown(parts, value)}"
+    keys = [*prefix, *location.keys]
+    key = join_key(keys)
+    key_and_value = f"{key}{_equals_value(keys, value)}"
     if kind == "extra_forbidden":
-        return _Fault(place, f"{shown} is not a setting. ", nearest(str(parts[-1]), place.known_names))
+        suggestion = suggest_name(str(keys[-1]), location.known_names).strip()
+        return _Problem(location, f"{key_and_value} is not a setting. ", suggestion)
     if kind == "missing":
-        return _Fault(place, f"{key} is missing", ": it has no default")
-    if kind in {"union_tag_invalid", "union_tag_not_found", "part_type"}:
-        return _Fault(place, f"{key}: " if key else "", _choice(detail))
-    separator = ": " if shown else ""
-    return _Fault(place, f"{shown}{separator}", _reason(kind, value, detail["msg"]))
+        return _Problem(location, f"{key} is missing", ": it has no default")
+    if kind in {"union_tag_invalid", "union_tag_not_found", "component_type"}:
+        return _Problem(location, f"{key}: " if key else "", _tag_reason(detail))
+    separator = ": " if key_and_value else ""
+    return _Problem(location, f"{key_and_value}{separator}", _reason(kind, value, detail["msg"]))
 
 
-def _shown(parts: list[str | int], value: Any) -> str:
-    """`=value` for a scalar or a short list, masked where it is secret; nothing for a mapping."""
-    if isinstance(value, Mapping | Settings) or not parts:
+def _equals_value(keys: list[str | int], value: Any) -> str:
+    """`=value` for a scalar or a short list, masked if the key is a secret; empty for a mapping."""
+    if isinstance(value, Mapping | Settings) or not keys:
         return ""
-    if is_secret_name(str(parts[-1]), value):
+    if is_secret_name(str(keys[-1]), value):
         return f"={MASK}"
-    words = {None: "null", True: "true", False: "false"}
+    yaml_words = {None: "null", True: "true", False: "false"}
     plain = redact(value)
-    text = words[plain] if plain is None or isinstance(plain, bool) else repr(plain)
-    return f"={text}" if len(text) <= _LONGEST_VALUE else f"={text[: _LONGEST_VALUE - 3]}..."
+    text = yaml_words[plain] if plain is None or isinstance(plain, bool) else repr(plain)
+    return f"={text}" if len(text) <= _MOST_CHARACTERS else f"={text[: _MOST_CHARACTERS - 3]}..."
 
 
-def _choice(detail: ErrorDetails) -> str:
+def _tag_reason(detail: ErrorDetails) -> str:
     context = detail.get("ctx", {})
-    if detail["type"] == "part_type":
+    if detail["type"] == "component_type":
         return str(context["reason"])
-    if detail["type"] == "union_tag_not_found":
-        return f"{str(context['discriminator']).strip(chr(39))} is missing; it says which settings these are."
-    known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
     name = str(context["discriminator"]).strip("'")
+    if detail["type"] == "union_tag_not_found":
+        return f"{name} is missing: it selects which settings are valid here."
+    known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
     tag = str(context["tag"])
-    return f"{name} {tag!r} is not known. {nearest(tag, known)} Choose one: {', '.join(known)}."
+    return f"{name} {tag!r} is unknown.{did_you_mean(tag, known)} Choose one: {', '.join(known)}."
 
 
 def _reason(kind: str, value: Any, message: str) -> str:
     text = " ".join(message.removeprefix("Value error, ").removeprefix("Assertion failed, ").split())
     if kind in {"model_type", "dict_type", "model_attributes_type"}:
-        text = "A mapping of settings is wanted here"
+        text = "Input should be a mapping of settings"
     elif kind == "int_type" and isinstance(value, float) and value.is_integer():
         text += f"; write {int(value)}"
     elif kind == "string_type" and isinstance(value, bool | int | float):

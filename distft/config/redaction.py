@@ -1,8 +1,8 @@
-"""What must not leave the process: passwords, keys and tokens in a configuration are masked before it is
-written to a run or handed to a tracker.
+"""Masks passwords, keys and tokens in a configuration before it is stored or sent to a tracker.
 
-Names decide first (`password`, `hf_token`, but not `pad_token` or `num_tokens`), then the shape of values
-(credentials in a URL, keys of well-known services). No masking is perfect: keep secrets in the environment.
+A setting's name decides first (`password`, `hf_token`, but not `pad_token` or `num_tokens`), then the form of
+its value (credentials in a URL, keys of well-known services). Masking may miss a secret: keep secrets in the
+environment.
 """
 
 import re
@@ -17,13 +17,15 @@ _SECRET_WORD = re.compile(r"password|passwd|passphrase|passkey|pwd|secrets?|cred
 _SECRET_PAIRS = frozenset(
     {("api", "key"), ("access", "key"), ("secret", "key"), ("private", "key"), ("auth", "key")}
 )
-_SECRET_TEXTS = frozenset({"auth", "authorization", "bearer"})  # only where the value is text
-# A word before `token` that makes it one of a vocabulary, not a secret.
-_VOCABULARY = re.compile(r"bos|eos|pad|unk|cls|sep|mask|special|start|end|stop|begin|image|added|first|last")
+_SECRET_TEXTS = frozenset({"auth", "authorization", "bearer"})  # secret only if the value is text
+# With one of these words, `token` means a token of the vocabulary, not a secret.
+_VOCABULARY_WORD = re.compile(
+    r"bos|eos|pad|unk|cls|sep|mask|special|start|end|stop|begin|image|added|first|last"
+)
 
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s?#]+@")
 _ASSIGNMENT = re.compile(r"(?P<key>[\w.\-]+)(?P<sign>=|:\s+)(?P<value>[^&\s;,'\"]+)")
-_KNOWN_SHAPES = re.compile(
+_KNOWN_KEYS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
     r"|glpat-[\w\-]{16,}|xox[abprs]-[\w\-]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w\-]{30,}"
     r"|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]*)"
@@ -32,18 +34,18 @@ _KNOWN_SHAPES = re.compile(
 
 
 def is_secret_name(name: str, value: Any = "") -> bool:
-    """Whether a setting of this name, with this value, is to be kept secret."""
+    """Whether a setting with this name and value must be masked."""
     words = tuple(word.lower() for word in _WORD.findall(name))
     if any(map(_SECRET_WORD.fullmatch, words)) or _SECRET_PAIRS & set(pairwise(words)):
         return True
     if not isinstance(value, str) or not words:
         return False
-    is_token = words[-1] == "token" and not any(map(_VOCABULARY.fullmatch, words))
+    is_token = words[-1] == "token" and not any(map(_VOCABULARY_WORD.fullmatch, words))
     return is_token or words[-1] in _SECRET_TEXTS
 
 
 def redact(value: Any) -> Any:
-    """A copy of plain data (dicts, lists, scalars) in which everything that looks like a secret is `***`."""
+    """A copy of plain data (dicts, lists, scalars) with `***` in place of everything that looks secret."""
     if isinstance(value, Mapping):
         return {
             key: _mask(item) if is_secret_name(str(key), item) else redact(item)
@@ -63,7 +65,7 @@ def _mask(value: Any) -> Any:
 
 
 def _redact_text(text: str) -> str:
-    text = _KNOWN_SHAPES.sub(MASK, _URL_LOGIN.sub(f"{MASK}@", text))
+    text = _KNOWN_KEYS.sub(MASK, _URL_LOGIN.sub(f"{MASK}@", text))
     return _ASSIGNMENT.sub(
         lambda m: f"{m['key']}{m['sign']}{MASK}" if is_secret_name(m["key"].split(".")[-1]) else m[0], text
     )

@@ -1,4 +1,4 @@
-"""The JSON schema of a configuration, by which editors complete and check the YAML."""
+"""The JSON schema of a configuration, with which editors complete and check the YAML."""
 
 import inspect
 import io
@@ -15,8 +15,8 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def json_schema(annotation: Any) -> dict[str, Any]:
     """The schema (draft 2020-12) of `annotation`.
 
-    A field is described by its `Field(description=...)` or, without one, by the comment behind it in the
-    source; a class by its docstring.
+    A field's description is its `Field(description=...)`, or else the comment after it in the source. A
+    class's description is its docstring.
     """
     schema = TypeAdapter(annotation).json_schema(schema_generator=_Generator, mode="validation")
     return {"$schema": DIALECT, **schema}
@@ -35,9 +35,9 @@ class _Generator(GenerateJsonSchema):
 
 
 def field_comments(settings_class: type) -> dict[str, str]:
-    """The comments that stand behind the fields of a class, on the line on which the field ends.
+    """The comment after each field of a class, on the line on which the field ends.
 
-    Empty where the source cannot be had.
+    Empty if the source is not available.
     """
     comments: dict[str, str] = {}
     for owner in reversed(settings_class.__mro__):
@@ -52,7 +52,7 @@ def field_comments(settings_class: type) -> dict[str, str]:
 
 
 def _comments_in(source: str) -> dict[str, str]:
-    """Comments at the end of `name: type = value` statements in the body of a class."""
+    """Comments at the end of `name: type = value` statements in a class body."""
     found: dict[str, str] = {}
     statement: list[tokenize.TokenInfo] = []
     depth = 0

@@ -1,4 +1,4 @@
-"""YAML as the configuration reads and writes it: the YAML 1.2 core types, and no key twice."""
+"""Reads and writes YAML with the scalar types of YAML 1.2; a duplicate key is an error."""
 
 import re
 from collections.abc import Hashable
@@ -10,10 +10,10 @@ import yaml
 from distft.errors import ConfigError
 
 # PyYAML follows YAML 1.1, where 1e-3 is a string, 010 is eight, 1:30 is ninety and `no` is false. Editors
-# follow 1.2. Underscores in numbers (524_288) are kept from 1.1; .nan is left out, it equals nothing.
+# follow 1.2. Underscores in numbers (524_288) stay allowed, as in 1.1; .nan is excluded: it equals nothing.
 _WHOLE = r"(?:0|[1-9][0-9_]*)"
 _EXPONENT = r"[eE][-+]?[0-9]+"
-_RESOLVERS = (  # tag, what it looks like, its first characters
+_RESOLVERS = (  # tag, pattern, possible first characters
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", rf"[-+]?{_WHOLE}|0x[0-9a-fA-F]+", "-+0123456789"),
     (
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(
                         None,
                         None,
-                        f"the key {key!r} stands here twice, first on line {seen[key].start_mark.line + 1}",
+                        f"duplicate key {key!r}, first given on line {seen[key].start_mark.line + 1}",
                         key_node.start_mark,
                     )
                 seen[key] = key_node
@@ -62,7 +62,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        # PyYAML writes the line break U+0085 plainly and reads it as a space; in double quotes it is escaped.
+        # PyYAML writes the line break U+0085 unescaped and reads it as a space; double quotes escape it.
         return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
 
 
@@ -70,7 +70,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def yaml_value(text: str, *, source: str) -> Any:
-    """The one value that `text` holds. Raises `ConfigError` with `source`, line and column."""
+    """The value of the YAML document `text`. Raises `ConfigError` with `source`, line and column."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -80,20 +80,20 @@ def yaml_value(text: str, *, source: str) -> Any:
         raise ConfigError(f"{source}{where}: {error.problem or 'not YAML'}{context}.") from None
     except yaml.reader.ReaderError as error:
         raise ConfigError(
-            f"{source}: character {error.position} cannot stand in YAML: {error.reason}."
+            f"{source}: character {error.position} is not allowed in YAML: {error.reason}."
         ) from None
-    except (ValueError, RecursionError) as error:  # numbers such as 0x_, nesting without end
+    except (ValueError, RecursionError) as error:  # numbers such as 0x_, nesting too deep
         raise ConfigError(f"{source}: not YAML: {error}.") from None
 
 
 def parse_yaml(text: str, *, source: str = "<text>") -> dict[str, Any]:
-    """The mapping that `text` holds; an empty text is an empty mapping. Raises `ConfigError`."""
+    """The mapping in the YAML document `text`; empty text is an empty mapping. Raises `ConfigError`."""
     value = yaml_value(text, source=source)
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{source} holds a {type(value).__name__} at its top; write `name: value` lines, one each."
+            f"{source} contains a {type(value).__name__} at the top level; write `name: value` lines instead."
         )
     return value
 
@@ -101,14 +101,14 @@ def parse_yaml(text: str, *, source: str = "<text>") -> dict[str, Any]:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in the YAML file `path` (UTF-8).
 
-    Raises `ConfigError` for a file that cannot be read, that is not YAML (with line and column), that gives a
-    key twice, or that holds no mapping.
+    Raises `ConfigError` for a file that cannot be read, is not YAML (with line and column), contains a key
+    twice, or contains no mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: there is no such file. Give the path of a run's YAML file, from {Path.cwd()}."
+            f"{path}: no such file. Give the path of a YAML file, absolute or relative to {Path.cwd()}."
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
@@ -118,5 +118,5 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def to_yaml(value: Any) -> str:
-    """Text that `yaml_value` reads back as `value` (plain dicts, lists, strings, numbers, None)."""
+    """YAML that `yaml_value` reads back as `value` (dicts, lists, strings, numbers, None)."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

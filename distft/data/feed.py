@@ -1,45 +1,38 @@
-"""From sequence numbers to batches, and the thread that makes them ahead of time."""
+"""Batches by sequence number, and a thread that prefetches them."""
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
-from distft.data.batch import Batch
-from distft.data.dataset import SequenceDataset, merge
-from distft.data.mixture import FileOrder, MixtureOrder
-from distft.data.order import Indices
+from distft.data.batch import Batch, merge_batches
+from distft.data.dataset import SequenceDataset
+from distft.data.mixture import MixtureSampler, Sampler, SequentialSampler
+from distft.data.sampler import Indices
 from distft.topology import MicroBatch
 
 
-class Order(Protocol):
-    """Where the run's sequences lie."""
-
-    def locate(self, start: int, stop: int) -> tuple[Indices, Indices]:
-        """Dataset and row of each of the sequences [start, stop)."""
-
-
 class Feed:
-    """Batches by the numbers of their sequences in the run, a function of nothing else."""
+    """Batches as a function of sequence numbers alone, whatever the rank, step or earlier calls."""
 
     def __init__(
         self,
         datasets: Sequence[SequenceDataset],
-        order: Order,
+        sampler: Sampler,
         *,
         label_names: tuple[str, ...] | None = None,
     ) -> None:
         self._datasets = tuple(datasets)
-        self._order = order
-        self.label_names = label_names  # of a classification: the name of each class
-        self.num_sequences = sum(dataset.num_sequences for dataset in datasets)  # an epoch, unless weighted
+        self._sampler = sampler
+        self.label_names = label_names  # class names by id; None: not a classification
+        self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
 
     @classmethod
-    def endless(
+    def for_training(
         cls,
         *datasets: SequenceDataset,
         weights: Sequence[float] = (1.0,),
@@ -47,58 +40,58 @@ class Feed:
         shuffle: bool,
         label_names: tuple[str, ...] | None = None,
     ) -> "Feed":
-        """Epoch after epoch, each in another order, every dataset with its weight's share; for training."""
-        sources = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
-        return cls(datasets, MixtureOrder(sources, seed, shuffle=shuffle), label_names=label_names)
+        """Infinitely many epochs, each in another order; datasets are mixed by `weights`."""
+        weighted = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
+        return cls(datasets, MixtureSampler(weighted, seed, shuffle=shuffle), label_names=label_names)
 
     @classmethod
-    def in_order(cls, *datasets: SequenceDataset, label_names: tuple[str, ...] | None = None) -> "Feed":
-        """Every row once, in file order, for an evaluation: sequences [0, num_sequences)."""
-        order = FileOrder([dataset.num_sequences for dataset in datasets])
-        return cls(datasets, order, label_names=label_names)
+    def for_evaluation(cls, *datasets: SequenceDataset, label_names: tuple[str, ...] | None = None) -> "Feed":
+        """Every row once in file order, as sequences [0, num_sequences)."""
+        sampler = SequentialSampler([dataset.num_sequences for dataset in datasets])
+        return cls(datasets, sampler, label_names=label_names)
 
     @property
     def summary(self) -> str:
-        """One line a dataset, for the log."""
+        """One line per dataset, for the log."""
         return "\n".join(dataset.summary for dataset in self._datasets)
 
     @property
     def dataset_sizes(self) -> list[int]:
-        """Rows of each dataset."""
+        """Number of rows of each dataset."""
         return [dataset.num_sequences for dataset in self._datasets]
 
-    def locate(self, start: int, stop: int) -> tuple[Indices, Indices]:
-        """Dataset and row of each of the sequences [start, stop)."""
-        return self._order.locate(start, stop)
+    def lookup(self, start: int, stop: int) -> tuple[Indices, Indices]:
+        """Dataset index and row of each of the sequences [start, stop)."""
+        return self._sampler.lookup(start, stop)
 
     def batch(self, start: int, stop: int) -> Batch:
-        """Sequences [start, stop); where that is none, one row in which nothing counts."""
-        source_ids, rows = self._order.locate(start, stop)
+        """Sequences [start, stop); for an empty range, one row without targets."""
+        dataset_ids, rows = self._sampler.lookup(start, stop)
         if not len(rows):
             return self._datasets[0].batch(rows)
-        used = np.unique(source_ids)
-        places = [np.flatnonzero(source_ids == source) for source in used]
-        parts = [
-            self._datasets[source].batch(rows[where]) for source, where in zip(used, places, strict=True)
+        used = np.unique(dataset_ids)
+        row_positions = [np.flatnonzero(dataset_ids == dataset) for dataset in used]
+        batches = [
+            self._datasets[dataset].batch(rows[positions])
+            for dataset, positions in zip(used, row_positions, strict=True)
         ]
-        return merge(parts, places)
+        return merge_batches(batches, row_positions)
 
 
 class Prefetcher:
-    """Makes the batches of `micro_batches` in a thread of its own, at most `depth` ahead of their use.
+    """Iterator over the batches of `micro_batches`, made by a thread that runs at most `depth` ahead.
 
-    An iterator over batches, and a context that ends the thread. What goes wrong in the thread is raised by
-    the `next` that would have given the batch. `wait_s` adds up the time that `next` had to wait: how long
-    the run stood still for want of data.
+    Leaving the context ends the thread. An exception in the thread is raised by the `next` that would have
+    returned the batch. `wait_s` is the total time that `next` has waited for data.
     """
 
     def __init__(self, feed: Feed, micro_batches: Iterable[MicroBatch], *, depth: int = 4) -> None:
         self.wait_s = 0.0
-        self.taken = MicroBatch(0, 0)  # the one whose batch `next` gave last
+        self.last_micro_batch = MicroBatch(0, 0)  # sequences of the batch that `next` returned last
         self._queue: queue.Queue[tuple[MicroBatch, Batch] | BaseException | None] = queue.Queue(depth)
         self._is_closed = threading.Event()
         self._thread = threading.Thread(
-            target=self._fill, args=(feed, iter(micro_batches)), name="distft-prefetch", daemon=True
+            target=self._produce, args=(feed, iter(micro_batches)), name="distft-prefetch", daemon=True
         )
         self._thread.start()
 
@@ -106,14 +99,14 @@ class Prefetcher:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch; `StopIteration` after the last one, and after `close`."""
+        """The next batch; `StopIteration` after the last one and after `close`."""
         if self._is_closed.is_set():
             raise StopIteration
         started = perf_counter()
         item = self._queue.get()
         self.wait_s += perf_counter() - started
         if isinstance(item, tuple):
-            self.taken, batch = item
+            self.last_micro_batch, batch = item
             return batch
         self.close()
         if item is None:
@@ -129,7 +122,7 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """End the thread, and drop what it had ready. May be called again."""
+        """End the thread and discard its batches. Idempotent."""
         self._is_closed.set()
         while self._thread.is_alive():
             self._drain()
@@ -143,13 +136,13 @@ class Prefetcher:
             except queue.Empty:
                 return
 
-    def _fill(self, feed: Feed, micro_batches: Iterator[MicroBatch]) -> None:
+    def _produce(self, feed: Feed, micro_batches: Iterator[MicroBatch]) -> None:
         try:
             for micro_batch in micro_batches:
                 if self._is_closed.is_set():
                     return
                 self._queue.put((micro_batch, feed.batch(micro_batch.start, micro_batch.stop)))
-        except BaseException as error:  # whatever it is, the consumer must hear of it
+        except BaseException as error:  # `__next__` raises it in the consumer's thread
             self._queue.put(error)
         else:
             self._queue.put(None)

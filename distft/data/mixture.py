@@ -1,123 +1,133 @@
-"""Several sources in one order, each with its share at every moment of the run."""
+"""Samplers over several datasets: a weighted mixture for training, one sequential pass for evaluation."""
 
 import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
-from distft.data.order import Indices, SequenceOrder
+from distft.data.sampler import EpochSampler, Indices
 from distft.errors import ConfigError
 
-_MAX_PERIOD = 100_000  # sequences; the table of one period is built and kept in memory
+_MAX_PERIOD = 100_000  # sequences; the assignment of one period is a table in memory
 
 
-class MixtureOrder:
-    """Which row of which source is read as sequence number `i`.
+class Sampler(Protocol):
+    """Maps the run's sequence numbers to rows of datasets."""
 
-    Among the first `n` sequences of the run each source has its weight's share of `n`, less than one
-    sequence off, at every `n`. Each source goes through its own `SequenceOrder` at its own pace, so a small
-    source with a large weight begins new, reshuffled epochs while a large one is in its first.
+    def lookup(self, start: int, stop: int) -> tuple[Indices, Indices]:
+        """Dataset index and row of each of the sequences [start, stop)."""
+
+
+class MixtureSampler:
+    """Interleaves datasets by weight.
+
+    Among the first `n` sequences, for every `n`, the count of each dataset differs from its exact share of
+    `n` by less than one. Each dataset has its own `EpochSampler`, so a small dataset with a large weight
+    starts new, reshuffled epochs while a large one is still in its first.
     """
 
-    def __init__(self, sources: Sequence[tuple[int, float]], seed: int, *, shuffle: bool = True) -> None:
-        """`sources`: rows and weight of each. Weights are taken as the decimals that they print as.
+    def __init__(self, datasets: Sequence[tuple[int, float]], seed: int, *, shuffle: bool = True) -> None:
+        """`datasets`: number of rows and weight of each. A weight means its shortest decimal notation.
 
-        Raises `ConfigError` where weights only repeat after more than 100,000 sequences.
+        Raises `ConfigError` if the weights need a period of more than 100,000 sequences.
         """
-        self._shares = whole_shares([weight for _, weight in sources])
+        self._shares = integer_shares([weight for _, weight in datasets])
         self._period = sum(self._shares)
-        self._table = np.array(chairman_assignment(self._shares), dtype=np.int64)
-        self._slots = [np.flatnonzero(self._table == source) for source in range(len(sources))]
-        seeds = np.random.SeedSequence(seed).generate_state(len(sources), np.uint64)
-        self._orders = [
-            SequenceOrder(num_sequences, int(source_seed), shuffle=shuffle)
-            for (num_sequences, _), source_seed in zip(sources, seeds, strict=True)
+        self._assignment = np.array(chairman_assignment(self._shares), dtype=np.int64)
+        self._slots = [np.flatnonzero(self._assignment == dataset) for dataset in range(len(datasets))]
+        seeds = np.random.SeedSequence(seed).generate_state(len(datasets), np.uint64)
+        self._samplers = [
+            EpochSampler(num_sequences, int(dataset_seed), shuffle=shuffle)
+            for (num_sequences, _), dataset_seed in zip(datasets, seeds, strict=True)
         ]
 
     def counts(self, stop: int) -> list[int]:
-        """How many of the first `stop` sequences each source gives."""
+        """Number of sequences from each dataset among the first `stop`."""
         periods, rest = divmod(stop, self._period)
         return [
             periods * share + int(np.searchsorted(slots, rest))
             for share, slots in zip(self._shares, self._slots, strict=True)
         ]
 
-    def locate(self, start: int, stop: int) -> tuple[Indices, Indices]:
-        """Source and row of each of the sequences [start, stop)."""
+    def lookup(self, start: int, stop: int) -> tuple[Indices, Indices]:
+        """Dataset index and row of each of the sequences [start, stop)."""
         offset = start % self._period
-        source_ids = self._table[np.arange(offset, offset + max(stop - start, 0)) % self._period]
-        rows = np.empty(len(source_ids), np.int64)
-        begins = self.counts(start)
-        for source, order in enumerate(self._orders):
-            places = np.flatnonzero(source_ids == source)
-            rows[places] = order.indices(begins[source], begins[source] + len(places))
-        return source_ids, rows
+        dataset_ids = self._assignment[np.arange(offset, offset + max(stop - start, 0)) % self._period]
+        rows = np.empty(len(dataset_ids), np.int64)
+        counts_before = self.counts(start)
+        for dataset, sampler in enumerate(self._samplers):
+            positions = np.flatnonzero(dataset_ids == dataset)
+            first = counts_before[dataset]
+            rows[positions] = sampler.indices(first, first + len(positions))
+        return dataset_ids, rows
 
 
-class FileOrder:
-    """Every row of every source once, one source after the other: how held-out data is read."""
+class SequentialSampler:
+    """Every row of every dataset once, one dataset after the other, in file order."""
 
-    def __init__(self, nums_sequences: Sequence[int]) -> None:
-        self._stops = np.cumsum(np.array(nums_sequences, dtype=np.int64))
+    def __init__(self, dataset_sizes: Sequence[int]) -> None:
+        self._stops = np.cumsum(np.array(dataset_sizes, dtype=np.int64))
 
-    def locate(self, start: int, stop: int) -> tuple[Indices, Indices]:
-        """Source and row of each of the sequences [start, stop), all of which must exist."""
-        numbers = np.arange(start, max(stop, start), dtype=np.int64)
-        if len(numbers) and not 0 <= start < stop <= self._stops[-1]:
-            raise ValueError(f"Sequences [{start}, {stop}) of {self._stops[-1]} that are read once.")
-        source_ids = np.searchsorted(self._stops, numbers, side="right")
-        begins = np.concatenate([np.zeros(1, np.int64), self._stops])
-        return source_ids.astype(np.int64), numbers - begins[source_ids]
+    def lookup(self, start: int, stop: int) -> tuple[Indices, Indices]:
+        """Dataset index and row of each of the sequences [start, stop), which must all exist."""
+        sequences = np.arange(start, max(stop, start), dtype=np.int64)
+        if len(sequences) and not 0 <= start < stop <= self._stops[-1]:
+            raise ValueError(f"Sequences [{start}, {stop}) are outside the {self._stops[-1]} of one pass.")
+        dataset_ids = np.searchsorted(self._stops, sequences, side="right")
+        starts = np.concatenate([np.zeros(1, np.int64), self._stops])
+        return dataset_ids.astype(np.int64), sequences - starts[dataset_ids]
 
 
-def whole_shares(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the proportion of `weights`.
+def integer_shares(weights: Sequence[float]) -> list[int]:
+    """The smallest integers in the proportion of `weights`.
 
-    Raises `ConfigError` for a weight that is not above zero, and where the numbers add up to too much.
+    Raises `ConfigError` for a weight that is not a finite number above 0, and for a sum of shares above
+    100,000.
     """
     exact = [Fraction(str(weight)) if math.isfinite(weight) else Fraction(0) for weight in weights]
-    faults = [
+    problems = [
         f"weight={weight} of source {i}: a weight is a number above 0; leave the source out instead."
         for i, (weight, fraction) in enumerate(zip(weights, exact, strict=True))
         if fraction <= 0
     ]
-    if faults:
-        raise ConfigError("\n".join(faults))
-    unit = math.lcm(*(fraction.denominator for fraction in exact))
-    numbers = [int(fraction * unit) for fraction in exact]
-    divisor = math.gcd(*numbers)
-    shares = [number // divisor for number in numbers]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    common_denominator = math.lcm(*(fraction.denominator for fraction in exact))
+    numerators = [int(fraction * common_denominator) for fraction in exact]
+    divisor = math.gcd(*numerators)
+    shares = [numerator // divisor for numerator in numerators]
     if sum(shares) > _MAX_PERIOD:
         raise ConfigError(
-            f"The weights {', '.join(str(weight) for weight in weights)} repeat only after {sum(shares):,} "
-            f"sequences, and at most {_MAX_PERIOD:,} can be planned: round the weights to fewer digits."
+            f"The weights {', '.join(str(weight) for weight in weights)} have a period of {sum(shares):,} "
+            f"sequences, and the limit is {_MAX_PERIOD:,}: round the weights to fewer digits."
         )
     return shares
 
 
 def chairman_assignment(shares: Sequence[int]) -> list[int]:
-    """Give each of sum(shares) slots to a source, so that every prefix is shared within less than one slot.
+    """Assign sum(shares) slots to datasets; every prefix is within one slot of the exact proportions.
 
-    The number `j` of a source with `share` of `period` slots may not come before slot `j * period / share`
-    (or the source would be one ahead), nor after slot `(j + 1) * period / share` (one behind). Giving each
-    slot to the earliest deadline among those that may come meets every deadline that can be met, and
-    Tijdeman (The chairman assignment problem, 1980) showed that all of these can.
+    Item `j` of a dataset with `share` of `period` slots may not take a slot before `j * period / share` (the
+    dataset would be one ahead) nor after `(j + 1) * period / share` (one behind). Giving each slot to the
+    eligible item with the earliest deadline meets all deadlines if any schedule does, and Tijdeman (The
+    chairman assignment problem, 1980) proved that one exists.
     """
     period = sum(shares)
-    waiting = [(0, source) for source, share in enumerate(shares) if share]  # (first slot, source)
-    ready: list[tuple[int, int]] = []  # (last slot, source)
-    given = [0] * len(shares)
+    waiting = [(0, dataset) for dataset, share in enumerate(shares) if share]  # (first slot, dataset)
+    ready: list[tuple[int, int]] = []  # (last slot, dataset)
+    num_assigned = [0] * len(shares)
     slots = []
     for slot in range(period):
         while waiting and waiting[0][0] <= slot:
-            _, source = heapq.heappop(waiting)
-            deadline = -(-(given[source] + 1) * period // shares[source]) - 1
-            heapq.heappush(ready, (deadline, source))
-        _, source = heapq.heappop(ready)
-        slots.append(source)
-        given[source] += 1
-        if given[source] < shares[source]:
-            heapq.heappush(waiting, (given[source] * period // shares[source], source))
+            _, dataset = heapq.heappop(waiting)
+            deadline = -(-(num_assigned[dataset] + 1) * period // shares[dataset]) - 1
+            heapq.heappush(ready, (deadline, dataset))
+        _, dataset = heapq.heappop(ready)
+        slots.append(dataset)
+        num_assigned[dataset] += 1
+        if num_assigned[dataset] < shares[dataset]:
+            heapq.heappush(waiting, (num_assigned[dataset] * period // shares[dataset], dataset))
     return slots

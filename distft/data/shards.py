@@ -1,8 +1,11 @@
-"""Token shards on disk: their layout, and reading them through memory maps (`shard_writer` writes them).
+"""Token shards on disk: file layout and memory-mapped reading (`shard_writer` writes them).
 
-A directory holds `shard_00000.bin`, `shard_00001.bin`, ... (flat little-endian token ids, every shard but the
-last of `shard_tokens` tokens), `document_starts.bin` (little-endian uint64: where in the concatenation of all
-shards each document begins; the first is 0) and, written last, `manifest.json`.
+A directory contains
+- `shard_00000.bin`, `shard_00001.bin`, ...: flat little-endian token ids, `shard_tokens` per shard, fewer in
+  the last;
+- `document_starts.bin`: little-endian uint64, the position of each document's first token in the
+  concatenation of all shards; the first is 0;
+- `manifest.json`, written last: shards without it are not committed.
 """
 
 import json
@@ -24,7 +27,7 @@ _READ_BYTES = 1 << 22
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The little-endian type that a shard's ids have: uint16 where every id fits, else uint32."""
+    """Little-endian dtype of a shard's ids: uint16 if the vocabulary fits, else uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -34,11 +37,11 @@ def shard_name(index: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
-    """What is fixed before the first token is written."""
+    """Parameters of a set of shards, fixed before the first token is written."""
 
     vocab_size: int
     tokenizer_fingerprint: str
-    shard_tokens: int  # of every shard but the last
+    shard_tokens: int  # per shard, except the last
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
@@ -51,9 +54,9 @@ class ShardLayout:
 
 
 class TokenShards:
-    """Committed token shards, read through memory maps: opening is quick whatever their size.
+    """Committed token shards, read through memory maps.
 
-    Sizes are checked at opening; checksums, which take a full read, by `verify`.
+    Opening checks file sizes; `verify` checks the checksums, which takes a full read.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
@@ -65,7 +68,7 @@ class TokenShards:
         self.pad_id: int | None = manifest["pad_id"]
         self.num_tokens: int = manifest["num_tokens"]
         self.num_documents: int = manifest["num_documents"]
-        self.num_bytes: int = manifest["num_bytes"]  # of UTF-8 text that the tokens stand for
+        self.num_bytes: int = manifest["num_bytes"]  # UTF-8 bytes of the tokenized text
         self.max_token_id: int = manifest["max_token_id"]
         self.extra: dict[str, Any] = manifest["extra"]
         self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -77,52 +80,52 @@ class TokenShards:
             for file in self._files
             if file["name"] != DOCUMENT_STARTS
         ]
-        # uint64 on disk; no position reaches 2**63, so the same bytes read as int64.
+        # uint64 on disk, read as int64: no position reaches 2**63.
         self.document_starts: NDArray[np.int64] = np.memmap(
             directory / DOCUMENT_STARTS, dtype="<i8", mode="r"
         )
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenShards":
-        """Open what `ShardWriter` committed in the local directory `path`.
+        """Open the shards in the local directory `path`.
 
-        Raises `DataError` where nothing is committed, a file is missing or of another size, or the format is
-        newer than this program.
+        Raises `DataError` if they are not committed, a file is missing or has the wrong size, or the format
+        version is unknown.
         """
         directory = Path(path)
         try:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise DataError(_not_committed(directory)) from None
+            raise DataError(_not_committed_message(directory)) from None
         except (OSError, ValueError) as error:
             raise DataError(f"{directory / MANIFEST} cannot be read: {error}.") from error
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         if version != FORMAT_VERSION or manifest.get("format") != FORMAT:
             raise DataError(
-                f"{directory / MANIFEST} is not a manifest of token shards of version {FORMAT_VERSION} "
+                f"{directory / MANIFEST} is not a token shard manifest of version {FORMAT_VERSION} "
                 f"(it says {version!r}): make the shards again with this version of distft."
             )
         return cls(directory, manifest)
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
-        """Ids [start, stop) of the concatenation of all shards, in the type that they have on disk.
+        """Ids [start, stop) of the concatenation of all shards, in their dtype on disk.
 
-        A view into the file where one shard holds them all.
+        A view into the file if the range lies in one shard.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.num_tokens} in {self.directory}")
-        pieces = []
+        slices = []
         while start < stop:
-            index, offset = divmod(start, self._shard_tokens)
-            piece = self._shards[index][offset : offset + stop - start]
-            pieces.append(piece)
-            start += len(piece)
-        if len(pieces) == 1:
-            return pieces[0].view(np.ndarray)
-        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+            shard, offset = divmod(start, self._shard_tokens)
+            ids = self._shards[shard][offset : offset + stop - start]
+            slices.append(ids)
+            start += len(ids)
+        if len(slices) == 1:
+            return slices[0].view(np.ndarray)
+        return np.concatenate(slices) if slices else np.empty(0, self.dtype)
 
     def document_ids(self, start: int, stop: int) -> NDArray[np.int64]:
-        """For each of the tokens [start, stop): the number of the document that it belongs to."""
+        """Document number of each of the tokens [start, stop)."""
         first = int(np.searchsorted(self.document_starts, start, side="right")) - 1
         last = int(np.searchsorted(self.document_starts, stop, side="left"))
         ids = np.zeros(stop - start, dtype=np.int64)
@@ -130,7 +133,7 @@ class TokenShards:
         return np.cumsum(ids) + first
 
     def verify(self) -> None:
-        """Read everything; raise `DataError` naming every file whose checksum is not the recorded one."""
+        """Read all files; raise `DataError` with every file whose checksum differs from the manifest."""
         damaged = [
             str(self.directory / file["name"])
             for file in self._files
@@ -143,27 +146,27 @@ class TokenShards:
             )
 
     def _check_sizes(self) -> None:
-        faults = []
+        problems = []
         for file in self._files:
             path = self.directory / file["name"]
             found = path.stat().st_size if path.exists() else None
             if found is None:
-                faults.append(f"{path} is missing")
+                problems.append(f"{path} is missing")
             elif found != file["size_bytes"]:
-                faults.append(f"{path} has {found} bytes, its manifest says {file['size_bytes']}")
-        if faults:
-            raise DataError("\n".join(faults) + "\nRestore from a copy, or tokenize again.")
+                problems.append(f"{path} has {found} bytes, its manifest says {file['size_bytes']}")
+        if problems:
+            raise DataError("\n".join(problems) + "\nRestore from a copy, or tokenize again.")
 
 
-def _not_committed(directory: Path) -> str:
+def _not_committed_message(directory: Path) -> str:
     if not directory.exists():
         return f"{directory} does not exist: make token shards with `distft tokenize`."
     below = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST}"))
     if below:
-        return f"{directory} holds no {MANIFEST}, but {', '.join(below)} below it does: name one of these."
+        return f"{directory} has no {MANIFEST}; name a subdirectory that has one: {', '.join(below)}."
     return (
-        f"{directory} holds no {MANIFEST}: its token shards were never finished. "
-        "Run the same `distft tokenize` again: it goes on where it stopped."
+        f"{directory} has no {MANIFEST}: its token shards were never finished. "
+        "Run the same `distft tokenize` again: it resumes where it stopped."
     )
 
 

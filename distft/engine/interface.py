@@ -1,4 +1,4 @@
-"""What the training loop asks of a backend, and the settings that every backend shares."""
+"""The `Engine` interface that the training loop uses, and the settings that all engines share."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -17,60 +17,60 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 class EngineSettings(Settings):
-    """What holds for every engine."""
+    """Settings common to all engines."""
 
-    param_dtype: Precision = "fp32"  # weights and activations in the forward and backward; updates are fp32
-    activation_checkpointing: bool = False  # recompute each block in the backward instead of keeping it
-    compile: bool = False  # torch.compile: slower to start, faster to run
+    param_dtype: Precision = "fp32"  # of weights and activations; updates are fp32
+    activation_checkpointing: bool = False  # recompute blocks in the backward to save memory
+    compile: bool = False  # torch.compile each block: slower to start, then faster
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What one optimizer update did. Device scalars: whoever reads them pays for the wait."""
+    """Result of one optimizer update, as device scalars: reading them waits for the device."""
 
-    grad_norm: Tensor  # before clipping; inf or nan where the update was skipped
-    is_skipped: Tensor  # 1.0 where gradients were not finite, so nothing changed
+    grad_norm: Tensor  # before clipping; inf or nan if the update was skipped
+    is_skipped: Tensor  # 1.0 if gradients were not finite, so nothing changed
 
 
 class Engine(Protocol):
-    """How gradients are computed, summed over ranks, and applied.
+    """Computes gradients, sums them over ranks, and applies them.
 
-    Gradients *add* over micro-batches and ranks, and the caller divides the loss by whatever is to be the
-    mean's count, so the sharing out of a batch does not show in the result.
+    Gradients *add* over micro-batches and ranks. The caller divides the loss by the count of the whole global
+    batch, so the result does not depend on how the batch was split.
     """
 
     device: torch.device
 
     @property
     def module(self) -> torch.nn.Module:
-        """The model itself, for names and evaluation mode."""
+        """The model itself, for its parameter names and its train/eval mode."""
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass."""
 
     def micro_step(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Surrounds one forward and backward; gradients cross ranks when `is_last`."""
+        """Context of one forward and backward; if `is_last`, gradients are reduced over ranks."""
 
     def backward(self, loss: Tensor) -> Tensor:
         """Accumulate gradients of `loss`; return it detached, still on the device."""
 
     def step(self, lr: float) -> UpdateResult:
-        """Clip, update at `lr` times each group's scale, clear; skip if a gradient is not finite."""
+        """Clip, update with `lr` times each group's `lr_scale`, clear; skip if a gradient is not finite."""
 
     def set_loss_scale(self, scale: float) -> None:
-        """fp16 only: what `backward` multiplies the loss by, and `step` divides the gradients by."""
+        """fp16 only: the factor that `backward` multiplies the loss by and `step` divides gradients by."""
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's part of the run's state; all ranks' parts together are the whole, each element once."""
+        """This rank's fragments of weights and moments; over all ranks each element comes exactly once."""
 
     def updates(self) -> dict[str, int]:
-        """How many optimizer updates each trainable parameter has had."""
+        """The number of optimizer updates that each trainable parameter has had."""
 
     def load_fragments(self, source: StateSource) -> None:
-        """Take weights, moments and update counts from `source`; each rank reads what it holds."""
+        """Read weights, moments and update counts from `source`; each rank reads its own slices."""
 
     def close(self) -> None:
-        """Give the memory back; the engine is not used again."""
+        """Free the memory; the engine cannot be used afterwards."""

@@ -1,4 +1,4 @@
-"""The plain engine: one process, torch alone. For laptops and tests, and what ZeRO must agree with."""
+"""The single-process engine in plain torch: for laptops and tests, and the reference for ZeRO."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,12 +11,11 @@ from distft.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from distft.checkpoint.sources import StateSource, read_state
 from distft.engine.interface import DTYPES, EngineSettings, UpdateResult
 from distft.engine.memory import allocate
-from distft.optim.adamw import AdamWConfig
-from distft.optim.groups import ParameterGroup
+from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
 
 
 class LocalConfig(EngineSettings):
-    """One process with everything in it."""
+    """Plain torch in a single process."""
 
     type: Literal["local"] = "local"
 
@@ -24,8 +23,8 @@ class LocalConfig(EngineSettings):
 class LocalEngine:
     """AdamW over fp32 master weights; the model computes in `param_dtype`.
 
-    In fp32 the masters are the model's own parameters. Otherwise each gradient is added to its master's
-    fp32 gradient as soon as the backward has made it, so accumulation loses nothing to bf16 or fp16.
+    In fp32 the master weights are the model's own parameters. Otherwise the backward adds each gradient to
+    its master's fp32 gradient as soon as it is complete, so accumulation does not round to bf16 or fp16.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class LocalEngine:
         optim: AdamWConfig,
         device: torch.device,
     ) -> None:
-        """`module` is on the meta device, with `requires_grad` set; its weights come by `load_fragments`."""
+        """`module` is on the meta device, with `requires_grad` set; `load_fragments` gives it its weights."""
         self.device = device
         self.module = module
         self._max_grad_norm = optim.max_grad_norm
@@ -45,31 +44,18 @@ class LocalEngine:
         self._loss_scale = 1.0
         allocate(module, device, self._dtype)
         self._params = dict(module.named_parameters())
-        self._masters = {name: self._master(name) for group in groups for name in group.names}
-        self._groups = list(groups)
-        self._optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [self._masters[name] for name in group.names],
-                    "weight_decay": group.weight_decay,
-                    "lr_scale": group.lr_scale,
-                }
-                for group in groups
-            ],
-            lr=optim.peak_lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            fused=True,
-        )
+        self._masters = {name: self._make_master(name) for group in groups for name in group.names}
+        self._optimizer = build_adamw(self._masters, groups, optim)
 
-    def _master(self, name: str) -> Tensor:
+    def _make_master(self, name: str) -> Tensor:
         param = self._params[name]
         if param.dtype == torch.float32:
             return param
         master = torch.empty(param.shape, dtype=torch.float32, device=self.device, requires_grad=True)
 
-        def add_gradient(low: Tensor) -> None:
-            gradient, low.grad = low.grad, None
+        def move_gradient_to_master(low_precision: Tensor) -> None:
+            # Clearing the gradient here frees it, so only one low-precision gradient exists at a time.
+            gradient, low_precision.grad = low_precision.grad, None
             if gradient is None:
                 return
             if master.grad is None:
@@ -77,7 +63,7 @@ class LocalEngine:
             else:
                 master.grad.add_(gradient)
 
-        param.register_post_accumulate_grad_hook(add_gradient)  # type: ignore[no-untyped-call]
+        param.register_post_accumulate_grad_hook(move_gradient_to_master)  # type: ignore[no-untyped-call]
         return master
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,26 +84,26 @@ class LocalEngine:
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients) / self._loss_scale
         divisor = torch.full_like(grad_norm, self._loss_scale)
-        if self._max_grad_norm is not None:
+        if self._max_grad_norm is not None:  # as torch's clip_grad_norm_ does, its 1e-6 included
             divisor = divisor * ((grad_norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
         is_skipped = (~torch.isfinite(grad_norm)).float()
-        # The fused kernel divides by `grad_scale` and leaves everything alone where `found_inf` is 1: no
-        # pass over the gradients for clipping, and no wait for the device to decide about a skip.
+        # The fused kernel divides gradients by `grad_scale` and changes nothing if `found_inf` is 1. So
+        # clipping needs no pass over the gradients, and a skip no synchronization with the device.
         self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
         self._optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._refresh()
+        self._copy_masters_to_model()
         return UpdateResult(grad_norm, is_skipped)
 
-    def _refresh(self) -> None:
+    def _copy_masters_to_model(self) -> None:
         if self._dtype == torch.float32 or not self._masters:
             return
         with torch.no_grad():
-            low: list[Tensor] = [self._params[name] for name in self._masters]
-            torch._foreach_copy_(low, list(self._masters.values()))
+            low_precision: list[Tensor] = [self._params[name] for name in self._masters]
+            torch._foreach_copy_(low_precision, list(self._masters.values()))
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return value
@@ -145,7 +131,7 @@ class LocalEngine:
             for moment in MOMENTS:
                 state[moment] = torch.empty_like(master, requires_grad=False)
                 read_state(source, name, moment, state[moment].view(-1), 0)
-        self._refresh()
+        self._copy_masters_to_model()
 
     def close(self) -> None:
         self._optimizer.state.clear()

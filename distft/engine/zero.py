@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO behind our Engine: gradients add, the learning rate is handed in, state is fragments."""
+"""The DeepSpeed ZeRO engine: stages 0 to 3 behind the `Engine` interface."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,14 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from distft.checkpoint.fragments import WEIGHT, Fragment, even_share
+from distft.checkpoint.fragments import WEIGHT, Fragment, even_slice
 from distft.checkpoint.sources import StateSource, read_state
 from distft.collectives import Collectives
 from distft.engine import zero_layout
 from distft.engine.deepspeed_config import ZeroConfig, deepspeed_config
 from distft.engine.interface import DTYPES, UpdateResult
 from distft.engine.memory import allocate
-from distft.optim.adamw import AdamWConfig
-from distft.optim.groups import ParameterGroup
+from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
 from distft.topology import BatchPlan
 
 
@@ -36,44 +35,34 @@ class ZeroEngine:
         collectives: Collectives,
         device: torch.device,
     ) -> None:
-        """`module` is on the meta device, with `requires_grad` set; its weights come by `load_fragments`.
+        """`module` is on the meta device, with `requires_grad` set; `load_fragments` gives it its weights.
 
         A process group must exist, also for a single rank.
         """
         zero_layout.check_version()
         zero_layout.skip_jit_builds()
-        _quieten()
+        _silence_step_logs()
         self.device = device
         self.module = module
-        self._settings = settings
         self._stage = settings.zero_stage
         self._collectives = collectives
         self._groups = list(groups)
         self._max_grad_norm = optim.max_grad_norm
         self._loss_scale = 1.0
-        self._shapes = {name: param.shape for name, param in module.named_parameters()}
         config = deepspeed_config(settings, plan, max_grad_norm=optim.max_grad_norm)
         dtype = DTYPES[settings.param_dtype]
         if self._stage == 3:
-            zero_layout.allocate_sliced(module, config, device, dtype)
+            zero_layout.allocate_stage3(module, config, device, dtype)
         else:
             allocate(module, device, dtype)
         self._params = dict(module.named_parameters())
-        with redirect_stdout(StringIO()):  # DeepSpeed prints its memory statistics, whatever the log level
+        with redirect_stdout(StringIO()):  # DeepSpeed prints memory statistics at any log level
             self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self._adamw(optim), config=config, dist_init_required=False
+                model=module,
+                optimizer=build_adamw(self._params, groups, optim),
+                config=config,
+                dist_init_required=False,
             )
-
-    def _adamw(self, optim: AdamWConfig) -> torch.optim.AdamW:
-        groups = [
-            {
-                "params": [self._params[name] for name in group.names],
-                "weight_decay": group.weight_decay,
-                "lr_scale": group.lr_scale,
-            }
-            for group in self._groups
-        ]
-        return torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas, eps=optim.eps, fused=True)
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -97,83 +86,85 @@ class ZeroEngine:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if optimizer is zero_layout.inner_optimizer(self._engine):
-            return self._step_unwrapped()
+            return self._step_without_wrapper()
         self._engine.step()
-        norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float32, device=self.device)
-        if self._stage == 0:
-            norm = norm / self._loss_scale
-        return UpdateResult(norm, torch.tensor(float(optimizer.overflow), device=self.device))
+        grad_norm = zero_layout.last_grad_norm(self._engine)
+        grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.device)
+        if self._stage == 0:  # unlike at the other stages, DeepSpeed reports the norm of the scaled gradients
+            grad_norm = grad_norm / self._loss_scale
+        return UpdateResult(grad_norm, torch.tensor(float(optimizer.overflow), device=self.device))
 
-    def _step_unwrapped(self) -> UpdateResult:
-        """Stage 0 in fp32: DeepSpeed sums the gradients; clipping and skipping are left to us."""
+    def _step_without_wrapper(self) -> UpdateResult:
+        """Stage 0 in fp32: DeepSpeed only sums the gradients, so clipping and skipping are done here."""
         gradients = [p.grad for p in self._params.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        is_skipped = not bool(torch.isfinite(norm))
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        is_skipped = not bool(torch.isfinite(grad_norm))
         if is_skipped:
             self._engine.zero_grad()
             for param in self._params.values():
                 param.grad = None
         else:
             if self._max_grad_norm is not None:
-                factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                factor = (self._max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_(gradients, factor)
             self._engine.step()
-        return UpdateResult(norm, torch.tensor(float(is_skipped), device=self.device))
+        return UpdateResult(grad_norm, torch.tensor(float(is_skipped), device=self.device))
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return self._collectives.all_reduce_sum(value)
 
     def fragments(self) -> Iterator[Fragment]:
-        for part in zero_layout.held(self._engine, self._stage, self._params):
-            begin, end = self._written(part.master.numel())
-            start = part.start + begin
-            yield Fragment(part.parameter, WEIGHT, start, part.master[begin:end])
-            for moment, values in part.moments.items():
-                yield Fragment(part.parameter, moment, start, values[begin:end])
+        for partition in zero_layout.local_partitions(self._engine, self._stage, self._params):
+            # At stage 0 every rank has the same whole parameters, so each saves an even slice of them.
+            numel = partition.master_weights.numel()
+            begin, end = self._even_slice(numel) if self._stage == 0 else (0, numel)
+            start = partition.start + begin
+            yield Fragment(partition.parameter, WEIGHT, start, partition.master_weights[begin:end])
+            for moment, values in partition.moments.items():
+                yield Fragment(partition.parameter, moment, start, values[begin:end])
         for name, param in self._params.items():
             if param.requires_grad:
                 continue
             if self._stage == 3:
-                start, values = zero_layout.low_precision_slice(self._engine, param)
+                start, values = zero_layout.stage3_weights(self._engine, param)
             else:
-                start, stop = even_share(param.numel(), self._collectives.rank, self._collectives.world_size)
+                start, stop = self._even_slice(param.numel())
                 values = param.detach().view(-1)[start:stop]
             yield Fragment(name, WEIGHT, start, values)
 
-    def _written(self, numel: int) -> tuple[int, int]:
-        """What this rank writes of the elements that it holds: at stage 0 all ranks hold the same."""
-        if self._stage > 0:
-            return 0, numel
-        return even_share(numel, self._collectives.rank, self._collectives.world_size)
+    def _even_slice(self, numel: int) -> tuple[int, int]:
+        return even_slice(numel, self._collectives.rank, self._collectives.world_size)
 
     def updates(self) -> dict[str, int]:
-        """The same on every rank, although a rank may hold nothing of a parameter."""
-        mine = {
-            part.parameter: int(part.updates)
-            for part in zero_layout.held(self._engine, self._stage, self._params)
+        """Update counts by parameter, the same on every rank, although a rank may have no part of some."""
+        local = {
+            partition.parameter: int(partition.updates)
+            for partition in zero_layout.local_partitions(self._engine, self._stage, self._params)
         }
-        return {name: n for theirs in self._collectives.all_gather(mine) for name, n in theirs.items()}
+        return {name: n for counts in self._collectives.all_gather(local) for name, n in counts.items()}
 
     def load_fragments(self, source: StateSource) -> None:
-        # A group's parameters have had equally many updates: that is how groups are made.
+        # Parameters of one group have the same update count, because parameter_groups groups by it.
         zero_layout.create_optimizer_state(self._engine, self._stage, [g.updates for g in self._groups])
+        # First the weights that the model computes with, trainable and frozen, in param_dtype.
         for name, param in self._params.items():
             if self._stage == 3:
-                start, values = zero_layout.low_precision_slice(self._engine, param)
+                start, values = zero_layout.stage3_weights(self._engine, param)
                 read_state(source, name, WEIGHT, values, start)
                 if zero_layout.is_gathered(param):
                     read_state(source, name, WEIGHT, param.detach().view(-1), 0)
             else:
                 read_state(source, name, WEIGHT, param.detach().view(-1), 0)
-        for part in zero_layout.held(self._engine, self._stage, self._params):
-            read_state(source, part.parameter, WEIGHT, part.master, part.start)
-            for moment, values in part.moments.items():
-                read_state(source, part.parameter, moment, values, part.start)
+        # Then the fp32 master weights and moments, of trainable parameters only.
+        for partition in zero_layout.local_partitions(self._engine, self._stage, self._params):
+            read_state(source, partition.parameter, WEIGHT, partition.master_weights, partition.start)
+            for moment, values in partition.moments.items():
+                read_state(source, partition.parameter, moment, values, partition.start)
 
     def close(self) -> None:
         self._engine.destroy()
 
 
-def _quieten() -> None:
-    """DeepSpeed tells of every step on every rank; what matters raises, or is a metric of ours."""
+def _silence_step_logs() -> None:
+    """DeepSpeed logs every step on every rank; failures raise, and distft reports the metrics."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

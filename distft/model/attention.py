@@ -1,9 +1,10 @@
-"""Which position sees which, and the kernels that compute it.
+"""Multi-head attention with rotary positions, its masks, and the choice of kernel.
 
 Shape letters: B rows, T query positions, S key positions, H query heads, G key-value heads, D head_dim,
-R = D // 2 rotation pairs, C = d_model.
+R = D // 2 pairs that rotary positions rotate, C = d_model.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -13,96 +14,95 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from distft.model.config import ModelConfig
-from distft.model.linear import Linear, ProductFormat
+from distft.model.layers import Linear, MatmulDtype
 
-# bool [B, 1, T, S] (True: sees), blocks of it, or nothing special
-Mask: TypeAlias = Tensor | BlockMask | None
+# bool [B or 1, 1, T, S] (True: the query attends to the key), flex attention's block mask, or None: every
+# key, or in a causal model every key up to the query
+AttentionMask: TypeAlias = Tensor | BlockMask | None
 
 
-class Rotation(NamedTuple):
-    """Cosine and sine of each position's angles, float32 [1 or B, T, 1, R]."""
+class RotaryCosSin(NamedTuple):
+    """Cosine and sine of each position's rotation angles, float32 [1 or B, T, 1, R]."""
 
     cos: Tensor
     sin: Tensor
 
 
-class LayerCache(Protocol):
-    """Keys and values of earlier positions of one layer."""
+class KVCache(Protocol):
+    """Keys and values of one layer's earlier positions."""
 
-    def extend(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep these too; return all of them, [B, S, G, D] each."""
+    def update(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values; return all so far, [B, S, G, D] each."""
 
 
-def rotation(position_ids: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Angles of `position_ids` [1 or B, T] (Su et al. 2021, arXiv:2104.09864), halves paired as in Llama."""
+def rotary_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> RotaryCosSin:
+    """Rotation angles of `position_ids` [1 or B, T] (RoPE: Su et al. 2021, arXiv:2104.09864)."""
     exponents_R = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[..., None, None].float() * theta**-exponents_R
-    return Rotation(angles.cos(), angles.sin())
+    return RotaryCosSin(angles.cos(), angles.sin())
 
 
-def rotate(x_BTHD: Tensor, turn: Rotation) -> Tensor:
-    """Turn each pair (x[i], x[i + R]) of every head by its position's angle."""
+def apply_rotary(x_BTHD: Tensor, rope: RotaryCosSin) -> Tensor:
+    """Rotate each pair (x[i], x[i + R]) of every head by its position's angle; pairs as in Llama."""
     a, b = x_BTHD.chunk(2, dim=-1)
-    turned = torch.cat((a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin), dim=-1)
-    return turned.to(x_BTHD.dtype)
+    # cos and sin are fp32, so a bf16 input is rotated in fp32 and rounded once.
+    rotated = torch.cat((a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin), dim=-1)
+    return rotated.to(x_BTHD.dtype)
 
 
-def uses_flex(config: ModelConfig, device: torch.device) -> bool:
-    """Whether packed rows go through flex attention on `device`."""
+def uses_flex_attention(config: ModelConfig, device: torch.device) -> bool:
+    """Whether rows packed with several documents go through flex attention on `device`."""
     if config.attention_kernel != "auto":
         return config.attention_kernel == "flex"
-    # The compiled kernel wants heads of 16, 32, 64, ... elements, and drops no attention weights.
-    fits = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0
-    return device.type == "cuda" and fits and not config.dropout
+    # The compiled kernel supports heads of 16, 32, 64, ... elements only, and no dropout.
+    is_supported = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0
+    return device.type == "cuda" and is_supported and not config.dropout
 
 
-def make_mask(
+def make_attention_mask(
     config: ModelConfig, shape: torch.Size, document_ids: Tensor | None, lengths: Tensor | None
-) -> Mask:
-    """Who sees whom in rows of `shape` [B, T]; None where the kernel needs no telling.
+) -> AttentionMask:
+    """The mask of rows of `shape` [B, T]; None if the kernel needs none.
 
-    Every position sees at least itself, padding too, so that no softmax is over nothing.
+    Every position attends to itself, also in padding: a softmax over no keys would give NaN.
     """
     if config.is_causal:
-        lengths = None  # right padding lies ahead of every real token
+        lengths = None  # padding is on the right, so no real token attends to it anyway
     if document_ids is None and lengths is None:
         return None
-    if document_ids is not None and lengths is None and uses_flex(config, document_ids.device):
-        return _block_mask(document_ids, is_causal=config.is_causal)
+    if document_ids is not None and lengths is None and uses_flex_attention(config, document_ids.device):
+        return _flex_block_mask(document_ids, is_causal=config.is_causal)
     num_positions = shape[1]
     device = document_ids.device if document_ids is not None else lengths.device  # type: ignore[union-attr]
     positions = torch.arange(num_positions, device=device)
-    sees = torch.ones(1, 1, num_positions, num_positions, dtype=torch.bool, device=device)
+    mask = torch.ones(1, 1, num_positions, num_positions, dtype=torch.bool, device=device)
     if config.is_causal:
-        sees = sees.tril()
+        mask = mask.tril()
     if document_ids is not None:
-        sees = sees & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     if lengths is not None:
         is_real = positions < lengths[:, None]
-        sees = sees & (is_real[:, None, None, :] | (positions[:, None] == positions))
-    return sees
+        mask = mask & (is_real[:, None, None, :] | (positions[:, None] == positions))
+    return mask
 
 
-def _block_mask(document_ids: Tensor, *, is_causal: bool) -> BlockMask:
-    def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def _flex_block_mask(document_ids: Tensor, *, is_causal: bool) -> BlockMask:
+    def attends(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_document = document_ids[row, query] == document_ids[row, key]
         return same_document & (query >= key) if is_causal else same_document
 
     num_rows, num_positions = document_ids.shape
-    create = create_block_mask if not _compiles(document_ids) else _compiled_create_block_mask()
-    blocks: BlockMask = create(
-        sees, num_rows, None, num_positions, num_positions, device=str(document_ids.device)
-    )
-    return blocks
+    create = _compiled_create_block_mask() if _compiles_flex(document_ids) else create_block_mask
+    return create(attends, num_rows, None, num_positions, num_positions, device=str(document_ids.device))
 
 
-def _compiles(tensor: Tensor) -> bool:
-    """Flex attention is compiled on its own on a GPU, unless the whole model is being compiled anyway."""
+def _compiles_flex(tensor: Tensor) -> bool:
+    """Whether to compile flex attention by itself: on a GPU, unless an enclosing torch.compile does."""
     return tensor.is_cuda and not torch.compiler.is_compiling()
 
 
 @cache
-def _compiled_create_block_mask() -> Any:
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
     return torch.compile(create_block_mask)
 
 
@@ -113,6 +113,8 @@ def _compiled_flex_attention() -> Any:
 
 class Attention(nn.Module):
     """Multi-head attention with grouped key-value heads: `q`, `k`, `v`, `o`."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -125,42 +127,44 @@ class Attention(nn.Module):
         self.o = Linear(q_size, config.d_model, bias=config.attention_bias)
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.product_format = ProductFormat()
+        self.matmul_dtype = MatmulDtype()
 
     def forward(
-        self, x_BTC: Tensor, turn: Rotation | None, mask: Mask, cache: LayerCache | None = None
+        self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask, kv_cache: KVCache | None = None
     ) -> Tensor:
         num_rows, num_positions, _ = x_BTC.shape
         q_BTHD = self.q(x_BTC).view(num_rows, num_positions, self.num_heads, self.head_dim)
         k_BTGD = self.k(x_BTC).view(num_rows, num_positions, self.num_kv_heads, self.head_dim)
         v_BTGD = self.v(x_BTC).view(num_rows, num_positions, self.num_kv_heads, self.head_dim)
+        # Norm before rotation, as in Qwen 3; the order matters, because the norm has a weight per element.
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
-        if turn is not None:
-            q_BTHD, k_BTGD = rotate(q_BTHD, turn), rotate(k_BTGD, turn)
-        if cache is not None:
-            k_BTGD, v_BTGD = cache.extend(k_BTGD, v_BTGD)
-        mixed_BTHD = self._mix(q_BTHD, k_BTGD, v_BTGD, mask)
-        mixed: Tensor = self.o(mixed_BTHD.flatten(2))
-        return mixed
+        if rope is not None:
+            q_BTHD, k_BTGD = apply_rotary(q_BTHD, rope), apply_rotary(k_BTGD, rope)
+        if kv_cache is not None:  # generation only; keys are cached after rotation, so each is rotated once
+            k_BTGD, v_BTGD = kv_cache.update(k_BTGD, v_BTGD)
+        return self.o(self._attend(q_BTHD, k_BTGD, v_BTGD, mask).flatten(2))
 
-    def _mix(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask) -> Tensor:
-        dtype = self.product_format(q_BTHD)
-        # Views only: the kernels take any strides, and hand back memory laid out as [B, T, H, D].
+    def _attend(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: AttentionMask) -> Tensor:
+        """Weighted sums of the values, [B, T, H, D]."""
+        dtype = self.matmul_dtype(q_BTHD)
+        # Transposed views, no copies: the kernels accept any strides. They return memory laid out as
+        # [B, T, H, D], so flatten(2) in forward copies nothing either.
         q_BHTD, k_BGSD, v_BGSD = (x.to(dtype).transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
         is_grouped = self.num_heads != self.num_kv_heads
         if isinstance(mask, BlockMask):
-            attend = _compiled_flex_attention() if _compiles(q_BTHD) else flex_attention
-            mixed = attend(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)
+            # Flex skips blocks of keys that no query of a block attends to: packed documents cost little more
+            # than the sum of their own squares. SDPA with a dense mask computes all T x S scores.
+            flex = _compiled_flex_attention() if _compiles_flex(q_BTHD) else flex_attention
+            y_BHTD: Tensor = flex(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)
         else:
-            mixed = functional.scaled_dot_product_attention(
+            y_BHTD = functional.scaled_dot_product_attention(
                 q_BHTD,
                 k_BGSD,
                 v_BGSD,
                 attn_mask=mask,
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=self.is_causal and mask is None,
+                is_causal=self.is_causal and mask is None,  # SDPA refuses both a mask and is_causal
                 enable_gqa=is_grouped,
             )
-        mixed_BTHD: Tensor = mixed.transpose(1, 2).to(q_BTHD.dtype)
-        return mixed_BTHD
+        return y_BHTD.transpose(1, 2).to(q_BTHD.dtype)

@@ -1,14 +1,14 @@
-"""How large a model is and what a token costs, from its configuration alone."""
+"""Number of parameters and FLOPs per token, computed from the configuration alone."""
 
-from distft.model.config import ModelConfig
-from distft.model.head import ClassificationHead, Head, LanguageModelHead
+from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
 
 
 def num_parameters(config: ModelConfig, head: Head | None = None) -> int:
-    """Elements of all parameters, tied ones once."""
+    """Elements of all parameters; tied embeddings count once."""
     head = head if head is not None else LanguageModelHead()
     norm = config.d_model * (2 if config.norm == "layernorm" else 1)
-    total = config.padded_vocab_size * config.d_model + config.num_layers * _block(config, norm) + norm
+    total = config.padded_vocab_size * config.d_model + norm
+    total += config.num_layers * _num_block_parameters(config, norm)
     if config.positions == "learned":
         total += config.max_seq_len * config.d_model
     if isinstance(head, ClassificationHead):
@@ -18,11 +18,11 @@ def num_parameters(config: ModelConfig, head: Head | None = None) -> int:
     return total
 
 
-def _block(config: ModelConfig, norm: int) -> int:
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = config.d_model * (2 * query + 2 * key)
+def _num_block_parameters(config: ModelConfig, norm: int) -> int:
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = config.d_model * (2 * q_size + 2 * kv_size)
     if config.has_qkv_bias:
-        attention += query + 2 * key
+        attention += q_size + 2 * kv_size
     if config.attention_bias:
         attention += config.d_model
     if config.qk_norm:
@@ -35,21 +35,21 @@ def _block(config: ModelConfig, norm: int) -> int:
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, head: Head | None = None) -> float:
-    """Matrix products of the forward pass, 2 FLOPs a multiplication, on a row of `seq_len` tokens.
+    """FLOPs of the forward pass's matrix products per token of a row of `seq_len`; a multiply-add counts 2.
 
-    Causal attention is counted in full, as kernels that skip the upper half are credited elsewhere too
-    (PaLM, Chowdhery et al. 2022, appendix B).
+    Causal attention counts all seq_len ** 2 scores, although kernels skip the upper half: so does the usual
+    definition of MFU (PaLM, Chowdhery et al. 2022, appendix B).
     """
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    num_mlp = 3 if config.mlp == "swiglu" else 2
-    products = config.d_model * (2 * query + 2 * key) + num_mlp * config.d_model * config.d_ff
-    attention = 2 * seq_len * query  # scores, and their sum over values
-    total = config.num_layers * (products + attention)
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    num_matrices = 3 if config.mlp == "swiglu" else 2
+    projections = config.d_model * (2 * q_size + 2 * kv_size) + num_matrices * config.d_model * config.d_ff
+    attention = 2 * seq_len * q_size  # scores, and weighted sums of values
+    total = config.num_layers * (projections + attention)
     if isinstance(head, ClassificationHead):
         return 2 * (total + config.d_model * head.num_labels / seq_len)
     return 2 * (total + config.d_model * config.padded_vocab_size)
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int, head: Head | None = None) -> float:
-    """Forward and backward: the backward does each product twice, once for each operand's gradient."""
+    """FLOPs of forward and backward, which computes a gradient for each of a product's two operands."""
     return 3 * forward_flops_per_token(config, seq_len, head)

@@ -1,4 +1,4 @@
-"""Fresh weights as a function of the parameter's name: any slice, on any rank, without the rest."""
+"""Initial weights as a function of seed and parameter name, so that any rank can draw any slice by itself."""
 
 import hashlib
 import math
@@ -15,17 +15,17 @@ _CHUNK_NUMEL = 1 << 20  # elements drawn from one generator
 
 @dataclass(frozen=True, slots=True)
 class InitialValues:
-    """How a parameter's elements begin."""
+    """The distribution of a parameter's initial elements."""
 
     kind: Literal["normal", "ones", "zeros"]
     std: float = 0.0
 
 
 def initial_values(config: ModelConfig, name: str, shape: tuple[int, ...]) -> InitialValues:
-    """Norms begin at one, biases at zero, matrices normal.
+    """Ones for norms, zeros for biases, normal for matrices.
 
-    What writes into the residual stream (`o`, `down`) is scaled by 1/sqrt(2 * num_layers), so that its
-    variance does not grow with depth (Radford et al. 2019, GPT-2).
+    The matrices that write into the residual stream (`o`, `down`) are scaled by 1/sqrt(2 * num_layers), so
+    that its variance does not grow with depth (Radford et al. 2019, GPT-2).
     """
     if name.endswith(".bias"):
         return InitialValues("zeros")
@@ -40,16 +40,17 @@ def initial_values(config: ModelConfig, name: str, shape: tuple[int, ...]) -> In
 def initial_fragment(
     name: str, shape: tuple[int, ...], start: int, stop: int, *, seed: int, config: ModelConfig
 ) -> Tensor:
-    """Elements [start, stop) of the flattened parameter, fp32 on the CPU; the same however they are cut."""
+    """Elements [start, stop) of the flattened parameter, fp32 on the CPU; the same however it is cut."""
     initial = initial_values(config, name, shape)
     if initial.kind != "normal":
         return torch.full((stop - start,), 1.0 if initial.kind == "ones" else 0.0)
     numel = math.prod(shape)
-    pieces = []
+    slices = []
+    # Each chunk has its own generator, seeded by its number, so a slice draws only the chunks it overlaps.
     for chunk in range(start // _CHUNK_NUMEL, -(-stop // _CHUNK_NUMEL)):
-        begin = chunk * _CHUNK_NUMEL
+        chunk_start = chunk * _CHUNK_NUMEL
         digest = hashlib.blake2b(f"{seed}/{name}/{chunk}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-        values = torch.randn(min(_CHUNK_NUMEL, numel - begin), generator=generator) * initial.std
-        pieces.append(values[max(start - begin, 0) : stop - begin])
-    return torch.cat(pieces) if pieces else torch.empty(0)
+        values = torch.randn(min(_CHUNK_NUMEL, numel - chunk_start), generator=generator) * initial.std
+        slices.append(values[max(start - chunk_start, 0) : stop - chunk_start])
+    return torch.cat(slices) if slices else torch.empty(0)

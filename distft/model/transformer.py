@@ -1,9 +1,10 @@
-"""The Transformer. It knows no ranks, no freezing, no optimizer: those act on it from outside, by name.
+"""The Transformer: embedding, blocks and head. Ranks, freezing and optimizer act on it from outside, by name.
 
 Shape letters: B rows, T positions, N = B * T, C = d_model, V = padded_vocab_size, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,59 +12,38 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distft.errors import ConfigError
-from distft.model.attention import Attention, LayerCache, Mask, Rotation, make_mask, rotation
-from distft.model.config import ModelConfig
-from distft.model.head import ClassificationHead, FromHidden, Head, LanguageModelHead
-from distft.model.linear import Linear
+from distft.model.attention import (
+    Attention,
+    AttentionMask,
+    KVCache,
+    RotaryCosSin,
+    make_attention_mask,
+    rotary_cos_sin,
+)
+from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
+from distft.model.layers import GELU, Linear, SwiGLU, make_embedding, make_norm
 
-
-def _norm(config: ModelConfig) -> nn.Module:
-    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
-    return kind(config.d_model, eps=config.norm_eps)
-
-
-class SwiGLU(nn.Module):
-    """Shazeer 2020 (arXiv:2002.05202): `gate`, `up`, `down`."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BTC: Tensor = self.down(functional.silu(self.gate(x_BTC)) * self.up(x_BTC))
-        return y_BTC
-
-
-class GELU(nn.Module):
-    """The two-matrix feed-forward of GPT-2: `up`, `down`."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BTC: Tensor = self.down(functional.gelu(self.up(x_BTC), approximate="tanh"))
-        return y_BTC
+# (hidden [N, C], weight [V, C], labels [N]) -> what the caller computes from them: a summed loss
+HiddenLossFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normalised before and added after."""
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attn_norm = _norm(config)
+        self.attn_norm = make_norm(config)
         self.attn = Attention(config)
-        self.mlp_norm = _norm(config)
+        self.mlp_norm = make_norm(config)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
         self.dropout = config.dropout
 
     def forward(
-        self, x_BTC: Tensor, turn: Rotation | None, mask: Mask, cache: LayerCache | None = None
+        self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask, kv_cache: KVCache | None = None
     ) -> Tensor:
-        x_BTC = x_BTC + self._drop(self.attn(self.attn_norm(x_BTC), turn, mask, cache))
+        x_BTC = x_BTC + self._drop(self.attn(self.attn_norm(x_BTC), rope, mask, kv_cache))
         return x_BTC + self._drop(self.mlp(self.mlp_norm(x_BTC)))
 
     def _drop(self, x_BTC: Tensor) -> Tensor:
@@ -71,35 +51,41 @@ class Block(nn.Module):
 
 
 class OutputProjection(Linear):
-    """Scores over the vocabulary, or what a caller makes of hidden states, weight and labels directly."""
+    """Logits over the vocabulary, or the result of a `HiddenLossFn`, which never needs all logits at once."""
 
     def forward(
-        self, x_BTC: Tensor, labels_BT: Tensor | None = None, reduce: FromHidden | None = None
+        self,
+        x_BTC: Tensor,
+        labels_BT: Tensor | None = None,
+        loss_from_hidden: HiddenLossFn | None = None,
     ) -> Tensor:
-        if reduce is None or labels_BT is None:
+        if loss_from_hidden is None or labels_BT is None:
             return super().forward(x_BTC)
-        # Here, not in the objective: ZeRO 3 gathers a weight for the forward of the module that owns it.
-        dtype = self.product_format(x_BTC)
-        return reduce(x_BTC.flatten(0, -2).to(dtype), self.weight.to(dtype), labels_BT.flatten())
+        # The loss is computed here and not in the objective, because ZeRO 3 gathers a weight only during the
+        # forward of the module that owns it.
+        dtype = self.matmul_dtype(x_BTC)
+        return loss_from_hidden(x_BTC.flatten(0, -2).to(dtype), self.weight.to(dtype), labels_BT.flatten())
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm and head. Holds parameters only, no buffers.
+    """Embedding, blocks, norm and head. It has parameters only, no buffers.
 
-    Build it under `torch.device("meta")` and fill it by name (`distft.model.initialisation`): the values
-    that its layers draw for themselves on another device are not the project's.
+    Build it under `torch.device("meta")` and fill it by name (`distft.model.initialisation`): on a real
+    device its layers would draw their own weights, which the run's seed does not determine.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig, head: Head | None = None) -> None:
         super().__init__()
         self.config = config
         self.head = head if head is not None else LanguageModelHead()
         self.activation_checkpointing = False  # recompute each block in the backward pass
-        self.embed = _embedding(config.padded_vocab_size, config.d_model)
+        self.embed = make_embedding(config.padded_vocab_size, config.d_model)
         if config.positions == "learned":
-            self.position_embed = _embedding(config.max_seq_len, config.d_model)
+            self.position_embed = make_embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = _norm(config)
+        self.norm = make_norm(config)
         if isinstance(self.head, ClassificationHead):
             self.classifier = Linear(config.d_model, self.head.num_labels, bias=False)
         else:
@@ -115,17 +101,14 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
         *,
         labels: Tensor | None = None,
-        reduce: FromHidden | None = None,
-        caches: Sequence[LayerCache] | None = None,
-        cache_mask: Tensor | None = None,
+        loss_from_hidden: HiddenLossFn | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of a language model, or [B, K] of a classifier.
 
-        `input_ids`, `position_ids` (None: 0, 1, 2, ...) and `document_ids` (attention stays among equal ids)
-        are int64 [B, T]; `lengths` is int64 [B], the real tokens at each row's start. With `labels` [B, T]
-        and `reduce`, a language model returns `reduce(hidden [N, C], weight [V, C], labels [N])`, so that
-        the logits need never exist whole. With `caches` (one a block) the rows continue what those hold,
-        `cache_mask` bool [B, 1, T, S] says what they see, and only the last position's logits [B, 1, V] come.
+        `input_ids`, `position_ids` (None: 0, 1, 2, ...) and `document_ids` (tokens attend only to tokens with
+        the same id) are int64 [B, T]; `lengths` is int64 [B], the number of real tokens at each row's start.
+        With `labels` [B, T] and `loss_from_hidden`, a language model returns
+        `loss_from_hidden(hidden [N, C], weight [V, C], labels [N])` in place of the logits.
 
         Raises `ConfigError` for rows longer than `max_seq_len`.
         """
@@ -136,69 +119,72 @@ class Transformer(nn.Module):
             )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        mask = (
-            make_mask(self.config, input_ids.shape, document_ids, lengths) if caches is None else cache_mask
-        )
-        x_BTC, turn = self._embed(input_ids, position_ids)
-        x_BTC = self._run_blocks(x_BTC, turn, mask, caches)
-        if caches is not None:
-            x_BTC = x_BTC[:, -1:]
-        x_BTC = self.norm(x_BTC)
+        # Mask and rotation angles are the same for all blocks, so they are computed once.
+        mask = make_attention_mask(self.config, input_ids.shape, document_ids, lengths)
+        x_BTC, rope = self._embed(input_ids, position_ids)
+        x_BTC = self.norm(self._run_blocks(x_BTC, rope, mask))
         if isinstance(self.head, ClassificationHead):
-            logits: Tensor = self.classifier(_pool(x_BTC, lengths, self.head.pooling))
-            return logits
-        scores: Tensor = self.lm_head(x_BTC, labels, reduce)
-        return scores
+            return self.classifier(_pool(x_BTC, lengths, self.head.pooling))
+        return self.lm_head(x_BTC, labels, loss_from_hidden)
+
+    def forward_cached(
+        self, input_ids: Tensor, position_ids: Tensor, kv_caches: Sequence[KVCache], mask: Tensor | None
+    ) -> Tensor:
+        """Logits [B, 1, V] after the last of the tokens `input_ids` [B, T], which continue the cached ones.
+
+        For generation: appends the tokens' keys and values to `kv_caches`, one per block. `mask` is bool
+        [B, 1, T, S] over the S positions cached by then; None in a causal model that starts empty.
+        """
+        x_BTC, rope = self._embed(input_ids, position_ids)
+        for block, kv_cache in zip(self.blocks, kv_caches, strict=True):
+            x_BTC = block(x_BTC, rope, mask, kv_cache)
+        # Only the last position is sampled from, so a whole prompt needs V logits per row and not T * V.
+        return self.lm_head(self.norm(x_BTC[:, -1:]))
 
     def compile_blocks(self) -> None:
-        """Let torch.compile make each block's kernels, at its first use.
+        """Have torch.compile compile each block at its first call.
 
-        Block by block, as the whole model would unroll the slices of the cross entropy: as fast a step, and
-        2-12 s of compiling instead of 20 (6.9M parameters, 6 layers, one core).
+        Compiling the whole model would unroll the cross entropy's chunks. Block by block, the step is as fast
+        and compiling takes 2-12 s instead of 20 (6.9M parameters, 6 layers, one core).
         """
         for block in self.blocks:
             block.compile()
 
-    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Rotation | None]:
+    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, RotaryCosSin | None]:
         x_BTC = self.embed(input_ids)
-        turn = None
+        rope = None
         if self.config.positions == "learned":
             x_BTC = x_BTC + self.position_embed(position_ids)
         else:
-            turn = rotation(position_ids, self.config.head_dim, self.config.rope_theta)
+            rope = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
         if self.config.dropout:
             x_BTC = functional.dropout(x_BTC, self.config.dropout, self.training)
-        return x_BTC, turn
+        return x_BTC, rope
 
-    def _run_blocks(
-        self, x_BTC: Tensor, turn: Rotation | None, mask: Mask, caches: Sequence[LayerCache] | None
-    ) -> Tensor:
+    def _run_blocks(self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks:
             if recompute:
-                keeps_rng = self.config.dropout > 0
+                # Without dropout a block draws no random numbers, so the generators' states need no copy.
+                preserve_rng_state = self.config.dropout > 0
                 x_BTC = checkpoint(
-                    block, x_BTC, turn, mask, use_reentrant=False, preserve_rng_state=keeps_rng
+                    block, x_BTC, rope, mask, use_reentrant=False, preserve_rng_state=preserve_rng_state
                 )
             else:
-                x_BTC = block(x_BTC, turn, mask, None if caches is None else caches[i])
+                x_BTC = block(x_BTC, rope, mask)
         return x_BTC
 
 
 def _pool(x_BTC: Tensor, lengths: Tensor | None, pooling: str) -> Tensor:
-    """One vector a row, [B, C], from its real tokens."""
+    """One vector per row, [B, C], from its real tokens."""
     if pooling == "first":
         return x_BTC[:, 0]
     if lengths is None:
         return x_BTC[:, -1] if pooling == "last" else x_BTC.mean(dim=1)
+    # Lengths are clamped because a row may be padding alone: length 0.
     if pooling == "last":
         rows = torch.arange(x_BTC.shape[0], device=x_BTC.device)
         return x_BTC[rows, (lengths - 1).clamp_min(0)]
     is_real_BT = torch.arange(x_BTC.shape[1], device=x_BTC.device) < lengths[:, None]
     total_BC = (x_BTC * is_real_BT[..., None]).sum(dim=1)
     return total_BC / lengths.clamp_min(1)[:, None].to(x_BTC.dtype)
-
-
-def _embedding(num_rows: int, d_model: int) -> nn.Embedding:
-    """A table without torch's own draw: on the meta device that would import torch's compiler, 2 s."""
-    return nn.Embedding(num_rows, d_model, _weight=torch.zeros(num_rows, d_model))

@@ -1,7 +1,7 @@
-"""One label a row."""
+"""Classification: one label per row."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,24 +11,24 @@ from torch.nn.functional import cross_entropy
 from distft.config import Settings
 from distft.data.batch import IGNORE_INDEX, Batch
 from distft.errors import ConfigError
-from distft.model.head import ClassificationHead, Head
+from distft.model.config import ClassificationHead, Head
 
 
 class Classification(Settings):
-    """Cross entropy of each row's label, over logits of a new head."""
+    """Cross entropy of each row's label; the classifier is a new head."""
 
     type: Literal["classification"] = "classification"
-    pooling: Literal["last", "mean", "first"] = "last"  # which of a row's hidden states the head sees
+    pooling: Literal["last", "mean", "first"] = "last"  # of a row's hidden states, for the head
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     def head(self, label_names: tuple[str, ...] | None) -> Head:
-        """The head that the objective needs. Raises `ConfigError` for data without labels."""
+        """The head that this objective trains. Raises `ConfigError` for data without labels."""
         if label_names is None:
             raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
         return ClassificationHead(num_labels=len(label_names), pooling=self.pooling)
 
-    def __call__(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """The loss summed over the batch's rows: an fp32 scalar."""
+    def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """The loss summed over the batch's rows, an fp32 scalar."""
         return cross_entropy(
             _logits(model, batch).float(),
             batch.labels,
@@ -38,8 +38,8 @@ class Classification(Settings):
         )
 
     @torch.no_grad()
-    def evaluate(self, model: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
-        """The summed loss, float64, and the confusion matrix [label, guess], int64."""
+    def evaluate(self, model: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The summed loss, float64, and the confusion matrix [label, prediction], int64."""
         logits = _logits(model, batch).float()
         counts = batch.labels != IGNORE_INDEX
         loss_sum = cross_entropy(logits[counts].double(), batch.labels[counts], reduction="sum")
@@ -49,19 +49,18 @@ class Classification(Settings):
         return {"loss_sum": loss_sum, "confusion": confusion}
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Loss, accuracy, and F1 averaged over the classes that occur as label or guess."""
+        """Loss, accuracy, and F1 averaged over the classes that occur as label or prediction."""
         confusion = sums["confusion"].double()
         num_rows = confusion.sum().clamp_min(1)
-        hits, labelled, guessed = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-        occurs = (labelled + guessed) > 0
-        f1 = 2 * hits[occurs] / (labelled + guessed)[occurs]
+        num_correct, num_labelled, num_predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        occurs = (num_labelled + num_predicted) > 0
+        f1 = 2 * num_correct[occurs] / (num_labelled + num_predicted)[occurs]
         return {
             "loss": float(sums["loss_sum"] / num_rows),
-            "accuracy": float(hits.sum() / num_rows),
+            "accuracy": float(num_correct.sum() / num_rows),
             "macro_f1": float(f1.mean()) if len(f1) else 0.0,
         }
 
 
-def _logits(model: Callable[..., Any], batch: Batch) -> Tensor:
-    logits: Tensor = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.lengths)
-    return logits
+def _logits(model: Callable[..., Tensor], batch: Batch) -> Tensor:
+    return model(batch.input_ids, batch.position_ids, batch.document_ids, batch.lengths)

@@ -1,6 +1,6 @@
-"""Cross entropy straight from hidden states, a few rows at a time, so that the logits never exist whole.
+"""Cross entropy computed from hidden states in chunks of rows, so that the logits never exist all at once.
 
-Shape letters: N rows, M rows of one slice, C = d_model, V = padded_vocab_size, K = vocab_size of these.
+Shape letters: N rows, M rows of one chunk, C = d_model, V = padded_vocab_size, K = vocab_size.
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,19 @@ from torch.autograd.function import once_differentiable
 
 from distft.data.batch import IGNORE_INDEX
 
-# 16 MiB of fp32 logits: smaller slices pack the weight more often; from 32 MiB on, malloc maps memory anew.
-_CPU_SLICE_ELEMENTS = 2**22
-_GPU_SLICE_ELEMENTS = 2**27  # 512 MiB: large products, yet little beside the 20 GiB of 40k x 128k logits
+# Elements of one chunk's logits. On a CPU 16 MiB of fp32: smaller chunks repack the weight for a product more
+# often, and from 32 MiB on malloc maps fresh memory for every chunk.
+_CPU_CHUNK_NUMEL = 2**22
+# On a GPU 512 MiB: large enough for fast products, and little beside the 20 GiB of 40k x 128k logits.
+_GPU_CHUNK_NUMEL = 2**27
 
 
 @dataclass(frozen=True, slots=True)
-class CrossEntropySum:
-    """Summed cross entropy of `labels` under `hidden @ weight.T`, in fp32; a `FromHidden` of the model.
+class FusedLinearCrossEntropy:
+    """Summed cross entropy of `labels` under the logits `hidden @ weight.T`, fp32; a `HiddenLossFn`.
 
-    Rows labelled `IGNORE_INDEX` and columns from `vocab_size` on take no part. To each row's
-    `(1 - s) * nll + s * mean over the vocabulary of -log p` is added `z_loss * logsumexp**2`
+    Rows labelled `IGNORE_INDEX` and columns from `vocab_size` on (padding) do not count. Each other row adds
+    `(1 - s) * nll + s * mean over the vocabulary of -log p + z_loss * logsumexp**2`
     (s: `label_smoothing`, Szegedy et al. 2015; z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5).
     """
 
@@ -31,15 +33,14 @@ class CrossEntropySum:
     label_smoothing: float = 0.0
 
     def __call__(self, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor) -> Tensor:
-        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        return _FusedLinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
             hidden_NC, weight_VC, labels_N, self
         )
-        return loss
 
 
 @dataclass(frozen=True, slots=True)
-class CrossEntropyScore:
-    """Evaluation's counterpart: float64 [2], the plain loss's sum and the number of correct guesses."""
+class LossAndNumCorrect:
+    """For evaluation: float64 [2], the sum of the plain loss and the number of correct predictions."""
 
     vocab_size: int
 
@@ -47,7 +48,7 @@ class CrossEntropyScore:
     def __call__(self, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor) -> Tensor:
         weight_KC = weight_VC[: self.vocab_size]
         sums = torch.zeros(2, dtype=torch.float64, device=hidden_NC.device)
-        for rows in _slices(hidden_NC, self.vocab_size):
+        for rows in _row_chunks(hidden_NC, self.vocab_size):
             logits_MK = (hidden_NC[rows] @ weight_KC.T).float()
             labels_M = labels_N[rows]
             counts_M = labels_M != IGNORE_INDEX
@@ -58,72 +59,80 @@ class CrossEntropyScore:
         return sums
 
 
-def _slices(hidden_NC: Tensor, vocab_size: int) -> list[slice]:
+def _row_chunks(hidden_NC: Tensor, vocab_size: int) -> list[slice]:
     num_rows = hidden_NC.shape[0]
-    elements = _CPU_SLICE_ELEMENTS if hidden_NC.device.type == "cpu" else _GPU_SLICE_ELEMENTS
-    size = max(elements // vocab_size, 1)
+    numel = _CPU_CHUNK_NUMEL if hidden_NC.device.type == "cpu" else _GPU_CHUNK_NUMEL
+    size = max(numel // vocab_size, 1)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Finds both gradients in the forward pass, while a slice's logits are at hand."""
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """Computes both gradients in the forward pass, while a chunk's logits are in memory.
+
+    The backward pass only scales them; recomputing the logits there would add a third to the matrix products.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, terms: CrossEntropySum
+        ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, loss_fn: FusedLinearCrossEntropy
     ) -> Tensor:
-        weight_KC = weight_VC[: terms.vocab_size]
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden_NC) if needs_hidden else None
-        weight_grad = torch.zeros_like(weight_VC, dtype=torch.float32) if needs_weight else None
+        weight_KC = weight_VC[: loss_fn.vocab_size]
+        needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden_NC) if needs_hidden_grad else None
+        # Chunks add up in the weight's gradient, so it is fp32; padding rows of the vocabulary stay 0.
+        weight_grad = torch.zeros_like(weight_VC, dtype=torch.float32) if needs_weight_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
-        for rows in _slices(hidden_NC, terms.vocab_size):
+        for rows in _row_chunks(hidden_NC, loss_fn.vocab_size):
             hidden_MC = hidden_NC[rows]
-            slice_loss, grad_MK, counts_M = _slice_loss(hidden_MC @ weight_KC.T, labels_N[rows], terms)
-            loss += slice_loss
+            chunk_loss, grad_MK, counts_M = _loss_and_grad(hidden_MC @ weight_KC.T, labels_N[rows], loss_fn)
+            loss += chunk_loss
             if hidden_grad is not None:
                 hidden_grad[rows] = (grad_MK @ weight_KC) * counts_M[:, None]
             if weight_grad is not None:
-                # A row that does not count is taken out here: C numbers to clear, where the gradient has K.
+                # Zero the ignored rows here: a hidden row has C elements to clear, a row of grad_MK has K.
                 hidden_MC = hidden_MC * counts_M[:, None]
-                _add_product(weight_grad[: terms.vocab_size], grad_MK.T, hidden_MC)
+                _add_matmul(weight_grad[: loss_fn.vocab_size], grad_MK.T, hidden_MC)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight_VC.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
-            hidden_grad = (hidden_grad * upstream).to(hidden_grad.dtype)
+            hidden_grad = (hidden_grad * grad_output).to(hidden_grad.dtype)
         if weight_grad is not None:
-            weight_grad = (weight_grad * upstream).to(ctx.weight_dtype)
+            weight_grad = (weight_grad * grad_output).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None
 
 
-def _slice_loss(logits_MK: Tensor, labels_M: Tensor, terms: CrossEntropySum) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, gradient by the logits (for all rows), and which rows count (0 or 1)."""
+def _loss_and_grad(
+    logits_MK: Tensor, labels_M: Tensor, loss_fn: FusedLinearCrossEntropy
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, gradient by the logits (also of ignored rows), and whether each row counts (0 or 1)."""
     counts_M = labels_M != IGNORE_INDEX
     target_M1 = labels_M.clamp_min(0)[:, None]
-    smoothing, vocab_size = terms.label_smoothing, logits_MK.shape[1]
+    smoothing, vocab_size = loss_fn.label_smoothing, logits_MK.shape[1]
+    # The gradient of nll by the logits is softmax(logits) - one_hot(target): we start from the softmax.
     grad_MK = torch.softmax(logits_MK, dim=-1, dtype=torch.float32)
-    # One exponential an element: the row's largest probability is at least 1 / K, so its logarithm is exact.
+    # logsumexp without a second exponential per element: log p of the most likely token is its logit minus
+    # logsumexp, and p is at least 1 / K, so its logarithm is accurate.
     logsumexp_M = logits_MK.amax(dim=-1).float() - grad_MK.amax(dim=-1).log()
     loss_M = logsumexp_M - (1 - smoothing) * logits_MK.gather(1, target_M1)[:, 0]
     if smoothing:
         loss_M = loss_M - smoothing * logits_MK.mean(dim=-1, dtype=torch.float32)
-    if terms.z_loss:
-        loss_M = loss_M + terms.z_loss * logsumexp_M.square()
-        grad_MK = grad_MK * (1 + 2 * terms.z_loss * logsumexp_M)[:, None]
+    if loss_fn.z_loss:
+        loss_M = loss_M + loss_fn.z_loss * logsumexp_M.square()
+        grad_MK = grad_MK * (1 + 2 * loss_fn.z_loss * logsumexp_M)[:, None]
     if smoothing:
         grad_MK = grad_MK - smoothing / vocab_size
     grad_MK.scatter_add_(1, target_M1, torch.full_like(target_M1, smoothing - 1, dtype=torch.float32))
     return loss_M.where(counts_M, 0.0).sum(), grad_MK.to(logits_MK.dtype), counts_M.to(logits_MK.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right)  # no temporary for the product
     else:
         total += left @ right

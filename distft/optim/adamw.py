@@ -1,10 +1,17 @@
-"""AdamW and what goes with its updates: schedule, clipping, decay, rates of single parameters."""
+"""AdamW: its settings, and parameter groups by weight decay, learning rate and update count."""
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from distft.config import Settings
+from distft.errors import ConfigError
+from distft.optim.patterns import matching_names, no_match_message
 from distft.optim.schedules import CosineConfig, ScheduleConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -19,11 +26,76 @@ class AdamWConfig(Settings):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)  # of matrices only
-    decay_embeddings: bool = False  # whether embedding tables count as matrices
-    max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)  # global; null: no clipping
+    decay_embeddings: bool = False  # decay embedding tables too
+    max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)  # global norm; null: no clipping
     schedule: ScheduleConfig = CosineConfig()
-    lr_scales: dict[str, Scale] = Field(default_factory=dict)  # by glob pattern; the last that matches counts
+    lr_scales: dict[str, Scale] = Field(default_factory=dict)  # by glob pattern; the last match counts
 
     def lr(self, step: int, total_steps: int) -> float:
-        """The learning rate of update `step`, from 0, before any parameter's own scale."""
+        """The learning rate of update `step` (from 0), before any `lr_scales`."""
         return self.peak_lr * self.schedule.factor(step, total_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Trainable parameters with the same weight decay, learning rate and update count."""
+
+    names: tuple[str, ...]  # in the model's order
+    weight_decay: float
+    lr_scale: float  # multiple of the run's learning rate
+    updates: int  # optimizer updates so far, for Adam's bias correction
+
+
+def parameter_groups(
+    named_shapes: Mapping[str, tuple[int, ...]],
+    trainable: Collection[str],
+    config: AdamWConfig,
+    updates: Mapping[str, int],
+) -> list[ParameterGroup]:
+    """Group the trainable parameters; groups, and names in each, are in the order of `named_shapes`.
+
+    Weight decay applies to parameters of two or more dimensions, but to embedding tables (`embed` in the
+    name) only with `decay_embeddings`. A name missing in `updates` has had none.
+
+    Raises `ConfigError` that lists every pattern of `lr_scales` that matches neither a trainable nor a frozen
+    parameter.
+    """
+    names = list(named_shapes)
+    errors = [
+        no_match_message("optim.lr_scales", pattern, names)
+        for pattern in config.lr_scales
+        if not matching_names(pattern, names)
+    ]
+    if errors:
+        raise ConfigError("\n".join(errors))
+    members: dict[tuple[float, float, int], list[str]] = {}
+    for name, shape in named_shapes.items():
+        if name in trainable:
+            decay = config.weight_decay if has_weight_decay(name, shape, config) else 0.0
+            key = (decay, _lr_scale(name, config), updates.get(name, 0))
+            members.setdefault(key, []).append(name)
+    return [ParameterGroup(tuple(group), *key) for key, group in members.items()]
+
+
+def build_adamw(
+    tensors: Mapping[str, Tensor], groups: Sequence[ParameterGroup], config: AdamWConfig
+) -> torch.optim.AdamW:
+    """torch's AdamW over the tensors that `groups` name; its param_groups have a further key, `lr_scale`."""
+    param_groups = [
+        {
+            "params": [tensors[name] for name in group.names],
+            "weight_decay": group.weight_decay,
+            "lr_scale": group.lr_scale,
+        }
+        for group in groups
+    ]
+    return torch.optim.AdamW(param_groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def has_weight_decay(name: str, shape: tuple[int, ...], config: AdamWConfig) -> bool:
+    return len(shape) >= 2 and (config.decay_embeddings or "embed" not in name.lower())
+
+
+def _lr_scale(name: str, config: AdamWConfig) -> float:
+    scales = [scale for pattern, scale in config.lr_scales.items() if fnmatchcase(name, pattern)]
+    return scales[-1] if scales else 1.0

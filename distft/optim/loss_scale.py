@@ -1,4 +1,4 @@
-"""The loss scale of fp16: as high as gradients allow, so that small ones do not vanish."""
+"""Dynamic loss scale for fp16: as high as overflow allows, so that small gradients do not underflow."""
 
 from pydantic import Field
 
@@ -6,11 +6,11 @@ from distft.config import Settings
 
 
 class LossScaleConfig(Settings):
-    """How the scale of fp16 losses moves."""
+    """How the fp16 loss scale grows and shrinks."""
 
     initial_scale: float = Field(2.0**16, ge=1)
-    growth_steps: int = Field(1000, ge=1)  # updates in a row without overflow until the scale doubles
-    hysteresis: int = Field(2, ge=1)  # overflows since the last growth until the scale begins to halve
+    growth_steps: int = Field(1000, ge=1)  # consecutive updates without overflow until the scale doubles
+    hysteresis: int = Field(2, ge=1)  # overflows since the last growth until the scale starts to halve
     min_scale: float = Field(1.0, gt=0)
 
     def build(self) -> "DynamicLossScale":
@@ -18,16 +18,16 @@ class LossScaleConfig(Settings):
 
 
 class DynamicLossScale:
-    """Halves after overflows, doubles after a long time without one. Every rank must be told the same."""
+    """Halves after overflows, doubles after `growth_steps` without one. All ranks must record the same."""
 
     def __init__(self, settings: LossScaleConfig) -> None:
         self._settings = settings
         self.scale = settings.initial_scale
-        self._good_steps = 0  # in a row
-        self._tolerance = settings.hysteresis  # overflows up to the one that halves
+        self._good_steps = 0  # consecutive updates without overflow
+        self._tolerance = settings.hysteresis  # overflows left, including the one that halves the scale
 
     def update(self, *, is_overflow: bool) -> None:
-        """Take note of one optimizer step: whether its gradients were finite."""
+        """Record one optimizer step; `is_overflow` if its gradients were not finite."""
         if is_overflow:
             self._good_steps = 0
             self._tolerance = max(self._tolerance - 1, 0)
@@ -41,11 +41,11 @@ class DynamicLossScale:
             self.scale *= 2
 
     def state_dict(self) -> dict[str, float]:
-        """All that a resume needs, as plain numbers."""
+        """Everything that a resume needs, as plain numbers."""
         return {"scale": self.scale, "good_steps": self._good_steps, "tolerance": self._tolerance}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from `state_dict` of an earlier run."""
+        """Continue from an earlier `state_dict`."""
         self.scale = float(state["scale"])
         self._good_steps = int(state["good_steps"])
         self._tolerance = int(state["tolerance"])

@@ -1,8 +1,8 @@
-"""The learning rate as a function of the step, as a multiple of its peak.
+"""Learning rate schedules: the multiple of the peak learning rate for each step.
 
-Update `step` counts from 0 and is one of `total_steps`. Warm-up of `w` steps gives update `step` the factor
-`(step + 1) / w`: the first update already moves, and update `w - 1` is at the peak. What follows ends at
-`final_factor` in the last update, and stays there if more are run.
+Steps count from 0. During a warm-up of `w` steps the factor is `(step + 1) / w`: the first update is not
+zero, and update `w - 1` has the peak. The decay ends at `final_factor` in the last of `total_steps` updates;
+later updates keep it.
 """
 
 import math
@@ -10,42 +10,42 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from distft.config import Part, Settings
+from distft.config import Component, Settings
 from distft.errors import ConfigError
 
 Factor = Annotated[float, Field(ge=0, le=1)]
 
 
 class WarmupSettings(Settings):
-    """What every schedule begins with."""
+    """Linear warm-up, common to all schedules."""
 
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0)  # updates until the peak
 
     def check(self, total_steps: int) -> None:
-        """Raise `ConfigError` where the schedule does not fit in a run of `total_steps`."""
+        """Raise `ConfigError` if the schedule does not fit into `total_steps`."""
         if self.warmup_steps > total_steps:
             raise ConfigError(
                 f"optim.schedule.warmup_steps={self.warmup_steps} is more than the {total_steps} steps of "
-                f"the run, which would never reach its learning rate: lower it, or train longer."
+                f"the run, so it would never reach its peak learning rate: lower it, or train longer."
             )
 
     def _warmup(self, step: int) -> float:
         return min((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
 
-    def _progress(self, step: int, total_steps: int) -> float:
-        """Share of the way from the update at the peak (0) to the last (1)."""
-        return progress(step, max(self.warmup_steps - 1, 0), total_steps - 1)
+    def _decay_fraction(self, step: int, total_steps: int) -> float:
+        """0 at the update with the peak, rising linearly to 1 at the last update."""
+        return _fraction(step, max(self.warmup_steps - 1, 0), total_steps - 1)
 
 
-def progress(step: int, start: int, end: int) -> float:
-    """Where `step` is between `start` (0) and `end` (1), and not beyond."""
+def _fraction(step: int, start: int, end: int) -> float:
+    """0 up to `start`, rising linearly to 1 at `end`."""
     if step <= start:
         return 0.0
     return min((step - start) / (end - start), 1.0) if end > start else 1.0
 
 
 class ConstantConfig(WarmupSettings):
-    """The peak all the way."""
+    """Stays at the peak."""
 
     type: Literal["constant"] = "constant"
 
@@ -55,7 +55,7 @@ class ConstantConfig(WarmupSettings):
 
 
 class LinearConfig(WarmupSettings):
-    """Down in a straight line."""
+    """Falls linearly from the peak to `final_factor`."""
 
     type: Literal["linear"] = "linear"
     final_factor: Factor = 0.0  # of the peak, in the last update
@@ -64,11 +64,11 @@ class LinearConfig(WarmupSettings):
         """Multiple of the peak for update `step` of `total_steps`."""
         if step < self.warmup_steps:
             return self._warmup(step)
-        return 1.0 - (1.0 - self.final_factor) * self._progress(step, total_steps)
+        return 1.0 - (1.0 - self.final_factor) * self._decay_fraction(step, total_steps)
 
 
 class CosineConfig(WarmupSettings):
-    """Down in half a wave of a cosine (Loshchilov & Hutter, 2017)."""
+    """Falls along half a cosine wave to `final_factor` (Loshchilov & Hutter, 2017)."""
 
     type: Literal["cosine"] = "cosine"
     final_factor: Factor = 0.1  # of the peak, in the last update
@@ -77,25 +77,26 @@ class CosineConfig(WarmupSettings):
         """Multiple of the peak for update `step` of `total_steps`."""
         if step < self.warmup_steps:
             return self._warmup(step)
-        height = (1.0 + math.cos(math.pi * self._progress(step, total_steps))) / 2
-        return self.final_factor + (1.0 - self.final_factor) * height
+        cosine = (1.0 + math.cos(math.pi * self._decay_fraction(step, total_steps))) / 2
+        return self.final_factor + (1.0 - self.final_factor) * cosine
 
 
 class WarmupStableDecayConfig(WarmupSettings):
-    """At the peak until the last `decay_steps`, so a longer run can take up from where the decay began."""
+    """Stays at the peak until the last `decay_steps`, so a longer run can resume where the decay began."""
 
     type: Literal["wsd"] = "wsd"
-    decay_steps: int = Field(ge=1)  # the last ones
-    decay_shape: Literal["linear", "sqrt"] = "linear"  # "sqrt": 1 - sqrt(progress), steep at first
+    decay_steps: int = Field(ge=1)  # length of the decay, at the end of the run
+    decay_shape: Literal["linear", "sqrt"] = "linear"  # sqrt: 1 - sqrt(fraction), steep at first
     final_factor: Factor = 0.0  # of the peak, in the last update
 
     def factor(self, step: int, total_steps: int) -> float:
         """Multiple of the peak for update `step` of `total_steps`."""
         if step < self.warmup_steps:
             return self._warmup(step)
-        done = progress(step, total_steps - 1 - self.decay_steps, total_steps - 1)
-        way = math.sqrt(done) if self.decay_shape == "sqrt" else done
-        return 1.0 - (1.0 - self.final_factor) * way
+        fraction = _fraction(step, total_steps - 1 - self.decay_steps, total_steps - 1)
+        if self.decay_shape == "sqrt":
+            fraction = math.sqrt(fraction)
+        return 1.0 - (1.0 - self.final_factor) * fraction
 
     def check(self, total_steps: int) -> None:
         super().check(total_steps)
@@ -107,4 +108,6 @@ class WarmupStableDecayConfig(WarmupSettings):
             )
 
 
-ScheduleConfig = Annotated[CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig, Part()]
+ScheduleConfig = Annotated[
+    CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig, Component()
+]

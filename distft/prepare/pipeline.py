@@ -1,4 +1,4 @@
-"""A corpus to committed token shards: on all cores, resumable, the same bytes for any number of workers."""
+"""Tokenizes a corpus into committed shards: parallel, resumable, same bytes for any number of workers."""
 
 import os
 import shutil
@@ -12,36 +12,36 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from distft.config import Settings
-from distft.data.corpus import PART_BYTES, CorpusConfig, corpus_fingerprint, source_bytes
+from distft.data.corpus import CHUNK_BYTES, CorpusConfig, corpus_fingerprint, source_bytes
 from distft.data.shard_writer import ShardWriter
 from distft.data.shards import MANIFEST, ShardLayout, TokenShards
 from distft.errors import ConfigError, DataError
-from distft.prepare.record import Record, load_record, save_record
-from distft.prepare.worker import PartRecipe, PartTokens, tokenize_parts
+from distft.prepare.saved_progress import SavedProgress, load_progress, remove_progress, save_progress
+from distft.prepare.worker import TokenizedChunk, TokenizeOptions, tokenize_chunks
 from distft.tokenizer import Tokenizer
 
 TRAIN, VALIDATION = "train", "validation"
 TOKENIZER = "tokenizer.model"
 
 
-class EmptySideError(DataError):
-    """The corpus gives training or validation no document at all."""
+class EmptySplitError(DataError):
+    """The corpus has no document for the training or the validation split."""
 
 
 class TokenizeConfig(Settings):
-    """What is tokenized, and how it is laid on disk."""
+    """The corpus to tokenize, and the layout of the shards."""
 
     corpus: CorpusConfig
     tokenizer: str  # a .model file
     output: str  # a local directory; shards go to its `train` and `validation`
-    shard_tokens: int = Field(1 << 27, ge=1)  # of each shard but the last: 256 MiB of uint16
-    num_workers: int | None = Field(None, ge=1)  # processes; None: one for each core
-    append_eos: bool | None = None  # behind each document; None: if the tokenizer has one
+    shard_tokens: int = Field(1 << 27, ge=1)  # per shard, except the last: 256 MiB of uint16
+    num_workers: int | None = Field(None, ge=1)  # processes; None: one per core
+    append_eos: bool | None = None  # after each document; None: if the tokenizer has one
     prepend_bos: bool = False  # before each document
-    holdout: float = Field(0.0, ge=0, lt=1)  # share of documents for validation; a fixed draw by their text
+    holdout: float = Field(0.0, ge=0, lt=1)  # fraction of documents for validation, by hash of their text
 
     @model_validator(mode="after")
-    def _output_is_local(self) -> Self:
+    def _check_output(self) -> Self:
         if "://" in self.output:
             raise ValueError(f"output={self.output} must be a local directory: shards are memory-mapped")
         return self
@@ -49,12 +49,12 @@ class TokenizeConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizeProgress:
-    """How far it has come, with what an interrupted run had done before."""
+    """Totals so far, including the work before an interruption."""
 
     num_bytes: int  # of UTF-8 text
     num_tokens: int
     num_documents: int
-    source_bytes: int  # read from disk, of
+    source_bytes: int  # read from disk, out of
     total_source_bytes: int
 
 
@@ -70,27 +70,27 @@ def tokenize(
     on_progress: Callable[[TokenizeProgress], None] | None = None,
     overwrite: bool = False,
 ) -> TokenizeResult:
-    """Write token shards to `config.output`, or go on where an interrupted run of the same work stopped.
+    """Write token shards and a copy of the tokenizer to `config.output`.
 
-    A copy of the tokenizer goes beside the shards. Work that is already committed is opened and returned.
-    Raises `ConfigError` where the directory holds other work (`overwrite` removes it first), `DataError` for
-    what cannot be read or written; what was recorded before stays good.
+    Interrupted work with the same settings is resumed; committed work is opened and returned. Raises
+    `ConfigError` if the directory contains other work (`overwrite` removes it first), and `DataError` if
+    something cannot be read or written; the progress up to there is kept.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
     output = Path(config.output)
-    recipe = _recipe(config, tokenizer)
-    identity = _identity(config, recipe, tokenizer)
-    sides = [TRAIN, VALIDATION] if config.holdout else [TRAIN]
+    options = _tokenize_options(config, tokenizer)
+    output_spec = _output_spec(config, options, tokenizer)
+    splits = [TRAIN, VALIDATION] if config.holdout else [TRAIN]
     if overwrite:
         _remove(output)
-    record = load_record(output)
-    if record is None and any((output / side / MANIFEST).exists() for side in (TRAIN, VALIDATION)):
-        return _open_committed(output, sides, identity)
-    record = record or Record(identity=identity)
-    if record.identity != identity:
+    progress = load_progress(output)
+    if progress is None and any((output / split / MANIFEST).exists() for split in (TRAIN, VALIDATION)):
+        return _open_committed(output, splits, output_spec)
+    progress = progress or SavedProgress(output_spec=output_spec)
+    if progress.output_spec != output_spec:
         raise ConfigError(
-            f"output={output} holds unfinished shards of other work: another corpus, tokenizer or setting. "
-            "Finish that with its own settings, choose another output, or remove it with --overwrite."
+            f"output={output} has unfinished shards of another corpus, tokenizer or setting. "
+            "Finish them with their own settings, choose another output, or remove them with --overwrite."
         )
     layout = ShardLayout(
         vocab_size=tokenizer.vocab_size,
@@ -100,74 +100,78 @@ def tokenize(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    tokenizer.save(recipe.tokenizer_path)
+    tokenizer.save(options.tokenizer_path)
     try:
-        _write(config, recipe, layout, record, on_progress)
-    except EmptySideError:
-        _remove(output)  # going on would come to the same, and other settings would find it in their way
+        _write(config, options, layout, progress, on_progress)
+    except EmptySplitError:
+        _remove(output)  # resuming would fail the same way, and other settings would be refused
         raise
-    return _open_committed(output, sides, identity)
+    return _open_committed(output, splits, output_spec)
 
 
 def _write(
     config: TokenizeConfig,
-    recipe: PartRecipe,
+    options: TokenizeOptions,
     layout: ShardLayout,
-    record: Record,
+    progress: SavedProgress,
     on_progress: Callable[[TokenizeProgress], None] | None,
 ) -> None:
     output = Path(config.output)
-    total = source_bytes(config.corpus)
-    sides = [TRAIN, VALIDATION] if config.holdout else [TRAIN]
-    for side in sides:
-        # Only an interruption between the two commits leaves one of them: it is made again, the same.
-        (output / side / MANIFEST).unlink(missing_ok=True)
-    writers = {side: ShardWriter(output / side, layout, record.writers.get(side)) for side in sides}
+    total_source_bytes = source_bytes(config.corpus)
+    splits = [TRAIN, VALIDATION] if config.holdout else [TRAIN]
+    for split in splits:
+        # An interruption between the two commits leaves one manifest; it is rewritten, with the same bytes.
+        (output / split / MANIFEST).unlink(missing_ok=True)
+    writers = {split: ShardWriter(output / split, layout, progress.writers.get(split)) for split in splits}
     try:
-        with closing(_tokens(config, recipe, record.num_parts)) as results:
-            for result in results:
-                for side, writer in writers.items():
-                    tokens = result.train if side == TRAIN else result.validation
-                    writer.append(tokens.ids, tokens.document_starts, tokens.num_bytes)
-                    record.writers[side] = writer.flush()
-                record.num_parts += 1
-                record.source_bytes += result.source_bytes
-                save_record(output, record)
+        with closing(_tokenized_chunks(config, options, progress.num_chunks)) as chunks:
+            for chunk in chunks:
+                for split, writer in writers.items():
+                    encoded = chunk.train if split == TRAIN else chunk.validation
+                    writer.append(encoded.ids, encoded.document_starts, encoded.num_bytes)
+                    progress.writers[split] = writer.flush()
+                progress.num_chunks += 1
+                progress.source_bytes += chunk.source_bytes
+                save_progress(output, progress)
                 if on_progress:
-                    on_progress(_progress(record, total))
-        for side, writer in writers.items():
-            if writer.state.num_tokens == 0:
-                raise EmptySideError(_nothing_for(side, config))
-        for side in reversed(sides):
-            writers[side].commit({"identity": record.identity})
+                    on_progress(_totals(progress, total_source_bytes))
+        for split, writer in writers.items():
+            if writer.progress.num_tokens == 0:
+                raise EmptySplitError(_empty_split_message(split, config))
+        for split in reversed(splits):
+            writers[split].commit({"identity": progress.output_spec})
     finally:
         for writer in writers.values():
-            writer.abandon()
-    save_record(output, None)
+            writer.abort()
+    remove_progress(output)
 
 
-def _tokens(config: TokenizeConfig, recipe: PartRecipe, done: int) -> Generator[PartTokens]:
-    num_workers = config.num_workers or _num_workers_for(source_bytes(config.corpus))
-    return tokenize_parts(islice(config.corpus.parts(), done, None), recipe, num_workers)
+def _tokenized_chunks(
+    config: TokenizeConfig, options: TokenizeOptions, num_done: int
+) -> Generator[TokenizedChunk]:
+    num_workers = config.num_workers or _default_num_workers(source_bytes(config.corpus))
+    return tokenize_chunks(islice(config.corpus.chunks(), num_done, None), options, num_workers)
 
 
-def _num_workers_for(num_bytes: int) -> int:
-    """One for each core; fewer for so little text that starting them would take longer than the work."""
+def _default_num_workers(num_bytes: int) -> int:
+    """One per core; fewer if starting them would take longer than tokenizing `num_bytes`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, num_bytes // (2 * PART_BYTES)))
+    return max(1, min(cores, num_bytes // (2 * CHUNK_BYTES)))
 
 
-def _recipe(config: TokenizeConfig, tokenizer: Tokenizer) -> PartRecipe:
-    faults = []
+def _tokenize_options(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeOptions:
+    problems = []
     if config.append_eos and tokenizer.eos_id is None:
-        faults.append(
+        problems.append(
             "append_eos=true, but the tokenizer has no eos: leave append_eos out, or train one with eos."
         )
     if config.prepend_bos and tokenizer.bos_id is None:
-        faults.append("prepend_bos=true, but the tokenizer has no bos: leave it out, or train one with bos.")
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return PartRecipe(
+        problems.append(
+            "prepend_bos=true, but the tokenizer has no bos: leave it out, or train one with bos."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return TokenizeOptions(
         tokenizer_path=str(Path(config.output) / TOKENIZER),
         tokenizer_fingerprint=tokenizer.fingerprint,
         bos_id=tokenizer.bos_id if config.prepend_bos else None,
@@ -176,54 +180,54 @@ def _recipe(config: TokenizeConfig, tokenizer: Tokenizer) -> PartRecipe:
     )
 
 
-def _identity(config: TokenizeConfig, recipe: PartRecipe, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that decides the bytes written: not paths of output and tokenizer, nor the number of workers."""
+def _output_spec(config: TokenizeConfig, options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that determines the bytes of the shards; not the paths, nor the number of workers."""
     return {
         "corpus": corpus_fingerprint(config.corpus),
         "tokenizer": tokenizer.fingerprint,
         "shard_tokens": config.shard_tokens,
-        "bos_id": recipe.bos_id,
-        "eos_id": recipe.eos_id,
-        "holdout": recipe.holdout,
+        "bos_id": options.bos_id,
+        "eos_id": options.eos_id,
+        "holdout": options.holdout,
     }
 
 
-def _open_committed(output: Path, sides: list[str], identity: dict[str, Any]) -> TokenizeResult:
-    committed = [side for side in (TRAIN, VALIDATION) if (output / side / MANIFEST).exists()]
-    opened = [TokenShards.open(output / side) for side in committed]
-    if committed != sides or any(shards.extra.get("identity") != identity for shards in opened):
+def _open_committed(output: Path, splits: list[str], output_spec: dict[str, Any]) -> TokenizeResult:
+    committed = [split for split in (TRAIN, VALIDATION) if (output / split / MANIFEST).exists()]
+    opened = [TokenShards.open(output / split) for split in committed]
+    if committed != splits or any(shards.extra.get("identity") != output_spec for shards in opened):
         raise ConfigError(
-            f"output={output} holds token shards of other work: another corpus, tokenizer or setting. "
-            "Choose another output, or remove it with --overwrite."
+            f"output={output} has token shards of another corpus, tokenizer or setting. "
+            "Choose another output, or remove them with --overwrite."
         )
     return TokenizeResult(opened[0], opened[1] if len(opened) > 1 else None)
 
 
-def _progress(record: Record, total: int) -> TokenizeProgress:
-    states = record.writers.values()
+def _totals(progress: SavedProgress, total_source_bytes: int) -> TokenizeProgress:
+    writers = progress.writers.values()
     return TokenizeProgress(
-        num_bytes=sum(state.num_bytes for state in states),
-        num_tokens=sum(state.num_tokens for state in states),
-        num_documents=sum(state.num_documents for state in states),
-        source_bytes=record.source_bytes,
-        total_source_bytes=total,
+        num_bytes=sum(writer.num_bytes for writer in writers),
+        num_tokens=sum(writer.num_tokens for writer in writers),
+        num_documents=sum(writer.num_documents for writer in writers),
+        source_bytes=progress.source_bytes,
+        total_source_bytes=total_source_bytes,
     )
 
 
-def _nothing_for(side: str, config: TokenizeConfig) -> str:
-    if side == VALIDATION or config.holdout:
+def _empty_split_message(split: str, config: TokenizeConfig) -> str:
+    if split == VALIDATION or config.holdout:
         return (
-            f"holdout={config.holdout} left no document for {side}: the corpus has too few documents. "
-            "Change --holdout, or cut the text into more documents: --documents line or blank_line."
+            f"holdout={config.holdout} left no document for {split}: the corpus has too few documents. "
+            "Change --holdout, or split the text into more documents: --documents line or blank_line."
         )
     return "the corpus has no text: every document is empty."
 
 
 def _remove(output: Path) -> None:
-    """Take away what an earlier run wrote; the manifests first, so that no half of it counts."""
-    for side in (TRAIN, VALIDATION):
-        (output / side / MANIFEST).unlink(missing_ok=True)
-    save_record(output, None)
-    for side in (TRAIN, VALIDATION):
-        if (output / side).exists():
-            shutil.rmtree(output / side)
+    """Remove an earlier output; the manifests first, so that a partial removal does not look committed."""
+    for split in (TRAIN, VALIDATION):
+        (output / split / MANIFEST).unlink(missing_ok=True)
+    remove_progress(output)
+    for split in (TRAIN, VALIDATION):
+        if (output / split).exists():
+            shutil.rmtree(output / split)

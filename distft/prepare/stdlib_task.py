@@ -1,7 +1,7 @@
-"""A labelled task that every machine with Python has: which area of the standard library is a function from?
+"""Classification task from Python's standard library: predict the area that a function is from.
 
-Areas group modules by subject. Names differ between Python versions (3.12 has no `distutils`), and some
-systems split packages off: an area that is absent, or too small to learn from, is left out.
+Areas group modules by subject. Python versions differ (3.12 has no `distutils`), and some systems package
+modules separately: areas that are absent or too small to learn from are left out.
 """
 
 import ast
@@ -47,45 +47,45 @@ AREAS: tuple[tuple[str, str], ...] = (
     ("urllib", "urllib"),
     ("xml", "xml plistlib html"),
 )
-_NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-_MIN_LINES, _MAX_LINES = 4, 60  # shorter ones say nothing of their area, longer ones fit in no row
-_MIN_FUNCTIONS = 40  # of an area: 8 of them are held out, fewer measure nothing
-_TEST_SHARE = 0.2
+_NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_MIN_LINES, _MAX_LINES = 4, 60  # shorter functions do not show their area, longer ones exceed a row
+_MIN_FUNCTIONS = 40  # per area: 8 of them are test data, and fewer measure nothing
+_TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
     """A function or method of the standard library."""
 
-    text: str  # source, without the indentation of its surroundings
+    text: str  # source, dedented
     label: str  # area
-    origin: str  # file below the library, and line
+    origin: str  # file relative to the library, and line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StdlibTask:
-    """What was written."""
+    """Statistics of the written task; `task.json` contains them."""
 
     python: str  # version of the interpreter that parsed the library
     num_train: int
     num_test: int
-    areas: dict[str, int]  # functions of each
+    areas: dict[str, int]  # number of functions by area
 
 
 def write_stdlib_task(directory: AnyPath, root: AnyPath | None = None) -> StdlibTask:
     """Write `train.jsonl` and `test.jsonl` (text, label, origin), and `task.json` last.
 
-    `root` is a standard library: None is that of this interpreter. Equal libraries give equal files. Every
-    area gives a fifth of its functions to the test, chosen by their digest. No two functions are the same
-    text, so none of the test is in training. Raises `DataError` where `root` holds fewer than two areas.
+    `root` is a standard library; None: this interpreter's. Equal libraries give equal files. A fifth of each
+    area's functions, selected by digest, is test data. Functions with equal text are used once, so the
+    splits do not overlap. Raises `DataError` if `root` has fewer than two areas.
     """
     library = Path(sysconfig.get_path("stdlib") if root is None else root)
     functions = find_functions(library)
     areas = dict(sorted(Counter(function.label for function in functions).items()))
     if len(areas) < 2:
         raise DataError(
-            f"{os.fspath(library)} holds {len(functions)} functions in {len(areas)} known areas of the "
-            "standard library, and at least 2 areas are needed: use a Python whose library has sources."
+            f"{os.fspath(library)} has {len(functions)} functions in {len(areas)} known areas of the "
+            "standard library, but at least 2 areas are needed: use a Python with library sources."
         )
     train, test = split(functions)
     task = StdlibTask(python=platform.python_version(), num_train=len(train), num_test=len(test), areas=areas)
@@ -96,11 +96,11 @@ def write_stdlib_task(directory: AnyPath, root: AnyPath | None = None) -> Stdlib
 
 
 def find_functions(library: Path) -> list[Function]:
-    """The functions of every area that is large enough, each text once, in the order of files and lines."""
+    """The functions of every area that is large enough, in order of file and line, without duplicates."""
     functions: dict[str, Function] = {}
     for area, modules in AREAS:
         for module in modules.split():
-            for path in _files(library, module):
+            for path in _module_files(library, module):
                 for function in _functions_in(path, path.relative_to(library).as_posix(), area):
                     functions.setdefault(function.text, function)
     counts = Counter(function.label for function in functions.values())
@@ -108,13 +108,13 @@ def find_functions(library: Path) -> list[Function]:
 
 
 def split(functions: list[Function]) -> tuple[list[Function], list[Function]]:
-    """Training and test part. In each area those with the smallest digests are the test."""
+    """Training and test split. The smallest digests of each area are the test split."""
     by_area: dict[str, list[Function]] = {}
     for function in functions:
         by_area.setdefault(function.label, []).append(function)
     test: set[Function] = set()
-    for members in by_area.values():
-        test.update(sorted(members, key=_digest)[: round(len(members) * _TEST_SHARE)])
+    for area_functions in by_area.values():
+        test.update(sorted(area_functions, key=_digest)[: round(len(area_functions) * _TEST_FRACTION)])
     return [f for f in functions if f not in test], [f for f in functions if f in test]
 
 
@@ -122,20 +122,20 @@ def _digest(function: Function) -> bytes:
     return hashlib.blake2b(function.text.encode(), digest_size=16).digest()
 
 
-def _files(library: Path, module: str) -> list[Path]:
+def _module_files(library: Path, module: str) -> list[Path]:
     single = library / f"{module}.py"
     package = sorted((library / module).rglob("*.py"))
-    found = [path for path in package if not _NOT_LIBRARY.intersection(path.relative_to(library).parts)]
+    found = [path for path in package if not _NOT_STDLIB.intersection(path.relative_to(library).parts)]
     return [single, *found] if single.is_file() else found
 
 
 def _functions_in(path: Path, name: str, area: str) -> Iterator[Function]:
-    """Functions and methods of a file, but not those within functions; nothing where it cannot be parsed."""
+    """Functions and methods of a file, without nested functions; none if the file cannot be parsed."""
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError):  # the library ships samples of broken files
+    except (SyntaxError, UnicodeDecodeError):  # the library contains deliberately broken files
         return
     lines = source.splitlines(keepends=True)
     pending: list[ast.AST] = [tree]

@@ -1,4 +1,4 @@
-"""What one process does to one part of a corpus, and the pool of such processes."""
+"""Tokenizes corpus chunks, in this process or in a pool of worker processes."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distft.data.corpus_parts import CorpusPart
+from distft.data.corpus_chunks import CorpusChunk, Document
 from distft.data.shards import token_dtype
 from distft.errors import DataError, TrainingError
 from distft.tokenizer import Tokenizer
@@ -25,130 +25,131 @@ _HOLDOUT_SALT = "holdout"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PartRecipe:
-    """How documents become tokens."""
+class TokenizeOptions:
+    """How a worker turns documents into tokens."""
 
     tokenizer_path: str
     tokenizer_fingerprint: str
-    bos_id: int | None  # put before each document; None: nothing
-    eos_id: int | None  # put behind each document; None: nothing
-    holdout: float  # share of documents for validation
+    bos_id: int | None  # before each document; None: nothing
+    eos_id: int | None  # after each document; None: nothing
+    holdout: float  # fraction of documents for validation
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """The tokens of some documents, end to end."""
+class EncodedDocuments:
+    """The concatenated tokens of some documents."""
 
     ids: NDArray[Any]
-    document_starts: NDArray[np.int64]  # positions in `ids` where a document begins
-    num_bytes: int  # of their UTF-8 text
+    document_starts: NDArray[np.int64]  # positions in `ids` of the first token of each document
+    num_bytes: int  # of the UTF-8 text
 
 
 @dataclass(frozen=True, slots=True)
-class PartTokens:
-    """One part of a corpus, tokenized."""
+class TokenizedChunk:
+    """The documents of one corpus chunk, by split."""
 
     source_bytes: int
-    train: Tokens
-    validation: Tokens
+    train: EncodedDocuments
+    validation: EncodedDocuments
 
 
-def tokenize_part(part: CorpusPart, recipe: PartRecipe) -> PartTokens:
-    """Read `part` and encode its documents. Raises `DataError` with the place of what cannot be read."""
-    tokenizer = _tokenizer(recipe.tokenizer_path, recipe.tokenizer_fingerprint)
-    sides = (_Collector(tokenizer, recipe), _Collector(tokenizer, recipe))
-    for document in part.documents():
-        is_held_out = recipe.holdout > 0 and document.draw(_HOLDOUT_SALT) < recipe.holdout
+def tokenize_chunk(chunk: CorpusChunk, options: TokenizeOptions) -> TokenizedChunk:
+    """Read `chunk` and encode its documents. Raises `DataError` with file and line of bad input."""
+    tokenizer = _load_tokenizer(options.tokenizer_path, options.tokenizer_fingerprint)
+    train, validation = _SplitEncoder(tokenizer, options), _SplitEncoder(tokenizer, options)
+    for document in chunk.documents():
+        is_held_out = options.holdout > 0 and document.sampling_hash(_HOLDOUT_SALT) < options.holdout
         try:
-            sides[is_held_out].add(
-                document.text, document.num_bytes, document.continues, document.is_continued
-            )
+            (validation if is_held_out else train).add(document)
         except DataError as error:
             raise DataError(f"{document.origin}: {error}") from error
-    return PartTokens(part.source_bytes, sides[0].collected(), sides[1].collected())
+    return TokenizedChunk(chunk.source_bytes, train.result(), validation.result())
 
 
-def tokenize_parts(
-    parts: Iterable[CorpusPart], recipe: PartRecipe, num_workers: int
-) -> Generator[PartTokens]:
-    """`tokenize_part` of each part, in their order, by `num_workers` processes (1: in this one).
+def tokenize_chunks(
+    chunks: Iterable[CorpusChunk], options: TokenizeOptions, num_workers: int
+) -> Generator[TokenizedChunk]:
+    """Yield `tokenize_chunk` of each chunk, in order, computed by `num_workers` processes (1: this one).
 
-    Holds the tokens of at most `2 * num_workers + 2` parts.
+    At most `2 * num_workers + 2` chunks are in memory.
     """
     if num_workers == 1:
-        for part in parts:
-            yield tokenize_part(part, recipe)
+        for chunk in chunks:
+            yield tokenize_chunk(chunk, options)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker)
-    waiting: deque[Future[PartTokens]] = deque()
+    pending: deque[Future[TokenizedChunk]] = deque()
     try:
-        for part in parts:
-            waiting.append(pool.submit(tokenize_part, part, recipe))
-            if len(waiting) > 2 * num_workers + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for chunk in chunks:
+            pending.append(pool.submit(tokenize_chunk, chunk, options))
+            if len(pending) > 2 * num_workers + 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise TrainingError(
-            f"a tokenizing process ended by itself ({error}): often it was killed because memory ran out. "
-            "Run the same command again, with a smaller num_workers; it goes on where it stopped."
+            f"a tokenizer process died ({error}), often because memory ran out. "
+            "Run the same command again with a smaller num_workers: it resumes where it stopped."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-class _Collector:
-    """Gathers the tokens of one side."""
+class _SplitEncoder:
+    """Encodes the documents of one split and concatenates their tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, recipe: PartRecipe) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: TokenizeOptions) -> None:
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._bos = _one_id(recipe.bos_id, self._dtype)
-        self._eos = _one_id(recipe.eos_id, self._dtype)
-        self._pieces: list[NDArray[Any]] = []
-        self._starts: list[int] = []
+        self._bos = self._id_array(options.bos_id)
+        self._eos = self._id_array(options.eos_id)
+        self._arrays: list[NDArray[Any]] = []
+        self._document_starts: list[int] = []
         self._num_tokens = 0
         self._num_bytes = 0
 
-    def add(self, text: str, num_bytes: int, continues: bool, is_continued: bool) -> None:
-        ids = self._tokenizer.encode_array(text).astype(self._dtype)
-        if not (len(ids) or continues or is_continued):
-            return  # text that the tokenizer drops, such as white space in some imported ones
-        if not continues:
-            self._starts.append(self._num_tokens)
-        pieces = [() if continues else self._bos, ids, () if is_continued else self._eos]
-        for piece in pieces:
-            if len(piece):
-                self._pieces.append(np.asarray(piece))
-                self._num_tokens += len(piece)
-        self._num_bytes += num_bytes
+    def add(self, document: Document) -> None:
+        ids = self._tokenizer.encode_array(document.text).astype(self._dtype)
+        if not (len(ids) or document.continues_previous or document.continues_in_next):
+            return  # some imported tokenizers drop white space
+        if not document.continues_previous:
+            self._document_starts.append(self._num_tokens)
+            self._append(self._bos)
+        self._append(ids)
+        if not document.continues_in_next:
+            self._append(self._eos)
+        self._num_bytes += document.num_bytes
 
-    def collected(self) -> Tokens:
-        ids = np.concatenate(self._pieces) if self._pieces else np.empty(0, self._dtype)
-        return Tokens(ids, np.array(self._starts, dtype=np.int64), self._num_bytes)
+    def result(self) -> EncodedDocuments:
+        ids = np.concatenate(self._arrays) if self._arrays else np.empty(0, self._dtype)
+        return EncodedDocuments(ids, np.array(self._document_starts, dtype=np.int64), self._num_bytes)
 
+    def _append(self, ids: NDArray[Any]) -> None:
+        if len(ids):
+            self._arrays.append(ids)
+            self._num_tokens += len(ids)
 
-def _one_id(value: int | None, dtype: np.dtype[Any]) -> NDArray[Any]:
-    return np.array([] if value is None else [value], dtype=dtype)
+    def _id_array(self, token_id: int | None) -> NDArray[Any]:
+        return np.array([] if token_id is None else [token_id], dtype=self._dtype)
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
+def _load_tokenizer(path: str, fingerprint: str) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != fingerprint:
-        raise DataError(f"{path} was replaced by another tokenizer while it was in use: start again.")
+        raise DataError(f"{path} was replaced by another tokenizer during the work: start again.")
     return tokenizer
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole terminal; the parent alone decides, and ends its workers.
+    # Ctrl-C signals the whole process group; the parent handles it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    # A worker of a killed parent would wait for work for ever: it holds both ends of the queue's pipe.
+def _exit_with_parent() -> None:
+    # A worker has both ends of the queue's pipe open, so it sees no EOF when the parent is killed.
     parent = multiprocessing.parent_process()
     if parent:
         wait([parent.sentinel])

@@ -1,1 +1,1 @@
-"""From a configuration to a run: the only package that knows every part below it."""
+"""Assembles a run from its configuration."""

@@ -1,32 +1,32 @@
-"""What a run would be, found out without a device."""
+"""Checks a run without using a device, and describes it."""
 
 from collections.abc import Iterator
 from math import prod
 
-from distft.errors import Mistakes
+from distft.errors import ErrorCollector
 from distft.model.counts import training_flops_per_token
 from distft.run.config import RunConfig
 from distft.run.engines import check_engine
-from distft.run.inputs import Inputs, read_inputs
+from distft.run.inputs import RunInputs, read_inputs
 from distft.topology import BatchPlan, Topology
 
 
-def read_checked(config: RunConfig, topology: Topology) -> tuple[BatchPlan, Inputs]:
-    """All that is read before a device is touched; raises one error with every mistake that can be seen."""
-    mistakes = Mistakes()
-    with mistakes.gather():
+def check_run(config: RunConfig, topology: Topology) -> tuple[BatchPlan, RunInputs]:
+    """The run's batch plan and inputs. Raises one error with every problem that was found."""
+    errors = ErrorCollector()
+    with errors.collect():
         check_engine(config, topology)
-    with mistakes.gather():
+    with errors.collect():
         plan = BatchPlan(dp_world_size=topology.world_size, **config.batch.model_dump())
-    with mistakes.gather():
+    with errors.collect():
         inputs = read_inputs(config)
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     return plan, inputs
 
 
 def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Lines about a run on `world_size` ranks; raises what `run_training` would before its first step."""
-    plan, inputs = read_checked(config, Topology(world_size=world_size))
+    """Lines that describe the run on `world_size` ranks. Raises what `check_run` raises."""
+    plan, inputs = check_run(config, Topology(world_size=world_size))
     num_steps = config.train.total_steps(
         num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size
     )

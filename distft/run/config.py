@@ -1,29 +1,31 @@
-"""One YAML file describes a run; the same file runs in one process, under a launcher, or on a cluster."""
+"""The configuration of a run: one YAML file for one process, a launcher or a cluster."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distft.checkpoint.store import CheckpointConfig
-from distft.config import Part, Settings, apply_overrides, load_yaml, parse
-from distft.data.settings import DataConfig
+from distft.checkpoint.config import CheckpointConfig
+from distft.config import Component, Settings, apply_overrides, load_yaml, parse
+from distft.data.completion import CompletionConfig
+from distft.data.labelled import LabelledConfig
+from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.local import LocalConfig
-from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 from distft.objective.settings import CausalLM, ObjectiveConfig
 from distft.optim.adamw import AdamWConfig
-from distft.run.cluster import ClusterConfig
+from distft.run.cluster_config import ClusterConfig
 from distft.tracker import TrackerConfig
-from distft.train.loop import TrainConfig
+from distft.train.schedule import TrainConfig
 
-EngineConfig = Annotated[LocalConfig | ZeroConfig, Part()]
+DataConfig = Annotated[TokensConfig | LabelledConfig | CompletionConfig, Component()]
+EngineConfig = Annotated[LocalConfig | ZeroConfig, Component()]
 
 
 class BatchConfig(Settings):
-    """The batch, in sequences: what a step sees whatever the number of ranks, and what fits in memory."""
+    """Batch sizes, in sequences. The global batch does not depend on the number of ranks."""
 
     global_batch_size: int = Field(ge=1)  # sequences per optimizer step, over all ranks
     micro_batch_size: int = Field(ge=1)  # sequences per rank per forward, at most
@@ -31,27 +33,27 @@ class BatchConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """When held-out data is looked at, and how much of it."""
+    """When the run evaluates on validation data, and on how much of it."""
 
-    every_steps: int | None = Field(default=None, ge=1)  # besides the end of the run
-    max_sequences: int | None = Field(default=None, ge=1)  # of each evaluation; None: all
-    micro_batch_size: int | None = Field(default=None, ge=1)  # None: the training one
+    every_steps: int | None = Field(default=None, ge=1)  # in addition to the end of the run
+    max_sequences: int | None = Field(default=None, ge=1)  # per evaluation; None: all
+    micro_batch_size: int | None = Field(default=None, ge=1)  # None: batch.micro_batch_size
 
 
 class RunConfig(Settings):
-    """A whole run."""
+    """All settings of a run."""
 
-    run_dir: str  # a directory for everything of the run; checkpoint.directory may lie elsewhere
-    seed: int = 0  # of initial weights and dropout; the order of data has data_seed
+    run_dir: str  # a directory for all output of the run; checkpoint.directory may be elsewhere
+    seed: int = 0  # of initial weights and dropout; data_seed sets the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int | None = Field(default=None, ge=1)  # of each rank's CPU work; None: torch's choice
+    num_threads: int | None = Field(default=None, ge=1)  # CPU threads of each rank; None: torch's default
     timeout_s: float = Field(default=600.0, gt=0)  # how long ranks wait for each other
-    hang_timeout_s: float = Field(default=300.0, gt=0)  # silence or standstill that makes a rank a hung one
-    heartbeat_s: float = Field(default=5.0, ge=0)  # between signs of life of each rank; 0: none are given
-    tokenizer: str | None = None  # a .model file; None: the one beside the data or the checkpoint
-    init_from: str | None = None  # a checkpoint, of any format, whose weights the run starts from, at step 0
+    hang_timeout_s: float = Field(default=300.0, gt=0)  # without heartbeat or progress a rank is hung
+    heartbeat_s: float = Field(default=5.0, ge=0)  # between heartbeats of a rank; 0: no heartbeats
+    tokenizer: str | None = None  # a .model file; None: the one of the data or the checkpoint
+    init_from: str | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
     model: ModelConfig | None = None  # None: that of init_from
-    trainable: tuple[str, ...] = ("*",)  # patterns over parameter names; "!pattern" takes away
+    trainable: tuple[str, ...] = ("*",)  # patterns of parameter names; "!pattern" excludes
     data: DataConfig
     validation: DataConfig | None = None
     batch: BatchConfig
@@ -65,73 +67,33 @@ class RunConfig(Settings):
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> "RunConfig":
-        faults = []
+    def _check(self) -> Self:
+        problems = []
         if self.model is None and self.init_from is None:
-            faults.append("model is missing: describe one, or name a checkpoint in init_from")
+            problems.append("model is missing: set model, or set init_from to a checkpoint")
         if self.batch.micro_batch_size > self.batch.global_batch_size:
-            faults.append(
+            problems.append(
                 f"batch.micro_batch_size={self.batch.micro_batch_size} is more than "
                 f"batch.global_batch_size={self.batch.global_batch_size}"
             )
         if self.model is not None and self.batch.seq_len > self.model.max_seq_len:
-            faults.append(
+            problems.append(
                 f"batch.seq_len={self.batch.seq_len} is more than model.max_seq_len={self.model.max_seq_len}"
             )
         if self.evaluation.every_steps is not None and self.validation is None:
-            faults.append("evaluation.every_steps is set, but there is no validation data")
+            problems.append("evaluation.every_steps is set, but validation is not")
         if self.hang_timeout_s < 3 * self.heartbeat_s:
-            faults.append(
+            problems.append(
                 f"hang_timeout_s={self.hang_timeout_s:g} is less than three times "
-                f"heartbeat_s={self.heartbeat_s:g}: a rank that is only late would be taken for a hung one"
+                f"heartbeat_s={self.heartbeat_s:g}: a rank with one late heartbeat would count as hung"
             )
-        if faults:
-            raise ValueError("; ".join(faults))
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
-# What a resumed run may not change, since it would be another run: what the model sees, and when.
-_FIXED_ON_RESUME = (
-    ("batch", "global_batch_size"),
-    ("batch", "seq_len"),
-    ("data",),
-    ("objective",),
-    ("model",),
-    ("seed",),
-    ("trainable",),
-)
-
-
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key=value` overrides, check everything; all faults in one `ConfigError`."""
+    """Read a YAML file and apply `key=value` overrides. Raises one `ConfigError` with all problems."""
     raw = apply_overrides(load_yaml(path), overrides)
     config: RunConfig = parse(RunConfig, raw)
     return config
-
-
-def check_resumable(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuse to go on from a checkpoint under a configuration that means another run."""
-    now = config.model_dump(mode="json")
-    changed = []
-    for keys in _FIXED_ON_RESUME:
-        changed += _changes(".".join(keys), _dig(saved, keys), _dig(now, keys))
-    if changed:
-        changed.append(
-            f"{config.run_dir} holds checkpoints of another run. Put the old values back, choose another "
-            "run_dir, or start from its weights alone with init_from."
-        )
-        raise ConfigError("\n".join(changed))
-
-
-def _changes(key: str, before: Any, after: Any) -> list[str]:
-    """What is another value now, by dotted key."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        names = dict.fromkeys([*before, *after])
-        return [line for n in names for line in _changes(f"{key}.{n}", before.get(n), after.get(n))]
-    return [] if before == after else [f"{key} was {before!r} and is now {after!r}."]
-
-
-def _dig(raw: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        raw = raw.get(key) if isinstance(raw, Mapping) else None
-    return raw

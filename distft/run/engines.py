@@ -1,21 +1,25 @@
-"""Devices, process groups and engines, as a configuration asks for them."""
+"""Builds the device, the collectives and the engine that a configuration describes."""
 
 from importlib.util import find_spec
 
 import torch
 
-from distft.checkpoint.sources import StateSource
+from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
 from distft.engine.interface import Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.errors import ConfigError
+from distft.model.initialisation import initial_fragment
+from distft.optim.adamw import parameter_groups
 from distft.run.config import RunConfig
-from distft.run.inputs import Inputs, build_module, groups_for
+from distft.run.inputs import RunInputs
+from distft.run.model import build_module, new_parameter_prefixes, require_parameters
 from distft.topology import BatchPlan, Topology
 
 
 def choose_device(config: RunConfig, topology: Topology) -> torch.device:
-    """This rank's device. Raises `ConfigError` where a GPU is asked for and there is none for it."""
+    """This rank's device. Raises `ConfigError` if the configuration requires a GPU and this rank has none."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -31,7 +35,7 @@ def choose_device(config: RunConfig, topology: Topology) -> torch.device:
 
 
 def check_engine(config: RunConfig, topology: Topology) -> None:
-    """What can be said against the engine before a process group exists."""
+    """Raise `ConfigError` if the engine cannot run on these ranks or is not installed."""
     if isinstance(config.engine, LocalConfig) and topology.world_size > 1:
         raise ConfigError(
             f"engine.type=local is one process, but {topology.world_size} ranks were started: "
@@ -45,18 +49,23 @@ def check_engine(config: RunConfig, topology: Topology) -> None:
         )
 
 
-def join_ranks(config: RunConfig, topology: Topology, device: torch.device) -> Collectives:
-    """The collectives of this run; for ZeRO a process group, even of one rank."""
+def build_collectives(config: RunConfig, topology: Topology, device: torch.device) -> Collectives:
+    """The collectives of this run. ZeRO needs a process group even for a single rank."""
     if isinstance(config.engine, LocalConfig):
         return SingleProcess()
     return ProcessGroup(topology, device, config.timeout_s)
 
 
 def build_engine(
-    inputs: Inputs, source: StateSource, plan: BatchPlan, collectives: Collectives, device: torch.device
+    inputs: RunInputs,
+    resumed: Checkpoint | None,
+    plan: BatchPlan,
+    collectives: Collectives,
+    device: torch.device,
 ) -> Engine:
-    """An engine with its state loaded from `source`; each rank reads what it holds."""
+    """The engine with its state from `resumed`; for a new run from `init_from`, else initial weights."""
     config = inputs.config
+    source = _state_source(inputs, resumed)
     module = build_module(
         inputs.model, inputs.head, activation_checkpointing=config.engine.activation_checkpointing
     )
@@ -64,12 +73,13 @@ def build_engine(
         param.requires_grad_(name in inputs.trainable)
     if config.engine.compile:
         module.compile_blocks()
-    groups = groups_for(inputs, source)
+    updates = {name: source.updates(name) for name in inputs.trainable}
+    groups = parameter_groups(inputs.shapes, inputs.trainable, config.optim, updates)
     engine: Engine
     if isinstance(config.engine, LocalConfig):
         engine = LocalEngine(module, groups, settings=config.engine, optim=config.optim, device=device)
     else:
-        from distft.engine.zero import ZeroEngine  # DeepSpeed is needed by nothing else
+        from distft.engine.zero import ZeroEngine  # only this engine needs DeepSpeed
 
         engine = ZeroEngine(
             module,
@@ -82,3 +92,18 @@ def build_engine(
         )
     engine.load_fragments(source)
     return engine
+
+
+def _state_source(inputs: RunInputs, resumed: Checkpoint | None) -> StateSource:
+    if resumed is not None:
+        require_parameters(resumed, inputs.shapes)
+        return resumed
+    seed, model = inputs.config.seed, inputs.model
+    initial = InitialSource(
+        inputs.shapes,
+        lambda name, shape, start, stop: initial_fragment(name, shape, start, stop, seed=seed, config=model),
+    )
+    if inputs.init_from is None:
+        return initial
+    new = new_parameter_prefixes(inputs.init_from, inputs.label_names)
+    return FirstOf([WeightsOnly(inputs.init_from, without=new), initial])

@@ -1,4 +1,4 @@
-"""Use a checkpoint: measure it, or let it write."""
+"""Evaluates a trained checkpoint, and generates text with it."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -9,8 +9,8 @@ import torch
 
 from distft import storage
 from distft.checkpoint.committed import Checkpoint, find_checkpoint
-from distft.checkpoint.comparison import check_whole
-from distft.checkpoint.formats.detect import format_at
+from distft.checkpoint.damage import require_undamaged
+from distft.checkpoint.formats.detect import detect_format
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import read_state
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
@@ -19,12 +19,13 @@ from distft.data.feed import Feed
 from distft.engine.interface import DTYPES
 from distft.engine.memory import allocate
 from distft.errors import ConfigError
+from distft.model.config import LanguageModelHead
 from distft.model.generation import generate
-from distft.model.head import LanguageModelHead
 from distft.model.transformer import Transformer
 from distft.run.config import RunConfig
 from distft.run.engines import choose_device
-from distft.run.inputs import TOKENIZER_FILE, build_module, check_fits, data_context
+from distft.run.inputs import TOKENIZER_FILE, data_context
+from distft.run.model import build_module, require_parameters
 from distft.tokenizer import Tokenizer
 from distft.topology import Topology
 from distft.tracker import progress
@@ -32,21 +33,21 @@ from distft.train.evaluation import evaluate
 
 
 def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> tuple[Checkpoint, RunConfig, Tokenizer]:
-    """A checkpoint with the configuration of its run (`overrides` over it) and its tokenizer."""
-    found = format_at(path)
-    if found != Checkpoint.format:
+    """A distft checkpoint, the configuration of its run with `overrides` applied, and its tokenizer."""
+    found_format = detect_format(path)
+    if found_format != Checkpoint.format:
         raise ConfigError(
-            f"{path} is a {found} checkpoint, and evaluate and generate read distft's own runs: name it in "
-            "init_from of a configuration, and use the run that comes of it."
+            f"{path} is a {found_format} checkpoint, but evaluate and generate read only distft's own runs: "
+            "name it in init_from of a configuration, train, and use that run."
         )
     checkpoint = find_checkpoint(path)
     if "run_dir" not in checkpoint.manifest.config:
         raise ConfigError(
-            f"{checkpoint.path} came from another format, which keeps no configuration of a run: name it in "
-            "init_from of a configuration, and use the run that comes of it."
+            f"{checkpoint.path} was converted from another format and has no configuration of a run: "
+            "name it in init_from of a configuration, train, and use that run."
         )
-    check_whole(checkpoint)
-    # When the run would evaluate does not matter here, and asks for validation data.
+    require_undamaged(checkpoint)
+    # evaluation.every_steps has no effect here, but would require validation data.
     overrides = [*overrides, "evaluation.every_steps=null"]
     raw: dict[str, Any] = apply_overrides(checkpoint.manifest.config, overrides)
     try:
@@ -58,20 +59,20 @@ def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> tuple[Checkpoin
 
 
 def load_model(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> Transformer:
-    """The whole model on one device, in the run's `param_dtype`, ready for evaluation."""
-    assert config.model is not None  # a resolved configuration has one
+    """The whole model on `device`, in the run's `param_dtype` and in evaluation mode."""
+    assert config.model is not None  # checkpoints contain the resolved configuration
     label_names = checkpoint.manifest.label_names
     head = config.objective.head(None if label_names is None else tuple(label_names))
     module = build_module(config.model, head)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
-    check_fits(checkpoint, shapes)
+    require_parameters(checkpoint, shapes)
     allocate(module, device, DTYPES[config.engine.param_dtype])
     for name, param in module.named_parameters():
         read_state(checkpoint, name, WEIGHT, param.detach().view(-1), 0)
     return module.eval()
 
 
-def _example(kind: str) -> str:
+def _example_overrides(kind: str) -> str:
     return (
         "validation.type=tokens 'validation.sources=[{path: held_out}]'"
         if kind == "tokens"
@@ -80,26 +81,26 @@ def _example(kind: str) -> str:
 
 
 def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology) -> dict[str, float]:
-    """The run's objective on its validation data, the same on any number of ranks."""
+    """Metrics of the run's objective on its validation data; they do not depend on the number of ranks."""
     checkpoint, config, tokenizer = open_checkpoint(path, overrides)
     if config.validation is None:
         raise ConfigError(
             f"The run of {checkpoint.path} has no validation data: "
-            f"name some, such as {_example(config.data.type)}."
+            f"name some, such as {_example_overrides(config.data.type)}."
         )
     assert config.model is not None
     names = checkpoint.manifest.label_names
     context = data_context(tokenizer, config.model, config.batch.seq_len)
     context = replace(context, label_names=None if names is None else tuple(names))
-    feed: Feed = config.validation.build_in_order(context)
+    feed: Feed = config.validation.build_for_evaluation(context)
     device = choose_device(config, topology)
     collectives: Collectives = SingleProcess()
     if topology.world_size > 1:
         collectives = ProcessGroup(topology, device, config.timeout_s)
     module = load_model(checkpoint, config, device)
-    shown = progress(feed.num_sequences, "evaluating", "rows") if topology.is_main else nullcontext()
+    progress_bar = progress(feed.num_sequences, "evaluating", "rows") if topology.is_main else nullcontext()
     try:
-        with shown as display:
+        with progress_bar as display:
             return evaluate(
                 module,
                 module,
@@ -129,14 +130,14 @@ def generate_text(
     top_p: float | None,
     seed: int,
 ) -> list[str]:
-    """Each prompt with what the checkpoint's language model adds to it."""
+    """Each prompt, continued by the checkpoint's language model."""
     checkpoint, config, tokenizer = open_checkpoint(path)
     device = choose_device(config, Topology())
     module = load_model(checkpoint, config, device)
     if not isinstance(module.head, LanguageModelHead):
-        raise ConfigError(f"{checkpoint.path} is a classifier: it has no language model to write with.")
+        raise ConfigError(f"{checkpoint.path} is a classifier, which cannot generate text.")
     encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
-    written = generate(
+    continuations = generate(
         module,
         encoded,
         max_new_tokens=max_new_tokens,
@@ -147,17 +148,17 @@ def generate_text(
         generator=torch.Generator(device).manual_seed(seed),
     )
     return [
-        prompt + tokenizer.decode([token for token in new if token < tokenizer.vocab_size])
-        for prompt, new in zip(prompts, written, strict=True)
+        prompt + tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+        for prompt, ids in zip(prompts, continuations, strict=True)
     ]
 
 
 def _prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """A prompt begins where a document does: after the end of the one before."""
+    """The prompt's ids after the id that starts a document: in training, the end of the previous one."""
     start = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
     ids = tokenizer.encode(prompt)
     if start is None and not ids:
         raise ConfigError(
-            "The prompt is empty, and this tokenizer has no id to begin a text with: give --prompt."
+            "The prompt is empty, and this tokenizer has no id that starts a text: set --prompt."
         )
     return ids if start is None else [start, *ids]

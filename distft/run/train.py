@@ -1,257 +1,198 @@
-"""Train as a configuration says: on every rank, under whatever launcher."""
+"""Trains a run as configured, on each rank, under any launcher."""
 
-import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from distft import storage
-from distft.checkpoint.background import Saver
+from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.committed import Checkpoint
-from distft.checkpoint.comparison import check_whole
 from distft.checkpoint.manifest import Progress
 from distft.checkpoint.store import CheckpointStore
-from distft.collectives import Collectives, ProcessGroup, together
-from distft.config import dump_yaml, redact
-from distft.engine.interface import DTYPES, Engine
-from distft.errors import CheckpointError, ConfigError, Preempted, SupersededError
+from distft.collectives import Collectives, ProcessGroup
+from distft.engine.interface import DTYPES
+from distft.errors import Preempted, SupersededError
 from distft.model.counts import training_flops_per_token
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
-from distft.run.check import read_checked
-from distft.run.config import RunConfig, check_resumable
-from distft.run.engines import build_engine, choose_device, join_ranks
-from distft.run.inputs import Inputs, state_source
-from distft.run.saving import draft
+from distft.run.check import check_run
+from distft.run.config import RunConfig
+from distft.run.engines import build_collectives, build_engine, choose_device
+from distft.run.inputs import RunInputs
+from distft.run.resume import find_resume_checkpoint
+from distft.run.run_dir import RunRecord, open_run_dir
+from distft.run.services import RunServices
 from distft.topology import BatchPlan, Topology
-from distft.tracker import LEDGER, Trackers, build_trackers
-from distft.train.evaluation import evaluate
-from distft.train.loop import Callbacks, StopAsked, Trainer, every, never_asked
-from distft.train.probe import Probe
+from distft.train.loop import Trainer
+from distft.train.loss_probe import LossProbe
+from distft.train.schedule import TrainingSchedule
+from distft.train.services import StopReason, StopRequested, never_stop
 from distft.train.throughput import Throughput, peak_flops_per_s
-from distft.watch.watch import Watch
+from distft.watch.watchdog import Watchdog
 
-CONFIG_FILE = "config.yaml"
-_PROBE_SEQUENCES = 4
-_LEAST_WATCHED_STEPS = 10  # over which ranks are compared, to find slow ones
+_MIN_STRAGGLER_INTERVAL_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What a finished run has to say for itself, on every rank."""
+class RunResult:
+    """Result of a finished run, on every rank."""
 
     step: int
-    metrics: Mapping[str, float]  # the last ones of each name, validation's under validation/
-    checkpoint: str | None  # the last one of this process; None where nothing was left to do
+    metrics: Mapping[str, float]  # the last value of each name; validation metrics under validation/
+    checkpoint: str | None  # the last one that this process committed
 
 
-def run_training(config: RunConfig, topology: Topology, stop_asked: StopAsked = never_asked) -> Outcome:
-    """Train from wherever the run stands to its end, on this rank.
+def run_training(
+    config: RunConfig, topology: Topology, stop_requested: StopRequested = never_stop
+) -> RunResult:
+    """Train from the run's latest checkpoint, or its beginning, to its end, on this rank.
 
-    Every fault of configuration and data is raised before a device is used. Raises `Preempted` after a
-    SIGTERM, or where `stop_asked` of any rank gives a reason, once the state is saved.
+    Raises errors in the configuration and the data before it uses a device. Raises `Preempted` after a
+    SIGTERM, or after `stop_requested` of any rank returns a reason, once the run is saved.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    plan, inputs = read_checked(config, topology)
+    plan, inputs = check_run(config, topology)
     device = choose_device(config, topology)
-    collectives = join_ranks(config, topology, device)
+    collectives = build_collectives(config, topology, device)
     try:
-        watch = Watch(
+        watchdog = Watchdog(
             collectives,
             Path(config.run_dir),
             heartbeat_s=config.heartbeat_s,
             hang_timeout_s=config.hang_timeout_s,
-            interval_steps=max(config.train.log_every_steps, _LEAST_WATCHED_STEPS),
+            interval_steps=max(config.train.log_every_steps, _MIN_STRAGGLER_INTERVAL_STEPS),
         )
-        with watch:
-            return _Run(inputs, plan, collectives, device, watch=watch, stop_asked=stop_asked).train()
+        with watchdog:
+            run = TrainingRun(
+                inputs, plan, collectives, device, watchdog=watchdog, stop_requested=stop_requested
+            )
+            return run.train()
     finally:
         if isinstance(collectives, ProcessGroup):
             collectives.close()
 
 
-class _Run:
-    """One process's part of one run: assembles the parts, and stands between the loop and the disk."""
+class TrainingRun:
+    """One rank's run, from its latest checkpoint to its last step."""
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: RunInputs,
         plan: BatchPlan,
         collectives: Collectives,
         device: torch.device,
         *,
-        watch: Watch,
-        stop_asked: StopAsked,
+        watchdog: Watchdog,
+        stop_requested: StopRequested,
     ) -> None:
         self._inputs = inputs
-        self._stop_asked = stop_asked
         self._config = inputs.config
         self._plan = plan
         self._collectives = collectives
         self._device = device
-        self._watch = watch
+        self._watchdog = watchdog
+        self._stop_requested = stop_requested
         directory = self._config.checkpoint.directory or storage.join(self._config.run_dir, "checkpoints")
-        # The saver's thread talks to those of other ranks while this thread and the engine talk to theirs.
-        self._store = CheckpointStore(directory, collectives.twin())
-        self._saver = Saver(self._store, self._config.checkpoint)
-        self._probe = Probe(inputs.train, self._config.objective, self._config.engine.param_dtype)
-        self._total_steps = self._config.train.total_steps(
-            num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size
-        )
-        self._trackers = Trackers()
-        self._last_metrics: dict[str, float] = {}
-        self._last_checkpoint: str | None = None
-        self._run_id = ""
-        self._used_by_step: dict[int, dict[str, Any]] = {}  # of saves that are under way
+        # The saver's thread needs a group of its own: this thread uses the other one at the same time.
+        self._store = CheckpointStore(directory, collectives.with_new_group())
+        self._schedule = self._build_schedule()
 
-    def train(self) -> Outcome:
-        resumed, complaints = self._find_resume()
-        progress = Progress() if resumed is None else resumed.manifest.progress
-        self._open_run_dir(resumed, complaints)
+    def train(self) -> RunResult:
+        latest = find_resume_checkpoint(self._store, self._inputs, self._collectives)
+        record = open_run_dir(
+            self._inputs,
+            latest,
+            self._collectives,
+            self._device,
+            total_steps=self._schedule.total_steps,
+        )
+        progress = Progress() if latest.checkpoint is None else latest.checkpoint.manifest.progress
         status = "failed"
         try:
-            if progress.step < self._total_steps:
-                self._store.claim()
-                progress = self._train_from(progress, resumed)
+            if progress.step < self._schedule.total_steps:
+                self._store.become_writer()
+                result = self._train_from(latest.checkpoint, progress, record)
             else:
-                is_beyond = progress.step > self._total_steps
-                reason = {"reason": "the run is already beyond its last step"} if is_beyond else {}
-                self._trackers.event(
-                    "nothing_to_do", step=progress.step, total_steps=self._total_steps, **reason
-                )
+                result = self._do_nothing(progress, record)
             status = "completed"
         except Preempted:
             status = "preempted"
             raise
         except SupersededError as error:
-            self._trackers.event("superseded", reason=str(error))
+            record.trackers.event("superseded", reason=str(error))
             status = "superseded"
             raise
         finally:
-            self._trackers.finish(status)
-        return Outcome(step=progress.step, metrics=self._last_metrics, checkpoint=self._last_checkpoint)
+            record.trackers.finish(status)
+        return result
 
-    def _find_resume(self) -> tuple[Checkpoint | None, list[str]]:
-        resumed, complaints = self._store.newest_good()
-        if resumed is None and complaints:
-            raise CheckpointError(
-                f"No checkpoint in {self._store.root} is whole, so the run cannot go on. Put one back, "
-                "choose another run_dir, or delete them to start afresh.\n" + "\n".join(complaints)
-            )
-        if resumed is None:
-            self._check_init_from()
-            return None, complaints
-        if not self._config.checkpoint.resume:
-            raise ConfigError(
-                f"checkpoint.resume is false, but {self._store.root} holds a run at step {resumed.step}: "
-                "choose another run_dir, delete this one, or let the run go on."
-            )
-        check_resumable(resumed.manifest.config, self._config)
-        return resumed, complaints
+    def _do_nothing(self, progress: Progress, record: RunRecord) -> RunResult:
+        total_steps = self._schedule.total_steps
+        is_beyond = progress.step > total_steps
+        reason = {"reason": "the run is already beyond its last step"} if is_beyond else {}
+        record.trackers.event("nothing_to_do", step=progress.step, total_steps=total_steps, **reason)
+        return RunResult(step=progress.step, metrics={}, checkpoint=None)
 
-    def _check_init_from(self) -> None:
-        """Every byte, as before a resume; ranks share the files of a checkpoint of ours."""
-        source = self._inputs.init_from
-        if isinstance(source, Checkpoint):
-            source.verify(self._collectives)
-        elif source is not None:
-            with together(self._collectives, CheckpointError):
-                if self._collectives.rank == 0:
-                    check_whole(source)
-
-    def _open_run_dir(self, resumed: Checkpoint | None, complaints: list[str]) -> None:
-        run_id = secrets.token_hex(4) if resumed is None else resumed.manifest.run_id
-        self._run_id = self._collectives.broadcast(run_id)
-        with together(self._collectives, ConfigError):
-            if self._collectives.rank == 0:
-                run_dir = Path(self._config.run_dir)
-                run_dir.mkdir(parents=True, exist_ok=True)
-                storage.commit_bytes(run_dir / CONFIG_FILE, dump_yaml(self._config).encode())
-                self._trackers = build_trackers(self._config.trackers, max_steps=self._total_steps)
-                self._trackers.start(
-                    self._run_id,
-                    self._config.model_dump(mode="json"),
-                    run_dir,
-                    resume_step=None if resumed is None else resumed.step,
-                )
-        for complaint in complaints:
-            self._trackers.event("damaged_checkpoint", reason=complaint)
-        self._trackers.event(
-            "start" if resumed is None else "resume",
-            step=0 if resumed is None else resumed.step,
-            world_size=self._collectives.world_size,
-            engine=self._config.engine.type,
-            device=str(self._device),
-            **self._origin(resumed),
-        )
-        if resumed is not None:
-            self._trackers.event(LEDGER, step=resumed.step, **_used(resumed.manifest.progress))
-        before = None if resumed is None else resumed.manifest.written_by.get("world_size")
-        if before not in {None, self._collectives.world_size}:
-            self._trackers.event("resize", before=before, after=self._collectives.world_size)
-
-    def _origin(self, resumed: Checkpoint | None) -> dict[str, Any]:
-        """For the record: where weights come from, and which settings are others than at the save."""
-        if resumed is None:
-            start = self._inputs.init_from
-            return {} if start is None else {"init_from": start.path}
-        before, now = resumed.manifest.config, redact(self._config.model_dump(mode="json"))
-        changed = sorted(
-            f"{section}.{key}"
-            for section in ("optim", "train", "engine", "batch")
-            for key in {*before.get(section, {}), *now[section]}
-            if before.get(section, {}).get(key) != now[section].get(key)
-        )
-        return {"changed": ", ".join(changed)} if changed else {}
-
-    def _train_from(self, progress: Progress, resumed: Checkpoint | None) -> Progress:
+    def _train_from(self, checkpoint: Checkpoint | None, progress: Progress, record: RunRecord) -> RunResult:
         config, inputs = self._config, self._inputs
-        engine = build_engine(
-            inputs, state_source(inputs, resumed), self._plan, self._collectives, self._device
-        )
-        if resumed is not None:
-            self._probe.check(engine, resumed.manifest, resumed.path, self._collectives)
-        with stop_on_sigterm() as is_terminated:
+        engine = build_engine(inputs, checkpoint, self._plan, self._collectives, self._device)
+        loss_probe = LossProbe(inputs.train, config.objective, config.engine.param_dtype)
+        if checkpoint is not None:
+            loss_probe.check(engine, checkpoint.manifest, checkpoint.path, self._collectives)
+        with stop_on_sigterm(self._stop_requested) as stop_requested:
+            services = RunServices(
+                inputs,
+                engine,
+                saver=CheckpointSaver(self._store, config.checkpoint),
+                loss_probe=loss_probe,
+                record=record,
+                watchdog=self._watchdog,
+                collectives=self._collectives,
+                stop_requested=stop_requested,
+            )
             trainer = Trainer(
                 engine=engine,
                 objective=config.objective,
                 feed=inputs.train,
                 plan=self._plan,
-                lr_at=lambda step: config.optim.lr(step, self._total_steps),
-                total_steps=self._total_steps,
-                config=config.train,
-                callbacks=Callbacks(
-                    log=self._log,
-                    save=lambda now: self._save(engine, now),
-                    has_save_failed=lambda: self._saver.has_failed,
-                    settle=self._settle,
-                    evaluate=None if inputs.validation is None else lambda: self._evaluate(engine),
-                    stop_asked=lambda: "asked" if is_terminated() else self._stop_asked(),
-                ),
-                collectives=self._collectives,
-                throughput=self._throughput(),
+                schedule=self._schedule,
                 progress=progress,
-                save_due=every(config.checkpoint.every_steps),
-                evaluation_due=every(config.evaluation.every_steps),
-                loss_scale=self._loss_scale(progress),
+                services=services,
+                collectives=self._collectives,
+                throughput=self._build_throughput(),
+                loss_scale=self._build_loss_scale(progress),
                 dropout_seed=config.seed if inputs.model.dropout > 0 else None,
-                pulse=self._watch.pulse,
             )
             try:
-                return trainer.run()
+                progress = trainer.run()
             finally:
-                # Whatever ended the run, the state that is being written is good.
-                self._saver.join()
-                self._tell_saved()
+                services.close()  # after a failure, too: the save in progress is good
                 engine.close()
+        return RunResult(
+            step=progress.step, metrics=services.last_metrics, checkpoint=services.last_checkpoint
+        )
 
-    def _throughput(self) -> Throughput:
+    def _build_schedule(self) -> TrainingSchedule:
+        config = self._config
+        total_steps = config.train.total_steps(
+            num_sequences=self._inputs.train.num_sequences, global_batch_size=self._plan.global_batch_size
+        )
+        return TrainingSchedule(
+            total_steps=total_steps,
+            lr_at=lambda step: config.optim.lr(step, total_steps),
+            log_every_steps=config.train.log_every_steps,
+            max_skipped_in_a_row=config.train.max_skipped_in_a_row,
+            save_every_steps=config.checkpoint.every_steps,
+            evaluate_every_steps=config.evaluation.every_steps,
+            evaluate_at_end=self._inputs.validation is not None,
+        )
+
+    def _build_throughput(self) -> Throughput:
         dtype = DTYPES[self._config.engine.param_dtype]
         return Throughput(
             flops_per_token=training_flops_per_token(
@@ -261,7 +202,7 @@ class _Run:
             world_size=self._collectives.world_size,
         )
 
-    def _loss_scale(self, progress: Progress) -> DynamicLossScale | None:
+    def _build_loss_scale(self, progress: Progress) -> DynamicLossScale | None:
         if self._config.engine.param_dtype != "fp16":
             return None
         loss_scale = LossScaleConfig().build()
@@ -269,90 +210,24 @@ class _Run:
             loss_scale.load_state_dict(progress.loss_scale)
         return loss_scale
 
-    def _log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        self._last_metrics.update(metrics)
-        self._trackers.log(metrics, step=step)
-        for straggler, member in self._watch.collect():
-            self._trackers.event(
-                "straggler",
-                step=step,
-                rank=straggler.rank,
-                host=member.host,
-                pid=member.pid,
-                own_s=round(straggler.own_s, 4),
-                others_own_s=round(straggler.others_own_s, 4),
-            )
-
-    def _evaluate(self, engine: Engine) -> dict[str, float]:
-        assert self._inputs.validation is not None
-        settings = self._config.evaluation
-        return evaluate(
-            engine.model,
-            engine.module,
-            self._config.objective,
-            self._inputs.validation,
-            micro_batch_size=settings.micro_batch_size or self._plan.micro_batch_size,
-            seq_len=self._plan.seq_len,
-            collectives=self._collectives,
-            device=self._device,
-            max_sequences=settings.max_sequences,
-        )
-
-    def _save(self, engine: Engine, progress: Progress) -> None:
-        self._used_by_step[progress.step] = _used(progress)
-        probe = self._probe.measure(engine, min(_PROBE_SEQUENCES, self._plan.micro_batch_size))
-        self._saver.save(
-            draft(
-                self._inputs,
-                engine,
-                progress,
-                probe,
-                run_id=self._run_id,
-                world_size=self._collectives.world_size,
-            )
-        )
-        self._tell_saved()
-
-    def _settle(self) -> None:
-        try:
-            self._saver.wait()
-        finally:
-            self._tell_saved()
-
-    def _tell_saved(self) -> None:
-        for saved in self._saver.collect():
-            self._last_checkpoint = saved.path
-            self._trackers.event(
-                "save",
-                step=saved.step,
-                path=saved.path,
-                stall_s=round(saved.stall_s, 3),
-                write_s=round(saved.write_s, 3),
-            )
-            self._trackers.event(LEDGER, step=saved.step, **self._used_by_step.pop(saved.step))
-
-
-def _used(progress: Progress) -> dict[str, Any]:
-    """For an audit."""
-    return {
-        "sequences_seen": progress.sequences_seen,
-        "used": progress.used,
-        "used_again": progress.used_again,
-    }
-
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM only sets what the yielded function returns.
+def stop_on_sigterm(stop_requested: StopRequested) -> Iterator[StopRequested]:
+    """Within the block SIGTERM no longer ends the process; the yielded function reports it as a request.
 
-    Handlers can be set in a process's main thread alone; elsewhere (a Ray worker) nothing changes.
+    Otherwise that function returns the reason of `stop_requested`. Only the main thread of a process can set
+    a handler: in another thread, as in a Ray worker, SIGTERM keeps its effect.
     """
-    asked = threading.Event()
+    is_terminated = threading.Event()
+
+    def reason() -> StopReason | None:
+        return "requested" if is_terminated.is_set() else stop_requested()
+
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield reason
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())  # noqa: ARG005
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: is_terminated.set())  # noqa: ARG005
     try:
-        yield asked.is_set
+        yield reason
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,10 +1,10 @@
 """Files by path or URL: `runs/a/config.yaml`, `s3://bucket/runs`, `memory://test`.
 
-Everything that is written is committed as a whole. Local paths use the system directly; the rest is fsspec.
+Every file is written as a whole or not at all. Local paths use system calls, URLs use fsspec.
 """
 
 from distft.storage.checksum import ChecksumWriter, checksum_of, checksum_of_bytes, verify
-from distft.storage.disk import full_disk_explained
+from distft.storage.errors import full_disk_as_storage_error
 from distft.storage.files import (
     Writer,
     commit_bytes,
@@ -20,7 +20,7 @@ from distft.storage.files import (
     read_range,
     read_view,
     remove,
-    remove_drafts,
+    remove_temporary_files,
     remove_tree,
     size,
 )
@@ -35,7 +35,7 @@ __all__ = [
     "commit_bytes",
     "copy",
     "exists",
-    "full_disk_explained",
+    "full_disk_as_storage_error",
     "is_directory",
     "is_url",
     "join",
@@ -50,7 +50,7 @@ __all__ = [
     "read_range",
     "read_view",
     "remove",
-    "remove_drafts",
+    "remove_temporary_files",
     "remove_tree",
     "size",
     "verify",

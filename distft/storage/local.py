@@ -1,4 +1,4 @@
-"""Files on this machine, through plain system calls: no fsspec in between."""
+"""Local files through system calls, without fsspec; writes go to a temporary file that is then renamed."""
 
 import errno
 import mmap
@@ -11,47 +11,50 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from distft.storage.disk import full_disk_explained
+from distft.storage.errors import full_disk_as_storage_error
 
-DRAFT_MARK = ".draft-"  # in the names of files that are not committed; list_names leaves them out
+TEMPORARY_MARK = ".draft-"  # in names of temporary files; list_names omits them
 _BUFFER_BYTES = 1 << 20
 
 
 class LocalWriter:
-    """A draft beside the file it is to become. Every fault of the disk names the file."""
+    """Writes to a temporary file in the same directory; `commit` renames it to `path`.
+
+    Raises `StorageError` about `path` when the disk is full.
+    """
 
     def __init__(self, path: Path, *, durable: bool) -> None:
         self.path = path
         self.num_bytes = 0
         self._durable = durable
-        self._draft = path.with_name(f"{path.name}{DRAFT_MARK}{secrets.token_hex(4)}")
+        self._temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{secrets.token_hex(4)}")
         make_directories(path.parent, durable=durable)
-        with full_disk_explained(path):
-            self._file = self._draft.open("wb", buffering=_BUFFER_BYTES)
+        with full_disk_as_storage_error(path):
+            self._file = self._temporary.open("wb", buffering=_BUFFER_BYTES)
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int:
         """Write all of `data`."""
-        with full_disk_explained(self.path, memoryview(data).nbytes):
+        with full_disk_as_storage_error(self.path, memoryview(data).nbytes):
             count = self._file.write(data)
         self.num_bytes += count
         return count
 
     def commit(self) -> None:
-        """Make the draft the file: whoever opens it sees the old content or the new one."""
-        with full_disk_explained(self.path, self.num_bytes), self._file:
+        """Rename the temporary file to `path`, atomically: readers see the old content or the new one."""
+        with full_disk_as_storage_error(self.path, self.num_bytes), self._file:
             self._file.flush()
             if self._durable:
                 os.fsync(self._file.fileno())
-        with full_disk_explained(self.path):
-            self._draft.replace(self.path)
+        with full_disk_as_storage_error(self.path):
+            self._temporary.replace(self.path)
             if self._durable:
                 sync_directory(self.path.parent)
 
     def discard(self) -> None:
-        """Leave the file as it was."""
-        with suppress(OSError):  # a full disk refuses the buffered rest, too
+        """Remove the temporary file; `path` keeps its old content."""
+        with suppress(OSError):  # on a full disk, flushing the buffer fails too
             self._file.close()
-        self._draft.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> "LocalWriter":
         return self
@@ -70,32 +73,32 @@ class LocalWriter:
 
 
 def make_directories(directory: Path, *, durable: bool) -> None:
-    """Make `directory` and those above it, where they are missing."""
+    """Create `directory` and its missing parents."""
     missing = []
     while not directory.is_dir() and directory != directory.parent:
         missing.append(directory)
         directory = directory.parent
-    for one in reversed(missing):
-        with full_disk_explained(one):
-            one.mkdir(exist_ok=True)
+    for path in reversed(missing):
+        with full_disk_as_storage_error(path):
+            path.mkdir(exist_ok=True)
             if durable:
-                sync_directory(one.parent)
+                sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:
-    """Let names that were made, moved or removed in `directory` outlast a loss of power."""
+    """Fsync `directory`: names created, renamed or removed in it survive a power failure."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some network file systems cannot
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # unsupported on some network file systems
             raise
     finally:
         os.close(descriptor)
 
 
 class LocalStorage:
-    """The `Storage` of local paths."""
+    """`Storage` for local paths."""
 
     def open_read(self, path: str) -> BinaryIO:
         return Path(path).open("rb")
@@ -126,7 +129,7 @@ class LocalStorage:
 
     def list_names(self, path: str) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(path) if DRAFT_MARK not in name)  # noqa: PTH208
+            return sorted(name for name in os.listdir(path) if TEMPORARY_MARK not in name)  # noqa: PTH208
         except FileNotFoundError:
             return []
 
@@ -146,7 +149,7 @@ class LocalStorage:
         try:
             shutil.rmtree(path)
         except FileNotFoundError:
-            # Another process may be removing the same tree: what counts is that it is gone.
+            # Another process may be removing the same tree.
             if Path(path).exists():
                 shutil.rmtree(path, ignore_errors=True)
 

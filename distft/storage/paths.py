@@ -1,4 +1,4 @@
-"""Names of files: local paths and URLs, told apart and put together without asking any file system."""
+"""Local paths and URLs: tell them apart, join them and split them, without any file system call."""
 
 import os
 import re
@@ -10,35 +10,32 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:://|::)")
 
 
 def is_url(path: AnyPath) -> bool:
-    """Whether `path` is reached through fsspec: it has a protocol, and that is not `file`."""
+    """Whether `path` has a protocol other than `file`, and so is reached through fsspec."""
     text = os.fspath(path)
     return bool(_URL.match(text)) and not text.startswith(("file://", "local://"))
 
 
 def local_path(path: AnyPath) -> Path | None:
-    """The path on this machine, or None where the file lies elsewhere."""
+    """`path` as a path on this machine, or None for a URL."""
     if is_url(path):
         return None
     return Path(os.fspath(path).removeprefix("file://").removeprefix("local://"))
 
 
-def join(path: AnyPath, *parts: str) -> str:
-    """`path` with `parts` below it, for local paths and URLs alike."""
-    here = local_path(path)
-    if here is not None:
-        return str(here.joinpath(*parts))
+def join(path: AnyPath, *names: str) -> str:
+    """`path` followed by `names`; a local path or a URL."""
+    local = local_path(path)
+    if local is not None:
+        return str(local.joinpath(*names))
     text = os.fspath(path)
-    for part in parts:
-        text = (
-            f"{text.rstrip('/')}/{part.strip('/')}"
-            if not text.endswith("://")
-            else f"{text}{part.strip('/')}"
-        )
+    for name in names:
+        base = text if text.endswith("://") else f"{text.rstrip('/')}/"
+        text = f"{base}{name.strip('/')}"
     return text
 
 
 def parent_and_name(path: AnyPath) -> tuple[str, str]:
-    """The directory of `path` and the last part of it."""
+    """The directory of `path`, and its last name."""
     text = os.fspath(path).rstrip("/")
     parent, _, name = text.rpartition("/")
     return parent or ("/" if text.startswith("/") else "."), name

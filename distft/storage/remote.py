@@ -1,4 +1,4 @@
-"""Files elsewhere, through fsspec: object stores above all."""
+"""Files behind URLs, through fsspec: object stores above all."""
 
 import functools
 import io
@@ -10,58 +10,63 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from distft.errors import ConfigError, StorageError, UnreachableError
-from distft.storage.disk import full_disk_explained
-from distft.storage.faults import bucket_missing, error_code, faults_explained, remedy
-from distft.storage.local import DRAFT_MARK
+from distft.storage.errors import (
+    bucket_missing,
+    errors_as_unreachable,
+    full_disk_as_storage_error,
+    remedy,
+    s3_error_code,
+)
+from distft.storage.local import TEMPORARY_MARK
 from distft.storage.paths import parent_and_name
 
 _S3 = frozenset(["s3", "s3a"])
-_OBJECT_STORES = _S3 | {"gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "hf"}  # without directories
-# Where one put makes a whole object visible at once. Elsewhere a file is put under another name, then moved.
+_OBJECT_STORES = _S3 | {"gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "hf"}  # have no directories
+# One put makes the whole object visible at once. Elsewhere, upload under a temporary name, then rename.
 _ATOMIC_PUT = _OBJECT_STORES | {"memory"}
-_IN_MEMORY_BYTES = 64 << 20  # a larger file goes from the local disk in parts
+_IN_MEMORY_BYTES = 64 << 20  # larger files are uploaded from the local disk in parts
 _PART_BYTES = 16 << 20
-_PARTS_AT_ONCE = 4  # so many parts of a file are in memory
-_MAX_PARTS = 10_000  # of one upload; S3 allows no more
+_PARTS_AT_ONCE = 4  # parts of one file in memory
+_MAX_PARTS = 10_000  # per upload; S3's limit
 
 
 class RemoteWriter:
-    """Keeps what is written in an unnamed file on this machine until it is whole."""
+    """Buffers a file in an unnamed temporary file on this machine until it is complete."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.num_bytes = 0
-        with full_disk_explained(tempfile.gettempdir()):
+        with full_disk_as_storage_error(tempfile.gettempdir()):
             self._file = tempfile.TemporaryFile(buffering=1 << 20)  # noqa: SIM115 - closed by open_write
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int:
         """Write all of `data`."""
-        with full_disk_explained(tempfile.gettempdir(), memoryview(data).nbytes):
+        with full_disk_as_storage_error(tempfile.gettempdir(), memoryview(data).nbytes):
             count = self._file.write(data)
         self.num_bytes += count
         return count
 
     def finish(self) -> None:
-        """Nothing more comes; the content can be taken from its beginning on."""
-        with full_disk_explained(tempfile.gettempdir(), self.num_bytes):
+        """End writing, and rewind for the upload."""
+        with full_disk_as_storage_error(tempfile.gettempdir(), self.num_bytes):
             self._file.seek(0)
 
     @property
     def local_name(self) -> str:
-        """Where the content is found while the file is open: nothing of it outlives a SIGKILL."""
+        """A path to the content while the file is open. Unnamed files leave nothing after a SIGKILL."""
         return f"/dev/fd/{self._file.fileno()}"
 
     def content(self) -> bytes:
-        """All of it."""
+        """The whole content, as bytes."""
         return cast("bytes", self._file.read())
 
     def close(self) -> None:
-        with full_disk_explained(tempfile.gettempdir()):
+        with full_disk_as_storage_error(tempfile.gettempdir()):
             self._file.close()
 
 
 class RemoteReader(io.RawIOBase):
-    """An open file of a store, of which every fault is told as ours."""
+    """An open file of a store; its read errors are raised as `UnreachableError`."""
 
     def __init__(self, file: Any, url: str) -> None:
         self._file = file
@@ -75,13 +80,13 @@ class RemoteReader(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")
-        with faults_explained(self._url, "reading"):
+        with errors_as_unreachable(self._url, "reading"):
             data = self._file.read(len(view))
         view[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:
-        with faults_explained(self._url, "reading"):
+        with errors_as_unreachable(self._url, "reading"):
             return cast("bytes", self._file.read())
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
@@ -97,9 +102,9 @@ class RemoteReader(io.RawIOBase):
 
 
 class RemoteStorage:
-    """The `Storage` of one fsspec file system; paths are whole URLs.
+    """`Storage` for one fsspec file system; paths are whole URLs.
 
-    Raises `UnreachableError` for whatever the store's library raises in the end, `FileNotFoundError` aside.
+    Every exception of the store's library is raised as `UnreachableError`, except `FileNotFoundError`.
     """
 
     def __init__(self, filesystem: Any) -> None:
@@ -109,26 +114,26 @@ class RemoteStorage:
 
     @classmethod
     def of(cls, url: str) -> "RemoteStorage":
-        """The file system that `url` names. Raises `ConfigError` where it is unknown or not installed."""
+        """The file system of `url`. Raises `ConfigError` if the protocol is unknown or not installed."""
         import fsspec
 
         try:
             options = s3_options() if url.partition(":")[0] in _S3 else {}
-            # Other ranks write what this one lists, so a listing is never kept.
+            # Other ranks write files that this one lists: never cache listings.
             filesystem, _ = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
         except ImportError as error:
             raise ConfigError(
-                f"{url}: {error}. Install the package that reaches this storage (s3fs, gcsfs, adlfs ...)."
+                f"{url}: {error}. Install the fsspec package for this storage (s3fs, gcsfs, adlfs ...)."
             ) from None
         except ValueError as error:
-            raise ConfigError(f"{url}: {error}. Give a local path, or a URL that fsspec knows.") from None
+            raise ConfigError(f"{url}: {error}. Use a local path or a URL that fsspec supports.") from None
         return cls(filesystem)
 
     def open_read(self, path: str) -> BinaryIO:
-        size = self._ask(path, self._filesystem.size)
-        with faults_explained(path, "opening"):
-            if size is not None and size <= _PART_BYTES:  # one request, where seeking would make several
-                options = {"max_concurrency": 1} if self._protocols & _S3 else {}  # it asks for no size again
+        size = self._look_up(path, self._filesystem.size)
+        with errors_as_unreachable(path, "opening"):
+            if size is not None and size <= _PART_BYTES:  # one request; seeking takes several
+                options = {"max_concurrency": 1} if self._protocols & _S3 else {}  # no second size request
                 return io.BytesIO(self._filesystem.cat_file(path, **options))
             file = self._filesystem.open(path, "rb")
         return cast("BinaryIO", io.BufferedReader(RemoteReader(file, path)))
@@ -140,7 +145,7 @@ class RemoteStorage:
             yield writer
             writer.finish()
             try:
-                with faults_explained(path, "writing"):
+                with errors_as_unreachable(path, "writing"):
                     self._put(writer)
             except FileNotFoundError as error:
                 raise bucket_missing(path) from error
@@ -150,111 +155,112 @@ class RemoteStorage:
     def _put(self, writer: RemoteWriter) -> None:
         if not self._protocols & _ATOMIC_PUT:
             parent, name = parent_and_name(writer.path)
-            draft = f"{parent}/{name}{DRAFT_MARK}{secrets.token_hex(4)}"
+            temporary = f"{parent}/{name}{TEMPORARY_MARK}{secrets.token_hex(4)}"
             self._filesystem.makedirs(parent, exist_ok=True)
-            self._filesystem.put_file(writer.local_name, draft)
-            self._filesystem.mv(draft, writer.path)
+            self._filesystem.put_file(writer.local_name, temporary)
+            self._filesystem.mv(temporary, writer.path)
         elif writer.num_bytes <= _IN_MEMORY_BYTES:
             self._filesystem.pipe_file(writer.path, writer.content())
         else:
-            parts = {}
+            options = {}
             if self._protocols & _S3:
-                parts["chunksize"] = max(_PART_BYTES, math.ceil(writer.num_bytes / _MAX_PARTS))
-            self._filesystem.put_file(writer.local_name, writer.path, **parts)
+                options["chunksize"] = max(_PART_BYTES, math.ceil(writer.num_bytes / _MAX_PARTS))
+            self._filesystem.put_file(writer.local_name, writer.path, **options)
 
     def read_into(self, path: str, start: int, out: memoryview) -> int:
         if not len(out):
             return 0
         try:
-            with faults_explained(path, "reading"):
+            with errors_as_unreachable(path, "reading"):
                 data = self._filesystem.cat_file(path, start=start, end=start + len(out))
         except UnreachableError as error:
-            if error_code(error) != "InvalidRange":
+            if s3_error_code(error) != "InvalidRange":
                 raise
-            return 0  # it begins beyond the end
+            return 0  # `start` is beyond the end of the file
         out[: len(data)] = data
         return len(data)
 
     def read_view(self, path: str) -> memoryview:
-        with faults_explained(path, "reading"):
+        with errors_as_unreachable(path, "reading"):
             return memoryview(self._filesystem.cat_file(path))
 
     def list_names(self, path: str) -> list[str]:
         own = self._filesystem._strip_protocol(path).rstrip("/")
         try:
-            with faults_explained(path, "listing"):
+            with errors_as_unreachable(path, "listing"):
                 self._filesystem.invalidate_cache(path)
                 found = self._filesystem.ls(path, detail=False)
         except FileNotFoundError as error:
-            if error_code(error) == "NoSuchBucket":
+            if s3_error_code(error) == "NoSuchBucket":
                 raise bucket_missing(path) from error
             return []
-        # Some stores list the "directory" itself as an empty object.
+        # Some stores list the "directory" itself, an empty object.
         names = {
             str(entry).rstrip("/").rpartition("/")[2] for entry in found if str(entry).rstrip("/") != own
         }
-        return sorted(name for name in names if DRAFT_MARK not in name)
+        return sorted(name for name in names if TEMPORARY_MARK not in name)
 
     def exists(self, path: str) -> bool:
-        return bool(self._ask(path, self._filesystem.exists))
+        return bool(self._look_up(path, self._filesystem.exists))
 
     def is_directory(self, path: str) -> bool:
-        return bool(self._ask(path, self._filesystem.isdir))
+        return bool(self._look_up(path, self._filesystem.isdir))
 
     def size(self, path: str) -> int:
-        size = self._ask(path, self._filesystem.size)
+        size = self._look_up(path, self._filesystem.size)
         if size is None:
-            raise StorageError(f"{path}: this storage does not tell sizes; copy the file to a local path.")
+            raise StorageError(f"{path}: this storage reports no file sizes; copy the file to a local path.")
         return int(size)
 
-    def _ask(self, path: str, question: Callable[[str], Any]) -> Any:
-        with faults_explained(path, "looking for it"):
+    def _look_up(self, path: str, query: Callable[[str], Any]) -> Any:
+        with errors_as_unreachable(path, "looking it up"):
             self._filesystem.invalidate_cache(path)
-            return question(path)
+            return query(path)
 
     def remove(self, path: str) -> None:
         if self.exists(path):
-            with faults_explained(path, "removing"):
+            with errors_as_unreachable(path, "removing"):
                 self._filesystem.rm_file(path)
 
     def remove_tree(self, path: str) -> None:
         if not self.exists(path):
             return
         try:
-            with faults_explained(path, "removing"):
+            with errors_as_unreachable(path, "removing"):
                 self._filesystem.rm(path, recursive=True)
         except FileNotFoundError:
-            pass  # another process removes the same tree: what counts is that it is gone
-        # S3 names what it refuses to delete in an answer that s3fs does not read.
+            pass  # another process is removing the same tree
+        # S3 lists the objects that it refused to delete in a response that s3fs ignores.
         if self.exists(path):
             raise UnreachableError(
-                f"{path}: removing failed: some of it is still there. {remedy(PermissionError())}"
+                f"{path}: removing failed: some files are still there. {remedy(PermissionError())}"
             )
 
     def make_directory(self, path: str) -> None:
-        # A bucket is the user's to make: a misspelt name must not become a new one.
+        # Never create a bucket: a misspelt name would become a new one.
         if not self._protocols & _OBJECT_STORES:
-            with faults_explained(path, "making the directory"):
+            with errors_as_unreachable(path, "creating the directory"):
                 self._filesystem.makedirs(path, exist_ok=True)
 
 
 @functools.cache
 def s3_options() -> dict[str, Any]:
-    """How s3fs is to work, as far as neither fsspec's configuration nor botocore's says otherwise.
+    """Defaults for s3fs: block size, concurrency, time-outs, retries. fsspec's and botocore's settings win.
 
-    botocore repeats a request after a time-out, a lost connection, a throttle or a 5xx, up to 7 times in
-    about 40 s (5 s, 3 times at the most, by its own defaults); s3fs does that 5 times over for a time-out.
+    botocore retries a request after a time-out, a lost connection, throttling or a 5xx: with these options up
+    to 7 times in about 40 s, by its own defaults at most 3 times in 5 s. After a time-out, s3fs repeats all
+    that 5 times.
     """
     import botocore.session
     import fsspec
 
-    chosen = {**fsspec.config.conf.get("s3a", {}), **fsspec.config.conf.get("s3", {})}
+    configured = {**fsspec.config.conf.get("s3a", {}), **fsspec.config.conf.get("s3", {})}
     session = botocore.session.Session()  # reads AWS_MAX_ATTEMPTS, AWS_RETRY_MODE and the AWS profile
     config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 30}
     if session.get_config_variable("max_attempts") is None:
         config["retries"] = {"mode": "standard", "total_max_attempts": 8}
-    ours = {"default_block_size": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}
+    defaults = {"default_block_size": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}
     return {
-        **{name: value for name, value in ours.items() if name not in chosen},
-        "config_kwargs": {**config, **chosen.get("config_kwargs", {})},
+        **{name: value for name, value in defaults.items() if name not in configured},
+        "config_kwargs": {**config, **configured.get("config_kwargs", {})},
     }

@@ -1,6 +1,6 @@
 """Tokenizers: train, import, encode and decode. The only importer of sentencepiece.
 
-Training brings settings classes along, which processes that only encode do without.
+`train` is imported at first use: processes that only encode save the import of pydantic.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,43 +1,44 @@
-"""A random part of a text stream, in bounded memory: what a tokenizer is trained on."""
+"""A random sample of a text stream in bounded memory, to train a tokenizer on."""
 
 import heapq
 import re
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
-_MAX_PIECE_BYTES = 4000  # sentencepiece drops longer sentences without a word at its own default of 4192
-_MAX_PIECE_CHARS = _MAX_PIECE_BYTES // 4
-_BREAK = re.compile(r"\s+(?=\S)")
+# sentencepiece silently drops sentences above max_sentence_length, by default 4192 bytes.
+_MAX_SENTENCE_BYTES = 4000
+_MAX_SENTENCE_CHARS = _MAX_SENTENCE_BYTES // 4
+_WHITE_SPACE = re.compile(r"\s+(?=\S)")
 
 
-def sample_text(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """Pieces of `texts`, evenly drawn, of at most `max_bytes` UTF-8 bytes in all; everything where it fits.
+def sample_sentences(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
+    """A uniform sample of the sentences of `texts`, at most `max_bytes` of UTF-8; all of them if they fit.
 
-    The pieces keep their order, and depend on nothing but the arguments. At most `max_bytes` are held.
+    The sample keeps their order and depends on the arguments alone. Memory: `max_bytes`.
     """
-    kept: list[tuple[int, int, bytes]] = []  # a heap whose top has the largest draw
+    kept: list[tuple[int, int, bytes]] = []  # heap of (-random key, index, sentence)
     num_bytes = 0
-    for index, piece in enumerate(piece for text in texts for piece in cut_text(text)):
-        data = piece.encode("utf-8", "replace")
-        draw = int.from_bytes(blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "little")
-        heapq.heappush(kept, (-draw, index, data))
+    for index, sentence in enumerate(sentence for text in texts for sentence in split_text(text)):
+        data = sentence.encode("utf-8", "replace")
+        key = int.from_bytes(blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "little")
+        heapq.heappush(kept, (-key, index, data))
         num_bytes += len(data)
         while num_bytes > max_bytes and kept:
             num_bytes -= len(heapq.heappop(kept)[2])
     return [data.decode() for _, _, data in sorted(kept, key=lambda item: item[1])]
 
 
-def cut_text(text: str) -> Iterator[str]:
-    """Cut `text` into pieces of at most 4000 bytes, at white space where there is some; nothing is lost.
+def split_text(text: str) -> Iterator[str]:
+    """Split `text` into sentences, in sentencepiece's sense, of at most 4000 bytes; their join is `text`.
 
-    White space goes to the head of the next piece: sentencepiece drops line ends from a sentence's tail.
+    A sentence begins with the white space before it, if there is any: sentencepiece drops trailing newlines.
     """
     start = 0
-    while len(text) - start > _MAX_PIECE_CHARS:
-        stop = start + _MAX_PIECE_CHARS
-        breaks = [match.start() for match in _BREAK.finditer(text, start + 1, stop)]
-        if breaks:
-            stop = breaks[-1]
+    while len(text) - start > _MAX_SENTENCE_CHARS:
+        stop = start + _MAX_SENTENCE_CHARS
+        white_spaces = [match.start() for match in _WHITE_SPACE.finditer(text, start + 1, stop)]
+        if white_spaces:
+            stop = white_spaces[-1]
         yield text[start:stop]
         start = stop
     if start < len(text):

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by a sentencepiece model."""
+"""Encodes text to token ids and decodes them, with a sentencepiece model."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,49 +10,49 @@ from numpy.typing import NDArray
 
 from distft import storage
 from distft.errors import DataError
-from distft.tokenizer.proto import ModelDescription, PieceType, describe
-from distft.tokenizer.words import SPACE, WordEncoder, word_pattern
+from distft.tokenizer.model_proto import Piece, PieceType, parse_model_proto
+from distft.tokenizer.pretokenization import META_SPACE, CachedWordEncoder, pretokenization_pattern
 
 
 class Tokenizer:
     """A sentencepiece model.
 
-    Models that are `is_exact` (what `train_tokenizer` makes with byte fallback) give every text back:
-    `decode(encode(s)) == s` for any string that UTF-8 can hold. An imported model encodes and decodes as
-    sentencepiece itself does, normalization and all.
+    A model that `is_lossless` (one that `train_tokenizer` made with byte fallback) reproduces every text:
+    `decode(encode(s)) == s` for any string that has a UTF-8 encoding. Other models encode and decode
+    exactly as sentencepiece does, including its normalization.
 
-    Special ids are None where the model has none; nothing may be assumed about their values.
+    A special id is None if the model does not define it; callers must not assume values.
     """
 
     def __init__(self, model: bytes) -> None:
-        """Take a serialized sentencepiece `ModelProto`; raise `DataError` where it is none."""
+        """`model`: a serialized sentencepiece `ModelProto`. Raises `DataError` if it is not one."""
         self._model = model
-        self._description = describe(model)
+        self.model_proto = parse_model_proto(model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
-            raise DataError(f"sentencepiece refuses the model: {error}") from error
+            raise DataError(f"sentencepiece rejects the model: {error}") from error
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id = _id_or_none(self._processor.bos_id())
         self.eos_id = _id_or_none(self._processor.eos_id())
         self.pad_id = _id_or_none(self._processor.pad_id())
         self.unk_id = _id_or_none(self._processor.unk_id())
-        self._byte_ids = self._description.byte_ids()
-        self.is_exact = self._description.keeps_text and len(self._byte_ids) == 256
-        words = word_pattern(self._description)
-        self._words = words and WordEncoder(
-            self._encode_natively, words, dummy_prefix=self._description.add_dummy_prefix
+        self._byte_ids = self.model_proto.byte_ids()
+        self.is_lossless = self.model_proto.has_identity_normalization and len(self._byte_ids) == 256
+        pattern = pretokenization_pattern(self.model_proto)
+        self._word_encoder = pattern and CachedWordEncoder(
+            self._encode_with_sentencepiece, pattern, dummy_prefix=self.model_proto.add_dummy_prefix
         )
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a `.model` file: a path, or a URL that fsspec knows. Raises `DataError` naming it."""
+        """Read a `.model` file from a path or fsspec URL. Raises `DataError` if it cannot be read."""
         try:
             model = storage.read_bytes(path)
         except OSError as error:
             raise DataError(
                 f"tokenizer {path} cannot be read: {error}. Train one with `distft tokenizer train`, or "
-                "bring a sentencepiece .model in with `distft tokenizer import`."
+                "import a sentencepiece .model with `distft tokenizer import`."
             ) from error
         try:
             return cls(model)
@@ -61,100 +61,95 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides the ids, so equal for two files that encode alike."""
+        """Hex digest of vocabulary, settings and special ids: equal fingerprints mean equal encodings."""
         special_ids = (self.bos_id, self.eos_id, self.pad_id, self.unk_id)
-        return self._description.fingerprint(tuple(-1 if i is None else i for i in special_ids))
-
-    @property
-    def description(self) -> ModelDescription:
-        """Pieces and settings of the model."""
-        return self._description
+        return self.model_proto.fingerprint(tuple(-1 if i is None else i for i in special_ids))
 
     def to_bytes(self) -> bytes:
-        """The model as `Tokenizer(...)` takes it."""
+        """The serialized `ModelProto`."""
         return self._model
 
     def save(self, path: str | Path) -> None:
-        """Write the model to a path or URL, whole or not at all. Raises `DataError` where that fails."""
+        """Write the model atomically to a path or URL. Raises `DataError` if that fails."""
         try:
             storage.commit_bytes(path, self._model)
         except OSError as error:
             raise DataError(f"tokenizer cannot be written to {path}: {error}.") from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos. Raises `DataError` for lone surrogates, which are not text."""
+        """Ids of `text`, without bos or eos. Raises `DataError` for lone surrogates."""
         ids: list[int] = self.encode_array(text).tolist()
         return ids
 
     def encode_array(self, text: str) -> NDArray[np.int32]:
-        """As `encode`; long texts come faster this way."""
+        """`encode` as an array, faster for long texts."""
         try:
-            if SPACE in text:
-                return self._encode_with_space_sign(text)
-            if self._words:
-                return self._words.encode(text)
-            return self._encode_natively([text])[0]
+            if META_SPACE in text:
+                return self._encode_with_meta_space(text)
+            if self._word_encoder:
+                return self._word_encoder.encode(text)
+            return self._encode_with_sentencepiece([text])[0]
         except DataError:
-            check_text(text)  # to name the place in this text, not in a word of it
+            check_text(text)  # its message gives the position in `text`, not in a word of it
             raise
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
-        """`encode` of each text, in their order; the ids do not depend on `num_threads`."""
+        """`encode` of each text, in order; the ids do not depend on `num_threads`."""
         if num_threads == 1:
             return [self.encode(text) for text in texts]
-        plain = [index for index, text in enumerate(texts) if SPACE not in text]
-        arrays = self._encode_natively([texts[index] for index in plain], num_threads)
-        found = dict(zip(plain, arrays, strict=True))
-        return [found[i].tolist() if i in found else self.encode(text) for i, text in enumerate(texts)]
+        plain = [index for index, text in enumerate(texts) if META_SPACE not in text]
+        arrays = self._encode_with_sentencepiece([texts[index] for index in plain], num_threads)
+        encoded = dict(zip(plain, arrays, strict=True))
+        return [encoded[i].tolist() if i in encoded else self.encode(text) for i, text in enumerate(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that `ids` stand for; control ids stand for none.
+        """The text of `ids`; control ids have none.
 
-        Bytes that are no UTF-8 (ids cut in mid-character, say) become U+FFFD. Raises `DataError` for an id
-        outside the vocabulary.
+        Invalid UTF-8, as from a sequence cut within a character, becomes U+FFFD. Raises `DataError` for an
+        id outside the vocabulary.
         """
         outside = [int(i) for i in ids if not 0 <= i < self.vocab_size]
         if outside:
             raise DataError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}.")
-        if not self._description.keeps_text:
+        if not self.model_proto.has_identity_normalization:
             text: str = self._processor.decode([int(i) for i in ids])
             return text
         return b"".join([self._surfaces[i] for i in ids]).decode("utf-8", "replace")
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """UTF-8 bytes that each id stands for [vocab_size]: 1 for byte pieces, 0 for control and unknown."""
-        silent = (PieceType.CONTROL, PieceType.UNKNOWN)
+        """[vocab_size] UTF-8 bytes of each id: 1 for byte pieces, 0 for control and unknown ones."""
+        without_text = (PieceType.CONTROL, PieceType.UNKNOWN)
         lengths = [
-            0 if piece.type in silent else len(surface)
-            for piece, surface in zip(self._description.pieces, self._surfaces, strict=True)
+            0 if piece.type in without_text else len(surface)
+            for piece, surface in zip(self.model_proto.pieces, self._surfaces, strict=True)
         ]
         return np.array(lengths, dtype=np.int64)
 
     @cached_property
     def _surfaces(self) -> list[bytes]:
-        return [_surface(p.text, p.type, self._description.unk_surface) for p in self._description.pieces]
+        return [_surface(piece, self.model_proto.unk_surface) for piece in self.model_proto.pieces]
 
     @cached_property
-    def _space_sign_ids(self) -> list[int]:
+    def _meta_space_ids(self) -> list[int]:
         if self._byte_ids:
-            return [self._byte_ids[byte] for byte in SPACE.encode()]
+            return [self._byte_ids[byte] for byte in META_SPACE.encode()]
         return [] if self.unk_id is None else [self.unk_id]
 
-    def _encode_with_space_sign(self, text: str) -> NDArray[np.int32]:
-        """U+2581 in a text: sentencepiece takes it for a space, and so do imported models that alter text.
+    def _encode_with_meta_space(self, text: str) -> NDArray[np.int32]:
+        """Encode a text that contains U+2581, which sentencepiece would take for a space.
 
-        Where text is kept it is spelled in bytes, or is unknown if the model has none; the rest around it is
-        encoded by itself.
+        A model that normalizes text keeps that behaviour. Otherwise U+2581 becomes its bytes, or unknown
+        without byte fallback, and the text around it is encoded separately.
         """
-        if not self._description.keeps_text:
-            return self._encode_natively([text])[0]
-        first, *others = [self.encode_array(part) if part else _NO_IDS for part in text.split(SPACE)]
-        sign = np.array(self._space_sign_ids, dtype=np.int32)
-        return np.concatenate([first, *(ids for other in others for ids in (sign, other))])
+        if not self.model_proto.has_identity_normalization:
+            return self._encode_with_sentencepiece([text])[0]
+        first, *others = [self.encode_array(s) if s else _NO_IDS for s in text.split(META_SPACE)]
+        meta_space = np.array(self._meta_space_ids, dtype=np.int32)
+        return np.concatenate([first, *(ids for other in others for ids in (meta_space, other))])
 
-    def _encode_natively(self, texts: list[str], num_threads: int = 1) -> list[NDArray[np.int32]]:
+    def _encode_with_sentencepiece(self, texts: list[str], num_threads: int = 1) -> list[NDArray[np.int32]]:
         try:
-            if num_threads == 1 and len(texts) < _WORTH_A_BATCH:
+            if num_threads == 1 and len(texts) < _MIN_BATCH_TEXTS:
                 return [self._processor.encode_as_numpy(text) for text in texts]
             ids: list[NDArray[np.int32]] = self._processor.encode_as_numpy(texts, num_threads=num_threads)
         except (TypeError, RuntimeError) as error:
@@ -164,25 +159,27 @@ class Tokenizer:
         return ids
 
 
-_WORTH_A_BATCH = 64  # sentencepiece starts a thread for each batch, 0.2 ms; a single word costs 6 us more
+_MIN_BATCH_TEXTS = (
+    64  # sentencepiece starts a thread per batch, 0.2 ms; a text outside a batch costs 6 us more
+)
 _NO_IDS = np.empty(0, dtype=np.int32)
 
 
 def check_text(text: str) -> None:
-    """Raise `DataError` for lone surrogates: UTF-8 has no bytes for them, so they are not text."""
+    """Raise `DataError` for lone surrogates, which have no UTF-8 encoding."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"character {error.start} of a text is the lone surrogate U+{ord(text[error.start]):04X}, "
-            "which is half a character and has no UTF-8: mend the text, or read it with errors replaced."
+            "half a character without a UTF-8 encoding: correct the text, or read it with errors replaced."
         ) from None
 
 
 def import_tokenizer(path: str | Path, output: str | Path) -> Tokenizer:
-    """Bring an existing sentencepiece model in: check that it loads and encodes, and copy it to `output`."""
+    """Copy an existing sentencepiece model to `output` after checking that it loads and encodes."""
     tokenizer = Tokenizer.load(path)
-    tokenizer.encode("a trial")
+    tokenizer.encode("trial text")
     tokenizer.save(output)
     return tokenizer
 
@@ -191,11 +188,11 @@ def _id_or_none(value: int) -> int | None:
     return None if value < 0 else value
 
 
-def _surface(text: str, kind: PieceType, unk_surface: str) -> bytes:
-    if kind is PieceType.CONTROL:
+def _surface(piece: Piece, unk_surface: str) -> bytes:
+    if piece.type is PieceType.CONTROL:
         return b""
-    if kind is PieceType.UNKNOWN:
+    if piece.type is PieceType.UNKNOWN:
         return unk_surface.encode()
-    if kind is PieceType.BYTE:
-        return bytes([int(text[1:-1], 16)])
-    return text.replace(SPACE, " ").encode("utf-8", "surrogateescape")
+    if piece.type is PieceType.BYTE:
+        return bytes([int(piece.text[1:-1], 16)])
+    return piece.text.replace(META_SPACE, " ").encode("utf-8", "surrogateescape")

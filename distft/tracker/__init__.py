@@ -1,17 +1,16 @@
-"""Where the numbers of a run go: files, the console, wandb, TensorBoard; and progress of other long work."""
+"""Where a run's metrics and events go: files, console, wandb, TensorBoard; and progress of long work."""
 
-from distft.config import redact
 from distft.tracker.console import ConsoleTracker
+from distft.tracker.interface import LEDGER_EVENT, Metrics, Tracker
 from distft.tracker.jsonl import EVENTS_FILE, METRICS_FILE, EventLog, JsonlTracker, read_lines
 from distft.tracker.progress import ProgressDisplay, progress
-from distft.tracker.protocol import LEDGER, Metrics, Tracker
 from distft.tracker.tensorboard_tracker import TensorBoardConfig, TensorBoardTracker
 from distft.tracker.trackers import TrackerConfig, Trackers, build_trackers
 from distft.tracker.wandb_tracker import WandbConfig, WandbTracker
 
 __all__ = [
     "EVENTS_FILE",
-    "LEDGER",
+    "LEDGER_EVENT",
     "METRICS_FILE",
     "ConsoleTracker",
     "EventLog",
@@ -28,5 +27,4 @@ __all__ = [
     "build_trackers",
     "progress",
     "read_lines",
-    "redact",
 ]

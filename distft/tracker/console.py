@@ -1,4 +1,4 @@
-"""The run as it is seen: a live bar on a terminal, plain lines in a log file."""
+"""Shows a run on the console: a progress bar on a terminal, plain lines in a log file."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from distft.tracker.display import duration, number, step_line
-from distft.tracker.protocol import LEDGER, Metrics, plain_number
+from distft.tracker.interface import LEDGER_EVENT, Metrics, plain_number
+from distft.tracker.number_format import duration, number, step_line
 
-_WIDE_COLUMNS = 120  # fewer have no room for a bar beside all the numbers of a step
+_WIDE_COLUMNS = 120  # a narrower terminal shows fewer metrics beside the bar
 _NARROW_METRICS = ("loss", "tokens_per_s")
 
 
 class ConsoleTracker:
-    """Shows steps with loss, lr, speed and time left; numbers without a loss, and events, get their own line.
+    """Shows steps with loss, lr, speed and time left. Metrics without a loss, and events, get their own line.
 
-    `every_s`: seconds between plain lines, the first and the last step excepted.
+    `interval_s` is the minimum time between plain lines; the first and the last step are always shown.
     """
 
     def __init__(
@@ -27,22 +27,22 @@ class ConsoleTracker:
         max_steps: int,
         *,
         console: Console | None = None,
-        every_s: float = 5.0,
+        interval_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_steps = max_steps
         self._console = console or Console(highlight=False)
-        self._every_s = every_s
+        self._interval_s = interval_s
         self._clock = clock
         self._bar: tuple[Progress, TaskID] | None = None
-        self._began = clock()
-        self._pace: tuple[float, int] | None = None  # when, and at which step; later than the slow start
+        self._started_at = clock()
+        self._first_logged: tuple[float, int] | None = None  # time and step
         self._printed_at = float("-inf")
         self._unprinted = ""
 
     @property
     def console(self) -> Console:
-        """Where it is shown: print through it, and a live bar stays whole."""
+        """The console in use; printing through it keeps the progress bar intact."""
         return self._console
 
     def start(
@@ -53,7 +53,7 @@ class ConsoleTracker:
         *,
         resume_step: int | None = None,
     ) -> None:
-        self._began = self._clock()
+        self._started_at = self._clock()
         if self._console.is_terminal:
             bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -77,12 +77,12 @@ class ConsoleTracker:
             if self._console.width < _WIDE_COLUMNS:
                 numbers = {name: value for name, value in numbers.items() if name in _NARROW_METRICS}
             bar.update(task, completed=step, description=escape(self._line(numbers, step)))
-        elif step >= self._max_steps or self._clock() - self._printed_at >= self._every_s:
+        elif step >= self._max_steps or self._clock() - self._printed_at >= self._interval_s:
             self._print_step()
 
     def event(self, kind: str, **fields: Any) -> None:
-        if kind == LEDGER:
-            return  # for an audit, and as long as the run's history is eventful
+        if kind == LEDGER_EVENT:
+            return  # only for `distft audit`; it can be long
         shown = [f"{name.replace('_', ' ')} {_field(value)}" for name, value in fields.items()]
         self._print(" | ".join([kind.replace("_", " "), *shown]))
 
@@ -91,15 +91,15 @@ class ConsoleTracker:
             self._bar[0].stop()
             self._bar = None
         self._print_step()
-        self._print(f"{status} after {duration(self._clock() - self._began)}")
+        self._print(f"{status} after {duration(self._clock() - self._started_at)}")
 
     def _line(self, numbers: dict[str, float | int], step: int) -> str:
-        return " | ".join(piece for piece in (step_line(numbers), self._time_left(step)) if piece)
+        return " | ".join(text for text in (step_line(numbers), self._time_left(step)) if text)
 
     def _time_left(self, step: int) -> str:
-        """From the pace since the first step that was told: compiling, which comes before it, is left out."""
+        """Estimated from the pace since the first logged step, which excludes compilation."""
         now = self._clock()
-        since, first_step = self._pace = self._pace or (now, step)
+        since, first_step = self._first_logged = self._first_logged or (now, step)
         if step <= first_step or step >= self._max_steps:
             return ""
         return f"{duration((now - since) / (step - first_step) * (self._max_steps - step))} left"

@@ -1,4 +1,4 @@
-"""Metrics and events as lines of JSON in the run's directory."""
+"""Metrics and events as JSON lines in the run's directory."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from distft.errors import StorageError
-from distft.tracker.protocol import Metrics, finite_or_none, plain_number
+from distft.tracker.interface import Metrics, finite_or_none, plain_number
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 
 
 class LineWriter:
-    """Appends JSON objects to a file, each as one line by one write: a crash tears at most the last line."""
+    """Appends JSON objects to a file, one line and one write each: a crash can tear only the last line."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ class LineWriter:
         self._write(text.encode("utf-8", "backslashreplace") + b"\n")
 
     def close(self) -> None:
-        """Wait until the disk has every line, and close. A second call does nothing."""
+        """Fsync and close. A second call does nothing."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             try:
@@ -48,9 +48,9 @@ class LineWriter:
 
 
 class JsonlTracker:
-    """`metrics.jsonl`: one object a line, `{"step": 40, "time": ..., "loss": ...}`; null for NaN, infinity.
+    """`metrics.jsonl`: one object per line, `{"step": 40, "time": ..., "loss": ...}`; NaN, infinity are null.
 
-    After a resume the file holds the final history once: lines beyond the resumed step are dropped.
+    On a resume, lines after the resumed step are dropped, so every step appears once.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
@@ -76,7 +76,7 @@ class JsonlTracker:
         self._lines.append({"step": step, "time": round(self._clock(), 3), **numbers})
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Events go to `events.jsonl`, by `EventLog`."""
+        """Does nothing: `EventLog` writes events to `events.jsonl`."""
 
     def finish(self, status: str) -> None:  # noqa: ARG002
         if self._lines is not None:
@@ -84,9 +84,9 @@ class JsonlTracker:
 
 
 class EventLog:
-    """`events.jsonl`: what happened to this run, over all its attempts; never cut.
+    """`events.jsonl`: the events of all attempts of a run; lines are never dropped.
 
-    `{"time": seconds since 1970, "kind": "resume", ...}`. Any process may append.
+    A line is `{"time": seconds since 1970, "kind": "resume", ...}`. Several processes may append.
     """
 
     def __init__(self, run_dir: Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -102,46 +102,46 @@ class EventLog:
 
 
 def drop_lines_after(path: Path, resume_step: int | None) -> None:
-    """Keep the lines of `path` up to and with `resume_step` (none for None), by an atomic rewrite.
+    """Drop torn lines and lines after `resume_step` from `path` (all lines for None), atomically.
 
-    Torn lines go, too. A file without any such line is left untouched.
+    Does not touch a file without such lines.
     """
-    if not path.exists() or all(keep for _, keep in _judged(path, resume_step)):
+    if not path.exists() or all(is_kept for _, is_kept in _classify_lines(path, resume_step)):
         return
-    draft = path.with_name(f"{path.name}.draft")
+    temporary = path.with_name(f"{path.name}.draft")
     try:
-        with draft.open("wb") as file:
-            file.writelines(line for line, keep in _judged(path, resume_step) if keep)
+        with temporary.open("wb") as file:
+            file.writelines(line for line, is_kept in _classify_lines(path, resume_step) if is_kept)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines, without a torn last one; empty where there is no file."""
+    """The objects in a file of JSON lines, without torn lines; empty if the file does not exist."""
     if not path.exists():
         return []
     with path.open("rb") as file:
-        return [record for line in file if (record := _record(line)) is not None]
+        return [record for line in file if (record := _parse_line(line)) is not None]
 
 
 def _unwritable(path: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"{path}: a line cannot be written ({error.strerror}). Free some space there, then start the run "
+        f"{path}: cannot write a line ({error.strerror}). Free some space there, then start the run "
         "again: it resumes from its last checkpoint."
     )
 
 
-def _judged(path: Path, resume_step: int | None) -> Iterator[tuple[bytes, bool]]:
+def _classify_lines(path: Path, resume_step: int | None) -> Iterator[tuple[bytes, bool]]:
     with path.open("rb") as file:
         for line in file:
-            step = (_record(line) or {}).get("step")
+            step = (_parse_line(line) or {}).get("step")
             yield line, resume_step is not None and isinstance(step, int) and step <= resume_step
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -156,7 +156,7 @@ def _last_byte(path: Path) -> bytes:
 
 
 def _json_value(value: Any) -> Any:
-    """Plain JSON for what events carry; text for anything unknown."""
+    """A field of an event as plain JSON; unknown types become text."""
     if isinstance(value, Mapping):
         return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

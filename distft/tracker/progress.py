@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of long work: a bar on a terminal, a plain line every few seconds in a log file."""
 
 import threading
 import time
@@ -11,17 +11,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from distft.tracker.display import amount, duration
+from distft.tracker.number_format import amount, duration
 
 
 class ProgressDisplay(Protocol):
-    """What `progress` gives. Threads may share it."""
+    """The object that `progress` yields; thread-safe."""
 
     def advance(self, count: float = 1) -> None:
-        """`count` more units are done."""
+        """Report `count` more units as done."""
 
     def set_total(self, total: float) -> None:
-        """The whole is known, or known better."""
+        """Set or correct the total number of units."""
 
 
 @contextmanager
@@ -31,21 +31,21 @@ def progress(
     unit: str,
     *,
     console: Console | None = None,
-    every_s: float = 5.0,
+    interval_s: float = 5.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[ProgressDisplay]:
-    """Show how far some work has come, with its rate and the time left.
+    """Show the progress of some work, with its rate and the time left.
 
-    `total` counts units (None: not known); `unit` is a plural such as `documents`, and `bytes` are scaled.
-    Goes to stderr unless `console` says otherwise. `every_s`: seconds between plain lines at least.
+    `total` is in units (None: unknown). `unit` is a plural such as `documents`; `bytes` are scaled to MiB.
+    Writes to stderr by default. `interval_s` is the minimum time between plain lines.
     """
     screen = console or Console(stderr=True, highlight=False)
     if not screen.is_terminal:
-        plain = _PlainProgress(total, description, unit, console=screen, every_s=every_s, clock=clock)
+        plain = _PlainProgress(total, description, unit, console=screen, interval_s=interval_s, clock=clock)
         try:
             yield plain
         except BaseException:
-            if plain.has_begun:
+            if plain.has_advanced:
                 plain.close("stopped")
             raise
         plain.close("done")
@@ -93,25 +93,25 @@ class _PlainProgress:
         unit: str,
         *,
         console: Console,
-        every_s: float,
+        interval_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._total, self._description, self._unit = total, description, unit
-        self._console, self._every_s, self._clock = console, every_s, clock
+        self._console, self._interval_s, self._clock = console, interval_s, clock
         self._lock = threading.Lock()
         self._done = 0.0
-        self._began = self._printed_at = clock()
+        self._started_at = self._printed_at = clock()
 
     @property
-    def has_begun(self) -> bool:
-        """Whether any unit is done: a failure before the first needs no line but its own."""
+    def has_advanced(self) -> bool:
+        """Whether any unit is done. A failure before that needs no progress line."""
         return self._done > 0
 
     def advance(self, count: float = 1) -> None:
         with self._lock:
             self._done += count
             now = self._clock()
-            if now - self._printed_at >= self._every_s:
+            if now - self._printed_at >= self._interval_s:
                 self._printed_at = now
                 self._print(self._line(now))
 
@@ -119,15 +119,15 @@ class _PlainProgress:
         with self._lock:
             self._total = total
 
-    def close(self, outcome: str) -> None:
+    def close(self, result: str) -> None:
         with self._lock:
-            elapsed = self._clock() - self._began
+            elapsed = self._clock() - self._started_at
             self._print(
-                f"{amount(self._done, self._unit)} {outcome} in {duration(elapsed)}{self._rate(elapsed)}"
+                f"{amount(self._done, self._unit)} {result} in {duration(elapsed)}{self._rate(elapsed)}"
             )
 
     def _line(self, now: float) -> str:
-        elapsed = now - self._began
+        elapsed = now - self._started_at
         if not self._total:
             return f"{amount(self._done, self._unit)}{self._rate(elapsed)}"
         share = self._done / self._total

@@ -1,4 +1,4 @@
-"""TensorBoard, where it is installed."""
+"""Metrics as TensorBoard event files."""
 
 import json
 from collections.abc import Mapping
@@ -7,29 +7,29 @@ from typing import Any, Literal
 
 from distft.config import Settings
 from distft.errors import ConfigError
-from distft.tracker.protocol import Metrics
+from distft.tracker.interface import Metrics
 
 
 class TensorBoardConfig(Settings):
-    """Write event files into `tensorboard/` of the run's directory."""
+    """Write TensorBoard event files to `tensorboard/` in the run's directory."""
 
     type: Literal["tensorboard"] = "tensorboard"
     flush_s: int = 30  # seconds between writes
 
     def build(self) -> "TensorBoardTracker":
-        """Raises `ConfigError` where TensorBoard is not installed."""
+        """Raises `ConfigError` if TensorBoard is not installed."""
         from importlib.util import find_spec
 
         if find_spec("tensorboard") is None:
             raise ConfigError(
                 "tracker type 'tensorboard' needs the package tensorboard: "
-                "pip install 'distft[tensorboard]', or leave it out."
+                "run pip install 'distft[tensorboard]', or remove the tracker."
             )
         return TensorBoardTracker(self)
 
 
 class TensorBoardTracker:
-    """Event files that TensorBoard shows; after a resume, what lies beyond the resumed step is hidden."""
+    """Writes event files; after a resume, TensorBoard hides the points after the resumed step."""
 
     def __init__(self, settings: TensorBoardConfig) -> None:
         self._settings = settings

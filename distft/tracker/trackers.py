@@ -1,4 +1,4 @@
-"""All trackers of a run as one, of which the optional ones cannot end it."""
+"""All trackers of a run as one; a failing optional tracker does not end the run."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -6,92 +6,92 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from distft.config import Part, redact
+from distft.config import Component, redact
 from distft.errors import DistftError
 from distft.tracker.console import ConsoleTracker
+from distft.tracker.interface import Metrics, Tracker, plain_number
 from distft.tracker.jsonl import EventLog, JsonlTracker
-from distft.tracker.protocol import Metrics, Tracker, plain_number
 from distft.tracker.tensorboard_tracker import TensorBoardConfig
 from distft.tracker.wandb_tracker import WandbConfig
 
-TrackerConfig = Annotated[WandbConfig | TensorBoardConfig, Part()]
+TrackerConfig = Annotated[WandbConfig | TensorBoardConfig, Component()]
 
 _log = logging.getLogger(__name__)
 
 
 class Trackers:
-    """Passes the same plain numbers to every tracker, and events to `events.jsonl` besides.
+    """Sends the same plain numbers to every tracker, and events also to `events.jsonl`.
 
-    `needed` trackers raise what they raise. An `optional` one that fails is named once in the log and left
-    out from then on. Without any tracker (ranks other than 0) nothing happens.
+    An exception of a `required` tracker propagates. An `optional` tracker that fails is disabled, with one
+    warning in the log. Without trackers (on ranks other than 0), every method does nothing.
     """
 
-    def __init__(self, needed: Sequence[Tracker] = (), optional: Sequence[Tracker] = ()) -> None:
-        self._needed = list(needed)
+    def __init__(self, required: Sequence[Tracker] = (), optional: Sequence[Tracker] = ()) -> None:
+        self._required = list(required)
         self._optional = list(optional)
         self._events: EventLog | None = None
 
     def start(
         self, run_id: str, config: Mapping[str, Any], run_dir: Path, *, resume_step: int | None = None
     ) -> None:
-        """Start all; each gets `config` without secrets. `run_dir` is a local directory."""
-        if not (self._needed or self._optional):
+        """Start every tracker with `config` without secrets. `run_dir` is a local directory."""
+        if not (self._required or self._optional):
             return
         public = redact(config)
         self._events = EventLog(run_dir)
-        self._each(lambda tracker: tracker.start(run_id, public, run_dir, resume_step=resume_step))
+        self._for_each(lambda tracker: tracker.start(run_id, public, run_dir, resume_step=resume_step))
 
     def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
-        """Record numbers after `step` optimizer steps; NumPy and Torch scalars are taken, too."""
+        """Record metrics (Python, NumPy or torch scalars) after `step` optimizer steps."""
         numbers: Metrics = {name: plain_number(value) for name, value in metrics.items()}
-        self._each(lambda tracker: tracker.log(numbers, step=step))
+        self._for_each(lambda tracker: tracker.log(numbers, step=step))
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Record what happened, without secrets."""
+        """Record an event, without secrets."""
         public = redact(fields)
         if self._events is not None:
             self._events.write(kind, **public)
-        self._each(lambda tracker: tracker.event(kind, **public))
+        self._for_each(lambda tracker: tracker.event(kind, **public))
 
     def finish(self, status: str) -> None:
-        """End all, as `completed`, `preempted` or `failed`."""
-        faults: list[DistftError] = []
-        endings: list[Callable[[], None]] = [partial(tracker.finish, status) for tracker in self._needed]
+        """End every tracker with status `completed`, `preempted` or `failed`."""
+        errors: list[DistftError] = []
+        endings: list[Callable[[], None]] = [partial(tracker.finish, status) for tracker in self._required]
         if (events := self._events) is not None:
             self._events = None
             endings = [partial(events.write, "finish", status=status), events.close, *endings]
         for end in endings:
             try:
                 end()
-            except DistftError as error:  # a full disk: the others still end
-                faults.append(error)
-        self._each_optional(lambda tracker: tracker.finish(status))
-        if faults and status != "failed":  # a failed run has an error of its own to show
-            raise faults[0]
+            except DistftError as error:  # such as a full disk: still end the others
+                errors.append(error)
+        self._for_each_optional(lambda tracker: tracker.finish(status))
+        if errors and status != "failed":  # a failed run raises its own error
+            raise errors[0]
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
-        for tracker in self._needed:
+    def _for_each(self, act: Callable[[Tracker], None]) -> None:
+        for tracker in self._required:
             act(tracker)
-        self._each_optional(act)
+        self._for_each_optional(act)
 
-    def _each_optional(self, act: Callable[[Tracker], None]) -> None:
+    def _for_each_optional(self, act: Callable[[Tracker], None]) -> None:
         for tracker in tuple(self._optional):
             try:
                 act(tracker)
-            except Exception as error:  # whatever a service does, the run goes on
+            except Exception as error:  # a failing service must not end the run
                 self._optional.remove(tracker)
                 name = type(tracker).__name__
                 _log.warning(
-                    "%s failed and is left out from here on (%s: %s)", name, type(error).__name__, error
+                    "%s failed and is disabled from here on (%s: %s)", name, type(error).__name__, error
                 )
 
 
 def build_trackers(configs: Sequence[Any], *, max_steps: int, show: bool = True) -> Trackers:
-    """`metrics.jsonl` and the console (unless `show` is false), and what `configs` ask for.
+    """`metrics.jsonl`, the console (if `show`), and the optional trackers in `configs`.
 
-    Raises `ConfigError` where a package is missing.
+    Raises `ConfigError` if a package is missing.
     """
-    needed: list[Tracker] = [JsonlTracker()]
+    required: list[Tracker] = [JsonlTracker()]
     if show:
-        needed.append(ConsoleTracker(max_steps))
-    return Trackers(needed, [config.build() for config in configs])
+        required.append(ConsoleTracker(max_steps))
+    return Trackers(required, [config.build() for config in configs])

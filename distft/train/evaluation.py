@@ -1,4 +1,4 @@
-"""Held-out metrics, equal whatever the number of ranks."""
+"""Metrics on validation data; they do not depend on the number of ranks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distft.collectives import Collectives
 from distft.data.batch import Batch
-from distft.topology import BatchPlan, share
+from distft.topology import BatchPlan, split_among_ranks
 
 
 class EvaluationFeed(Protocol):
@@ -17,24 +17,24 @@ class EvaluationFeed(Protocol):
     num_sequences: int
 
     def batch(self, start: int, stop: int) -> Batch:
-        """Sequences [start, stop); an empty range gives a batch with nothing that counts."""
+        """Sequences [start, stop); an empty range gives a batch without targets."""
 
 
-class Evaluator(Protocol):
-    """An objective, as far as evaluation cares."""
+class EvaluationObjective(Protocol):
+    """Objective interface used by `evaluate`."""
 
     def evaluate(self, model: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch that add up over batches and ranks."""
+        """Sums over the batch, which may be added over batches and ranks."""
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """What the sums over a whole data set mean."""
+        """Metrics from the sums over a whole data set."""
 
 
 @torch.no_grad()
 def evaluate(
     model: Callable[..., Any],
     module: nn.Module,
-    objective: Evaluator,
+    objective: EvaluationObjective,
     feed: EvaluationFeed,
     *,
     micro_batch_size: int,
@@ -44,10 +44,10 @@ def evaluate(
     max_sequences: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Metrics over the first `max_sequences` of `feed`, each counted once, on every rank the same.
+    """Metrics over the first `max_sequences` of `feed`, each counted once; the same on every rank.
 
-    Ranks take contiguous shares; where they do not divide, a rank runs an empty batch to keep step (a
-    stage-3 forward is a collective), which adds zeros to the sums.
+    Each rank takes a contiguous share. All ranks run the same number of batches, since a stage-3 forward is a
+    collective: if the sequences do not divide evenly, some batches are empty and add zeros to the sums.
     """
     num_sequences = feed.num_sequences if max_sequences is None else min(feed.num_sequences, max_sequences)
     plan = BatchPlan(
@@ -60,12 +60,12 @@ def evaluate(
     module.eval()
     sums: dict[str, Tensor] = {}
     try:
-        for part in share(0, num_sequences, plan, collectives.rank):
-            found = objective.evaluate(model, feed.batch(part.start, part.stop).to(device))
-            for name, value in found.items():
+        for micro_batch in split_among_ranks(0, num_sequences, plan, collectives.rank):
+            batch = feed.batch(micro_batch.start, micro_batch.stop).to(device)
+            for name, value in objective.evaluate(model, batch).items():
                 sums[name] = sums[name] + value if name in sums else value
             if on_progress is not None:
-                on_progress(len(part))
+                on_progress(len(micro_batch))
     finally:
         module.train(was_training)
     return objective.metrics({name: collectives.all_reduce_sum(value) for name, value in sums.items()})

@@ -1,14 +1,14 @@
-"""Which sequences of the run's order were used, as intervals: what an audit can be held against."""
+"""Which sequences of the run's order were used, as intervals, so that an audit can check them."""
 
 from collections.abc import Iterable
 
 from distft.topology import MicroBatch
 
-Intervals = tuple[tuple[int, int], ...]  # [start, stop), ascending, apart from each other
+Intervals = tuple[tuple[int, int], ...]  # [start, stop), ascending, with gaps between them
 
 
-def merged(intervals: Iterable[tuple[int, int]]) -> tuple[Intervals, Intervals]:
-    """The union of `intervals`, and what more than one of them holds."""
+def merge_intervals(intervals: Iterable[tuple[int, int]]) -> tuple[Intervals, Intervals]:
+    """The union of `intervals`, and the numbers that are in more than one of them."""
     union: list[tuple[int, int]] = []
     repeated: list[tuple[int, int]] = []
     for start, stop in sorted(intervals):
@@ -17,21 +17,21 @@ def merged(intervals: Iterable[tuple[int, int]]) -> tuple[Intervals, Intervals]:
         if not union or start > union[-1][1]:
             union.append((start, stop))
             continue
-        begin, end = union[-1]
-        if start < end:
-            repeated.append((start, min(stop, end)))
-        union[-1] = begin, max(end, stop)
-    return tuple(union), merged(repeated)[0] if repeated else ()
+        last_start, last_stop = union[-1]
+        if start < last_stop:
+            repeated.append((start, min(stop, last_stop)))
+        union[-1] = last_start, max(last_stop, stop)
+    return tuple(union), merge_intervals(repeated)[0] if repeated else ()
 
 
-class Ledger:
-    """What one rank used since it was last asked."""
+class SequenceLedger:
+    """The sequences that one rank used since the last `take`."""
 
     def __init__(self) -> None:
         self._intervals: list[tuple[int, int]] = []
 
     def add(self, used: MicroBatch) -> None:
-        """Note the sequences of a micro-batch; neighbours become one interval."""
+        """Record a micro-batch's sequences; adjacent ones become one interval."""
         if not len(used):
             return
         if self._intervals and self._intervals[-1][1] == used.start:
@@ -40,6 +40,6 @@ class Ledger:
             self._intervals.append((used.start, used.stop))
 
     def take(self) -> list[tuple[int, int]]:
-        """All of it; the ledger is empty afterwards."""
+        """The recorded intervals; the ledger is empty afterwards."""
         taken, self._intervals = self._intervals, []
         return taken

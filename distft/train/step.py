@@ -1,4 +1,4 @@
-"""One optimizer step, whatever the model, objective, or engine."""
+"""One optimizer step, for any model, objective and engine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,38 +11,38 @@ from distft.data.batch import Batch
 from distft.engine.interface import Engine
 
 
-class SummedLoss(Protocol):
-    """An objective, as far as a step cares."""
+class SummedLossFn(Protocol):
+    """Loss interface used by `train_step`."""
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """The loss summed over the batch's targets, a scalar that can be differentiated."""
+        """The loss summed over the batch's targets, as a differentiable scalar."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Device scalars: whoever logs them pays for the wait, the step does not."""
+    """Scalars on the device: reading one waits for the device."""
 
     loss: Tensor  # mean over every target token of the global batch
     grad_norm: Tensor  # before clipping
     num_tokens: Tensor  # targets in the global batch
-    is_skipped: Tensor  # 1.0 where gradients were not finite
+    is_skipped: Tensor  # 1.0 if gradients were not finite
 
 
 def train_step(
     engine: Engine,
-    objective: SummedLoss,
+    objective: SummedLossFn,
     micro_batches: Sequence[Batch],
     *,
     lr: float,
     before_forward: Callable[[int], None] | None = None,
 ) -> StepResult:
-    """Forward, backward and update over this rank's part of one global batch.
+    """Forward, backward and update over this rank's share of one global batch.
 
-    Dividing by the targets of the *global* batch makes loss and gradient independent of how it was cut.
-    `before_forward` is called with each micro-batch's index; it seeds the random draws of dropout.
+    The loss is divided by the number of targets in the *global* batch, so that loss and gradient do not
+    depend on how the batch is split. `before_forward` is called with each micro-batch's index.
     """
-    mine = sum(batch.num_target_tokens for batch in micro_batches)
-    num_tokens = engine.all_reduce_sum(torch.tensor(mine, device=engine.device))
+    num_local_tokens = sum(batch.num_target_tokens for batch in micro_batches)
+    num_tokens = engine.all_reduce_sum(torch.tensor(num_local_tokens, device=engine.device))
     loss = torch.zeros((), device=engine.device)
     for index, batch in enumerate(micro_batches):
         if before_forward is not None:

@@ -1,4 +1,4 @@
-"""How fast a run goes, and what share of the machine that is."""
+"""Throughput of a run, and its share of the peak of the hardware (MFU)."""
 
 import resource
 import time
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from distft.model.linear import ProductFormat
+from distft.model.layers import MatmulDtype
 
 # Dense bf16/fp16 matrix products on the tensor cores, in FLOP/s, from the vendors' data sheets.
 _KNOWN_PEAKS: Mapping[str, float] = {
@@ -22,7 +22,7 @@ _KNOWN_PEAKS: Mapping[str, float] = {
 
 
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """The device's matrix-product rate in FLOP/s: from its data sheet where known, else measured here."""
+    """The device's matrix-product rate in FLOP/s: from its data sheet if known, else measured."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, flops_per_s in _KNOWN_PEAKS.items():
@@ -32,19 +32,19 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_flops_per_s(device: torch.device, dtype: torch.dtype, repetitions: int = 5) -> float:
-    """The best of several products of matrices large enough to keep the device busy."""
+    """The highest rate of several products of matrices large enough to occupy the device."""
     rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (2048, 1024, 1024)
-    # A CPU that only emulates bf16 or fp16 products runs the model's in fp32, so that rate is the limit.
-    dtype = ProductFormat()(torch.empty(0, dtype=dtype, device=device))
-    # Random operands: zeros run faster than data does.
+    # On a CPU that only emulates bf16 or fp16 products the model computes them in fp32.
+    dtype = MatmulDtype()(torch.empty(0, dtype=dtype, device=device))
+    # Random operands: products of zeros run faster.
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(inner, columns, device=device).to(dtype)
     best_s = float("inf")
     for _ in range(repetitions + 1):
-        _wait(device)
+        _synchronize(device)
         started = time.perf_counter()
         torch.mm(a, b)
-        _wait(device)
+        _synchronize(device)
         best_s = min(best_s, time.perf_counter() - started)
     return 2 * rows * inner * columns / best_s
 
@@ -56,13 +56,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Throughput:
-    """Rates between two calls of `read`."""
+    """Measures rates between calls of `read`."""
 
     def __init__(self, *, flops_per_token: float, peak_flops_per_s: float, world_size: int) -> None:
         self._flops_per_token = flops_per_token
@@ -74,19 +74,19 @@ class Throughput:
         self._data_wait_s = 0.0
 
     def add_step(self, num_tokens: int, data_wait_s: float) -> None:
-        """Count one optimizer step over `num_tokens` computed tokens, all ranks together."""
+        """Count one optimizer step over `num_tokens` computed tokens, summed over ranks."""
         self._num_steps += 1
         self._num_tokens += num_tokens
         self._data_wait_s += data_wait_s
 
     def restart(self) -> None:
-        """Begin a new interval now: what lies between, an evaluation say, is not training."""
+        """Start a new interval now, so that no evaluation or save counts as training."""
         self._started = time.perf_counter()
         self._num_steps = self._num_tokens = 0
         self._data_wait_s = 0.0
 
     def read(self) -> dict[str, float]:
-        """Rates since the last restart; starts the next interval. Nothing without a step in between."""
+        """Rates since the interval started, and start the next one. Empty if it had no step."""
         elapsed_s = time.perf_counter() - self._started
         num_steps, num_tokens, data_wait_s = self._num_steps, self._num_tokens, self._data_wait_s
         self.restart()

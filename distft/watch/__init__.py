@@ -1,1 +1,1 @@
-"""Ranks look after each other: beats, verdicts on ranks that hang, notes on ranks that are slow."""
+"""Heartbeats between ranks: find ranks that hang and ranks that are slow."""

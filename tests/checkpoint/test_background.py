@@ -1,16 +1,19 @@
-"""Saving beside training, and frozen weights that are written once."""
+"""Saving in the background, and frozen weights that are written once."""
 
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import run_ranks
-from engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.damage import flip_bit
+from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.rank_pool import run_ranks
 
-from distft.checkpoint.background import Saver
+from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.committed import Checkpoint, committed_steps
-from distft.checkpoint.store import CheckpointConfig, CheckpointStore, Draft
+from distft.checkpoint.config import CheckpointConfig
+from distft.checkpoint.snapshot import CheckpointSnapshot
+from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
 from distft.errors import CheckpointError
 from distft.topology import Topology
@@ -19,26 +22,26 @@ PARTLY = Scenario(trainable=("blocks.1.*", "norm.weight"))
 
 
 class SlowStore(CheckpointStore):
-    """Writes when it is let."""
+    """Writes once `may_write` is set, or raises then."""
 
     def __init__(self, root: str, *, fails: bool = False) -> None:
         super().__init__(root, SingleProcess())
         self.may_write = threading.Event()
         self.fails = fails
 
-    def save(self, draft: Draft) -> str:
+    def save(self, snapshot: CheckpointSnapshot) -> str:
         assert self.may_write.wait(timeout=30)
         if self.fails:
             raise CheckpointError("the disk is gone")
-        return super().save(draft)
+        return super().save(snapshot)
 
 
-def test_what_is_written_is_the_state_at_the_save_and_not_that_of_later_steps(tmp_path: Path) -> None:
+def test_later_steps_do_not_change_the_state_that_is_written(tmp_path: Path) -> None:
     training = run_alone(Scenario(), 2)
     expected = training.whole_state()
     store = SlowStore(str(tmp_path))
-    saver = Saver(store, CheckpointConfig())
-    saver.save(training.draft())
+    saver = CheckpointSaver(store, CheckpointConfig())
+    saver.save(training.take_snapshot())
     training.run(4)
     assert not committed_steps(str(tmp_path))
     store.may_write.set()
@@ -48,40 +51,41 @@ def test_what_is_written_is_the_state_at_the_save_and_not_that_of_later_steps(tm
     for (name, state), values in expected.items():
         assert torch.equal(checkpoint.read(name, state, 0, values.numel()), values), (name, state)
     assert saved.step == 2
-    assert checkpoint.faults() == []
+    assert checkpoint.find_damage() == []
 
 
-def test_only_one_save_is_under_way_and_each_is_committed(tmp_path: Path) -> None:
+def test_saves_do_not_overlap_and_each_is_committed(tmp_path: Path) -> None:
     training = run_alone(Scenario(), 1)
-    saver = Saver(CheckpointStore(str(tmp_path), SingleProcess()), CheckpointConfig(keep_last=9))
+    saver = CheckpointSaver(CheckpointStore(str(tmp_path), SingleProcess()), CheckpointConfig(keep_last=9))
     for step in (1, 2, 3):
         training.run(step)
-        saver.save(training.draft())
+        saver.save(training.take_snapshot())
         assert sum(thread.name == "distft-save" for thread in threading.enumerate()) <= 1
     saver.wait()
     assert [saved.step for saved in saver.collect()] == [1, 2, 3]
     assert committed_steps(str(tmp_path)) == [1, 2, 3]
 
 
-def test_a_failure_of_the_writer_reaches_the_next_call_once(tmp_path: Path) -> None:
+def test_a_failure_of_the_writer_is_raised_once_by_the_next_call(tmp_path: Path) -> None:
     training = run_alone(Scenario(), 1)
     store = SlowStore(str(tmp_path), fails=True)
-    saver = Saver(store, CheckpointConfig())
-    saver.save(training.draft())
+    saver = CheckpointSaver(store, CheckpointConfig())
+    saver.save(training.take_snapshot())
     store.may_write.set()
     with pytest.raises(CheckpointError, match="the disk is gone"):
         saver.wait()
     saver.wait()
     assert not saver.has_failed
-    saver.save(training.draft())
+    saver.save(training.take_snapshot())
     with pytest.raises(CheckpointError, match="the disk is gone"):
-        saver.save(training.draft())
+        saver.save(training.take_snapshot())
 
 
-def test_without_the_background_a_save_is_committed_when_it_returns(tmp_path: Path) -> None:
+def test_without_background_a_save_is_committed_when_it_returns(tmp_path: Path) -> None:
     training = run_alone(Scenario(), 1)
-    saver = Saver(CheckpointStore(str(tmp_path), SingleProcess()), CheckpointConfig(in_background=False))
-    saver.save(training.draft())
+    store = CheckpointStore(str(tmp_path), SingleProcess())
+    saver = CheckpointSaver(store, CheckpointConfig(in_background=False))
+    saver.save(training.take_snapshot())
     assert committed_steps(str(tmp_path)) == [1]
     (saved,) = saver.collect()
     assert saved.stall_s == saved.write_s > 0
@@ -98,66 +102,66 @@ def _names(root: Path) -> list[str]:
 def test_frozen_weights_are_written_once_and_kept_as_long_as_a_commit_needs_them(tmp_path: Path) -> None:
     training = run_alone(PARTLY, 1)
     store = CheckpointStore(str(tmp_path), SingleProcess())
-    saver = Saver(store, CheckpointConfig(keep_last=1))
+    saver = CheckpointSaver(store, CheckpointConfig(keep_last=1))
     for step in (1, 2, 3):
         training.run(step)
-        saver.save(training.draft())
+        saver.save(training.take_snapshot())
         saver.wait()
     assert _names(tmp_path) == ["frozen_00000001", "step_00000003"]
     state = training.whole_state()
     num_frozen = sum(v.numel() for (name, _), v in state.items() if name not in training.trainable)
-    num_moving = sum(v.numel() for (name, _), v in state.items() if name in training.trainable)
+    num_trainable = sum(v.numel() for (name, _), v in state.items() if name in training.trainable)
     assert _bytes(tmp_path / "frozen_00000001") == pytest.approx(4 * num_frozen, rel=0.2)
-    assert _bytes(tmp_path / "step_00000003") == pytest.approx(4 * num_moving, rel=0.2)
+    assert _bytes(tmp_path / "step_00000003") == pytest.approx(4 * num_trainable, rel=0.2)
     checkpoint = Checkpoint.open(store.path(3))
-    assert checkpoint.faults() == []
+    assert checkpoint.find_damage() == []
     for (name, kind), values in state.items():
         assert torch.equal(checkpoint.read(name, kind, 0, values.numel()), values), (name, kind)
 
 
-def test_a_resume_refers_to_the_frozen_weights_that_are_there(tmp_path: Path) -> None:
+def test_after_a_resume_commits_refer_to_the_existing_frozen_weights(tmp_path: Path) -> None:
     run_alone(PARTLY, 1).save(str(tmp_path))
     resumed = Training(PARTLY, Topology(), SingleProcess(), Checkpoint.open(str(tmp_path / "step_00000001")))
     store = CheckpointStore(str(tmp_path), SingleProcess())
-    store.newest_good()
+    store.resume_from(store.find_latest_valid())
     resumed.run(2)
-    store.save(resumed.draft())
+    store.save(resumed.take_snapshot())
     assert _names(tmp_path) == ["frozen_00000001", "step_00000001", "step_00000002"]
 
 
-def test_other_frozen_weights_are_written_anew(tmp_path: Path) -> None:
+def test_different_frozen_weights_are_written_again(tmp_path: Path) -> None:
     run_alone(PARTLY, 1).save(str(tmp_path))
     store = CheckpointStore(str(tmp_path), SingleProcess())
-    checkpoint, _ = store.newest_good()
-    later = Training(Scenario(trainable=("blocks.0.*",)), Topology(), SingleProcess(), checkpoint)
+    found = store.find_latest_valid()
+    store.resume_from(found)
+    later = Training(Scenario(trainable=("blocks.0.*",)), Topology(), SingleProcess(), found.checkpoint)
     later.run(2)
-    store.save(later.draft())
+    store.save(later.take_snapshot())
     assert _names(tmp_path) == ["frozen_00000001", "frozen_00000002", "step_00000001", "step_00000002"]
-    store.retain(CheckpointConfig(keep_last=1))
+    store.prune(CheckpointConfig(keep_last=1))
     assert _names(tmp_path) == ["frozen_00000002", "step_00000002"]
-    assert Checkpoint.open(store.path(2)).faults() == []
+    assert Checkpoint.open(store.path(2)).find_damage() == []
 
 
 def test_damage_of_frozen_weights_is_found(tmp_path: Path) -> None:
     path = run_alone(PARTLY, 1).save(str(tmp_path))
     file = tmp_path / "frozen_00000001" / "rank_00000.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    (fault,) = Checkpoint.open(path).faults()
-    assert "frozen_00000001/rank_00000.safetensors is damaged" in fault
+    flip_bit(file)
+    (damage,) = Checkpoint.open(path).find_damage()
+    assert "frozen_00000001/rank_00000.safetensors is damaged" in damage
     file.unlink()
-    (fault,) = Checkpoint.open(path).faults()
-    assert "frozen_00000001/rank_00000.safetensors is missing" in fault
+    (damage,) = Checkpoint.open(path).find_damage()
+    assert "frozen_00000001/rank_00000.safetensors is missing" in damage
 
 
 def _save_in_background(topology: Topology, scenario: Scenario, root: str) -> list[float]:
     training = Training(scenario, topology, collectives_for(scenario, topology))
-    saver = Saver(CheckpointStore(root, training.collectives.twin()), CheckpointConfig(keep_last=9))
+    store = CheckpointStore(root, training.collectives.with_new_group())
+    saver = CheckpointSaver(store, CheckpointConfig(keep_last=9))
     losses = []
     for step in range(1, 6):
         losses += training.run(step)
-        saver.save(training.draft())
+        saver.save(training.take_snapshot())
     saver.wait()
     return losses
 
@@ -171,6 +175,6 @@ def test_ranks_save_in_the_background_while_they_train(tmp_path: Path, stage: in
     assert [name for name in _names(tmp_path) if name.startswith("frozen_")] == ["frozen_00000001"]
     straight = run_alone(Scenario(trainable=scenario.trainable), 3).whole_state()
     checkpoint = Checkpoint.open(str(tmp_path / "step_00000003"))
-    assert checkpoint.faults() == []
+    assert checkpoint.find_damage() == []
     for (name, state), values in straight.items():
         assert torch.allclose(checkpoint.read(name, state, 0, values.numel()), values, atol=2e-6), name

@@ -1,20 +1,21 @@
-"""Whatever file operation of a reshard is the last one, its source stays and it can be run again."""
+"""Crash safety of reshards: after a failure at any file operation, a rerun succeeds."""
 
 import os
 import re
 import shutil
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_scenarios import Scenario, run_alone
-from faulty_disk import Died, FaultyDisk, Operation, drafts_in, error_of, names_in
+from support.engine_scenarios import Scenario, run_alone
+from support.faulty_disk import Died, FaultyDisk, Operation, error_of, names_in, temporary_files_in
 
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.reshard import write_distft
-from distft.checkpoint.target import UNFINISHED
+from distft.checkpoint.target import UNFINISHED_MARKER
 from distft.errors import CheckpointError
 
 PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))
@@ -22,7 +23,7 @@ PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))
 
 @pytest.fixture(autouse=True)
 def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody cuts the power here, so nothing waits for the disk; that it would is a test of its own."""
+    """Skip fsync: these tests cut no power. Whether fsync is called is tested in test_crash_safety."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # noqa: ARG005
 
 
@@ -31,25 +32,32 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(run_alone(PARTLY, 2).save(str(tmp_path_factory.mktemp("source"))))
 
 
-def _is_whole_or_nothing(target: Path, source: Checkpoint, said: str) -> bool:
+def _committed(target: Path) -> Checkpoint | None:
     try:
-        written = Checkpoint.open(str(target))
+        return Checkpoint.open(str(target))
     except CheckpointError:
-        return False
-    assert written.faults() == [], said
+        return None
+
+
+def _damage_and_differences(written: Checkpoint, source: Checkpoint) -> list[str]:
+    """Damaged files of `written`, and the states that differ from those of `source`."""
+    differing = []
     for name, record in source.manifest.parameters.items():
+        numel = prod(record.shape)
         for state in record.states:
-            numel = torch.Size(record.shape).numel()
-            assert torch.equal(written.read(name, state, 0, numel), source.read(name, state, 0, numel)), said
-    return True
+            if not torch.equal(written.read(name, state, 0, numel), source.read(name, state, 0, numel)):
+                differing.append(f"{state} of {name}")
+    return [*written.find_damage(), *differing]
 
 
-@pytest.mark.parametrize("before", ["nothing", "its manifest", "the end of its mark"])
+@pytest.mark.parametrize(
+    "previous_death", [None, ("replace", MANIFEST), ("unlink", UNFINISHED_MARKER)], ids=str
+)
 @pytest.mark.parametrize("how", ["die", "torn", "full"])
-def test_a_reshard_may_die_at_any_operation_and_be_run_again(
-    source: Checkpoint, tmp_path: Path, how: Any, before: str
+def test_a_reshard_that_fails_at_any_operation_can_be_rerun(
+    source: Checkpoint, tmp_path: Path, how: Any, previous_death: tuple[str, str] | None
 ) -> None:
-    """Also over what is left of one that died right before its manifest, or before its mark was removed."""
+    """Also in the directory of a reshard that died right before it committed, or removed its marker."""
     target = tmp_path / "target"
 
     def write(fail_at: int | None = None, how: Any = "die") -> list[Operation]:
@@ -57,34 +65,26 @@ def test_a_reshard_may_die_at_any_operation_and_be_run_again(
             write_distft(source, str(target), world_size=2)
         return disk.operations
 
-    first = write()
+    operations = [(operation.kind, Path(operation.path).name) for operation in write()]
     names = names_in(target)
-    died_at = {
-        "its manifest": next(
-            n for n, o in enumerate(first) if (o.kind, Path(o.path).name) == ("replace", MANIFEST)
-        ),
-        "the end of its mark": next(
-            n for n, o in enumerate(first) if (o.kind, Path(o.path).name) == ("unlink", UNFINISHED)
-        ),
-    }
 
     def prepare() -> None:
         shutil.rmtree(target)
-        if before != "nothing":
-            assert isinstance(error_of(lambda: write(died_at[before])), Died)
+        if previous_death is not None:
+            assert isinstance(error_of(lambda: write(operations.index(previous_death))), Died)
 
     prepare()
     for number in range(len(write())):
         prepare()
         error = error_of(lambda number=number: write(number, how))  # type: ignore[misc]
-        said = f"{how} at operation {number}: {error}"
-        assert (how == "full" and error is None) or re.search("Died|no space left", repr(error)), said
-        assert how != "full" or not drafts_in(target), said
-        is_whole = _is_whole_or_nothing(target, source, said)
-        if not is_whole or (target / UNFINISHED).exists():
+        accident = f"{how} at operation {number}: {error}"
+        assert (how == "full" and error is None) or re.search("Died|no space left", repr(error)), accident
+        assert how != "full" or not temporary_files_in(target), accident
+        written = _committed(target)
+        assert written is None or _damage_and_differences(written, source) == [], accident
+        if written is None or (target / UNFINISHED_MARKER).exists():
             write()
-        assert _is_whole_or_nothing(target, source, said), said
-        assert names_in(target) == names, said
-
-
-# The real thing
+        rewritten = _committed(target)
+        assert rewritten is not None, accident
+        assert _damage_and_differences(rewritten, source) == [], accident
+        assert names_in(target) == names, accident

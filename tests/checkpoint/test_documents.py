@@ -1,4 +1,4 @@
-"""What docs/checkpoints.md says of the format is enough to write a reader from it."""
+"""docs/checkpoints.md: its reader works, and it lists every key and every command."""
 
 import re
 from math import prod
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_scenarios import Scenario, run_alone
+from support.engine_scenarios import Scenario, run_alone
 
 from distft.checkpoint.committed import Checkpoint
 from distft.cli.checkpoint_verbs import checkpoint_app
@@ -39,6 +39,6 @@ def test_the_manifest_has_the_keys_that_the_document_lists(tmp_path: Path) -> No
     assert listed == {*type(manifest).model_fields, "checksum"}
 
 
-def test_every_tool_is_named_in_the_document() -> None:
+def test_the_document_names_every_command() -> None:
     for command in checkpoint_app.registered_commands:
         assert f"distft checkpoint {command.name} " in TEXT

@@ -1,11 +1,11 @@
-"""A checkpoint has no world size and no stage: whoever wrote it, whoever reads it, training goes on."""
+"""Training continues from a checkpoint of any engine, world size and ZeRO stage under any other."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import run_ranks
-from engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.rank_pool import run_ranks
 
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.store import CheckpointStore
@@ -29,17 +29,17 @@ def _write(topology: Topology, root: str, names: list[str], trainable: tuple[str
         training.engine.close()
 
 
-def _read_and_go_on(
+def _resume_and_train(
     topology: Topology, root: str, sources: list[str], name: str, trainable: tuple[str, ...]
 ) -> dict[str, list[float]]:
     losses = {}
     for source in sources:
         scenario = _scenarios(trainable)[name]
         collectives = collectives_for(scenario, topology)
-        checkpoint, complaints = CheckpointStore(f"{root}/{source}", collectives).newest_good()
-        assert checkpoint is not None
-        assert not complaints
-        training = Training(scenario, topology, collectives, checkpoint)
+        found = CheckpointStore(f"{root}/{source}", collectives).find_latest_valid()
+        assert found.checkpoint is not None
+        assert not found.complaints
+        training = Training(scenario, topology, collectives, found.checkpoint)
         losses[source] = training.run(NUM_STEPS)
         training.engine.close()
     return losses
@@ -47,7 +47,7 @@ def _read_and_go_on(
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("trainable", [("*",), FROZEN], ids=["all", "partial"])
-def test_any_engine_goes_on_from_any_other_engines_checkpoint(
+def test_any_engine_resumes_from_any_other_engines_checkpoint(
     tmp_path: Path, trainable: tuple[str, ...]
 ) -> None:
     root = str(tmp_path)
@@ -68,29 +68,29 @@ def test_any_engine_goes_on_from_any_other_engines_checkpoint(
     ]
     for name, world_size in readers:
         if name == "local":
-            by_rank = [_read_and_go_on(Topology(), root, sources, name, trainable)]
+            by_rank = [_resume_and_train(Topology(), root, sources, name, trainable)]
         else:
-            by_rank = run_ranks(_read_and_go_on, world_size, root, sources, name, trainable)
+            by_rank = run_ranks(_resume_and_train, world_size, root, sources, name, trainable)
         for losses in by_rank:
             for source, found in losses.items():
                 assert found == pytest.approx(expected, abs=2e-6), f"{source} read by {name} on {world_size}"
 
 
-def test_a_local_resume_repeats_the_straight_run_bit_for_bit(tmp_path: Path) -> None:
-    straight = run_alone(Scenario(), NUM_STEPS)
+def test_a_local_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path: Path) -> None:
+    uninterrupted = run_alone(Scenario(), NUM_STEPS)
     first = run_alone(Scenario(), SAVE_STEP)
     checkpoint = Checkpoint.open(first.save(str(tmp_path)))
     resumed = Training(Scenario(), Topology(), collectives_for(Scenario(), Topology()), checkpoint)
-    assert first.losses + resumed.run(NUM_STEPS) == straight.losses
-    found, wanted = resumed.whole_state(), straight.whole_state()
+    assert first.losses + resumed.run(NUM_STEPS) == uninterrupted.losses
+    found, wanted = resumed.whole_state(), uninterrupted.whole_state()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_runs_keep_their_fp32_masters_over_a_resume(tmp_path: Path, precision: str) -> None:
+def test_low_precision_runs_keep_fp32_master_weights_over_a_resume(tmp_path: Path, precision: str) -> None:
     scenario = Scenario(precision=precision)
-    straight = run_alone(scenario, NUM_STEPS)
+    uninterrupted = run_alone(scenario, NUM_STEPS)
     checkpoint = Checkpoint.open(run_alone(scenario, SAVE_STEP).save(str(tmp_path)))
     assert checkpoint.manifest.parameters["embed.weight"].states["weight"].dtype == "float32"
     resumed = Training(scenario, Topology(), collectives_for(scenario, Topology()), checkpoint)
-    assert resumed.run(NUM_STEPS) == straight.losses[SAVE_STEP:]
+    assert resumed.run(NUM_STEPS) == uninterrupted.losses[SAVE_STEP:]

@@ -1,4 +1,4 @@
-"""Checkpoints on an S3 server: whole runs, the tools, and what a failed upload leaves."""
+"""Checkpoints on an S3 server: runs, the tools, and failed requests."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
-from engine_scenarios import Scenario, Training, collectives_for, run_alone
-from s3_server import Request, S3Server
-from small_runs import events, logged, make_text_data, pretraining, run, run_until_power_cut
+from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.rank_pool import run_ranks
+from support.s3_server import Request, S3Server
+from support.small_runs import events, logged, make_text_data, pretraining, run, run_until_power_cut
 
 from distft import storage
-from distft.checkpoint.background import Saver
-from distft.checkpoint.claim import CLAIM
+from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.committed import Checkpoint, committed_steps, find_checkpoint
+from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.formats.detect import open_source
-from distft.checkpoint.store import CheckpointConfig, CheckpointStore
-from distft.checkpoint.target import UNFINISHED
+from distft.checkpoint.store import CheckpointStore
+from distft.checkpoint.target import UNFINISHED_MARKER
+from distft.checkpoint.writer_fence import WRITER_FILE
 from distft.cli.main import main
 from distft.collectives import SingleProcess
 from distft.errors import DistftError, StorageError, UnreachableError
@@ -31,14 +32,11 @@ def bucket(s3: S3Server) -> str:
     return s3.make_bucket()
 
 
-def _uploads_of(part: str) -> Any:
-    def concerns(request: Request) -> bool:
-        return request.method == "PUT" and part in request.path
-
-    return concerns
+def _uploads_of(name: str) -> Any:
+    return lambda request: request.method == "PUT" and name in request.path
 
 
-# Whole runs
+# Runs
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of a run that nothing disturbed, on this machine alone."""
-    run_dir = tmp_path_factory.mktemp("straight")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of a run without failures that saves on the local disk."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
     run(Topology(), pretraining(data, run_dir))
     return logged(run_dir)
 
@@ -59,7 +57,7 @@ def _on_s3(data: Path, run_dir: Path, bucket: str, **engine: Any) -> dict[str, A
     return pretraining(data, run_dir, checkpoint=checkpoint, engine=engine or {"type": "local"})
 
 
-def _run_or_say_why(topology: Topology, raw: dict[str, Any]) -> str:
+def _run_and_return_error(topology: Topology, raw: dict[str, Any]) -> str:
     try:
         run(topology, raw)
     except DistftError as error:
@@ -68,28 +66,28 @@ def _run_or_say_why(topology: Topology, raw: dict[str, Any]) -> str:
 
 
 @pytest.mark.ranks
-def test_a_run_on_s3_goes_on_at_another_world_size_and_keeps_its_last_commits(
-    data: Path, tmp_path: Path, s3: S3Server, bucket: str, straight: dict[int, float]
+def test_a_run_on_s3_resumes_at_another_world_size_and_keeps_its_last_commits(
+    data: Path, tmp_path: Path, s3: S3Server, bucket: str, uninterrupted: dict[int, float]
 ) -> None:
-    """Two ranks until their second save fails, then one, to the end."""
+    """Two ranks train until their second save fails, then one rank to the end."""
     with s3.failing(_uploads_of("step_00000008/rank_00001")):
-        said = run_ranks(
-            _run_or_say_why,
+        messages = run_ranks(
+            _run_and_return_error,
             2,
             _on_s3(data, tmp_path, bucket, type="zero", zero_stage=2),
             env={**s3.environment, "AWS_MAX_ATTEMPTS": "2"},
         )
-    for message in said:
+    for message in messages:
         assert message.startswith("UnreachableError: ")
         assert f"{bucket}/runs/a/step_00000008/rank_00001.safetensors: writing failed" in message
         assert "Check the network" in message
     assert committed_steps(f"{bucket}/runs/a") == [4]
     assert len(Checkpoint.open(f"{bucket}/runs/a/step_00000004").manifest.files) == 2
     run(Topology(), _on_s3(data, tmp_path, bucket))
-    assert logged(tmp_path) == pytest.approx(straight, abs=1e-5)
+    assert logged(tmp_path) == pytest.approx(uninterrupted, abs=1e-5)
     assert [event["step"] for event in events(tmp_path) if event["kind"] == "resume"] == [4]
     kept = {f"runs/a/step_{step:08d}" for step in (8, 12)}
-    keys = set(s3.keys(bucket)) - {f"runs/a/{CLAIM}"}
+    keys = set(s3.keys(bucket)) - {f"runs/a/{WRITER_FILE}"}
     assert {key.rpartition("/")[0] for key in keys} == kept
     assert {key.rpartition("/")[2] for key in keys} == {
         "manifest.json",
@@ -100,48 +98,47 @@ def test_a_run_on_s3_goes_on_at_another_world_size_and_keeps_its_last_commits(
 
 
 @pytest.mark.ranks
-def test_two_ranks_go_on_from_what_one_process_left_on_s3(
-    data: Path, tmp_path: Path, s3: S3Server, bucket: str, straight: dict[int, float]
+def test_two_ranks_resume_from_the_s3_checkpoint_of_one_process(
+    data: Path, tmp_path: Path, s3: S3Server, bucket: str, uninterrupted: dict[int, float]
 ) -> None:
     run_until_power_cut(_on_s3(data, tmp_path, bucket), 9)
     assert committed_steps(f"{bucket}/runs/a") == [4, 8]
     raw = _on_s3(data, tmp_path, bucket, type="zero", zero_stage=3)
-    assert run_ranks(_run_or_say_why, 2, raw, env=s3.environment) == ["", ""]
-    assert logged(tmp_path) == pytest.approx(straight, abs=1e-5)
+    assert run_ranks(_run_and_return_error, 2, raw, env=s3.environment) == ["", ""]
+    assert logged(tmp_path) == pytest.approx(uninterrupted, abs=1e-5)
     assert committed_steps(f"{bucket}/runs/a") == [8, 12]
 
 
-def _look_and_delete(topology: Topology, missing: str, root: str) -> list[str]:
-    """What a rank says of two failures that rank 0 alone meets."""
-    store = CheckpointStore(missing, collectives_for(Scenario(stage=1), topology))
-    said = []
+def _search_and_prune(topology: Topology, missing: str, root: str) -> list[str]:
+    """The messages of a rank after a failed search and a failed pruning, both of which run on rank 0."""
+    collectives = collectives_for(Scenario(stage=1), topology)
+    messages = []
     try:
-        store.newest_good()
+        CheckpointStore(missing, collectives).find_latest_valid()
     except UnreachableError as error:
-        said.append(str(error))
-    store.root = root
+        messages.append(str(error))
     try:
-        store.retain(CheckpointConfig(keep_last=1))
+        CheckpointStore(root, collectives).prune(CheckpointConfig(keep_last=1))
     except UnreachableError as error:
-        said.append(str(error))
-    return said
+        messages.append(str(error))
+    return messages
 
 
 @pytest.mark.ranks
-def test_a_fault_of_the_store_that_one_rank_meets_is_raised_on_all(s3: S3Server, bucket: str) -> None:
+def test_a_failed_request_of_one_rank_raises_on_all_ranks(s3: S3Server, bucket: str) -> None:
     store = CheckpointStore(f"{bucket}/run", SingleProcess())
     training = run_alone(Scenario(), 0)
     for step in (1, 2):
         training.run(step)
-        store.save(training.draft())
+        store.save(training.take_snapshot())
     with s3.failing(lambda r: r.method == "DELETE", status=403, code="AccessDenied"):
-        said = run_ranks(_look_and_delete, 2, "s3://misspelt-bucket/run", store.root, env=s3.environment)
-    for first, second in said:
-        assert "no such bucket" in first
-        assert "manifest.json: removing failed" in second
+        messages = run_ranks(_search_and_prune, 2, "s3://misspelt-bucket/run", store.root, env=s3.environment)
+    for search_error, prune_error in messages:
+        assert "no such bucket" in search_error
+        assert "manifest.json: removing failed" in prune_error
 
 
-def test_a_store_that_is_away_ends_the_run_at_its_start(
+def test_an_unreachable_store_ends_the_run_at_its_start(
     data: Path, tmp_path: Path, s3: S3Server, bucket: str
 ) -> None:
     raw = _on_s3(data, tmp_path, bucket)
@@ -155,117 +152,117 @@ def test_a_store_that_is_away_ends_the_run_at_its_start(
 # The store
 
 
+def _latest_valid_step(root: str) -> tuple[int | None, list[str]]:
+    found = CheckpointStore(root, SingleProcess()).find_latest_valid()
+    return None if found.checkpoint is None else found.checkpoint.step, found.complaints
+
+
 @pytest.mark.parametrize("in_background", [True, False])
 @pytest.mark.parametrize("fails", ["rank_00000.safetensors", "manifest.json", "frozen_"])
-def test_a_failed_upload_leaves_the_last_commit_in_force(
+def test_after_a_failed_upload_the_last_commit_is_the_latest_valid(
     s3: S3Server, bucket: str, fails: str, in_background: bool
 ) -> None:
     first = CheckpointStore(f"{bucket}/run", SingleProcess())
     training = run_alone(FROZEN, 1)
     if fails != "frozen_":
-        first.save(training.draft())
+        first.save(training.take_snapshot())
     training.run(2)
     store = CheckpointStore(f"{bucket}/run", SingleProcess())
-    store.newest_good()
-    saver = Saver(store, CheckpointConfig(in_background=in_background))
+    store.resume_from(store.find_latest_valid())
+    saver = CheckpointSaver(store, CheckpointConfig(in_background=in_background))
 
     def save() -> None:
-        saver.save(training.draft())
+        saver.save(training.take_snapshot())
         saver.wait()
 
     with (
-        s3.failing(_uploads_of(fails)) as fault,
+        s3.failing(_uploads_of(fails)) as failure,
         pytest.raises(StorageError, match=f"{fails}.*writing failed"),
     ):
         save()
-    assert fault.num_answered == 8
-    newest, complaints = CheckpointStore(f"{bucket}/run", SingleProcess()).newest_good()
-    assert (None if newest is None else newest.step, complaints) == (None if fails == "frozen_" else 1, [])
+    assert failure.num_answered == 8
+    assert _latest_valid_step(f"{bucket}/run") == (None if fails == "frozen_" else 1, [])
     save()
-    newest, complaints = CheckpointStore(f"{bucket}/run", SingleProcess()).newest_good()
-    assert newest is not None
-    assert (newest.step, complaints) == (2, [])
+    assert _latest_valid_step(f"{bucket}/run") == (2, [])
 
 
-def test_no_commit_is_taken_for_damaged_or_passed_over_because_the_store_is_away(
+def test_while_the_store_is_unreachable_no_commit_is_passed_over_as_damaged(
     s3: S3Server, bucket: str
 ) -> None:
     store = CheckpointStore(f"{bucket}/run", SingleProcess())
     training = run_alone(Scenario(), 0)
     for step in (1, 2):
         training.run(step)
-        store.save(training.draft())
-    for part in ("", "step_00000002/manifest.json", "step_00000002/rank_00000.safetensors"):
+        store.save(training.take_snapshot())
+    for name in ("", "step_00000002/manifest.json", "step_00000002/rank_00000.safetensors"):
 
-        def concerns(request: Request, part: str = part) -> bool:
-            return request.method in {"GET", "HEAD"} and part in request.path
+        def concerns(request: Request, name: str = name) -> bool:
+            return request.method in {"GET", "HEAD"} and name in request.path
 
         with s3.failing(concerns), pytest.raises(UnreachableError):
-            store.newest_good()
+            store.find_latest_valid()
         with s3.failing(concerns, status=403, code="AccessDenied"), pytest.raises(UnreachableError):
-            store.newest_good()
-    newest, complaints = store.newest_good()
-    assert newest is not None
-    assert (newest.step, complaints) == (2, [])
+            store.find_latest_valid()
+    found = store.find_latest_valid()
+    assert found.checkpoint is not None
+    assert (found.checkpoint.step, found.complaints) == (2, [])
     with (
         s3.failing(lambda r: r.method == "GET" and r.path.endswith("rank_00000.safetensors")),
         pytest.raises(UnreachableError),
     ):
-        newest.read("norm.weight", "weight", 0, 3)
+        found.checkpoint.read("norm.weight", "weight", 0, 3)
 
 
-def test_damage_on_s3_is_found_and_the_commit_before_serves(s3: S3Server, bucket: str) -> None:
+def test_damage_on_s3_is_found_and_the_commit_before_it_is_the_latest_valid(
+    s3: S3Server, bucket: str
+) -> None:
     store = CheckpointStore(f"{bucket}/run", SingleProcess())
     training = run_alone(Scenario(), 0)
     for step in (1, 2):
         training.run(step)
-        store.save(training.draft())
+        store.save(training.take_snapshot())
     key = "run/step_00000002/rank_00000.safetensors"
     data = bytearray(storage.read_bytes(f"{bucket}/{key}"))
     data[-1] ^= 1
     s3.client().put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=bytes(data))
-    newest, complaints = store.newest_good()
-    assert newest is not None
-    assert newest.step == 1
+    step, complaints = _latest_valid_step(store.root)
+    assert step == 1
     assert len(complaints) == 1
     s3.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key=key)
-    newest, complaints = store.newest_good()
-    assert newest is not None
-    assert newest.step == 1
+    step, complaints = _latest_valid_step(store.root)
+    assert step == 1
     assert "rank_00000.safetensors is missing" in complaints[0]
 
 
-def test_retention_on_s3_deletes_all_that_nobody_needs_and_keeps_frozen_weights(
-    s3: S3Server, bucket: str
-) -> None:
+def test_pruning_on_s3_deletes_what_is_not_needed_and_keeps_frozen_weights(s3: S3Server, bucket: str) -> None:
     training = run_alone(FROZEN, 1)
     store = CheckpointStore(f"{bucket}/run", SingleProcess())
     for step in (1, 2, 3):
         training.run(step)
-        store.save(training.draft())
+        store.save(training.take_snapshot())
     storage.commit_bytes(f"{bucket}/run/step_00000000/rank_00000.safetensors", b"of a killed writer")
-    assert store.retain(CheckpointConfig(keep_last=1)) == [1, 2]
+    assert store.prune(CheckpointConfig(keep_last=1)) == [1, 2]
     assert sorted(s3.keys(bucket)) == [
         "run/frozen_00000001/rank_00000.safetensors",
         "run/step_00000003/manifest.json",
         "run/step_00000003/rank_00000.safetensors",
     ]
-    assert Checkpoint.open(store.path(3)).faults() == []
+    assert Checkpoint.open(store.path(3)).find_damage() == []
 
 
-def test_a_deletion_that_fails_harms_no_commit(s3: S3Server, bucket: str) -> None:
+def test_a_failed_deletion_damages_no_commit(s3: S3Server, bucket: str) -> None:
     training = run_alone(Scenario(), 0)
     store = CheckpointStore(f"{bucket}/run", SingleProcess())
     for step in (1, 2):
         training.run(step)
-        store.save(training.draft())
+        store.save(training.take_snapshot())
     with (
         s3.failing(lambda r: r.method == "DELETE", status=403, code="AccessDenied"),
         pytest.raises(StorageError, match=r"step_00000001/manifest\.json: removing failed.*delete"),
     ):
-        store.retain(CheckpointConfig(keep_last=1))
+        store.prune(CheckpointConfig(keep_last=1))
     assert committed_steps(f"{bucket}/run") == [1, 2]
-    assert store.retain(CheckpointConfig(keep_last=1)) == [1]
+    assert store.prune(CheckpointConfig(keep_last=1)) == [1]
     assert committed_steps(f"{bucket}/run") == [2]
 
 
@@ -282,12 +279,12 @@ def ranks_option(to: str, ranks: int) -> tuple[object, ...]:
 
 @pytest.fixture
 def saved(bucket: str) -> Training:
-    """Three steps with a frozen part, saved on S3 at steps 2 and 3."""
+    """Three steps with frozen parameters, saved on S3 at steps 2 and 3."""
     store = CheckpointStore(f"{bucket}/run/checkpoints", SingleProcess())
     training = run_alone(FROZEN, 2)
-    store.save(training.draft())
+    store.save(training.take_snapshot())
     training.run(3)
-    store.save(training.draft())
+    store.save(training.take_snapshot())
     return training
 
 
@@ -320,7 +317,7 @@ def test_a_reshard_reads_and_writes_s3(saved: Training, bucket: str, s3: S3Serve
 def test_every_format_is_converted_to_s3_and_back(saved: Training, bucket: str, to: str) -> None:
     target = f"{bucket}/out"
     assert cli("convert", f"{bucket}/run", target, "--to", to, *ranks_option(to, 2)) == 0
-    assert UNFINISHED not in storage.list_names(target)
+    assert UNFINISHED_MARKER not in storage.list_names(target)
     assert open_source(target).format == to
     assert cli("verify", target) == 0
     assert cli("convert", target, f"{bucket}/back", "--to", "distft") == 0
@@ -330,11 +327,13 @@ def test_every_format_is_converted_to_s3_and_back(saved: Training, bucket: str, 
         _assert_same_state(saved, f"{bucket}/back")
 
 
-def test_the_other_tools_take_urls(saved: Training, bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_tools_accept_urls(
+    saved: Training, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = f"{bucket}/run/checkpoints"
     assert cli("plan", f"{bucket}/run", "--ranks", 2) == 0
     assert cli("average", f"{root}/step_00000002", f"{root}/step_00000003", "-o", f"{bucket}/mean") == 0
-    assert Checkpoint.open(f"{bucket}/mean").faults() == []
+    assert Checkpoint.open(f"{bucket}/mean").find_damage() == []
     assert cli("prune", f"{bucket}/run", "--keep-last", 1) == 0
     assert storage.list_names(root) == ["frozen_00000002", "step_00000003"]
     capsys.readouterr()
@@ -344,7 +343,7 @@ def test_the_other_tools_take_urls(saved: Training, bucket: str, capsys: pytest.
 
 
 @pytest.mark.parametrize("to", ["distft", "huggingface"])
-def test_a_conversion_whose_upload_fails_does_not_count_and_can_be_run_again(
+def test_a_conversion_with_a_failed_upload_stays_unfinished_and_can_be_rerun(
     saved: Training, bucket: str, s3: S3Server, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
     def concerns(request: Request) -> bool:
@@ -355,14 +354,14 @@ def test_a_conversion_whose_upload_fails_does_not_count_and_can_be_run_again(
     with s3.failing(concerns, status=403, code="AccessDenied"):
         assert cli(*arguments) == 1
     assert "writing failed: PermissionError" in capsys.readouterr().err
-    assert storage.exists(f"{bucket}/out/{UNFINISHED}")
+    assert storage.exists(f"{bucket}/out/{UNFINISHED_MARKER}")
     assert cli(*arguments) == 0
-    assert not storage.exists(f"{bucket}/out/{UNFINISHED}")
+    assert not storage.exists(f"{bucket}/out/{UNFINISHED_MARKER}")
     assert cli("diff", f"{bucket}/run", f"{bucket}/out", "--state", "weight") == 0
     assert saved.step == 3
 
 
-def test_a_store_that_is_away_is_told_by_the_tools_in_a_line(
+def test_the_tools_report_an_unreachable_store_in_one_line(
     saved: Training, bucket: str, s3: S3Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with s3.failing(lambda r: r.method == "GET" and r.path.endswith("rank_00000.safetensors")):

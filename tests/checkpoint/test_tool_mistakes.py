@@ -1,71 +1,73 @@
-"""What `distft checkpoint` says of damage, of what is missing, and of what it is not asked well for."""
+"""Messages of `distft checkpoint` on damage, missing files and wrong options."""
 
 import json
 from pathlib import Path
 
 import pytest
-from engine_scenarios import Training
-from small_runs import pretraining
-from tool_calls import cli, flip, path_of
+from support.checkpoint_cli import SavedTraining, cli
+from support.damage import flip_bit
+from support.small_runs import pretraining
 
 from distft.checkpoint.formats.detect import open_source
 from distft.cli.main import main
 
 
-def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_refuses_a_path_without_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli("inspect", tmp_path / "nowhere") == 2
     assert "does not exist" in capsys.readouterr().err
     (tmp_path / "notes.txt").write_text("no checkpoint")
     assert cli("inspect", tmp_path) == 2
-    assert "It holds notes.txt" in capsys.readouterr().err
+    assert "It contains notes.txt" in capsys.readouterr().err
 
 
-def test_states_that_are_not_there_are_not_compared_in_silence(
-    saved: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_diff_refuses_states_that_neither_checkpoint_has(
+    saved: SavedTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli("diff", path_of(saved), path_of(saved), "--state", "wieght") == 2
-    assert "--state wieght is none of weight, exp_avg, exp_avg_sq." in capsys.readouterr().err
-    assert cli("convert", path_of(saved), tmp_path / "hf", "--to", "huggingface") == 0
+    assert cli("diff", saved.path, saved.path, "--state", "wieght") == 2
+    assert "--state must be one of weight, exp_avg, exp_avg_sq, not wieght." in capsys.readouterr().err
+    assert cli("convert", saved.path, tmp_path / "hf", "--to", "huggingface") == 0
     assert cli("diff", tmp_path / "hf", tmp_path / "hf", "--state", "exp_avg") == 2
     assert "Nothing was compared: neither " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", [4, None])  # of a flipped byte: in a piece's text; the file is gone
-def test_a_damaged_tokenizer_is_a_damaged_checkpoint(
-    copied_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: int | None
+@pytest.mark.parametrize("flipped_byte", [4, None])  # in a piece's text; None: the file is removed
+def test_a_checkpoint_with_a_damaged_tokenizer_is_refused(
+    copied_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flipped_byte: int | None
 ) -> None:
     assert cli("verify", copied_run) == 0
     tokenizer = copied_run / "checkpoints" / "step_00000004" / "tokenizer.model"
-    if place is None:
+    if flipped_byte is None:
         tokenizer.unlink()
-        fault = f"{tokenizer} is missing; another commit of the run has it"
+        damage = f"{tokenizer} is missing; another commit of the run has it"
     else:
-        flip(tokenizer, place)
-        fault = f"{tokenizer} is damaged: its fingerprint is "
+        flip_bit(tokenizer, flipped_byte)
+        damage = f"{tokenizer} is damaged: its fingerprint is "
     capsys.readouterr()
     assert cli("verify", copied_run) == 1
-    assert fault in capsys.readouterr().out
+    assert damage in capsys.readouterr().out
     for to in ("distft", "huggingface"):
         assert cli("convert", copied_run, tmp_path / "out", "--to", to) == 2
-        assert fault in capsys.readouterr().err
+        assert damage in capsys.readouterr().err
     assert main(["generate", str(copied_run)]) == 2
-    told = capsys.readouterr().err
-    assert fault in told
-    assert "tokenizer train" not in told
+    message = capsys.readouterr().err
+    assert damage in message
+    assert "tokenizer train" not in message
     raw = pretraining(tmp_path, tmp_path / "new", init_from=str(copied_run))
     (tmp_path / "new.yaml").write_text(json.dumps(raw))
     assert main(["config", "check", str(tmp_path / "new.yaml")]) == 2
-    assert f"init_from: {fault}" in capsys.readouterr().err
+    assert f"init_from: {damage}" in capsys.readouterr().err
     assert cli("verify", tokenizer.parent.parent / "step_00000002") == 0
 
 
 @pytest.mark.parametrize("between", ["universal", "deepspeed"])
-def test_a_foreign_format_needs_no_dtype_to_become_deepspeeds(
-    saved: Training, tmp_path: Path, between: str
+def test_converting_a_foreign_format_to_deepspeed_needs_no_dtype(
+    saved: SavedTraining, tmp_path: Path, between: str
 ) -> None:
-    assert cli("convert", path_of(saved), tmp_path / "between", "--to", between) == 0
+    assert cli("convert", saved.path, tmp_path / "between", "--to", between) == 0
     assert cli("convert", tmp_path / "between", tmp_path / "out", "--to", "deepspeed", "--ranks", 2) == 0
-    assert cli("diff", path_of(saved), tmp_path / "out") == 0
+    assert cli("diff", saved.path, tmp_path / "out") == 0
     assert open_source(str(tmp_path / "out")).manifest.written_by["param_dtype"] == "fp32"
 
 
@@ -82,47 +84,44 @@ def test_a_foreign_format_needs_no_dtype_to_become_deepspeeds(
         ("huggingface", "config.json"),
     ],
 )
-def test_verify_exits_with_1_for_what_is_damaged_in_any_format(
-    saved: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, damaged: str
+def test_verify_exits_with_1_for_damage_in_any_format(
+    saved: SavedTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, damaged: str
 ) -> None:
-    assert cli("convert", path_of(saved), tmp_path / "out", "--to", to) == 0
+    assert cli("convert", saved.path, tmp_path / "out", "--to", to) == 0
     assert cli("verify", tmp_path / "out") == 0
     file = tmp_path / "out" / damaged
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     capsys.readouterr()
     assert cli("verify", tmp_path / "out", "--json") == 1
-    faults = json.loads(capsys.readouterr().out)["faults"]
-    assert faults
-    assert str(tmp_path / "out") in faults[0]
-    if file.name in {"manifest.json", "config.json"}:  # by which the format is known
+    damage = json.loads(capsys.readouterr().out)["faults"]
+    assert damage
+    assert str(tmp_path / "out") in damage[0]
+    if file.name in {"manifest.json", "config.json"}:  # the format is detected by it
         return
     file.unlink()
     assert cli("verify", tmp_path / "out") == 1
     assert str(tmp_path / "out") in capsys.readouterr().out
 
 
-def test_verify_exits_with_2_for_what_is_not_read_here(
-    saved: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_verify_exits_with_2_for_an_unsupported_format(
+    saved: SavedTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli("convert", path_of(saved), tmp_path / "ds", "--to", "deepspeed") == 0
+    assert cli("convert", saved.path, tmp_path / "ds", "--to", "deepspeed") == 0
     (tmp_path / "ds" / "global_step3" / "layer_00-model_states.pt").touch()
-    assert cli("convert", path_of(saved), tmp_path / "ours", "--to", "distft") == 0
-    newer = {"format_version": 2}
-    (tmp_path / "ours" / "manifest.json").write_text(json.dumps(newer))
+    assert cli("convert", saved.path, tmp_path / "newer", "--to", "distft") == 0
+    (tmp_path / "newer" / "manifest.json").write_text(json.dumps({"format_version": 2}))
     capsys.readouterr()
-    for path, told in {
+    for path, message in {
         "nowhere": "does not exist",
-        "ds": "which are not read here",
-        "ours": "upgrade distft",
-        "ours/manifest.json": "is a file: name the directory",
+        "ds": "which distft does not read",
+        "newer": "upgrade distft",
+        "newer/manifest.json": "is a file: name the directory",
     }.items():
         assert cli("verify", tmp_path / path) == 2, path
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_inspect_marks_the_files_that_are_missing(
-    copied_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_marks_missing_files(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commit = copied_run / "checkpoints" / "step_00000004"
     assert cli("inspect", copied_run) == 0
     assert "MISSING" not in capsys.readouterr().out
@@ -138,26 +137,26 @@ def test_inspect_marks_the_files_that_are_missing(
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_a_step_without_a_manifest_is_told_to_be_a_draft(
+def test_a_step_without_a_manifest_is_reported_as_uncommitted(
     copied_run: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    draft = copied_run / "checkpoints" / "step_00000004"
-    (draft / "manifest.json").unlink()
-    for path in (copied_run, draft.parent):
+    step = copied_run / "checkpoints" / "step_00000004"
+    (step / "manifest.json").unlink()
+    for path in (copied_run, step.parent):
         assert cli(command, path) == 0
-        said = capsys.readouterr()
-        assert said.err.startswith(f"note: {draft} is uncommitted: it has no manifest.json.\n")
-        assert "step_00000002" in said.out
-    assert cli(command, draft) == 2
-    told = capsys.readouterr().err
-    assert f"{draft} is a draft: its manifest.json is missing" in told
-    assert "step_00000002" in told
-    (draft.parent / "step_00000002" / "manifest.json").unlink()
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"note: {step} is uncommitted: it has no manifest.json.\n")
+        assert "step_00000002" in printed.out
+    assert cli(command, step) == 2
+    message = capsys.readouterr().err
+    assert f"{step} is uncommitted: its manifest.json is missing" in message
+    assert "step_00000002" in message
+    (step.parent / "step_00000002" / "manifest.json").unlink()
     assert cli(command, copied_run) == 2
-    assert f"{draft} is uncommitted: it has no manifest.json." in capsys.readouterr().err
+    assert f"{step} is uncommitted: it has no manifest.json." in capsys.readouterr().err
 
 
-def test_an_average_says_what_it_is_of_and_keeps_the_configuration_that_there_is(
+def test_average_prints_its_sources_and_keeps_the_only_configuration(
     copied_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli("convert", copied_run, tmp_path / "hf", "--to", "huggingface") == 0
@@ -173,22 +172,31 @@ def test_an_average_says_what_it_is_of_and_keeps_the_configuration_that_there_is
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "choices"),
     [
-        ("--to", "hf", "--to hf is none of distft, deepspeed, universal, huggingface."),
-        ("--dtype", "int8", "--dtype int8 is none of fp32, bf16, fp16."),
-        ("--architecture", "gpt3", "--architecture gpt3 is none of llama, mistral, qwen2, qwen3, gpt2."),
+        ("--to", "hf", "distft, deepspeed, universal, huggingface"),
+        ("--dtype", "int8", "fp32, bf16, fp16"),
+        (
+            "--architecture",
+            "gpt3",
+            "llama, mistral, qwen2, qwen3, gpt2",
+        ),
     ],
 )
-def test_a_choice_that_is_none_is_told_by_its_option(
-    saved: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, told: str
+def test_an_unknown_choice_is_refused_with_the_known_ones(
+    saved: SavedTraining,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    choices: str,
 ) -> None:
     more = () if option == "--to" else ("--to", "huggingface")
-    assert cli("convert", path_of(saved), tmp_path / "out", *more, option, value) == 2
-    assert told in capsys.readouterr().err
+    assert cli("convert", saved.path, tmp_path / "out", *more, option, value) == 2
+    assert f"{option} must be one of {choices}, not {value}." in capsys.readouterr().err
 
 
-def test_a_target_within_the_run_that_is_read_is_refused(
+def test_a_target_within_the_source_run_is_refused(
     copied_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commits = copied_run / "checkpoints"
@@ -205,9 +213,9 @@ def test_a_target_within_the_run_that_is_read_is_refused(
     assert sorted(copied_run.rglob("*")) == before
 
 
-def test_prune_counts_in_words_that_fit(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = []
+def test_prune_uses_singular_and_plural(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
     for keep in (2, 1):
         assert cli("prune", copied_run, "--keep-last", keep) == 0
-        said.append(capsys.readouterr().out.partition(": ")[2])
-    assert said == ["no step is gone; steps 2, 4 stay.\n", "step 2 is gone; step 4 stays.\n"]
+        printed.append(capsys.readouterr().out.partition(": ")[2])
+    assert printed == ["no step is gone; steps 2, 4 stay.\n", "step 2 is gone; step 4 stays.\n"]

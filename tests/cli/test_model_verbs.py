@@ -1,4 +1,4 @@
-"""`distft evaluate`, `generate` and `train` as a user calls them, on a run of their own."""
+"""`distft evaluate`, `generate`, `config check` and `checkpoint convert` on a trained run."""
 
 import json
 import shlex
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_runs import events, make_text_data, pretraining, run
+from support.small_runs import events, make_text_data, pretraining, run
 
 from distft.cli.main import main
 from distft.topology import Topology
@@ -19,14 +19,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps that looks at its validation data on the way."""
+    """A run of four steps with an evaluation every two."""
     run_dir = tmp_path_factory.mktemp("trained")
     run(Topology(), pretraining(data, run_dir, train={"max_steps": 4}, evaluation={"every_steps": 2}))
     return run_dir
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate"])
-def test_what_is_no_run_is_told_for_what_it_is(
+def test_a_foreign_checkpoint_is_refused_by_its_format(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     for kind in ("huggingface", "deepspeed", "universal"):
@@ -34,36 +34,36 @@ def test_what_is_no_run_is_told_for_what_it_is(
         assert main(["checkpoint", "convert", str(trained), target, "--to", kind]) == 0
         capsys.readouterr()
         assert main([verb, target]) == 2
-        told = capsys.readouterr().err
-        assert f"{target} is a {kind} checkpoint" in told
-        assert "name it in init_from of a configuration" in told
+        message = capsys.readouterr().err
+        assert f"{target} is a {kind} checkpoint" in message
+        assert "name it in init_from of a configuration" in message
     assert main([verb, str(tmp_path / "nowhere")]) == 2
     assert f"{tmp_path}/nowhere does not exist." in capsys.readouterr().err
 
 
-def test_a_wrong_setting_of_an_evaluation_is_told_by_its_key(
+def test_a_wrong_setting_of_an_evaluation_is_reported_with_its_key(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(trained), "validation.path=x"]) == 2
-    place, fault = capsys.readouterr().err.splitlines()
-    assert place == f"config error: In the configuration of {trained}/checkpoints/step_00000004:"
-    assert fault.startswith("validation.path='x' is not a setting.")
+    where, problem = capsys.readouterr().err.splitlines()
+    assert where == f"config error: In the configuration of {trained}/checkpoints/step_00000004:"
+    assert problem.startswith("validation.path='x' is not a setting.")
 
 
-def test_without_validation_data_the_example_that_is_told_serves_in_a_shell(
+def test_the_example_in_the_message_about_missing_validation_data_works_in_a_shell(
     data: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(trained), "validation=null"]) == 2
-    told = capsys.readouterr().err
-    assert "has no validation data: name some, such as " in told
-    assert "every_steps" not in told
-    example = told.partition("such as ")[2].strip().removesuffix(".")
+    message = capsys.readouterr().err
+    assert "has no validation data: name some, such as " in message
+    assert "every_steps" not in message
+    example = message.partition("such as ")[2].strip().removesuffix(".")
     held_out = str(data / "shards" / "validation")
     arguments = [argument.replace("held_out", held_out) for argument in shlex.split(example)]
     assert main(["evaluate", str(trained), "validation=null", *arguments]) == 0
 
 
-def test_the_example_of_the_help_serves_for_tokens(
+def test_the_example_in_the_help_works_for_tokens(
     data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
@@ -73,7 +73,7 @@ def test_the_example_of_the_help_serves_for_tokens(
     assert main(["evaluate", str(trained), f"{example[:-6]}{data}/shards/validation"]) == 0
 
 
-def test_a_checkpoint_to_start_from_that_is_not_there_is_the_one_fault_that_is_told(
+def test_a_missing_init_from_is_the_only_reported_error(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = pretraining(
@@ -89,20 +89,20 @@ def test_a_checkpoint_to_start_from_that_is_not_there_is_the_one_fault_that_is_t
     assert capsys.readouterr().err == f"checkpoint error: init_from: {tmp_path}/nowhere does not exist.\n"
 
 
-@pytest.mark.parametrize(("max_steps", "is_told"), [(3, True), (4, False)])
-def test_a_run_that_is_beyond_its_last_step_says_so(
-    data: Path, trained: Path, tmp_path: Path, max_steps: int, is_told: bool
+@pytest.mark.parametrize(("max_steps", "is_beyond"), [(3, True), (4, False)])
+def test_a_run_resumed_beyond_max_steps_says_so_in_its_event(
+    data: Path, trained: Path, tmp_path: Path, max_steps: int, is_beyond: bool
 ) -> None:
     shutil.copytree(trained, tmp_path / "run")
     run(Topology(), pretraining(data, tmp_path / "run", train={"max_steps": max_steps}))
     (event,) = [event for event in events(tmp_path / "run") if event["kind"] == "nothing_to_do"]
-    assert ("beyond" in event.get("reason", "")) == is_told
+    assert ("beyond" in event.get("reason", "")) == is_beyond
 
 
-def test_files_of_deepspeed_go_to_transformers_with_a_configuration(
+def test_deepspeed_files_convert_to_huggingface_with_a_run_configuration(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They do not say what their model is like; weights and description are then those of a direct export."""
+    """DeepSpeed files do not describe the model. The result equals a direct export."""
     foreign, direct, target = (str(tmp_path / name) for name in ("deepspeed", "direct", "target"))
     to_transformers = ["--to", "huggingface", "--dtype", "fp32"]
     assert main(["checkpoint", "convert", str(trained), foreign, "--to", "deepspeed"]) == 0
@@ -113,7 +113,7 @@ def test_files_of_deepspeed_go_to_transformers_with_a_configuration(
     assert main(["checkpoint", "convert", foreign, target, *to_transformers, *known]) == 0
     assert Path(target, "model.safetensors").read_bytes() == Path(direct, "model.safetensors").read_bytes()
     described, expected = (json.loads(Path(path, "config.json").read_text()) for path in (target, direct))
-    ids = {key for key in expected if key.endswith("_token_id")}  # of the tokenizer, which is not there
+    ids = {key for key in expected if key.endswith("_token_id")}  # from the tokenizer, which is missing here
     assert {key for key in expected if described[key] != expected[key]} <= ids
     assert main(["checkpoint", "convert", str(trained), str(tmp_path / "x"), *to_transformers, *known]) == 2
     assert "leave --run-config out" in capsys.readouterr().err

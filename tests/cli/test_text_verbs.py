@@ -1,4 +1,4 @@
-"""What kind of corpus the arguments of the command line mean."""
+"""Corpus arguments of the command line, and the output of `distft tokenize`."""
 
 from pathlib import Path
 
@@ -17,26 +17,26 @@ def mixed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "kind"), [("*.txt", "text"), ("*.jsonl*", "jsonl"), ("*.parquet", "parquet")]
+    ("pattern", "corpus_type"), [("*.txt", "text"), ("*.jsonl*", "jsonl"), ("*.parquet", "parquet")]
 )
-def test_the_kind_is_told_by_the_endings(mixed: Path, pattern: str, kind: str) -> None:
+def test_suffixes_determine_the_corpus_type(mixed: Path, pattern: str, corpus_type: str) -> None:
     for paths in ([str(mixed / pattern)], [str(path) for path in mixed.glob(pattern)]):
-        assert corpus_from_arguments(paths, "text", "file").type == kind
+        assert corpus_from_arguments(paths, "text", "file").type == corpus_type
 
 
 @pytest.mark.parametrize("name", ["", "*", "[ab]*"])
-def test_kinds_that_are_mixed_are_refused_and_none_is_passed_over(mixed: Path, name: str) -> None:
+def test_mixed_types_are_refused_and_no_file_is_skipped(mixed: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"CORPUS mixes jsonl( and parquet)? and text files"):
         corpus_from_arguments([str(mixed / name)], "text", "file")
 
 
-@pytest.mark.parametrize(("texts", "told"), [(["a"], "1 document "), (["a", "b"], "2 documents ")])
-def test_documents_are_counted_in_words_that_fit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: list[str], told: str
+@pytest.mark.parametrize(("texts", "counted"), [(["a"], "1 document "), (["a", "b"], "2 documents ")])
+def test_tokenize_prints_document_in_singular_or_plural(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: list[str], counted: str
 ) -> None:
     for text in texts:
         (tmp_path / f"{text}.txt").write_text(f"{text} few words of text")
     corpus, model = str(tmp_path / "*.txt"), str(tmp_path / "a.model")
     assert main(["tokenizer", "train", corpus, "-o", model, "--algorithm", "char"]) == 0
     assert main(["tokenize", corpus, "-t", model, "-o", str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert f" tokens of {told}(" in capsys.readouterr().out
+    assert f" tokens of {counted}(" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A project as users submit it, and a real cluster of two nodes: one of each for a file of tests."""
+"""A project directory as users submit it, and a real cluster of two nodes, made once per test file."""
 
 import os
 import shutil
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_nodes import free_port
-from small_runs import make_text_data, pretraining
+from support.ports import free_port
+from support.small_runs import make_text_data, pretraining
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as users submit it: launch/, data/, a configuration with relative paths."""
+    """A directory with launch/, data/, and a configuration with relative paths."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     make_text_data(folder / "data")
@@ -30,7 +30,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of everything that is started here: a home of its own, this Python, and no cluster by accident."""
+    """The environment of processes that tests start: an empty home, this Python, and no cluster's address."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DISTFT_"))}
     return {
         **kept,
@@ -44,7 +44,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def cluster(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The environment of a client of a cluster of two nodes; `dashboard` in it takes jobs."""
+    """The environment of a driver on a cluster of two nodes; its entry `dashboard` is the dashboard's URL."""
     port = free_port()
     command = [sys.executable, str(HERE / "two_nodes.py"), str(port)]
     with subprocess.Popen(

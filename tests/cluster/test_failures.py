@@ -1,14 +1,14 @@
-"""Of several ranks that fail together, the cause is told, in the words of whoever foresaw it."""
+"""Of several ranks that fail together, the cause is found, and its error message kept."""
 
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from distft.cluster.failures import FailureWatch, explain, root_cause
+from distft.cluster.driver.failures import FailureCallback, explain, root_cause
 from distft.errors import (
     ConfigError,
     DataError,
@@ -20,13 +20,13 @@ from distft.errors import (
     TrainingError,
 )
 from distft.tracker import EVENTS_FILE, EventLog, read_lines
-from distft.watch.verdict import HANG
+from distft.watch.hang_detection import HANG
 
 LOST_PEER = TrainingError("RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:3711")
-ACCUSATION = TrainingError("rank 1 (node4, pid 12) has not answered for 12 s, in step 7, forward")
+HANG_REPORT = TrainingError("rank 1 (node4, pid 12) has not answered for 12 s, in step 7, forward")
 BY_DISTANCE = [
     DataError("a bad row"),
-    ACCUSATION,
+    HANG_REPORT,
     ActorDiedError(),
     TrainingError("ValueError: a bug"),
     LOST_PEER,
@@ -41,7 +41,7 @@ def test_the_cause_is_found_whatever_its_rank(order: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told", "helps"),
+    ("error", "expected", "is_retryable"),
     [
         (DataError("a bad row"), DataError("a bad row"), False),
         (ConfigError("a bad key"), ConfigError("a bad key"), False),
@@ -50,70 +50,76 @@ def test_the_cause_is_found_whatever_its_rank(order: tuple[int, ...]) -> None:
         (TrainingError("rank 1: no finite loss"), TrainingError("rank 1: no finite loss"), True),
         (KeyError("x"), TrainingError("rank 3: KeyError: 'x'"), True),
         (
-            WorkerHealthCheckTimeoutError("a wall of text"),
-            LaunchError("rank 3 does not answer Ray: its process is stopped, or hangs in C."),
+            WorkerHealthCheckTimeoutError("several lines\nof text"),
+            LaunchError("rank 3 does not answer Ray: its process is stopped, or hangs in native code."),
             True,
         ),
         (SupersededError("another start"), SupersededError("another start"), False),
         (StorageError("no space left"), StorageError("rank 3: no space left"), True),
     ],
 )
-def test_a_failure_keeps_its_kind_and_says_its_rank_where_that_tells_something(
-    error: Exception, told: DistftError, helps: bool
+def test_a_failure_keeps_its_class_and_names_its_rank_unless_every_rank_would_raise_it(
+    error: Exception, expected: DistftError, is_retryable: bool
 ) -> None:
     failure = root_cause({3: error})
-    assert (type(failure.as_distft_error()), str(failure.as_distft_error())) == (type(told), str(told))
-    assert failure.helps_if_tried_again is helps
+    assert (type(failure.as_distft_error()), str(failure.as_distft_error())) == (
+        type(expected),
+        str(expected),
+    )
+    assert failure.is_retryable is is_retryable
 
 
-def test_a_worker_that_died_has_a_short_obituary() -> None:
-    message = str(explain(WorkerGroupError("a wall of text", {2: ActorDiedError()}), "2 workers"))
+def test_the_death_of_a_worker_is_described_in_one_line() -> None:
+    message = str(explain(WorkerGroupError("several lines\nof text", {2: ActorDiedError()}), "2 workers"))
     assert message.startswith("rank 2 died")
     assert "\n" not in message
-    assert "memory" in str(root_cause({0: OutOfMemoryError("a wall of text")}).as_distft_error())
+    assert "memory" in str(root_cause({0: OutOfMemoryError("several lines\nof text")}).as_distft_error())
 
 
-def test_an_error_of_ours_comes_out_of_the_controller_unchanged() -> None:
-    ours = DataError("a bad row")
-    assert explain(ControllerError(ControllerError(ours)), "2 workers") is ours
+def test_a_distft_error_comes_out_of_the_controller_unchanged() -> None:
+    error = DataError("a bad row")
+    assert explain(ControllerError(ControllerError(error)), "2 workers") is error
 
 
-def test_what_ray_says_of_another_process_is_cut_to_what_went_wrong() -> None:
+def test_rays_message_about_another_process_is_cut_to_the_error() -> None:
     error = ControllerError(
         RuntimeError("ray::Worker.run\n  File x\nModuleNotFoundError: No module named 'a'")
     )
-    told = explain(error, "2 workers")
-    assert isinstance(told, LaunchError)
-    assert str(told) == "Ray could not run 2 workers: RuntimeError: ModuleNotFoundError: No module named 'a'"
+    explained = explain(error, "2 workers")
+    assert isinstance(explained, LaunchError)
+    message = "Ray could not run 2 workers: RuntimeError: ModuleNotFoundError: No module named 'a'"
+    assert str(explained) == message
 
 
-class _Mailbox:
-    """Takes what a watch tells the driver."""
+class FakeMailbox:
+    """Records the text that a FailureCallback writes to the driver."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
-        self.write = self.ended = self
+        self.written: list[str] = []
+        self.write = self.workers_ended = self
 
     def remote(self, *arguments: str) -> None:
-        self.told += arguments[1:]
+        self.written += arguments[1:]
 
 
-def test_a_rank_that_was_seen_to_hang_is_the_fault_whoever_ray_saw_end(tmp_path: Path) -> None:
-    """Once: of an earlier life nothing is told again."""
+def test_a_logged_hang_is_the_cause_whichever_rank_ray_saw_die(tmp_path: Path) -> None:
+    """But not a hang before the last start of the workers."""
     about = {"reason": "silent", "step": 7, "phase": "forward", "silent_s": 12.0, "unmoved_s": 12.0}
     log = EventLog(tmp_path)
     log.write("start", step=0)
     log.write(HANG, rank=1, host="node4", pid=12, stack=["loop.py:173 _one_step"], **about)
     log.close()
-    mailbox = _Mailbox()
-    watch = FailureWatch(mailbox, max_failures=3, run_dir=str(tmp_path), checkpoints=str(tmp_path / "none"))
-    watch.after_exception(None, {0: ActorDiedError()})
-    assert "rank 1 (node4, pid 12) has not answered for 12.0 s, in step 7, forward" in mailbox.told[0]
-    assert "loop.py:173 _one_step" in mailbox.told[0]
+    mailbox = FakeMailbox()
+    callback = FailureCallback(
+        mailbox, max_failures=3, run_dir=str(tmp_path), checkpoints=str(tmp_path / "none")
+    )
+    callback.after_exception(None, {0: ActorDiedError()})
+    assert "rank 1 (node4, pid 12) has not answered for 12.0 s, in step 7, forward" in mailbox.written[0]
+    assert "loop.py:173 _one_step" in mailbox.written[0]
     log = EventLog(tmp_path)
     log.write("resume", step=5)
     log.close()
-    watch.after_exception(None, {0: ActorDiedError()})
+    callback.after_exception(None, {0: ActorDiedError()})
     first, second = (event for event in read_lines(tmp_path / EVENTS_FILE) if event["kind"] == "fault")
     assert (first["rank"], first["reason"].endswith("in step 7, forward")) == (1, True)
     assert (second["rank"], "died" in second["reason"]) == (0, True)

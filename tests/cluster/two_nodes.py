@@ -1,13 +1,13 @@
-"""A Ray cluster of two nodes with one CPU each, until stdin ends: `python two_nodes.py DASHBOARD_PORT`.
+"""Runs a Ray cluster of two nodes with one CPU each until stdin ends: `python two_nodes.py DASHBOARD_PORT`.
 
-Prints its address once it stands. The processes are children of this one, and end with it.
+Prints the cluster's address once it is up. The nodes are child processes, and end with this one.
 """
 
 import sys
 
 from ray.cluster_utils import Cluster
 
-# By default every head's agent wants the same port; without it, it takes no jobs.
+# By default the agents of all heads use the same port; an agent without its port takes no jobs.
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "dashboard_agent_listen_port": 0}
 
 

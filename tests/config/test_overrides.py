@@ -1,4 +1,4 @@
-"""Overrides set what they name, nothing else, and say when they cannot."""
+"""An override sets the key that it names and nothing else; an impossible one is an error."""
 
 import copy
 from typing import Any
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distft.config import apply_overrides
-from distft.config.keys import join_key, split_key
+from distft.config.overrides import join_key, split_key
 from distft.config.yaml_text import to_yaml
 from distft.errors import ConfigError
 
@@ -21,32 +21,32 @@ trees = st.dictionaries(
 )
 
 
-def leaves_of(tree: Any, *parts: str) -> list[tuple[tuple[str, ...], Any]]:
+def leaves_of(tree: Any, *keys: str) -> list[tuple[tuple[str, ...], Any]]:
     if not isinstance(tree, dict):
-        return [(parts, tree)]
-    return [leaf for name, item in tree.items() for leaf in leaves_of(item, *parts, name)]
+        return [(keys, tree)]
+    return [leaf for name, item in tree.items() for leaf in leaves_of(item, *keys, name)]
 
 
 @given(trees)
-def test_a_configuration_is_the_sum_of_its_overrides(tree: dict[str, Any]) -> None:
-    overrides = [f"{join_key(parts)}={to_yaml(leaf)}" for parts, leaf in leaves_of(tree)]
+def test_overrides_of_all_leaves_reproduce_a_configuration(tree: dict[str, Any]) -> None:
+    overrides = [f"{join_key(keys)}={to_yaml(leaf)}" for keys, leaf in leaves_of(tree)]
     assert apply_overrides({}, overrides) == tree
 
 
 @given(st.lists(names, min_size=1))
-def test_a_joined_key_splits_into_its_parts(parts: list[str]) -> None:
-    assert split_key(join_key(parts)) == parts
+def test_a_joined_key_splits_into_its_names(keys: list[str]) -> None:
+    assert split_key(join_key(keys)) == keys
 
 
 @given(trees, st.data())
 def test_an_override_changes_one_leaf_and_leaves_the_original_alone(tree: dict[str, Any], data: Any) -> None:
     if not (found := leaves_of(tree)):
         return
-    parts, _ = data.draw(st.sampled_from(found))
+    keys, _ = data.draw(st.sampled_from(found))
     before = copy.deepcopy(tree)
-    changed = dict(leaves_of(apply_overrides(tree, [f"{join_key(parts)}=other"])))
+    changed = dict(leaves_of(apply_overrides(tree, [f"{join_key(keys)}=other"])))
     assert tree == before
-    assert changed == {**dict(found), parts: "other"}
+    assert changed == {**dict(found), keys: "other"}
 
 
 def test_values_are_yaml_and_the_last_one_wins() -> None:
@@ -54,13 +54,13 @@ def test_values_are_yaml_and_the_last_one_wins() -> None:
     assert raw == {"a": {"b": None, "c": [1, "x"]}, "d": 2, "e": None, "f": "a=b", "g": "1"}
 
 
-def test_list_elements_go_by_index() -> None:
+def test_list_elements_are_addressed_by_index() -> None:
     raw = {"data": {"sources": [{"path": "a"}, None]}}
     changed = apply_overrides(raw, ["data.sources.0.path=x", "data.sources.1.path=y"])
     assert changed == {"data": {"sources": [{"path": "x"}, {"path": "y"}]}}
 
 
-def test_all_faulty_overrides_are_told_at_once() -> None:
+def test_all_wrong_overrides_are_reported_at_once() -> None:
     raw = {"a": 1, "list": [1, 2], "empty": []}
     bad = ["a", "=1", "a..b=1", '"a=1', "a.b=1", "list.2=1", "list.-1=1", "list.x.y=1", "empty.0=1", "a=[1"]
     with pytest.raises(ConfigError) as caught:
@@ -68,6 +68,6 @@ def test_all_faulty_overrides_are_told_at_once() -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == len(bad)
     assert "write key=value" in lines[0]
-    assert lines[4] == "a.b cannot be set: a=1 has no parts."
+    assert lines[4] == "a.b cannot be set: a=1 is not a mapping."
     assert "0 to 1" in lines[5]
     assert lines[9].startswith("the value of a, line 1, column 3")

@@ -1,4 +1,4 @@
-"""Settings come back from YAML as they were, and all faults are told at once."""
+"""Settings round trip through YAML, and all wrong settings are reported at once."""
 
 import math
 from pathlib import Path
@@ -57,7 +57,7 @@ class Run(Settings):
         return self
 
 
-def faults(raw: Any, where: str = "") -> list[str]:
+def problems(raw: Any, where: str = "") -> list[str]:
     with pytest.raises(ConfigError) as caught:
         parse(Run, raw, where=where)
     return str(caught.value).splitlines()
@@ -88,7 +88,7 @@ runs = st.builds(
 
 
 @given(runs)
-def test_settings_come_back_equal_from_their_yaml(run: Run) -> None:
+def test_settings_round_trip_through_yaml(run: Run) -> None:
     assert parse(Run, parse_yaml(dump_yaml(run))) == run
 
 
@@ -98,7 +98,7 @@ def test_settings_parse_to_themselves(run: Run) -> None:
     assert parse(Run, run.model_dump()) == run
 
 
-def test_every_fault_has_a_line_with_key_value_and_remedy() -> None:
+def test_every_problem_has_a_line_with_key_value_and_remedy() -> None:
     raw = {
         "optim": {"lr": "fast", "schedule": {"type": "cosine", "warmup_step": 3, "final_factor": 3}},
         "sources": [{"path": "a"}, {"path": "b", "weightt": 2}],
@@ -106,7 +106,7 @@ def test_every_fault_has_a_line_with_key_value_and_remedy() -> None:
         "seed": "3",
         "compile": "yes",
     }
-    assert faults(raw) == [
+    assert problems(raw) == [
         "optim.lr='fast': Input should be a valid number.",
         "optim.schedule.warmup_steps is missing: it has no default.",
         "optim.schedule.final_factor=3: Input should be less than or equal to 1.",
@@ -119,69 +119,69 @@ def test_every_fault_has_a_line_with_key_value_and_remedy() -> None:
 
 
 @pytest.mark.parametrize("value", ["3", 3.0, True, [3], {"a": 3}])
-def test_what_is_no_integer_is_not_made_one(value: Any) -> None:
-    (fault,) = faults({"max_steps": value})
-    assert fault.startswith("max_steps")
-    assert "integer" in fault
+def test_other_types_are_not_converted_to_integers(value: Any) -> None:
+    (problem,) = problems({"max_steps": value})
+    assert problem.startswith("max_steps")
+    assert "integer" in problem
 
 
-def test_a_whole_float_for_an_integer_is_told_how_to_be_written() -> None:
-    assert faults({"max_steps": 1e6}) == [
+def test_a_whole_float_for_an_integer_is_an_error_that_shows_the_integer() -> None:
+    assert problems({"max_steps": 1e6}) == [
         "max_steps=1000000.0: Input should be a valid integer; write 1000000."
     ]
 
 
-def test_integers_do_for_floats_and_lists_for_tuples() -> None:
+def test_integers_are_accepted_as_floats_and_lists_as_tuples() -> None:
     assert parse(Optim, {"lr": 1, "betas": [0, 1]}) == Optim(lr=1.0, betas=(0.0, 1.0))
 
 
-def test_numbers_in_scientific_spelling_are_floats() -> None:
+def test_numbers_in_scientific_notation_are_floats() -> None:
     assert parse(Optim, parse_yaml("lr: 1e-3")).lr == 1e-3
 
 
-def test_where_stands_before_every_key() -> None:
-    assert faults({"max_steps": "x", "sede": 1}, where="runs.0") == [
+def test_where_is_prefixed_to_every_key() -> None:
+    assert problems({"max_steps": "x", "sede": 1}, where="runs.0") == [
         "runs.0.max_steps='x': Input should be a valid integer.",
         "runs.0.sede=1 is not a setting. Did you mean 'seed'?",
     ]
 
 
-def test_an_unknown_type_offers_the_known_ones() -> None:
-    (fault,) = faults({"optim": {"schedule": {"type": "cosin"}}})
-    assert fault.startswith("optim.schedule: type 'cosin' is not known. Did you mean 'cosine'?")
-    (fault,) = faults({"optim": {"schedule": {}}})
-    assert fault.startswith("optim.schedule: type is missing")
+def test_an_unknown_type_suggests_a_known_one() -> None:
+    (problem,) = problems({"optim": {"schedule": {"type": "cosin"}}})
+    assert problem.startswith("optim.schedule: type 'cosin' is unknown. Did you mean 'cosine'?")
+    (problem,) = problems({"optim": {"schedule": {}}})
+    assert problem.startswith("optim.schedule: type is missing")
 
 
-def test_a_union_tells_one_line_about_the_member_that_fits_best() -> None:
-    assert faults({"held_out": {"path": "x", "weightt": 1}}) == [
+def test_of_a_union_only_the_best_matching_member_is_reported() -> None:
+    assert problems({"held_out": {"path": "x", "weightt": 1}}) == [
         "held_out.weightt=1 is not a setting. Did you mean 'weight'?"
     ]
-    (fault,) = faults({"limit": 1.5})
-    assert fault.startswith("limit=1.5: ")
-    assert " or " in fault
+    (problem,) = problems({"limit": 1.5})
+    assert problem.startswith("limit=1.5: ")
+    assert " or " in problem
 
 
-def test_keys_with_dots_are_shown_in_quotes() -> None:
-    assert faults({"scales": {"layers.0": "x"}}) == [
+def test_keys_with_dots_are_quoted() -> None:
+    assert problems({"scales": {"layers.0": "x"}}) == [
         "scales.\"layers.0\"='x': Input should be a valid number."
     ]
 
 
-def test_a_fault_of_the_whole_is_one_line() -> None:
-    assert faults({"max_steps": 13}) == ["max_steps=13 is unlucky."]
-    assert faults([1]) == ["A mapping of settings is wanted here."]
+def test_an_error_of_the_whole_configuration_is_one_line() -> None:
+    assert problems({"max_steps": 13}) == ["max_steps=13 is unlucky."]
+    assert problems([1]) == ["Input should be a mapping of settings."]
 
 
 def test_a_secret_is_not_shown() -> None:
-    assert faults({"api_key": 123456}) == ["api_key=***: Input should be a valid string; put it in quotes."]
-    assert "hunter2" not in faults({"passwordd": "x", "password": "hunter2"})[1]
+    assert problems({"api_key": 123456}) == ["api_key=***: Input should be a valid string; put it in quotes."]
+    assert "hunter2" not in problems({"passwordd": "x", "password": "hunter2"})[1]
 
 
-def test_data_that_holds_itself_is_a_fault() -> None:
+def test_self_referential_data_is_an_error() -> None:
     raw: dict[str, Any] = {}
     raw["a"] = raw
-    assert "plain data" in faults(raw)[0]
+    assert "plain data" in problems(raw)[0]
 
 
 def test_infinity_is_a_float() -> None:

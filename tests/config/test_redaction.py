@@ -1,4 +1,4 @@
-"""Secrets are masked; what only looks like one is not."""
+"""Secrets are masked; settings with similar names are not."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_settings_with_a_secret_name_are_masked(name: str) -> None:
         ("password", None), ("api_key", ""), ("keys", ["a"]), ("monkey", "x"), ("compass", "x"),
     ],
 )  # fmt: skip
-def test_settings_that_are_no_secret_stay(name: str, value: Any) -> None:
+def test_settings_that_are_not_secret_are_kept(name: str, value: Any) -> None:
     assert redact({name: value}) == {name: value}
 
 
@@ -50,7 +50,7 @@ def test_settings_that_are_no_secret_stay(name: str, value: Any) -> None:
         ("user@host:path", "user@host:path"),
     ],
 )
-def test_secrets_inside_of_text_are_masked(text: str, masked: str) -> None:
+def test_secrets_inside_text_are_masked(text: str, masked: str) -> None:
     assert redact([text]) == [masked]
 
 
@@ -63,7 +63,7 @@ def test_everything_below_a_secret_name_is_masked() -> None:
 @given(
     st.recursive(st.integers() | st.text("abc /", max_size=4), lambda v: st.dictionaries(st.text("ab_"), v))
 )
-def test_masking_twice_is_masking_once_and_plain_data_stays(value: Any) -> None:
+def test_masking_is_idempotent_and_keeps_data_without_secrets(value: Any) -> None:
     assert redact(value) == value
     secret = {"password": value, "x": value}
     assert redact(redact(secret)) == redact(secret)

@@ -37,22 +37,22 @@ def write(path: Path, rows: list[dict[str, str]]) -> str:
     eos_id=st.sampled_from([EOS, None]),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_only_the_completion_is_predicted_and_all_that_fits_of_it(
+def test_targets_are_the_tokens_of_the_completion_that_fit(
     tmp_path: Path, pairs: list[tuple[str, str]], seq_len: int, eos_id: int | None
 ) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
     context = replace(CONTEXT, seq_len=seq_len, eos_id=eos_id)
-    batch = CompletionConfig(path=path).build_in_order(context).batch(0, len(pairs))
+    batch = CompletionConfig(path=path).build_for_evaluation(context).batch(0, len(pairs))
     assert batch.input_ids.shape[1] == max(batch.lengths) <= seq_len
     num_targets = num_bytes = 0
     for i, (prompt, completion) in enumerate(pairs):
         length = int(batch.lengths[i])
         inputs, labels = batch.input_ids[i].tolist(), batch.labels[i].tolist()
-        wanted = [ord(letter) for letter in completion] + ([] if eos_id is None else [eos_id])
-        targets = wanted[:seq_len]
-        shown = [ord(letter) for letter in prompt][-(seq_len + 1 - len(targets)) :]
-        whole = shown + targets
-        assert inputs[:length] == whole[:-1]
+        full_completion = [ord(letter) for letter in completion] + ([] if eos_id is None else [eos_id])
+        targets = full_completion[:seq_len]
+        kept_prompt = [ord(letter) for letter in prompt][-(seq_len + 1 - len(targets)) :]
+        row = kept_prompt + targets
+        assert inputs[:length] == row[:-1]
         assert set(inputs[length:]) <= {3}
         assert [label for label in labels if label != IGNORE_INDEX] == targets
         assert labels[length - len(targets) : length] == targets
@@ -62,16 +62,18 @@ def test_only_the_completion_is_predicted_and_all_that_fits_of_it(
     assert batch.num_target_bytes == num_bytes
 
 
-def test_what_was_cut_is_counted(tmp_path: Path) -> None:
+def test_the_summary_counts_truncated_prompts_and_completions(tmp_path: Path) -> None:
     rows = [{"prompt": "p" * p, "completion": "c" * c} for p, c in [(5, 5), (30, 5), (5, 30), (30, 30)]]
     feed = CompletionConfig(path=write(tmp_path / "a.jsonl", rows)).build(CONTEXT)
-    assert "4 rows; to fit seq_len=20, 3 prompts were cut in front, 2 completions at the end" in feed.summary
+    assert (
+        "4 rows; to fit seq_len=20, 3 prompts were cut at the front, 2 completions at the end" in feed.summary
+    )
 
 
-def test_a_template_writes_the_prompt_from_the_columns(tmp_path: Path) -> None:
+def test_a_template_builds_the_prompt_from_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"q": "1+1", "context": "sums", "a": "2"}])
     config = CompletionConfig(path=path, prompt="q", completion="a", template="{context}: {q} {{}}=")
-    batch = config.build_in_order(CONTEXT).batch(0, 1)
+    batch = config.build_for_evaluation(CONTEXT).batch(0, 1)
     assert "".join(map(chr, batch.input_ids[0].tolist())) == "sums: 1+1 {}=2"
     assert [label for label in batch.labels[0].tolist() if label != IGNORE_INDEX] == [ord("2"), EOS]
 
@@ -79,29 +81,29 @@ def test_a_template_writes_the_prompt_from_the_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "template", ["no prompt", "{prompt.x}", "{prompt!r}", "{prompt:>3}", "{", "{}{prompt}"]
 )
-def test_a_template_that_cannot_be_filled_is_refused(template: str) -> None:
+def test_an_invalid_template_is_refused(template: str) -> None:
     with pytest.raises(ValidationError):
         CompletionConfig(path="a.jsonl", template=template)
 
 
-def test_rows_without_prompt_or_completion_are_named_with_file_and_line(tmp_path: Path) -> None:
+def test_an_error_names_file_and_line_of_rows_without_prompt_or_completion(tmp_path: Path) -> None:
     rows = [{"prompt": "", "completion": "a"}, {"prompt": "a", "completion": ""}]
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as raised:
         CompletionConfig(path=path).build(CONTEXT)
     assert str(raised.value).splitlines() == [
-        f"{path}:1: 'prompt' is empty once it is encoded.",
-        f"{path}:2: 'completion' is empty once it is encoded.",
+        f"{path}:1: 'prompt' encodes to no tokens.",
+        f"{path}:2: 'completion' encodes to no tokens.",
     ]
 
 
-def test_a_column_that_the_template_wants_must_be_there(tmp_path: Path) -> None:
+def test_a_missing_column_of_the_template_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "contxt": "c"}])
     with pytest.raises(DataError, match="no column 'context'; did you mean 'contxt'"):
         CompletionConfig(path=path, template="{context}{prompt}").build(CONTEXT)
 
 
-def test_a_batch_without_rows_is_a_row_in_which_nothing_counts(tmp_path: Path) -> None:
+def test_a_batch_without_rows_is_one_row_without_targets(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
     batch = CompletionConfig(path=path).build(CONTEXT).batch(7, 7)
     assert batch.input_ids.shape == batch.labels.shape == (1, 2)

@@ -8,17 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX, Batch
-from distft.data.dataset import merge
+from distft.data.batch import IGNORE_INDEX, Batch, RaggedArray, merge_batches
 from distft.data.feed import Feed, Prefetcher
 from distft.data.labelled import LabelledRows
-from distft.data.order import Indices
-from distft.data.ragged import RaggedRows
+from distft.data.sampler import Indices
 from distft.topology import BatchPlan, MicroBatch
 
 
 class Numbers:
-    """Rows that hold their own number, from `first` on."""
+    """Row `i` repeats the number `first + i`."""
 
     summary = "numbers"
 
@@ -44,10 +42,10 @@ def numbers_of(batch: Batch) -> list[int]:
     dp_world_size=st.integers(1, 4),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_a_step_reads_does_not_depend_on_the_number_of_ranks(
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
     step: int, global_batch_size: int, micro_batch_size: int, dp_world_size: int
 ) -> None:
-    feed = Feed.endless(Numbers(13), Numbers(2000, 100), weights=[0.25, 0.75], seed=3, shuffle=True)
+    feed = Feed.for_training(Numbers(13), Numbers(2000, 100), weights=[0.25, 0.75], seed=3, shuffle=True)
     plan = BatchPlan(
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -57,16 +55,16 @@ def test_what_a_step_reads_does_not_depend_on_the_number_of_ranks(
     seen = [
         number
         for dp_rank in range(dp_world_size)
-        for part in plan.micro_batches(step, dp_rank)
-        for number in numbers_of(feed.batch(part.start, part.stop))
+        for micro_batch in plan.micro_batches(step, dp_rank)
+        for number in numbers_of(feed.batch(micro_batch.start, micro_batch.stop))
     ]
     begin = step * global_batch_size
     assert seen == numbers_of(feed.batch(begin, begin + global_batch_size))
 
 
-def test_a_run_that_stops_and_starts_again_sees_exactly_the_remaining_sequences() -> None:
+def test_a_resumed_run_reads_exactly_the_remaining_sequences() -> None:
     def feed() -> Feed:
-        return Feed.endless(Numbers(50), seed=9, shuffle=True)
+        return Feed.for_training(Numbers(50), seed=9, shuffle=True)
 
     straight = [numbers_of(feed().batch(i, i + 7)) for i in range(0, 210, 7)]
     for stopped_at in (1, 13, 29):
@@ -74,54 +72,54 @@ def test_a_run_that_stops_and_starts_again_sees_exactly_the_remaining_sequences(
         assert straight[stopped_at:] == resumed
 
 
-def test_an_empty_range_is_a_batch_in_which_nothing_counts() -> None:
-    batch = Feed.in_order(Numbers(4), Numbers(3)).batch(5, 5)
+def test_an_empty_range_gives_a_batch_without_targets() -> None:
+    batch = Feed.for_evaluation(Numbers(4), Numbers(3)).batch(5, 5)
     assert batch.num_target_tokens == 0
     assert (batch.labels == IGNORE_INDEX).all()
 
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_merged_rows_of_different_lengths_are_the_rows_themselves_and_padding(data: st.DataObject) -> None:
-    texts = [
+def test_merging_batches_of_different_widths_keeps_the_rows_and_pads_them(data: st.DataObject) -> None:
+    row_lists = [
         data.draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=8), min_size=1, max_size=4))
         for _ in range(2)
     ]
-    datasets = [LabelledRows(RaggedRows(rows), np.arange(len(rows))) for rows in texts]
-    count = sum(map(len, texts))
-    order = np.array(data.draw(st.permutations(range(count))))
-    places = [order[: len(texts[0])], order[len(texts[0]) :]]
-    parts = [rows.batch(np.arange(rows.num_sequences)) for rows in datasets]
-    batch = merge(parts, places)
-    for rows, where in zip(texts, places, strict=True):
-        for label, (row, place) in enumerate(zip(rows, where.tolist(), strict=True)):
-            length = int(batch.lengths[place])
-            assert batch.input_ids[place, :length].tolist() == row
-            assert batch.labels[place] == label
-    assert batch.num_target_tokens == count
+    datasets = [LabelledRows(RaggedArray(rows), np.arange(len(rows))) for rows in row_lists]
+    num_rows = sum(map(len, row_lists))
+    order = np.array(data.draw(st.permutations(range(num_rows))))
+    row_positions = [order[: len(row_lists[0])], order[len(row_lists[0]) :]]
+    batches = [dataset.batch(np.arange(dataset.num_sequences)) for dataset in datasets]
+    merged = merge_batches(batches, row_positions)
+    for rows, positions in zip(row_lists, row_positions, strict=True):
+        for label, (row, position) in enumerate(zip(rows, positions.tolist(), strict=True)):
+            length = int(merged.lengths[position])
+            assert merged.input_ids[position, :length].tolist() == row
+            assert merged.labels[position] == label
+    assert merged.num_target_tokens == num_rows
 
 
-def steps(count: int) -> Iterator[MicroBatch]:
+def micro_batches(count: int) -> Iterator[MicroBatch]:
     return (MicroBatch(i, i + 1) for i in range(count))
 
 
 @pytest.mark.parametrize("depth", [1, 3, 100])
-def test_prefetched_batches_are_those_of_the_feed_in_order(depth: int) -> None:
-    feed = Feed.in_order(Numbers(40))
-    with Prefetcher(feed, steps(40), depth=depth) as batches:
+def test_the_prefetcher_returns_the_batches_of_the_feed_in_order(depth: int) -> None:
+    feed = Feed.for_evaluation(Numbers(40))
+    with Prefetcher(feed, micro_batches(40), depth=depth) as batches:
         assert [numbers_of(batch) for batch in batches] == [[i] for i in range(40)]
     with pytest.raises(StopIteration):
         next(batches)
 
 
 class Counting(Numbers):
-    """Counts the batches that were made; fails at row `broken`."""
+    """Counts its batches; raises at row `broken`."""
 
-    made = 0
+    num_batches = 0
     broken = -1
 
     def batch(self, indices: Indices) -> Batch:
-        self.made += 1
+        self.num_batches += 1
         if self.broken in indices:
             raise OSError("the disk is gone")
         return super().batch(indices)
@@ -134,46 +132,46 @@ def wait_until(condition) -> None:
         time.sleep(0.001)
 
 
-def test_no_more_than_the_queue_and_one_batch_are_made_ahead() -> None:
+def test_at_most_depth_plus_one_batches_are_made_ahead() -> None:
     rows = Counting(1000)
-    with Prefetcher(Feed.in_order(rows), steps(1000), depth=3) as batches:
-        wait_until(lambda: rows.made == 4)
+    with Prefetcher(Feed.for_evaluation(rows), micro_batches(1000), depth=3) as batches:
+        wait_until(lambda: rows.num_batches == 4)
         time.sleep(0.02)
-        assert rows.made == 4
+        assert rows.num_batches == 4
         next(batches)
-        wait_until(lambda: rows.made == 5)
+        wait_until(lambda: rows.num_batches == 5)
 
 
-def test_an_error_in_the_thread_is_raised_where_its_batch_would_have_come() -> None:
+def test_an_error_in_the_thread_is_raised_in_place_of_its_batch() -> None:
     rows = Counting(10)
     rows.broken = 2
-    with Prefetcher(Feed.in_order(rows), steps(10)) as batches:
+    with Prefetcher(Feed.for_evaluation(rows), micro_batches(10)) as batches:
         assert numbers_of(next(batches)) == [0]
         assert numbers_of(next(batches)) == [1]
         with pytest.raises(OSError, match="the disk is gone"):
             next(batches)
 
 
-def test_leaving_the_context_ends_the_thread_however_full_the_queue_is() -> None:
+def test_leaving_the_context_ends_the_thread_with_a_full_queue() -> None:
     before = threading.active_count()
-    endless = (MicroBatch(i % 10, i % 10 + 1) for i in iter(int, 1))
-    with Prefetcher(Feed.in_order(Numbers(10)), endless, depth=2) as batches:
+    for_training = (MicroBatch(i % 10, i % 10 + 1) for i in iter(int, 1))
+    with Prefetcher(Feed.for_evaluation(Numbers(10)), for_training, depth=2) as batches:
         next(batches)
     assert threading.active_count() == before
     batches.close()
     assert list(batches) == []
 
 
-def test_waiting_for_slow_data_is_measured() -> None:
+def test_wait_s_is_the_time_that_next_waits_for_data() -> None:
     class Slow(Numbers):
         def batch(self, indices: Indices) -> Batch:
             time.sleep(0.03)
             return super().batch(indices)
 
-    with Prefetcher(Feed.in_order(Slow(3)), steps(3)) as batches:
+    with Prefetcher(Feed.for_evaluation(Slow(3)), micro_batches(3)) as batches:
         assert len(list(batches)) == 3
         assert 0.06 < batches.wait_s < 5
-    with Prefetcher(Feed.in_order(Numbers(3)), steps(3)) as batches:
+    with Prefetcher(Feed.for_evaluation(Numbers(3)), micro_batches(3)) as batches:
         time.sleep(0.1)
         list(batches)
         assert batches.wait_s < 0.05

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX
+from distft.data.batch import IGNORE_INDEX, RaggedArray
 from distft.data.dataset import DataContext
-from distft.data.labelled import LabelledConfig, LabelledRows, LabelNames, heads
-from distft.data.ragged import RaggedRows
+from distft.data.labelled import LabelledConfig, LabelledRows, LabelNames, truncate_pair
 from distft.errors import DataError
 
 CONTEXT = DataContext(
@@ -32,8 +31,8 @@ def text_of(ids: torch.Tensor) -> str:
     return "".join(map(chr, ids.tolist()))
 
 
-def test_texts_and_labels_come_as_written_and_long_texts_keep_their_head(tmp_path: Path) -> None:
-    feed = LabelledConfig(path=write(tmp_path / "a.jsonl", ROWS)).build_in_order(CONTEXT)
+def test_texts_and_labels_are_encoded_and_long_texts_truncated_at_the_end(tmp_path: Path) -> None:
+    feed = LabelledConfig(path=write(tmp_path / "a.jsonl", ROWS)).build_for_evaluation(CONTEXT)
     batch = feed.batch(0, 4)
     assert feed.label_names == ("DESC", "HUM", "NUM")
     assert batch.labels.tolist() == [2, 1, 0, 2]
@@ -44,45 +43,45 @@ def test_texts_and_labels_come_as_written_and_long_texts_keep_their_head(tmp_pat
     assert "4 rows, 3 labels, 1 cut to seq_len=8" in feed.summary
 
 
-def test_training_and_evaluation_agree_on_the_ids_of_labels(tmp_path: Path) -> None:
+def test_evaluation_uses_the_label_ids_of_training(tmp_path: Path) -> None:
     train = LabelledConfig(path=write(tmp_path / "a.jsonl", ROWS)).build(CONTEXT)
     names = replace(CONTEXT, label_names=train.label_names)
     validation = LabelledConfig(path=write(tmp_path / "b.jsonl", [("when", "NUM"), ("who", "HUM")]))
-    assert validation.build_in_order(names).batch(0, 2).labels.tolist() == [2, 1]
+    assert validation.build_for_evaluation(names).batch(0, 2).labels.tolist() == [2, 1]
 
 
-def test_labels_and_texts_that_cannot_be_used_are_all_named_with_file_and_line(tmp_path: Path) -> None:
+def test_one_error_names_file_and_line_of_every_unusable_label_and_text(tmp_path: Path) -> None:
     rows = [("when", "NUM"), ("who", "HUMAN"), (" ", "NUM"), ("where", "LOC"), ("whom", "HUMAN")]
     path = write(tmp_path / "b.jsonl", rows)
     with pytest.raises(DataError) as raised:
         LabelledConfig(path=path).build(replace(CONTEXT, label_names=("HUM", "NUM")))
     lines = str(raised.value).splitlines()
-    assert lines[0].startswith(f"{path}:2: label 'HUMAN' is none of the 2")
+    assert lines[0].startswith(f"{path}:2: label 'HUMAN' is not one of the 2")
     assert "Did you mean 'HUM'?" in lines[0]
     assert lines[1].startswith(f"{path}:4: label 'LOC'")
-    assert lines[2] == f"{path}:3: 'text' is empty once it is encoded."
+    assert lines[2] == f"{path}:3: 'text' encodes to no tokens."
     assert len(lines) == 3
 
 
-def test_one_label_alone_is_nothing_to_learn(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one label 'NUM'"):
+def test_data_with_a_single_label_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only one label, 'NUM'"):
         LabelledConfig(path=write(tmp_path / "a.jsonl", [("when", "NUM")] * 2)).build(CONTEXT)
 
 
-def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_a_token_outside_the_vocabulary_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"token id 119.*vocab_size=120"):
         LabelledConfig(path=write(tmp_path / "a.jsonl", ROWS)).build(replace(CONTEXT, vocab_size=119))
 
 
 @given(labels=st.lists(st.text(max_size=3), min_size=1))
-def test_names_are_the_different_labels_in_order(labels: list[str]) -> None:
+def test_label_names_are_the_distinct_labels_sorted(labels: list[str]) -> None:
     names = LabelNames.from_labels(labels).names
     assert set(names) == set(labels)
     assert len(set(names)) == len(names)
     assert LabelNames.from_labels(reversed(labels)).names == names
 
 
-def test_whole_numbers_are_in_the_order_of_numbers() -> None:
+def test_integer_labels_are_sorted_as_integers() -> None:
     assert LabelNames.from_labels(["10", "9", "-1"]).names == ("-1", "9", "10")
 
 
@@ -95,7 +94,7 @@ def test_whole_numbers_are_in_the_order_of_numbers() -> None:
 def test_batches_are_padded_on_the_right_to_their_longest_row(
     rows: list[list[int]], pad_id: int, data: st.DataObject
 ) -> None:
-    dataset = LabelledRows(RaggedRows(rows), np.arange(len(rows)), pad_id=pad_id)
+    dataset = LabelledRows(RaggedArray(rows), np.arange(len(rows)), pad_id=pad_id)
     indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=6))
     batch = dataset.batch(np.array(indices))
     width = max(len(rows[i]) for i in indices)
@@ -104,19 +103,21 @@ def test_batches_are_padded_on_the_right_to_their_longest_row(
     assert batch.labels.tolist() == indices
 
 
-def test_a_batch_without_rows_is_a_row_in_which_nothing_counts() -> None:
-    batch = LabelledRows(RaggedRows([[5, 6]]), np.array([0])).batch(np.array([], np.int64))
+def test_a_batch_without_rows_is_one_row_without_targets() -> None:
+    batch = LabelledRows(RaggedArray([[5, 6]]), np.array([0])).batch(np.array([], np.int64))
     assert batch.input_ids.tolist() == [[5, 6]]
     assert batch.labels.tolist() == [IGNORE_INDEX]
     assert batch.num_target_tokens == 0
 
 
-@given(first=st.lists(st.integers()), second=st.lists(st.integers()), room=st.integers(0, 20))
-def test_of_two_texts_the_longer_one_gives_way(first: list[int], second: list[int], room: int) -> None:
-    kept_first, kept_second = heads(first, second, room)
+@given(first=st.lists(st.integers()), second=st.lists(st.integers()), max_tokens=st.integers(0, 20))
+def test_truncate_pair_shortens_the_longer_text_first(
+    first: list[int], second: list[int], max_tokens: int
+) -> None:
+    kept_first, kept_second = truncate_pair(first, second, max_tokens)
     assert kept_first == first[: len(kept_first)]
     assert kept_second == second[: len(kept_second)]
-    assert len(kept_first) + len(kept_second) == min(room, len(first) + len(second))
+    assert len(kept_first) + len(kept_second) == min(max_tokens, len(first) + len(second))
     if len(kept_first) < len(first):
         assert len(kept_first) >= len(kept_second)
     if len(kept_second) < len(second):
@@ -124,17 +125,17 @@ def test_of_two_texts_the_longer_one_gives_way(first: list[int], second: list[in
 
 
 @pytest.mark.parametrize(("eos_id", "separator"), [(7, "\x07"), (None, "")])
-def test_a_second_text_follows_the_first(tmp_path: Path, eos_id: int | None, separator: str) -> None:
+def test_a_text_pair_is_joined_by_a_separator(tmp_path: Path, eos_id: int | None, separator: str) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("a,b,same\nabc,xyz,yes\nabcdefghij,x,no\n")
     config = LabelledConfig(path=str(path), text="a", text_pair="b", label="same")
-    batch = config.build_in_order(replace(CONTEXT, eos_id=eos_id)).batch(0, 2)
+    batch = config.build_for_evaluation(replace(CONTEXT, eos_id=eos_id)).batch(0, 2)
     assert text_of(batch.input_ids[0, : batch.lengths[0]]) == f"abc{separator}xyz"
     longest = "abcdefg"[: 7 - len(separator)]
     assert text_of(batch.input_ids[1, : batch.lengths[1]]) == f"{longest}{separator}x"
 
 
-def test_training_epochs_are_shuffled_and_complete(tmp_path: Path) -> None:
+def test_each_training_epoch_is_another_permutation_of_the_rows(tmp_path: Path) -> None:
     rows = [(chr(65 + i), "ab"[i % 2]) for i in range(50)]
     feed = LabelledConfig(path=write(tmp_path / "a.jsonl", rows)).build(CONTEXT)
     epochs = [feed.batch(50 * i, 50 * i + 50).input_ids[:, 0].tolist() for i in range(3)]

@@ -16,7 +16,7 @@ VOCAB_SIZE = 300
 
 
 class Stream:
-    """Token shards as far as packing goes, in memory."""
+    """An in-memory `TokenStream`."""
 
     def __init__(self, document_lengths: list[int]) -> None:
         self.num_tokens = sum(document_lengths)
@@ -29,7 +29,7 @@ class Stream:
 
 
 def expected_row(stream: Stream, row: int, seq_len: int) -> list[tuple[int, int, int, int]]:
-    """(input, label, position, document) of each token of a row, worked out one token after the other."""
+    """(input, label, position, document) of each token of a row, computed token by token."""
     begin = row * seq_len
     tokens = stream.tokens(0, stream.num_tokens).tolist()
     starts = set(np.asarray(stream.document_starts).tolist())
@@ -49,7 +49,7 @@ def expected_row(stream: Stream, row: int, seq_len: int) -> list[tuple[int, int,
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_separate_documents_are_kept_apart_token_by_token(
+def test_separate_documents_match_a_token_by_token_reference(
     document_lengths: list[int], seq_len: int, data: st.DataObject
 ) -> None:
     num_sequences = (sum(document_lengths) - 1) // seq_len
@@ -67,7 +67,7 @@ def test_separate_documents_are_kept_apart_token_by_token(
     assert batch.num_target_tokens == int((batch.labels != IGNORE_INDEX).sum())
 
 
-def test_joined_documents_are_the_plain_stream() -> None:
+def test_joined_documents_are_rows_of_the_plain_stream() -> None:
     stream = Stream([10, 20, 71])
     batch = PackedRows(stream, 20, documents="joined").batch(np.array([3, 0]))
     assert batch.position_ids is None
@@ -79,7 +79,7 @@ def test_joined_documents_are_the_plain_stream() -> None:
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
 
 
-def test_every_token_but_the_first_is_a_target_once_when_documents_are_joined() -> None:
+def test_with_joined_documents_every_token_but_the_first_is_a_target_once() -> None:
     stream = Stream([50, 51])
     rows = PackedRows(stream, 10, documents="joined")
     labels = rows.batch(np.arange(rows.num_sequences)).labels
@@ -87,7 +87,7 @@ def test_every_token_but_the_first_is_a_target_once_when_documents_are_joined() 
 
 
 @pytest.mark.parametrize("documents", ["separate", "joined"])
-def test_a_batch_without_rows_is_a_row_in_which_nothing_counts(documents) -> None:
+def test_a_batch_without_rows_is_one_row_without_targets(documents) -> None:
     stream = Stream([10, 20])
     rows = PackedRows(stream, 8, documents=documents, token_bytes=np.ones(VOCAB_SIZE, np.int64))
     full, empty = rows.batch(np.array([0])), rows.batch(np.array([], np.int64))
@@ -100,7 +100,7 @@ def test_a_batch_without_rows_is_a_row_in_which_nothing_counts(documents) -> Non
 
 @given(document_lengths=st.lists(st.integers(1, 30), min_size=2, max_size=6))
 @settings(max_examples=20, deadline=None)
-def test_target_bytes_are_those_of_the_tokens_that_count(document_lengths: list[int]) -> None:
+def test_num_target_bytes_is_the_sum_over_target_tokens(document_lengths: list[int]) -> None:
     if sum(document_lengths) < 6:
         return
     token_bytes = np.random.default_rng(1).integers(0, 9, VOCAB_SIZE)
@@ -110,12 +110,12 @@ def test_target_bytes_are_those_of_the_tokens_that_count(document_lengths: list[
     assert batch.num_target_bytes == sum(int(token_bytes[label]) for label in targets)
 
 
-def test_too_few_tokens_for_one_row_is_an_error_with_the_numbers() -> None:
-    with pytest.raises(DataError, match=r"corpus holds 12 tokens.*takes 13 .*seq_len=12"):
+def test_too_few_tokens_for_one_row_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"corpus has 12 tokens.*takes 13 .*seq_len=12"):
         PackedRows(Stream([5, 7]), 12, name="corpus")
 
 
-def test_rows_of_shards_on_disk_are_those_of_the_same_tokens_in_memory(tmp_path: Path) -> None:
+def test_shards_on_disk_and_tokens_in_memory_give_the_same_rows(tmp_path: Path) -> None:
     stream = Stream([5, 1, 30, 64])
     layout = ShardLayout(vocab_size=VOCAB_SIZE, tokenizer_fingerprint="a", shard_tokens=37)
     writer = ShardWriter(tmp_path, layout)

@@ -14,7 +14,7 @@ from distft.data.records import read_records
 from distft.errors import DataError
 
 ROWS = [{"text": "one\ntwo, three", "label": "a"}, {"text": 'he said "no" é', "label": "b"}]
-PACKERS = {
+COMPRESSORS = {
     "": lambda data: data,
     ".gz": gzip.compress,
     ".zst": zstandard.compress,
@@ -38,47 +38,45 @@ def error_of(path: Path, content: bytes, **settings_: object) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("suffix", COMPRESSORS)
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv"])
-def test_rows_are_the_same_whatever_the_kind_and_packing_of_the_file(
-    tmp_path: Path, kind: str, packing: str
-) -> None:
-    path = tmp_path / f"rows.v2{kind}{packing}"
-    path.write_bytes(PACKERS[packing](encoded(ROWS * 50, kind)))
+def test_every_format_and_compression_gives_the_same_rows(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"rows.v2{kind}{suffix}"
+    path.write_bytes(COMPRESSORS[suffix](encoded(ROWS * 50, kind)))
     records = read_records(str(path), texts=["text"], labels=["label"])
     assert [record.values for record in records] == ROWS * 50
 
 
 @given(rows=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=20))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_unicode_text_survives_jsonl_in_zstd_frames(tmp_path: Path, rows: list[str]) -> None:
+def test_any_unicode_text_is_read_from_jsonl_in_several_zstd_frames(tmp_path: Path, rows: list[str]) -> None:
     path = tmp_path / "rows.jsonl.zst"
     lines = [json.dumps({"text": row}, ensure_ascii=False).encode() + b"\n" for row in rows]
     half = len(lines) // 2
-    path.write_bytes(b"".join(zstandard.compress(b"".join(part)) for part in (lines[:half], lines[half:])))
+    path.write_bytes(b"".join(zstandard.compress(b"".join(frame)) for frame in (lines[:half], lines[half:])))
     assert [record.values["text"] for record in read_records(str(path), texts=["text"])] == rows
 
 
-def test_files_can_lie_in_any_storage() -> None:
+def test_read_records_reads_fsspec_urls() -> None:
     with fsspec.open("memory://rows/train.jsonl", "wb") as file:
         file.write(encoded(ROWS, ".jsonl"))
     assert len(read_records("memory://rows/train.jsonl", texts=["text"])) == 2
 
 
-def test_labels_may_be_whole_numbers_and_truth_values(tmp_path: Path) -> None:
+def test_labels_may_be_integers_and_booleans(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "label": 3}\n\n{"text": "b", "label": true}\n')
     records = read_records(str(path), texts=["text"], labels=["label"])
     assert [(record.line, record.values["label"]) for record in records] == [(1, "3"), (3, "true")]
 
 
-def test_only_as_many_rows_as_asked_for_are_looked_at(tmp_path: Path) -> None:
+def test_rows_after_max_rows_are_not_parsed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(encoded(ROWS, ".jsonl") + b"broken\n")
     assert len(read_records(str(path), texts=["text"], max_rows=2)) == 2
 
 
-def test_a_csv_field_may_be_longer_than_the_csv_modules_own_limit(tmp_path: Path) -> None:
+def test_a_csv_field_may_exceed_the_default_limit_of_the_csv_module(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(encoded([{"text": "x" * 200_000}], ".csv"))
     limit = csv.field_size_limit()
@@ -86,7 +84,7 @@ def test_a_csv_field_may_be_longer_than_the_csv_modules_own_limit(tmp_path: Path
     assert csv.field_size_limit() == limit
 
 
-def test_every_bad_line_is_named_in_one_error(tmp_path: Path) -> None:
+def test_one_error_names_every_bad_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     lines = [
         b'{"text": "fine", "label": "a"}',
@@ -99,21 +97,21 @@ def test_every_bad_line_is_named_in_one_error(tmp_path: Path) -> None:
         b'{"text": "\xff", "label": "a"}',
     ]
     message = error_of(path, b"\n".join(lines))
-    for line, what in [
+    for line, problem in [
         (2, "is not JSON"),
-        (3, "no object"),
+        (3, "not an object"),
         (4, "has no column 'text'; did you mean 'txt'? it has 'txt', 'label'"),
-        (5, "'text' is 5, and must be a string"),
+        (5, "'text' is 5, but must be a string"),
         (6, "'label' is null"),
         (7, "'label' is empty"),
         (8, "not UTF-8"),
     ]:
         assert f"{path}:{line}: " in message
-        assert what in message.splitlines()[line - 2]
+        assert problem in message.splitlines()[line - 2]
     assert len(message.splitlines()) == 7
 
 
-def test_a_thousand_bad_lines_do_not_fill_the_screen(tmp_path: Path) -> None:
+def test_the_error_lists_at_most_ten_problems_and_ten_lines_of_each(tmp_path: Path) -> None:
     same = error_of(tmp_path / "rows.jsonl", b'{"body": "a", "label": "b"}\n' * 1000)
     assert len(same.splitlines()) == 1
     assert "rows.jsonl:1: has no column 'text'" in same
@@ -125,9 +123,9 @@ def test_a_thousand_bad_lines_do_not_fill_the_screen(tmp_path: Path) -> None:
     assert "... and 990 more in" in different
 
 
-def test_bad_csv_rows_are_named_by_their_lines(tmp_path: Path) -> None:
+def test_an_error_names_the_lines_of_bad_csv_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    assert f"{path}:3: has 3 columns, and the header has 2" in error_of(path, b"text,label\na,b\na,b,c\n")
+    assert f"{path}:3: has 3 columns, but the header has 2" in error_of(path, b"text,label\na,b\na,b,c\n")
     assert f"{path}:2: is not CSV" in error_of(path, b'text,label\n"a"b,c\n')
     assert f"{path}:2: is not UTF-8" in error_of(path, b"text,label\na\xff,c\n")
     assert "has no column 'label'" in error_of(path, b"text\na\n")
@@ -138,22 +136,22 @@ def test_bad_csv_rows_are_named_by_their_lines(tmp_path: Path) -> None:
     [("rows.jsonl", b"\n \n"), ("rows.csv", b""), ("rows.csv", b"text,label\n"), ("rows.jsonl", b"")],
 )
 def test_a_file_without_rows_is_an_error(tmp_path: Path, name: str, content: bytes) -> None:
-    assert "holds no rows" in error_of(tmp_path / name, content)
+    assert "has no rows" in error_of(tmp_path / name, content)
 
 
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
-def test_a_truncated_or_foreign_compressed_file_is_an_error(tmp_path: Path, packing: str) -> None:
-    path = tmp_path / f"rows.jsonl{packing}"
-    whole = PACKERS[packing](encoded(ROWS * 100, ".jsonl"))
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_truncated_or_invalid_compressed_file_is_an_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    whole = COMPRESSORS[suffix](encoded(ROWS * 100, ".jsonl"))
     assert f"{path} cannot be read" in error_of(path, whole[:-5])
     assert f"{path} cannot be read" in error_of(path, b"not compressed at all")
 
 
-def test_a_missing_file_is_an_error_that_shows_files_of_a_like_name(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_suggests_similar_names(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(DataError, match=r"trian\.jsonl does not exist.*train\.jsonl"):
         read_records(str(tmp_path / "trian.jsonl"), texts=["text"])
 
 
-def test_a_file_of_unknown_kind_is_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_file_type_lists_the_known_ones(tmp_path: Path) -> None:
     assert ".jsonl, .csv or .tsv" in error_of(tmp_path / "rows.parquet.gz", b"")

@@ -1,4 +1,4 @@
-"""Token shards on disk: what is written is read, damage is named, half-done work does not count."""
+"""Token shards on disk: round trip, damage reports, resuming and committing."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.damage import flip_bit
 
 from distft.data.shard_writer import ShardWriter
 from distft.data.shards import MANIFEST, ShardLayout, TokenShards, token_dtype
@@ -49,7 +50,7 @@ documents = st.lists(st.lists(st.integers(0, 69_999), min_size=1, max_size=12), 
 
 
 @given(documents=documents, shard_tokens=st.integers(1, 20), cuts=st.data())
-def test_every_range_of_tokens_and_documents_is_read_as_written(
+def test_any_range_of_tokens_and_documents_is_read_as_written(
     root: Any, documents: list[list[int]], shard_tokens: int, cuts: st.DataObject
 ) -> None:
     folder = root()
@@ -71,44 +72,44 @@ def test_every_range_of_tokens_and_documents_is_read_as_written(
 
 
 @given(documents=documents, shard_tokens=st.integers(1, 9), data=st.data())
-def test_a_writer_that_died_goes_on_to_the_same_bytes(
+def test_a_resumed_writer_gives_the_same_bytes(
     root: Any, documents: list[list[int]], shard_tokens: int, data: st.DataObject
 ) -> None:
-    straight, broken = root(), root()
-    writer = ShardWriter(straight, layout(70_000, shard_tokens))
+    uninterrupted, resumed = root(), root()
+    writer = ShardWriter(uninterrupted, layout(70_000, shard_tokens))
     write(writer, documents)
     writer.commit()
-    recorded_at = data.draw(st.integers(0, len(documents)))
-    died_at = data.draw(st.integers(recorded_at, len(documents)))
-    writer = ShardWriter(broken, layout(70_000, shard_tokens))
-    write(writer, documents[:recorded_at])
-    state = copy.deepcopy(writer.flush())
-    write(writer, documents[recorded_at:died_at])
-    writer.abandon()
-    writer = ShardWriter(broken, layout(70_000, shard_tokens), state)
-    write(writer, documents[recorded_at:])
+    flushed_at = data.draw(st.integers(0, len(documents)))
+    died_at = data.draw(st.integers(flushed_at, len(documents)))
+    writer = ShardWriter(resumed, layout(70_000, shard_tokens))
+    write(writer, documents[:flushed_at])
+    progress = copy.deepcopy(writer.flush())
+    write(writer, documents[flushed_at:died_at])
+    writer.abort()
+    writer = ShardWriter(resumed, layout(70_000, shard_tokens), progress)
+    write(writer, documents[flushed_at:])
     writer.commit()
-    assert bytes_in(broken) == bytes_in(straight)
+    assert bytes_in(resumed) == bytes_in(uninterrupted)
 
 
-def test_ids_take_two_bytes_where_they_fit_and_four_where_not() -> None:
+def test_ids_are_uint16_if_the_vocabulary_fits_and_uint32_otherwise() -> None:
     assert token_dtype(1 << 16) == np.dtype("<u2")
     assert token_dtype((1 << 16) + 1) == np.dtype("<u4")
 
 
-def test_no_shard_is_larger_than_set(shards: Path) -> None:
+def test_no_shard_exceeds_shard_tokens(shards: Path) -> None:
     assert [p.stat().st_size for p in sorted(shards.glob("shard_*"))] == [14, 14, 14, 14, 4]
 
 
 @pytest.mark.parametrize("bad", [-1, 1000])
-def test_an_id_outside_the_vocabulary_is_not_written(tmp_path: Path, bad: int) -> None:
+def test_an_id_outside_the_vocabulary_is_an_error(tmp_path: Path, bad: int) -> None:
     writer = ShardWriter(tmp_path, layout())
     with pytest.raises(DataError, match=f"token id {bad} is outside the vocabulary of 1000"):
         write(writer, [[1, bad, 2]])
-    writer.abandon()
+    writer.abort()
 
 
-def test_shards_without_a_manifest_do_not_count(shards: Path) -> None:
+def test_shards_without_a_manifest_cannot_be_opened(shards: Path) -> None:
     (shards / MANIFEST).rename(shards / "manifest.json.tmp")
     with pytest.raises(DataError, match=r"never finished.*Run the same `distft tokenize` again"):
         TokenShards.open(shards)
@@ -116,12 +117,12 @@ def test_shards_without_a_manifest_do_not_count(shards: Path) -> None:
         TokenShards.open(shards / "nowhere")
 
 
-def test_the_parent_of_shards_is_answered_with_their_names(shards: Path) -> None:
-    with pytest.raises(DataError, match="but shards below it does"):
+def test_opening_the_parent_directory_of_shards_names_them(shards: Path) -> None:
+    with pytest.raises(DataError, match="name a subdirectory that has one: shards"):
         TokenShards.open(shards.parent)
 
 
-def test_missing_and_truncated_shards_are_all_named_at_opening(shards: Path) -> None:
+def test_opening_names_all_missing_and_truncated_shards(shards: Path) -> None:
     (shards / "shard_00001.bin").unlink()
     (shards / "shard_00003.bin").write_bytes(b"short")
     with pytest.raises(DataError) as caught:
@@ -131,24 +132,22 @@ def test_missing_and_truncated_shards_are_all_named_at_opening(shards: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["shard_00000.bin", "shard_00004.bin", "document_starts.bin"])
-def test_one_flipped_bit_is_found_and_its_file_named(shards: Path, name: str) -> None:
-    data = bytearray((shards / name).read_bytes())
-    data[-1] ^= 1
-    (shards / name).write_bytes(data)
+def test_verify_names_the_file_with_a_flipped_bit(shards: Path, name: str) -> None:
+    flip_bit(shards / name)
     with pytest.raises(DataError, match=f"checksum differs from the manifest.*{name}"):
         TokenShards.open(shards).verify()
 
 
 @pytest.mark.parametrize("manifest", ["{", "[]", '{"format": "distft-token-shards", "format_version": 99}'])
-def test_a_manifest_of_another_kind_is_refused(shards: Path, manifest: str) -> None:
+def test_an_unknown_manifest_is_an_error(shards: Path, manifest: str) -> None:
     (shards / MANIFEST).write_text(manifest)
     with pytest.raises(DataError, match=r"manifest\.json"):
         TokenShards.open(shards)
 
 
-def test_committed_shards_are_not_written_over(shards: Path) -> None:
+def test_committed_shards_are_not_overwritten(shards: Path) -> None:
     before = bytes_in(shards)
-    with pytest.raises(DataError, match="already holds committed token shards"):
+    with pytest.raises(DataError, match="already has committed token shards"):
         ShardWriter(shards, layout())
     assert bytes_in(shards) == before
 
@@ -160,54 +159,56 @@ def test_a_range_beyond_the_end_is_an_index_error(shards: Path) -> None:
             opened.tokens(start, stop)
 
 
-def test_work_whose_files_fell_short_of_its_record_cannot_go_on(tmp_path: Path) -> None:
-    for damage, fault in ((b"", "has 0 bytes where 8 were recorded"), (b"xxxxxxxx", "is damaged")):
+def test_files_that_do_not_match_the_progress_cannot_be_resumed(tmp_path: Path) -> None:
+    for damage, problem in ((b"", "has 0 bytes where 8 were recorded"), (b"xxxxxxxx", "is damaged")):
         writer = ShardWriter(tmp_path, layout())
         write(writer, [[1, 2, 3, 4]])
-        state = copy.deepcopy(writer.flush())
-        writer.abandon()
+        progress = copy.deepcopy(writer.flush())
+        writer.abort()
         (tmp_path / "shard_00000.bin").write_bytes(damage)
-        with pytest.raises(DataError, match=fault):
-            ShardWriter(tmp_path, layout(), state)
+        with pytest.raises(DataError, match=problem):
+            ShardWriter(tmp_path, layout(), progress)
 
 
-def test_a_full_disk_is_told_and_harms_nothing_recorded(
+def test_a_full_disk_is_an_error_and_work_resumes_from_the_last_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight, full = tmp_path / "straight", tmp_path / "full"
+    uninterrupted, full = tmp_path / "uninterrupted", tmp_path / "full"
     rows = [[i, i + 1, 2] for i in range(10)]
-    writer = ShardWriter(straight, layout())
+    writer = ShardWriter(uninterrupted, layout())
     write(writer, rows)
     writer.commit()
     writer = ShardWriter(full, layout())
     write(writer, rows[:4])
-    state = copy.deepcopy(writer.flush())
+    progress = copy.deepcopy(writer.flush())
     real_open = Path.open
 
     def open_on_full_disk(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
-        # /dev/full takes bytes into the buffer and refuses them at the flush, as a full disk does.
+        # Like a full disk, /dev/full accepts buffered writes and fails at the flush.
         return real_open(Path("/dev/full") if path.name == "shard_00002.bin" else path, mode, *rest, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_on_full_disk)
-        with pytest.raises(DataError, match=r"No space left on device.*make room and run the same command"):
+        with pytest.raises(
+            DataError, match=r"No space left on device.*free disk space and run the same command"
+        ):
             write(writer, rows[4:])
-    writer.abandon()
-    writer = ShardWriter(full, layout(), state)
+    writer.abort()
+    writer = ShardWriter(full, layout(), progress)
     write(writer, rows[4:])
     writer.commit()
-    assert bytes_in(full) == bytes_in(straight)
+    assert bytes_in(full) == bytes_in(uninterrupted)
 
 
-def test_nothing_written_is_nothing_to_commit(tmp_path: Path) -> None:
+def test_a_writer_without_tokens_cannot_commit(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, layout())
     with pytest.raises(DataError, match="no tokens were written"):
         writer.commit()
-    writer.abandon()
+    writer.abort()
     assert not (tmp_path / MANIFEST).exists()
 
 
-def test_a_manifest_is_the_same_for_the_same_tokens(shards: Path, tmp_path: Path) -> None:
+def test_the_files_do_not_depend_on_how_tokens_were_appended(shards: Path, tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "again", layout())
     writer.append(np.array([t for i in range(10) for t in (i, i + 1, 2)]), np.arange(0, 30, 3), 90)
     writer.commit()
@@ -215,6 +216,6 @@ def test_a_manifest_is_the_same_for_the_same_tokens(shards: Path, tmp_path: Path
     assert json.loads((shards / MANIFEST).read_text())["num_documents"] == 10
 
 
-def test_sizes_that_cannot_be_are_refused() -> None:
+def test_a_shard_size_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="shard_tokens=0"):
         layout(shard_tokens=0)

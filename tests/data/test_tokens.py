@@ -35,7 +35,7 @@ def two_sources(tmp_path: Path) -> list[str]:
     ]
 
 
-def test_sources_come_by_their_weights_in_one_batch(two_sources: list[str]) -> None:
+def test_a_batch_mixes_sources_by_weight(two_sources: list[str]) -> None:
     low, high = two_sources
     config = TokensConfig(sources=[{"path": low, "weight": 3}, {"path": high, "weight": 1}], data_seed=5)
     feed = config.build(context())
@@ -48,16 +48,16 @@ def test_sources_come_by_their_weights_in_one_batch(two_sources: list[str]) -> N
         assert torch.equal(single.labels[0], batch.labels[i])
 
 
-def test_an_evaluation_reads_every_row_once_whatever_the_weights(two_sources: list[str]) -> None:
+def test_an_evaluation_reads_every_row_once_and_ignores_weights(two_sources: list[str]) -> None:
     low, high = two_sources
     config = TokensConfig(sources=[{"path": low, "weight": 3}, {"path": high, "weight": 1}])
-    feed = config.build_in_order(context())
+    feed = config.build_for_evaluation(context())
     assert feed.num_sequences == 110
     ids = feed.batch(0, 110).input_ids.flatten()
     assert ids.tolist() == [i % 50 for i in range(400)] + [50 + i % 50 for i in range(40)]
 
 
-def test_another_data_seed_is_another_order(two_sources: list[str]) -> None:
+def test_data_seed_determines_the_order(two_sources: list[str]) -> None:
     orders = [
         TokensConfig(sources=[{"path": two_sources[0]}], data_seed=seed).build(context()).batch(0, 100)
         for seed in (0, 0, 1)
@@ -66,25 +66,25 @@ def test_another_data_seed_is_another_order(two_sources: list[str]) -> None:
     assert not torch.equal(orders[0].input_ids, orders[2].input_ids)
 
 
-def test_all_that_is_wrong_with_the_sources_is_said_at_once(two_sources: list[str], tmp_path: Path) -> None:
+def test_one_error_reports_the_problems_of_all_sources(two_sources: list[str], tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", range(20), fingerprint="b")
     paths = [two_sources[0], other, str(tmp_path / "nothing")]
     config = TokensConfig(sources=[{"path": path} for path in paths])
     with pytest.raises(DataError) as raised:
         config.build(context())
     message = str(raised.value)
-    assert "made by tokenizer b, and this run's is a" in message
+    assert "made with tokenizer b, but this run uses a" in message
     assert f"{tmp_path / 'nothing'} does not exist" in message
     assert two_sources[0] not in message
 
 
-def test_a_token_beyond_the_models_vocabulary_is_refused_when_the_shards_are_opened(
+def test_shards_with_a_token_outside_the_models_vocabulary_cannot_be_opened(
     two_sources: list[str],
 ) -> None:
     with pytest.raises(DataError, match=r"token id 90.*ids 0 to 89.*vocab_size=91"):
         TokensConfig(sources=[{"path": two_sources[1]}]).build(context(vocab_size=90))
 
 
-def test_weights_that_cannot_be_planned_are_refused_before_anything_is_read() -> None:
+def test_weights_with_too_long_a_period_are_refused_at_validation() -> None:
     with pytest.raises(ValidationError, match="round the weights"):
         TokensConfig(sources=[{"path": "a", "weight": 0.3333333}, {"path": "b", "weight": 0.1}])

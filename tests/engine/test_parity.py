@@ -1,20 +1,20 @@
-"""One algorithm, five ways to compute it: the local engine, and ZeRO 0 to 3 on 1, 2 and 4 ranks."""
+"""The local engine and ZeRO 0 to 3 on 1, 2 and 4 ranks compute the same training."""
 
 import math
 
 import pytest
 import torch
-from distributed import run_ranks
-from engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.rank_pool import run_ranks
 
 from distft.topology import Topology
 
 NUM_STEPS = 20
-FROZEN = ("blocks.1.*", "norm.weight")  # what learns where the rest is frozen
+PARTLY_TRAINABLE = ("blocks.1.*", "norm.weight")  # the rest is frozen
 
 FP32 = [
     *(Scenario(stage=stage) for stage in (0, 1, 2, 3)),
-    *(Scenario(stage=stage, trainable=FROZEN) for stage in (0, 1, 2, 3)),
+    *(Scenario(stage=stage, trainable=PARTLY_TRAINABLE) for stage in (0, 1, 2, 3)),
     *(
         Scenario(
             stage=stage,
@@ -28,7 +28,7 @@ FP32 = [
 BF16 = [Scenario(stage=stage, precision="bf16") for stage in (1, 2, 3)]
 
 
-def _alone(scenario: Scenario) -> Scenario:
+def _local(scenario: Scenario) -> Scenario:
     return Scenario(
         precision=scenario.precision,
         trainable=scenario.trainable,
@@ -57,9 +57,9 @@ def test_zero_computes_what_the_local_engine_computes(world_size: int) -> None:
     by_rank = run_ranks(_train_all, world_size, scenarios, timeout_s=240)
     references: dict[Scenario, Training] = {}
     for number, scenario in enumerate(scenarios):
-        key = repr(_alone(scenario))
+        key = repr(_local(scenario))
         if key not in references:
-            references[key] = run_alone(_alone(scenario), NUM_STEPS)
+            references[key] = run_alone(_local(scenario), NUM_STEPS)
         expected = references[key]
         state = expected.whole_state()
         for results in by_rank:
@@ -74,7 +74,7 @@ def test_zero_computes_what_the_local_engine_computes(world_size: int) -> None:
 
 
 @pytest.mark.ranks
-def test_ranks_that_do_not_divide_the_batch_change_nothing() -> None:
+def test_a_world_size_that_does_not_divide_the_batch_changes_nothing() -> None:
     scenarios = [Scenario(stage=1, micro_batch_size=1), Scenario(stage=3, micro_batch_size=1)]
     expected = run_alone(Scenario(micro_batch_size=1), NUM_STEPS).losses
     for results in run_ranks(_train_all, 3, scenarios, timeout_s=240):
@@ -89,8 +89,8 @@ def test_loss_does_not_depend_on_accumulation(micro_batch_size: int) -> None:
     assert losses == pytest.approx(expected, abs=2e-6)
 
 
-def test_the_local_engine_is_plain_torch() -> None:
-    """The oracle's oracle: AdamW, clipping and mean loss written out with nothing of ours but the model."""
+def test_the_local_engine_equals_plain_torch() -> None:
+    """AdamW, clipping and mean loss written out in torch; only the model is distft's."""
     training = run_alone(Scenario(), 0)
     module, plan = training.engine.module, training.plan
     groups = [

@@ -1,10 +1,9 @@
-"""Under the plain launchers a run that dies goes on from its last commit, at whatever world size."""
+"""Under torchrun and DeepSpeed's launcher a run that dies resumes from its last commit."""
 
 import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,13 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
-from small_runs import events, logged, make_text_data, pretraining, run
+from support.ports import free_port
+from support.small_runs import events, logged, make_text_data, pretraining, run
 
 from distft.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 40
-START_S = 90.0  # for ranks to import everything on a busy machine
+STARTUP_TIMEOUT_S = 90.0  # ranks import everything, maybe on a busy machine
 
 
 def _torchrun(num_ranks: int, max_restarts: int) -> list[str]:
@@ -29,10 +29,7 @@ def _torchrun(num_ranks: int, max_restarts: int) -> list[str]:
 
 
 def _deepspeed(num_ranks: int) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = f"deepspeed.launcher.runner --num_gpus {num_ranks} --master_port {port}"
+    launcher = f"deepspeed.launcher.runner --num_gpus {num_ranks} --master_port {free_port()}"
     return [*launcher.split(), str(ROOT / "launch" / "deepspeed_train.py")]
 
 
@@ -57,13 +54,11 @@ def undisturbed(raw: dict[str, Any]) -> dict[int, float]:
 
 @contextlib.contextmanager
 def _started(raw: dict[str, Any], run_dir: Path, launcher: list[str]) -> Iterator["_Launch"]:
-    """A launcher at work on the run; none of its processes is left afterwards."""
+    """A launcher training the run on ZeRO 1. At the end of the block all its processes are killed."""
     run_dir.mkdir(exist_ok=True)
     config = run_dir / "given.yaml"
-    # JSON is YAML.
-    config.write_text(
-        json.dumps({**raw, "run_dir": str(run_dir), "engine": {"type": "zero", "zero_stage": 1}})
-    )
+    settings = {**raw, "run_dir": str(run_dir), "engine": {"type": "zero", "zero_stage": 1}}
+    config.write_text(json.dumps(settings))  # JSON is YAML
     with (run_dir / "output.txt").open("ab") as output:
         process = psutil.Popen(
             [sys.executable, "-m", *launcher, str(config)],
@@ -75,13 +70,15 @@ def _started(raw: dict[str, Any], run_dir: Path, launcher: list[str]) -> Iterato
         try:
             yield launch
         finally:
-            for one in [*launch.processes(), process]:
+            for started in [*launch.processes(), process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    started.kill()
             process.wait()
 
 
 class _Launch:
+    """A running launcher: its processes, and the events of its run."""
+
     def __init__(self, process: Any, run_dir: Path) -> None:
         self._process = process
         self._run_dir = run_dir
@@ -92,17 +89,18 @@ class _Launch:
         except psutil.NoSuchProcess:
             return []
 
-    def strike(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to `rank`, once the present attempt has committed."""
-        num_attempts = len(self._events("start", "resume"))
-        self._wait(lambda: len(self._events("start", "resume")) > num_attempts)
+    def send_signal_after_commit(self, rank: int, number: signal.Signals) -> None:
+        """Wait until ranks have started anew and saved, then send `number` to `rank`."""
+        num_starts = len(self._events("start", "resume"))
+        self._wait_until(lambda: len(self._events("start", "resume")) > num_starts)
         num_saves = len(self._events("save"))
-        self._wait(lambda: len(self._events("save")) > num_saves)
-        (struck,) = (one for one in self.processes() if one.environ().get("RANK") == str(rank))
-        struck.send_signal(number)
+        self._wait_until(lambda: len(self._events("save")) > num_saves)
+        (process,) = (process for process in self.processes() if process.environ().get("RANK") == str(rank))
+        process.send_signal(number)
 
     def wait(self) -> int:
-        self._wait(lambda: self._process.poll() is not None)
+        """The launcher's exit code."""
+        self._wait_until(lambda: self._process.poll() is not None)
         return int(self._process.returncode)
 
     def _events(self, *kinds: str) -> list[dict[str, Any]]:
@@ -110,8 +108,8 @@ class _Launch:
             return []
         return [event for event in events(self._run_dir) if event["kind"] in kinds]
 
-    def _wait(self, is_true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + START_S
+    def _wait_until(self, is_true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
         while not is_true():
             assert time.monotonic() < deadline, (self._run_dir / "output.txt").read_text()[-4000:]
             time.sleep(0.01)
@@ -119,25 +117,26 @@ class _Launch:
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_torchrun_starts_a_run_again_after_a_rank_is_killed_and_after_one_is_stopped(
+def test_torchrun_restarts_a_run_after_a_killed_and_after_a_hung_rank(
     raw: dict[str, Any], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     with _started(raw, tmp_path, _torchrun(2, max_restarts=2)) as launch:
-        launch.strike(1, signal.SIGKILL)
-        launch.strike(0, signal.SIGSTOP)
+        launch.send_signal_after_commit(1, signal.SIGKILL)
+        launch.send_signal_after_commit(0, signal.SIGSTOP)
         assert launch.wait() == 0, (tmp_path / "output.txt").read_text()
     assert logged(tmp_path) == pytest.approx(undisturbed, abs=1e-5)
-    story = [event["kind"] for event in events(tmp_path) if event["kind"] not in {"save", "ledger"}]
-    assert [kind for kind in story if kind != "finish"] == ["start", "resume", "hang", "resume"]
+    kinds = [event["kind"] for event in events(tmp_path)]
+    starts_and_hangs = [kind for kind in kinds if kind not in {"save", "ledger", "finish"}]
+    assert starts_and_hangs == ["start", "resume", "hang", "resume"]
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_deepspeed_ends_a_run_whose_rank_is_killed_and_goes_on_at_another_world_size(
+def test_deepspeed_ends_a_run_with_a_killed_rank_and_a_new_start_resumes_it_with_fewer_ranks(
     raw: dict[str, Any], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     with _started(raw, tmp_path, _deepspeed(2)) as launch:
-        launch.strike(1, signal.SIGKILL)
+        launch.send_signal_after_commit(1, signal.SIGKILL)
         assert launch.wait() != 0
     with _started(raw, tmp_path, _deepspeed(1)) as launch:
         assert launch.wait() == 0, (tmp_path / "output.txt").read_text()

@@ -1,4 +1,4 @@
-"""launch/slurm.sh without Slurm: the commands that it gives, and two nodes that train for real."""
+"""launch/slurm.sh with stubs of srun and scontrol: the commands it runs, and a training on two nodes."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import network_nodes
 import pytest
 import yaml
-from small_runs import logged, make_text_data, pretraining
+from support.small_runs import logged, make_text_data, pretraining
 
 from distft.cluster.tokens import ensure_token
 
@@ -35,7 +35,10 @@ def project(tmp_path: Path) -> Path:
 def _start(
     project: Path, stub: dict[str, Any], nodes: list[str], **environ: str
 ) -> "Iterator[subprocess.Popen[str]]":
-    """The script as Slurm starts it on the first node; nothing of it outlives the block."""
+    """The script as Slurm starts it on the first node; at the end of the block all its processes are killed.
+
+    `stub` says what srun does: see tests/launch/slurm/srun.
+    """
     (project / "stub.json").write_text(json.dumps({"log": str(project / "log"), **stub}))
     kept = {
         name: value
@@ -68,16 +71,17 @@ def _start(
 
 
 def _calls(project: Path) -> list[dict[str, Any]]:
+    """Calls of srun and scontrol, in order."""
     return [json.loads(line) for line in (project / "log").read_text().splitlines()]
 
 
-def test_every_node_runs_the_same_command_and_the_exit_code_is_the_run_s(project: Path) -> None:
+def test_every_node_runs_the_same_command_and_the_exit_code_is_that_of_the_run(project: Path) -> None:
     answers = {"hostname -I": "echo 192.0.2.7 10.0.0.7", "ray symmetric-run": "exit 2"}
     with _start(project, {"answers": answers}, ["a1", "a2", "a3"]) as script:
         output, _ = script.communicate(timeout=60)
     assert (script.returncode, output) == (2, "")
-    asked, run = _calls(project)
-    assert asked["options"] == ["--nodes=1", "--ntasks=1", "--nodelist=a1"]
+    hostname, run = _calls(project)
+    assert hostname["options"] == ["--nodes=1", "--ntasks=1", "--nodelist=a1"]
     assert run["options"] == [
         "--nodes=3", "--ntasks-per-node=1", "--no-kill", "--kill-on-bad-exit=0", "--wait=0"
     ]  # fmt: skip
@@ -88,44 +92,44 @@ def test_every_node_runs_the_same_command_and_the_exit_code_is_the_run_s(project
     assert not list(project.glob(".distft_job_*"))
 
 
-def test_the_token_reaches_the_nodes_by_a_file_that_only_the_owner_reads(project: Path) -> None:
-    look = (
-        f'cp -p "$RAY_AUTH_TOKEN_PATH" {project}/seen; echo "$RAY_AUTH_MODE"; '
+def test_nodes_get_the_token_through_a_file_that_only_its_owner_can_read(project: Path) -> None:
+    copy_token = (
+        f'cp -p "$RAY_AUTH_TOKEN_PATH" {project}/copy; echo "$RAY_AUTH_MODE"; '
         'stat -c %a "$(dirname "$RAY_AUTH_TOKEN_PATH")"'
     )
-    answers = {"hostname -I": "echo 192.0.2.7", "ray symmetric-run": look}
+    answers = {"hostname -I": "echo 192.0.2.7", "ray symmetric-run": copy_token}
     with _start(project, {"answers": answers}, ["a1"]) as script:
         output, _ = script.communicate(timeout=60)
     assert output.split() == ["token", "700"]
-    token = (project / "seen").read_text()
+    token = (project / "copy").read_text()
     assert len(token) == 64
-    assert stat.S_IMODE((project / "seen").stat().st_mode) == 0o600
+    assert stat.S_IMODE((project / "copy").stat().st_mode) == 0o600
     assert token not in output + (project / "log").read_text()
 
 
-@pytest.mark.parametrize(("answer", "is_back"), [("exit 75", True), ("exit 1", True), ("exit 0", False)])
-def test_before_the_time_limit_the_driver_is_asked_to_save_and_the_job_goes_back_into_the_queue(
-    project: Path, answer: str, is_back: bool
+@pytest.mark.parametrize(("exit_code", "is_requeued"), [(75, True), (1, True), (0, False)])
+def test_before_the_time_limit_the_driver_gets_sigterm_and_an_unfinished_job_is_requeued(
+    project: Path, exit_code: int, is_requeued: bool
 ) -> None:
-    until_asked = f"touch {project}/runs; until [ -e {project}/asked ]; do sleep 0.05; done; {answer}"
+    wait = f"until [ -e {project}/stop ]; do sleep 0.05; done"
     answers = {
         "hostname -I": "echo 192.0.2.7",
-        "ray symmetric-run": until_asked,
-        "kill -TERM": f"touch {project}/asked",
+        "ray symmetric-run": f"touch {project}/runs; {wait}; exit {exit_code}",
+        "kill -TERM": f"touch {project}/stop",
     }
     with _start(project, {"answers": answers}, ["a1", "a2"]) as script:
-        _await(project / "runs")
+        _wait_for(project / "runs")
         script.send_signal(signal.SIGTERM)
         output, _ = script.communicate(timeout=60)
-    assert script.returncode == int(answer.split()[1])
+    assert script.returncode == exit_code
     calls = _calls(project)
     assert calls[2]["options"] == ["--overlap", "--nodes=1", "--ntasks=1", "--nodelist=a1"]
     assert calls[2]["command"][-1].endswith("driver.pid")
-    assert (calls[3:] == [{"scontrol": ["requeue", "1234"]}]) is is_back
-    assert ("goes on from its last commit" in output) is is_back
+    assert (calls[3:] == [{"scontrol": ["requeue", "1234"]}]) is is_requeued
+    assert ("resumes from its last commit" in output) is is_requeued
 
 
-def _await(path: Path, timeout_s: float = 30) -> None:
+def _wait_for(path: Path, timeout_s: float = 30) -> None:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -135,8 +139,8 @@ def _await(path: Path, timeout_s: float = 30) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_two_nodes_train_as_one_cluster_and_the_token_is_nowhere_to_be_read(project: Path) -> None:
-    if reason := network_nodes.lacking():
+def test_two_nodes_train_as_one_cluster_and_no_log_or_file_of_the_run_shows_the_token(project: Path) -> None:
+    if reason := network_nodes.why_unavailable():
         pytest.skip(reason)
     make_text_data(project / "data")
     cluster = {"workers": 2, "network_interface": network_nodes.INTERFACE}
@@ -156,5 +160,6 @@ def test_two_nodes_train_as_one_cluster_and_the_token_is_nowhere_to_be_read(proj
     assert not list(project.glob(".distft_job_*"))
     files = [path for path in project.rglob("*") if path.is_file()]  # the run's, and Ray's logs of both nodes
     assert any(path.name == "raylet.out" for path in files)
-    readable = [path for path in files if token.encode() in path.read_bytes()]
-    assert (readable, token in output) == ([project / "token"], False)
+    with_token = [path for path in files if token.encode() in path.read_bytes()]
+    assert with_token == [project / "token"]
+    assert token not in output

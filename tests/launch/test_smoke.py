@@ -1,4 +1,4 @@
-"""Every launcher that needs no cluster, as a user calls it; Ray has its own tests."""
+"""launch/smoke.sh with every launcher that needs no cluster; tests/cluster covers Ray."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def test_every_launcher_trains_to_the_same_losses() -> None:
     assert len({row[2][:6] for row in rows}) == 1
 
 
-def test_a_launcher_that_does_not_exist_is_told_before_anything_is_made() -> None:
+def test_an_unknown_launcher_is_refused_before_anything_is_trained() -> None:
     done = _smoke("plain", "slurmy")
     assert (done.returncode, done.stdout) == (2, "")
     assert "slurmy" in done.stderr

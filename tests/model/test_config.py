@@ -1,4 +1,4 @@
-"""Shapes of models: what is derived, and what is refused."""
+"""ModelConfig: derived sizes and rejected combinations."""
 
 import pytest
 from hypothesis import given
@@ -11,14 +11,14 @@ from distft.model.config import ModelConfig
 SIZES = {"max_seq_len": 8, "d_model": 256, "num_layers": 1, "num_heads": 4}
 
 
-def test_sizes_that_are_left_out_follow_from_the_others() -> None:
+def test_missing_sizes_are_derived_from_the_others() -> None:
     config = parse(ModelConfig, SIZES)
     assert (config.num_kv_heads, config.head_dim, config.d_ff) == (4, 64, 688)
     assert parse(ModelConfig, SIZES | {"mlp": "gelu"}).d_ff == 1024
     assert parse(ModelConfig, parse_yaml(dump_yaml(config))) == config
 
 
-def test_all_impossible_sizes_are_told_at_once() -> None:
+def test_one_error_lists_all_invalid_sizes() -> None:
     raw = {"head_dim": 9, "num_kv_heads": 3, "dropout": 0.1, "attention_kernel": "flex"}
     with pytest.raises(ConfigError) as raised:
         parse(ModelConfig, SIZES | raw, where="model")
@@ -36,7 +36,7 @@ def test_the_vocabulary_is_padded_to_the_next_multiple(vocab_size: int, multiple
     assert config.padded_vocab_size % multiple == 0
 
 
-def test_a_vocabulary_must_be_known_and_hold_every_piece() -> None:
+def test_the_vocabulary_size_must_be_set_and_cover_the_tokenizer() -> None:
     config = parse(ModelConfig, SIZES)
     with pytest.raises(ConfigError, match="vocab_size is not set"):
         _ = config.padded_vocab_size

@@ -1,4 +1,4 @@
-"""Counts from the configuration, against the real module and torch's own counter."""
+"""Parameter and FLOP counts against the real module and torch's FlopCounterMode."""
 
 from typing import Any
 
@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distft.model.config import ModelConfig
+from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
 from distft.model.counts import forward_flops_per_token, num_parameters, training_flops_per_token
-from distft.model.head import ClassificationHead, Head, LanguageModelHead
 from distft.model.transformer import Transformer
 
 BOOLEANS = ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_embeddings")
@@ -20,7 +19,7 @@ BOOLEANS = ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_embeddings
 @st.composite
 def configs(draw: st.DrawFn) -> ModelConfig:
     num_kv_heads = draw(st.integers(1, 3))
-    chosen: dict[str, Any] = {name: draw(st.booleans()) for name in BOOLEANS}
+    flags: dict[str, Any] = {name: draw(st.booleans()) for name in BOOLEANS}
     return ModelConfig(
         vocab_size=draw(st.integers(1, 40)),
         pad_vocab_to=draw(st.sampled_from([1, 16])),
@@ -35,7 +34,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         positions=draw(st.sampled_from(["rotary", "learned"])),
         mlp=draw(st.sampled_from(["swiglu", "gelu"])),
         attention=draw(st.sampled_from(["causal", "bidirectional"])),
-        **chosen,
+        **flags,
     )
 
 
@@ -52,7 +51,7 @@ def test_parameters_are_counted_exactly(config: ModelConfig, head: Head) -> None
 
 @settings(max_examples=8)
 @given(configs(), HEADS, st.integers(1, 16))
-def test_flops_are_those_that_torch_counts(config: ModelConfig, head: Head, seq_len: int) -> None:
+def test_flops_equal_those_that_torch_counts(config: ModelConfig, head: Head, seq_len: int) -> None:
     with torch.device("meta"):
         model = Transformer(config, head)
     ids = torch.zeros(2, seq_len, dtype=torch.int64, device="meta")

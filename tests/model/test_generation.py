@@ -1,4 +1,4 @@
-"""Generation with the past kept, against the same model without."""
+"""Generation with a key-value cache against the same model without one, and sampling."""
 
 from typing import Any
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import build
+from support.tiny_models import build
 
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.config import ClassificationHead, Head, ModelConfig
 from distft.model.generation import Decoder, generate, sample
-from distft.model.head import ClassificationHead, Head
 from distft.model.transformer import Transformer
 
 VOCAB_SIZE, MAX_SEQ_LEN = 23, 16
@@ -48,12 +47,12 @@ PROMPTS = st.lists(
 @settings(max_examples=15)
 @given(prompts=PROMPTS, positions=st.sampled_from(["rotary", "learned"]), max_new_tokens=st.integers(0, 6))
 @torch.no_grad()
-def test_greedy_rows_of_any_lengths_equal_each_row_alone_without_a_cache(
+def test_greedy_decoding_of_a_padded_batch_equals_each_row_alone_without_a_cache(
     prompts: list[list[int]], positions: str, max_new_tokens: int
 ) -> None:
-    model = model_with(positions=positions).double()  # near ties are then all but impossible
-    written = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=0, eos_id=2)
-    assert written == [uncached_greedy(model, prompt, max_new_tokens, 2) for prompt in prompts]
+    model = model_with(positions=positions).double()  # so that rounding decides no near ties
+    generated = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=0, eos_id=2)
+    assert generated == [uncached_greedy(model, prompt, max_new_tokens, 2) for prompt in prompts]
 
 
 @settings(max_examples=15)
@@ -63,15 +62,15 @@ def test_cached_logits_equal_uncached_ones(prompts: list[list[int]]) -> None:
     model = model_with(qk_norm=True, init_std=0.2)  # logits of about 1
     decoder = Decoder(model, prompts, 3)
     rows = [list(prompt) for prompt in prompts]
-    logits = decoder.read_prompts()
+    logits = decoder.prefill()
     for token in (5, 0, 7):
-        plain = torch.cat([model(torch.tensor([row]))[:, -1, :VOCAB_SIZE] for row in rows])
-        torch.testing.assert_close(logits, plain, rtol=0, atol=1e-5)
+        uncached = torch.cat([model(torch.tensor([row]))[:, -1, :VOCAB_SIZE] for row in rows])
+        torch.testing.assert_close(logits, uncached, rtol=0, atol=1e-5)
         rows = [[*row, token] for row in rows]
-        logits = decoder.read(torch.full((len(rows),), token))
+        logits = decoder.decode(torch.full((len(rows),), token))
 
 
-def test_draws_follow_the_probabilities() -> None:
+def test_samples_follow_the_probabilities() -> None:
     logits = torch.tensor([0.1, 1.2, -0.5, 0.9]).expand(20_000, -1)
     generator = torch.Generator().manual_seed(0)
     for temperature in (0.5, 1.0, 2.0):
@@ -80,7 +79,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 @given(st.lists(st.floats(-5, 5), min_size=5, max_size=5), st.integers(1, 7), st.floats(0.05, 1.0))
-def test_draws_stay_within_the_likeliest(scores: list[float], top_k: int, top_p: float) -> None:
+def test_samples_stay_within_top_k_and_top_p(scores: list[float], top_k: int, top_p: float) -> None:
     logits = torch.tensor([scores])
     generator = torch.Generator().manual_seed(0)
     drawn = set(sample(logits.expand(50, -1), 1.0, top_k, top_p, generator).tolist())
@@ -94,7 +93,7 @@ def test_draws_stay_within_the_likeliest(scores: list[float], top_k: int, top_p:
     assert drawn <= allowed
 
 
-def test_the_same_generator_writes_the_same_text() -> None:
+def test_the_same_generator_gives_the_same_tokens() -> None:
     model = model_with()
     first, second, other = (
         generate(
@@ -109,21 +108,21 @@ def test_the_same_generator_writes_the_same_text() -> None:
     assert all(token < VOCAB_SIZE for row in first for token in row)
 
 
-def test_generation_leaves_the_model_in_its_mode() -> None:
+def test_generation_restores_the_training_mode() -> None:
     model = model_with(dropout=0.5).train()
     first, second = (generate(model, [[1]], max_new_tokens=5, temperature=0) for _ in range(2))
     assert model.training
     assert first == second
 
 
-def test_nothing_to_continue_gives_nothing() -> None:
+def test_no_prompts_give_no_rows() -> None:
     assert generate(model_with(), [], max_new_tokens=3) == []
 
 
-def test_every_fault_of_a_request_is_told() -> None:
+def test_one_error_lists_every_invalid_argument() -> None:
     model = model_with(ClassificationHead(num_labels=2), attention="bidirectional")
     with pytest.raises(ConfigError) as raised:
         generate(model, [[], [1] * 17, [23]], max_new_tokens=-1, temperature=-1, top_k=0, top_p=1.5)
-    faults = str(raised.value).splitlines()
-    assert len(faults) == 9
+    errors = str(raised.value).splitlines()
+    assert len(errors) == 9
     assert "Prompt 1 has 17 tokens, more than model.max_seq_len=16" in str(raised.value)

@@ -1,4 +1,4 @@
-"""The model against transformers' own, and against itself computed the plain way."""
+"""The model against the same architectures in transformers, and packing and padding against plain rows."""
 
 from typing import Any
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import SIZES, build
+from support.tiny_models import SIZES, build
 from torch import Tensor, nn
 
 from distft.errors import ConfigError
-from distft.model.attention import make_mask
-from distft.model.config import ModelConfig
-from distft.model.head import ClassificationHead
-from distft.model.linear import Linear
+from distft.model.attention import make_attention_mask
+from distft.model.config import ClassificationHead, ModelConfig
+from distft.model.layers import Linear
 from distft.model.transformer import Transformer
 
 
@@ -21,9 +20,10 @@ def random_ids(*shape: int) -> Tensor:
     return torch.randint(0, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(5))
 
 
-def foreign_name(name: str, names: dict[str, str]) -> str:
-    for ours, theirs in names.items():
-        name = name.replace(ours, theirs)
+def translated(name: str, names: dict[str, str]) -> str:
+    """The parameter's name in transformers."""
+    for distft_name, transformers_name in names.items():
+        name = name.replace(distft_name, transformers_name)
     return name
 
 
@@ -44,16 +44,16 @@ LLAMA_NAMES = {
 }
 
 
-def take_llama(model: Transformer, theirs: nn.Module) -> None:
-    values = dict(theirs.named_parameters())
+def copy_llama_weights(reference: nn.Module, model: Transformer) -> None:
+    values = dict(reference.named_parameters())
     for name, param in model.named_parameters():
-        other = "model.norm.weight" if name == "norm.weight" else foreign_name(name, LLAMA_NAMES)
+        other = "model.norm.weight" if name == "norm.weight" else translated(name, LLAMA_NAMES)
         param.data.copy_(values.pop(other))
     assert not values
 
 
-def shake(model: nn.Module) -> None:
-    """Weights far from their initial values, biases and norms too."""
+def perturb(model: nn.Module) -> None:
+    """Move all weights away from their initial values, biases and norms too."""
     generator = torch.Generator().manual_seed(1)
     for param in model.parameters():
         param.data.add_(torch.randn(param.shape, generator=generator) * 0.1)
@@ -67,7 +67,7 @@ def test_logits_equal_those_of_transformers(family: str, tied: bool, num_kv_head
 
     kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     head_dim = 10 if family in ("mistral", "qwen3") else 8
-    foreign_config = getattr(transformers, f"{kind}Config")(
+    reference_config = getattr(transformers, f"{kind}Config")(
         vocab_size=SIZES["vocab_size"],
         hidden_size=32,
         intermediate_size=44,
@@ -80,8 +80,8 @@ def test_logits_equal_those_of_transformers(family: str, tied: bool, num_kv_head
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(foreign_config).eval()
-    shake(theirs)
+    reference = getattr(transformers, f"{kind}ForCausalLM")(reference_config).eval()
+    perturb(reference)
     config = ModelConfig(
         **SIZES,
         num_kv_heads=num_kv_heads,
@@ -93,16 +93,16 @@ def test_logits_equal_those_of_transformers(family: str, tied: bool, num_kv_head
         qk_norm=family == "qwen3",
     )
     model = build(config)
-    take_llama(model, theirs)
+    copy_llama_weights(reference, model)
     ids = random_ids(3, 20)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_logits_equal_those_of_gpt2() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    foreign_config = GPT2Config(
+    reference_config = GPT2Config(
         vocab_size=61,
         n_positions=24,
         n_embd=32,
@@ -112,8 +112,8 @@ def test_logits_equal_those_of_gpt2() -> None:
         bos_token_id=0,
         eos_token_id=0,
     )
-    theirs = GPT2LMHeadModel(foreign_config).eval()
-    shake(theirs)
+    reference = GPT2LMHeadModel(reference_config).eval()
+    perturb(reference)
     model = build(
         ModelConfig(
             **SIZES,
@@ -124,7 +124,7 @@ def test_logits_equal_those_of_gpt2() -> None:
             mlp_bias=True,
         )
     )
-    values = {name.removeprefix("transformer."): p for name, p in theirs.named_parameters()}
+    values = {name.removeprefix("transformer."): p for name, p in reference.named_parameters()}
     names = {
         "position_embed": "wpe",
         "embed": "wte",
@@ -136,21 +136,21 @@ def test_logits_equal_those_of_gpt2() -> None:
         "mlp.down": "mlp.c_proj",
     }
     for name, param in model.named_parameters():
-        other = name.replace("norm.", "ln_f.") if name.startswith("norm.") else foreign_name(name, names)
-        part = next((i for i, letter in enumerate("qkv") if f"attn.{letter}." in name), None)
-        if part is not None:
+        other = name.replace("norm.", "ln_f.") if name.startswith("norm.") else translated(name, names)
+        qkv_index = next((i for i, letter in enumerate("qkv") if f"attn.{letter}." in name), None)
+        if qkv_index is not None:  # GPT-2 stores q, k and v as one matrix
             *_, layer, _, _, kind = ["", *name.split(".")]
-            value = values[f"h.{layer}.attn.c_attn.{kind}"].chunk(3, dim=-1)[part]
+            value = values[f"h.{layer}.attn.c_attn.{kind}"].chunk(3, dim=-1)[qkv_index]
         else:
             value = values[other]
-        transposed = "attn" in name or "mlp" in name
+        transposed = "attn" in name or "mlp" in name  # GPT-2's Conv1D stores [in, out]
         param.data.copy_(value.T if transposed and value.ndim == 2 else value)
     ids = random_ids(3, 20)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=0, atol=1e-5)
 
 
-def packed(cuts: list[int]) -> tuple[Tensor, Tensor]:
+def packed_row(cuts: list[int]) -> tuple[Tensor, Tensor]:
     """Document ids and restarting positions of one row with documents of these lengths."""
     documents = torch.cat([torch.full((n,), i) for i, n in enumerate(cuts)])
     return documents[None], torch.cat([torch.arange(n) for n in cuts])[None]
@@ -166,11 +166,11 @@ def test_a_packed_document_is_computed_as_if_it_were_alone(
 ) -> None:
     model = build(ModelConfig(**SIZES, attention=attention, positions=positions, num_kv_heads=2))
     ids = random_ids(1, sum(cuts))
-    documents, restarting = packed(cuts)
+    documents, restarting = packed_row(cuts)
     with torch.no_grad():
-        together = model(ids, restarting, documents)
-        alone = torch.cat([model(part) for part in ids.split(cuts, dim=1)], dim=1)
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+        packed_logits = model(ids, restarting, documents)
+        alone = torch.cat([model(document) for document in ids.split(cuts, dim=1)], dim=1)
+    torch.testing.assert_close(packed_logits, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -179,7 +179,7 @@ def test_flex_attention_equals_the_masked_kernel(attention: Any) -> None:
     cuts = [90, 3, 50]
     sizes = SIZES | {"max_seq_len": 150, "d_model": 64, "num_kv_heads": 2, "init_std": 0.1}
     ids = random_ids(1, sum(cuts)).expand(2, -1)
-    documents, restarting = packed(cuts)
+    documents, restarting = packed_row(cuts)
     documents = torch.cat([documents, documents // 2])
     with torch.no_grad():
         logits = [
@@ -202,24 +202,26 @@ def test_right_padding_does_not_change_a_row(lengths: list[int], attention: Any,
     )
     ids = random_ids(len(lengths), 9)
     with torch.no_grad():
-        together = model(ids, lengths=torch.tensor(lengths))
+        padded = model(ids, lengths=torch.tensor(lengths))
         alone = torch.cat([model(row[None, :n]) for row, n in zip(ids, lengths, strict=True)])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
 
 
 @given(st.integers(1, 6), st.booleans(), st.booleans(), st.sampled_from(["causal", "bidirectional"]))
-def test_every_position_sees_itself_so_that_no_kernel_divides_by_nothing(
+def test_every_position_attends_to_itself_so_that_no_softmax_is_over_no_keys(
     num_positions: int, has_documents: bool, has_lengths: bool, attention: Any
 ) -> None:
     ids = torch.arange(num_positions).expand(3, -1) // 2 if has_documents else None
     lengths = torch.arange(3) if has_lengths else None
-    mask = make_mask(ModelConfig(**SIZES, attention=attention), torch.Size((3, num_positions)), ids, lengths)
+    mask = make_attention_mask(
+        ModelConfig(**SIZES, attention=attention), torch.Size((3, num_positions)), ids, lengths
+    )
     assert mask is None or (isinstance(mask, Tensor) and mask.diagonal(dim1=-2, dim2=-1).all())
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @pytest.mark.parametrize("pooling", ["last", "mean", "first"])
-def test_a_row_of_padding_alone_gives_numbers(attention: Any, pooling: Any) -> None:
+def test_a_row_of_padding_alone_gives_finite_logits(attention: Any, pooling: Any) -> None:
     model = build(
         ModelConfig(**SIZES, attention=attention), ClassificationHead(num_labels=3, pooling=pooling)
     )
@@ -248,7 +250,7 @@ def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_only_in_training_mode() -> None:
     model = build(ModelConfig(**SIZES, dropout=0.5))
     ids = random_ids(2, 8)
     assert torch.equal(model(ids), model(ids))
@@ -256,7 +258,7 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(model(ids), model(ids))
 
 
-def test_the_model_has_parameters_with_the_published_names_and_no_buffers() -> None:
+def test_parameters_have_the_documented_names_and_there_are_no_buffers() -> None:
     with torch.device("meta"):
         model = Transformer(ModelConfig(**SIZES | {"num_layers": 1}, qk_norm=True, positions="learned"))
     assert not list(model.buffers())
@@ -274,9 +276,9 @@ def test_the_model_has_parameters_with_the_published_names_and_no_buffers() -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_half_precision_product_is_the_exact_one_rounded_once(dtype: torch.dtype, bias: bool) -> None:
+def test_a_widened_half_precision_product_is_rounded_once(dtype: torch.dtype, bias: bool) -> None:
     layer = Linear(64, 48, bias=bias).to(dtype)
-    layer.product_format._emulated = (dtype,)  # as on a CPU without such instructions
+    layer.matmul_dtype._emulated = (dtype,)  # as on a CPU without such instructions
     x = torch.randn(16, 64, dtype=dtype, generator=None).requires_grad_()
     y = layer(x)
     exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
@@ -286,16 +288,16 @@ def test_a_half_precision_product_is_the_exact_one_rounded_once(dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_near_those_in_full(dtype: torch.dtype) -> None:
+def test_half_precision_logits_are_close_to_fp32_logits(dtype: torch.dtype) -> None:
     model = build(ModelConfig(**SIZES, num_kv_heads=2, qk_norm=True))
-    documents, restarting = packed([5, 9])
+    documents, restarting = packed_row([5, 9])
     full = model(random_ids(1, 14), restarting, documents)
     half = model.to(dtype)(random_ids(1, 14), restarting, documents)
     assert half.dtype == dtype
     assert (half - full).norm() < 0.03 * full.norm()
 
 
-def test_a_row_beyond_the_longest_is_refused() -> None:
+def test_a_row_longer_than_max_seq_len_is_refused() -> None:
     model = build(ModelConfig(**SIZES))
     with pytest.raises(ConfigError, match=r"25 tokens is longer than model\.max_seq_len=24"):
         model(random_ids(1, 25))

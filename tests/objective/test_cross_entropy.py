@@ -1,4 +1,4 @@
-"""The sliced cross entropy against torch's and the plain formulas."""
+"""The chunked cross entropy against torch's own and the formulas written out."""
 
 from collections.abc import Iterator
 
@@ -11,13 +11,13 @@ from torch.nn.functional import cross_entropy
 
 from distft.data.batch import IGNORE_INDEX
 from distft.objective import cross_entropy as module
-from distft.objective.cross_entropy import CrossEntropyScore, CrossEntropySum
+from distft.objective.cross_entropy import FusedLinearCrossEntropy, LossAndNumCorrect
 
 
 @pytest.fixture(autouse=True)
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_CPU_SLICE_ELEMENTS", 40)  # a few rows at a time
+        patch.setattr(module, "_CPU_CHUNK_NUMEL", 40)  # a few rows at a time
         yield
 
 
@@ -29,13 +29,13 @@ def operands(num_rows: int, vocab_size: int, padding: int, seed: int) -> tuple[T
     return hidden, weight, labels.where(labels >= 0, IGNORE_INDEX)
 
 
-def plain(hidden: Tensor, weight: Tensor, labels: Tensor, terms: CrossEntropySum) -> Tensor:
-    logits = (hidden @ weight.T)[:, : terms.vocab_size]
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, loss_fn: FusedLinearCrossEntropy) -> Tensor:
+    logits = (hidden @ weight.T)[:, : loss_fn.vocab_size]
     loss = cross_entropy(
-        logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=terms.label_smoothing, reduction="sum"
+        logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=loss_fn.label_smoothing, reduction="sum"
     )
     z = logits.logsumexp(dim=1).square()
-    return loss + terms.z_loss * z[labels != IGNORE_INDEX].sum()
+    return loss + loss_fn.z_loss * z[labels != IGNORE_INDEX].sum()
 
 
 @given(
@@ -44,39 +44,39 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor, terms: CrossEntropySum
     padding=st.integers(0, 3),
     z_loss=st.sampled_from([0.0, 0.1]),
     label_smoothing=st.sampled_from([0.0, 0.2]),
-    upstream=st.sampled_from([1.0, 0.03]),
+    grad_output=st.sampled_from([1.0, 0.03]),
     seed=st.integers(0, 1000),
 )
-def test_loss_and_gradients_equal_the_plain_formulas(
+def test_loss_and_gradients_equal_the_formulas(
     num_rows: int,
     vocab_size: int,
     padding: int,
     z_loss: float,
     label_smoothing: float,
-    upstream: float,
+    grad_output: float,
     seed: int,
 ) -> None:
     hidden, weight, labels = operands(num_rows, vocab_size, padding, seed)
-    terms = CrossEntropySum(vocab_size, z_loss, label_smoothing)
-    found, wanted = [], []
-    for results, function, dtype in ((found, terms, torch.float32), (wanted, plain, torch.float64)):
+    loss_fn = FusedLinearCrossEntropy(vocab_size, z_loss, label_smoothing)
+    actual, expected = [], []
+    for results, function, dtype in ((actual, loss_fn, torch.float32), (expected, reference, torch.float64)):
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
-        loss = function(*inputs, labels, *([terms] if function is plain else []))
-        (loss * upstream).backward()
+        loss = function(*inputs, labels, *([loss_fn] if function is reference else []))
+        (loss * grad_output).backward()
         results += [loss.detach(), *(x.grad for x in inputs)]
-    assert found[0].dtype == torch.float32
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=3e-5)
+    assert actual[0].dtype == torch.float32
+    for value, reference_value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value.double(), reference_value, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_loss_is_near_that_in_full(dtype: torch.dtype) -> None:
+def test_half_precision_loss_is_close_to_the_exact_loss(dtype: torch.dtype) -> None:
     hidden, weight, labels = operands(64, 9, 1, 0)
     inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
-    loss = CrossEntropySum(9)(inputs[0], inputs[1], labels)
+    loss = FusedLinearCrossEntropy(9)(inputs[0], inputs[1], labels)
     loss.backward()
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    exact = plain(doubles[0], doubles[1], labels, CrossEntropySum(9))
+    exact = reference(doubles[0], doubles[1], labels, FusedLinearCrossEntropy(9))
     exact.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=3e-3)
     for low, high in zip(inputs, doubles, strict=True):
@@ -91,28 +91,28 @@ def test_a_frozen_operand_gets_no_gradient() -> None:
         hidden, weight, labels = operands(7, 5, 2, 1)
         inputs = [hidden.float(), weight.float()]
         inputs[1 - frozen].requires_grad_()
-        CrossEntropySum(5)(inputs[0], inputs[1], labels).backward()
+        FusedLinearCrossEntropy(5)(inputs[0], inputs[1], labels).backward()
         assert inputs[frozen].grad is None
         assert inputs[1 - frozen].grad is not None
 
 
 @pytest.mark.parametrize("num_rows", [0, 5])
-def test_no_target_gives_zero_loss_and_zero_gradients(num_rows: int) -> None:
+def test_rows_without_a_target_give_zero_loss_and_zero_gradients(num_rows: int) -> None:
     hidden, weight, _ = operands(num_rows, 5, 2, 1)
     inputs = [x.float().requires_grad_() for x in (hidden, weight)]
     labels = torch.full((num_rows,), IGNORE_INDEX)
-    loss = CrossEntropySum(5, 0.1, 0.1)(inputs[0], inputs[1], labels)
+    loss = FusedLinearCrossEntropy(5, 0.1, 0.1)(inputs[0], inputs[1], labels)
     loss.backward()
     assert loss.item() == 0
     assert all(x.grad is not None and not x.grad.any() for x in inputs)
 
 
 @given(num_rows=st.integers(0, 20), padding=st.integers(0, 3), seed=st.integers(0, 1000))
-def test_a_score_is_the_plain_loss_and_the_correct_guesses(num_rows: int, padding: int, seed: int) -> None:
+def test_evaluation_sums_plain_loss_and_correct_predictions(num_rows: int, padding: int, seed: int) -> None:
     hidden, weight, labels = operands(num_rows, 7, padding, seed)
-    loss_sum, num_correct = CrossEntropyScore(7)(hidden.float(), weight.float(), labels).tolist()
+    loss_sum, num_correct = LossAndNumCorrect(7)(hidden.float(), weight.float(), labels).tolist()
     logits = (hidden @ weight.T)[:, :7]
     assert loss_sum == pytest.approx(
-        plain(hidden, weight, labels, CrossEntropySum(7)).item(), rel=1e-5, abs=1e-5
+        reference(hidden, weight, labels, FusedLinearCrossEntropy(7)).item(), rel=1e-5, abs=1e-5
     )
     assert num_correct == (logits.argmax(dim=1) == labels).sum().item()

@@ -8,15 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import SIZES, build
+from support.tiny_models import SIZES, build
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from distft.config import parse
 from distft.data.batch import IGNORE_INDEX, Batch
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
-from distft.model.head import ClassificationHead, LanguageModelHead
+from distft.model.config import ClassificationHead, LanguageModelHead, ModelConfig
 from distft.objective.settings import CausalLM, Classification, ObjectiveConfig
 
 NAMES = ("a", "b", "c", "d")
@@ -56,19 +55,19 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
 
 @pytest.mark.parametrize("padding", [1, 64])
 @pytest.mark.parametrize("tied", [True, False])
-def test_causal_loss_and_gradients_equal_those_of_the_logits(padding: int, tied: bool) -> None:
+def test_causal_loss_and_gradients_equal_those_computed_from_the_logits(padding: int, tied: bool) -> None:
     objective = CausalLM(label_smoothing=0.1)
     model = build(ModelConfig(**SIZES, pad_vocab_to=padding, tie_embeddings=tied), objective.head(None))
     batch = token_batch(3)
     objective(model, batch).backward()
-    found = [param.grad for param in model.parameters()]
+    fused_gradients = [param.grad for param in model.parameters()]
     model.zero_grad()
     logits = model(batch.input_ids)[..., :61]
     cross_entropy(
         logits.flatten(0, 1), batch.labels.flatten(), label_smoothing=0.1, reduction="sum"
     ).backward()
-    for ours, param in zip(found, model.parameters(), strict=True):
-        torch.testing.assert_close(ours, param.grad, rtol=1e-4, atol=1e-4)
+    for gradient, param in zip(fused_gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, param.grad, rtol=1e-4, atol=1e-4)
 
 
 @given(st.lists(st.integers(0, 6), max_size=2))
@@ -78,15 +77,15 @@ def test_losses_and_sums_do_not_depend_on_how_a_batch_is_cut(objective: Any, cut
     model = build(ModelConfig(**SIZES), objective.head(None if is_causal else NAMES))
     batch = token_batch(6) if is_causal else row_batch(6)
     bounds = sorted([0, *cuts, 6])
-    pieces = [cut(batch, a, b) for a, b in pairwise(bounds)]
-    loss = sum(objective(model, piece) for piece in pieces)
+    micro_batches = [cut(batch, a, b) for a, b in pairwise(bounds)]
+    loss = sum(objective(model, micro_batch) for micro_batch in micro_batches)
     torch.testing.assert_close(loss, objective(model, batch))
     whole = objective.evaluate(model, batch)
-    parts = [objective.evaluate(model, piece) for piece in pieces]
+    partial_sums = [objective.evaluate(model, micro_batch) for micro_batch in micro_batches]
     for name, value in whole.items():
         assert not value.requires_grad
         torch.testing.assert_close(
-            torch.stack([part[name] for part in parts]).sum(0), value, rtol=1e-6, atol=0
+            torch.stack([sums[name] for sums in partial_sums]).sum(0), value, rtol=1e-6, atol=0
         )
 
 
@@ -107,7 +106,7 @@ def test_a_batch_without_targets_adds_nothing(objective: Any, rows: int) -> None
     assert objective.metrics(objective.evaluate(model, batch))["loss"] == 0
 
 
-def test_causal_metrics_are_those_of_the_logits() -> None:
+def test_causal_metrics_equal_those_computed_from_the_logits() -> None:
     objective = CausalLM(z_loss=0.1, label_smoothing=0.1)
     model = build(ModelConfig(**SIZES, pad_vocab_to=64), objective.head(None))
     batch = token_batch(5, num_bytes=70)
@@ -125,20 +124,20 @@ def test_causal_metrics_are_those_of_the_logits() -> None:
     )
 
 
-def test_bits_per_byte_are_left_out_where_bytes_are_not_known() -> None:
+def test_bits_per_byte_need_a_known_number_of_bytes() -> None:
     objective = CausalLM()
     sums = objective.evaluate(build(ModelConfig(**SIZES)), token_batch(2))
     assert "bits_per_byte" not in objective.metrics(sums)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=20))
-def test_classification_metrics_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+def test_classification_metrics_equal_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     from sklearn.metrics import accuracy_score, f1_score
 
-    labels, guesses = zip(*pairs, strict=True)
+    labels, predictions = zip(*pairs, strict=True)
 
-    def guess(*_: object) -> Tensor:
-        return torch.eye(4)[list(guesses)]
+    def model(*_: object) -> Tensor:
+        return torch.eye(4)[list(predictions)]
 
     batch = Batch(
         input_ids=torch.zeros(len(pairs), 1, dtype=torch.int64),
@@ -146,13 +145,13 @@ def test_classification_metrics_are_those_of_scikit_learn(pairs: list[tuple[int,
         num_target_tokens=len(pairs),
     )
     objective = Classification()
-    metrics = objective.metrics(objective.evaluate(guess, batch))
-    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, guesses))
-    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, guesses, average="macro"))
-    assert metrics["loss"] == pytest.approx(cross_entropy(guess(), batch.labels).item())
+    metrics = objective.metrics(objective.evaluate(model, batch))
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
+    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert metrics["loss"] == pytest.approx(cross_entropy(model(), batch.labels).item())
 
 
-def test_an_objective_says_which_head_it_needs() -> None:
+def test_each_objective_chooses_its_head_by_the_data() -> None:
     assert CausalLM().head(None) == LanguageModelHead()
     assert Classification(pooling="first").head(NAMES) == ClassificationHead(num_labels=4, pooling="first")
     with pytest.raises(ConfigError, match=r"objective\.type=classification needs labels"):

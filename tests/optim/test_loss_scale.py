@@ -8,7 +8,7 @@ OVERFLOWS = st.lists(st.booleans(), max_size=60)
 
 
 @given(overflows=OVERFLOWS, growth_steps=st.integers(1, 8))
-def test_without_hysteresis_the_scale_is_that_of_torchs_grad_scaler(
+def test_without_hysteresis_the_scale_equals_that_of_torchs_grad_scaler(
     overflows: list[bool], growth_steps: int
 ) -> None:
     ours = LossScaleConfig(growth_steps=growth_steps, hysteresis=1, min_scale=2.0**-60).build()
@@ -20,7 +20,7 @@ def test_without_hysteresis_the_scale_is_that_of_torchs_grad_scaler(
 
 
 @given(overflows=OVERFLOWS, growth_steps=st.integers(1, 8), hysteresis=st.integers(1, 4))
-def test_hysteresis_lets_so_many_overflows_pass_after_each_growth(
+def test_the_scale_halves_only_from_the_hysteresis_th_overflow_after_a_growth(
     overflows: list[bool], growth_steps: int, hysteresis: int
 ) -> None:
     ours = LossScaleConfig(growth_steps=growth_steps, hysteresis=hysteresis).build()
@@ -40,7 +40,7 @@ def test_hysteresis_lets_so_many_overflows_pass_after_each_growth(
 
 
 @given(overflows=OVERFLOWS, cut=st.integers(0, 60), hysteresis=st.integers(1, 3))
-def test_a_resume_goes_on_as_if_nothing_had_happened(
+def test_a_resumed_scale_continues_like_an_uninterrupted_one(
     overflows: list[bool], cut: int, hysteresis: int
 ) -> None:
     settings = LossScaleConfig(growth_steps=3, hysteresis=hysteresis)

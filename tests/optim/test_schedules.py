@@ -36,35 +36,39 @@ def schedules(warmup_steps: int, final_factor: float, decay_steps: int = 1) -> l
 
 
 def torch_factors(make: object, total_steps: int, warmup_steps: int) -> list[float]:
-    """What torch's own schedulers make of a learning rate of 1."""
+    """Learning rates from torch's own schedulers, with a peak of 1."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    parts: list[LRScheduler] = []
+    schedulers: list[LRScheduler] = []
     if warmup_steps > 1:
-        parts.append(LinearLR(optimizer, 1 / warmup_steps, 1.0, total_iters=warmup_steps - 1))
-    parts.append(make(optimizer))
-    scheduler = SequentialLR(optimizer, parts, milestones=[warmup_steps - 1]) if len(parts) > 1 else parts[0]
-    found = []
+        schedulers.append(LinearLR(optimizer, 1 / warmup_steps, 1.0, total_iters=warmup_steps - 1))
+    schedulers.append(make(optimizer))
+    scheduler = (
+        SequentialLR(optimizer, schedulers, milestones=[warmup_steps - 1])
+        if len(schedulers) > 1
+        else schedulers[0]
+    )
+    factors = []
     for _ in range(total_steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        factors.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return found
+    return factors
 
 
 @pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 50), (1, 50), (2, 3), (10, 50), (49, 50)])
-def test_cosine_and_linear_are_those_of_torch(warmup_steps: int, total_steps: int) -> None:
-    num_down = total_steps - 1 - max(warmup_steps - 1, 0)
-    oracles = {
+def test_cosine_and_linear_equal_torchs_schedulers(warmup_steps: int, total_steps: int) -> None:
+    num_decay_steps = total_steps - 1 - max(warmup_steps - 1, 0)
+    references = {
         CosineConfig(warmup_steps=warmup_steps, final_factor=0.2): lambda optimizer: CosineAnnealingLR(
-            optimizer, num_down, eta_min=0.2
+            optimizer, num_decay_steps, eta_min=0.2
         ),
         LinearConfig(warmup_steps=warmup_steps, final_factor=0.2): lambda optimizer: LinearLR(
-            optimizer, 1.0, 0.2, total_iters=num_down
+            optimizer, 1.0, 0.2, total_iters=num_decay_steps
         ),
     }
-    for schedule, make in oracles.items():
-        found = [schedule.factor(step, total_steps) for step in range(total_steps)]
-        assert found == pytest.approx(torch_factors(make, total_steps, warmup_steps), abs=1e-12)
+    for schedule, make in references.items():
+        factors = [schedule.factor(step, total_steps) for step in range(total_steps)]
+        assert factors == pytest.approx(torch_factors(make, total_steps, warmup_steps), abs=1e-12)
 
 
 @given(warmup_steps=st.integers(0, 100), total_steps=STEPS, final_factor=FACTORS)
@@ -73,13 +77,13 @@ def test_schedules_rise_to_the_peak_fall_to_the_final_factor_and_stay(
 ) -> None:
     assume(warmup_steps < total_steps - 1)
     for schedule in schedules(warmup_steps, final_factor):
-        found = [schedule.factor(step, total_steps) for step in range(total_steps + 5)]
-        up, down = found[: max(warmup_steps, 1)], found[max(warmup_steps - 1, 0) :]
-        assert all(a <= b for a, b in pairwise(up))
-        assert all(a >= b - 1e-12 for a, b in pairwise(down))
-        assert found[0] > 0 or final_factor == 0
-        assert max(found) == found[max(warmup_steps - 1, 0)] == 1.0
-        assert found[total_steps - 1 :] == pytest.approx([final_factor] * 6, abs=1e-12)
+        factors = [schedule.factor(step, total_steps) for step in range(total_steps + 5)]
+        warmup, decay = factors[: max(warmup_steps, 1)], factors[max(warmup_steps - 1, 0) :]
+        assert all(a <= b for a, b in pairwise(warmup))
+        assert all(a >= b - 1e-12 for a, b in pairwise(decay))
+        assert factors[0] > 0 or final_factor == 0
+        assert max(factors) == factors[max(warmup_steps - 1, 0)] == 1.0
+        assert factors[total_steps - 1 :] == pytest.approx([final_factor] * 6, abs=1e-12)
 
 
 @given(warmup_steps=st.integers(0, 50), total_steps=STEPS)
@@ -96,7 +100,7 @@ def test_constant_stays_at_the_peak(warmup_steps: int, total_steps: int) -> None
     decay_steps=st.integers(1, 100),
     final_factor=FACTORS,
 )
-def test_warmup_stable_decay_has_three_parts(
+def test_warmup_stable_decay_has_three_phases(
     warmup_steps: int, stable_steps: int, decay_steps: int, final_factor: float
 ) -> None:
     total_steps = warmup_steps + stable_steps + decay_steps
@@ -110,13 +114,13 @@ def test_warmup_stable_decay_has_three_parts(
 
 
 @given(extra=st.integers(1, 500))
-def test_a_longer_stable_part_changes_nothing_before_its_end(extra: int) -> None:
+def test_a_longer_run_has_the_same_stable_phase(extra: int) -> None:
     schedule = WarmupStableDecayConfig(warmup_steps=10, decay_steps=20)
     assert all(schedule.factor(i, 100) == schedule.factor(i, 100 + extra) for i in range(79))
 
 
 @pytest.mark.parametrize("total_steps", [1, 2])
-def test_the_shortest_runs_have_a_rate_too(total_steps: int) -> None:
+def test_the_shortest_runs_start_at_the_peak(total_steps: int) -> None:
     for schedule in schedules(1, 0.5):
         assert schedule.factor(0, total_steps) == 1.0
 
@@ -130,7 +134,7 @@ def test_a_schedule_that_does_not_fit_in_the_run_is_refused() -> None:
     WarmupStableDecayConfig(warmup_steps=5, decay_steps=5).check(10)
 
 
-def test_the_rate_is_the_peak_times_the_factor_and_schedules_are_chosen_by_type() -> None:
+def test_the_learning_rate_is_the_peak_times_the_factor_of_the_schedule_chosen_by_type() -> None:
     raw = {"peak_lr": 0.02, "schedule": {"type": "wsd", "warmup_steps": 4, "decay_steps": 5}}
     config = parse(AdamWConfig, raw)
     assert isinstance(config.schedule, WarmupStableDecayConfig)

@@ -39,7 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StdlibTask]
     return directory, write_stdlib_task(directory)
 
 
-def test_the_library_of_this_python_gives_thousands_of_functions_in_over_twenty_areas(
+def test_this_pythons_library_has_thousands_of_functions_in_at_least_twenty_areas(
     written: tuple[Path, StdlibTask],
 ) -> None:
     _, task = written
@@ -48,7 +48,7 @@ def test_the_library_of_this_python_gives_thousands_of_functions_in_over_twenty_
     assert sum(task.areas.values()) == task.num_train + task.num_test
 
 
-def test_no_function_of_the_test_part_is_in_the_training_part(written: tuple[Path, StdlibTask]) -> None:
+def test_the_splits_do_not_overlap(written: tuple[Path, StdlibTask]) -> None:
     directory, _ = written
     train = {row["text"] for row in read(directory / "train.jsonl")}
     test = {row["text"] for row in read(directory / "test.jsonl")}
@@ -57,7 +57,7 @@ def test_no_function_of_the_test_part_is_in_the_training_part(written: tuple[Pat
     assert not train & test
 
 
-def test_every_area_gives_a_fifth_of_its_functions_to_the_test_part(
+def test_a_fifth_of_every_area_is_in_the_test_split(
     written: tuple[Path, StdlibTask],
 ) -> None:
     directory, task = written
@@ -66,14 +66,14 @@ def test_every_area_gives_a_fifth_of_its_functions_to_the_test_part(
     assert all(abs(test[area] - count / 5) <= 0.5 for area, count in task.areas.items())
 
 
-def test_the_same_library_gives_the_same_bytes(written: tuple[Path, StdlibTask], tmp_path: Path) -> None:
+def test_the_same_library_gives_the_same_files(written: tuple[Path, StdlibTask], tmp_path: Path) -> None:
     directory, _ = written
     write_stdlib_task(tmp_path)
     for name in ("train.jsonl", "test.jsonl", "task.json"):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
 
-def test_a_text_begins_at_the_first_decorator_and_is_not_indented(tmp_path: Path) -> None:
+def test_a_text_includes_decorators_and_is_dedented(tmp_path: Path) -> None:
     method = "@property\ndef area(self):\n    # pi\n    r = self.r\n    return 3 * r * r"
     body = "class Circle:\n" + "".join(f"    {line}\n" for line in method.splitlines())
     library = make_library(tmp_path, {"logging/__init__.py": body + functions_of("log", 40)})
@@ -81,7 +81,7 @@ def test_a_text_begins_at_the_first_decorator_and_is_not_indented(tmp_path: Path
     assert functions[0] == Function(method, "logging", "logging/__init__.py:3")
 
 
-def test_tests_of_the_library_and_broken_files_give_no_functions(tmp_path: Path) -> None:
+def test_the_librarys_tests_and_unparsable_files_are_skipped(tmp_path: Path) -> None:
     library = make_library(
         tmp_path,
         {
@@ -93,7 +93,7 @@ def test_tests_of_the_library_and_broken_files_give_no_functions(tmp_path: Path)
     assert {function.origin.split(":")[0] for function in find_functions(library)} == {"logging/__init__.py"}
 
 
-def test_very_short_and_very_long_functions_and_repeated_ones_are_left_out(tmp_path: Path) -> None:
+def test_short_long_and_duplicate_functions_are_skipped(tmp_path: Path) -> None:
     short = "def short():\n    return 1\n"
     long = "def long():\n" + "    work()\n" * 60
     library = make_library(
@@ -104,21 +104,21 @@ def test_very_short_and_very_long_functions_and_repeated_ones_are_left_out(tmp_p
     assert names == [f"def f_{i}" for i in range(40)]
 
 
-def test_an_area_with_few_functions_is_absent(tmp_path: Path) -> None:
+def test_an_area_with_too_few_functions_is_left_out(tmp_path: Path) -> None:
     library = make_library(
         tmp_path, {"logging/a.py": functions_of("log", 40), "xml/a.py": functions_of("xml", 39)}
     )
     assert {function.label for function in find_functions(library)} == {"logging"}
 
 
-def test_one_new_function_moves_at_most_one_other_between_the_parts() -> None:
+def test_one_new_function_moves_at_most_one_other_between_the_splits() -> None:
     functions = [Function(f"def f_{i}(): ...", "logging", f"logging/a.py:{i}") for i in range(200)]
     before = {function.text for function in split(functions[:-1])[1]}
     after = {function.text for function in split(functions)[1]}
     assert len(before ^ after) <= 2
 
 
-def test_a_directory_that_is_no_library_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_directory_without_a_library_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="0 functions in 0 known areas"):
         write_stdlib_task(tmp_path / "out", root=tmp_path)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A corpus to token shards: the same bytes whatever the workers, the cuts and the interruptions."""
+"""Tokenizing a corpus: the shards do not depend on workers, chunks or interruptions."""
 
 import inspect
 import json
@@ -29,7 +29,7 @@ import resource
 import sys
 from distft.data.corpus import JsonlCorpus
 from distft.prepare import TokenizeConfig, tokenize
-JsonlCorpus.parts.__defaults__ = (10_000,)
+JsonlCorpus.chunks.__defaults__ = (10_000,)
 if __name__ == "__main__":
     config = TokenizeConfig.model_validate_json(sys.argv[1])
     if len(sys.argv) > 2:
@@ -57,10 +57,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many parts from little text."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make little text give many chunks."""
     for corpus in (JsonlCorpus, TextCorpus, MixtureCorpus):
-        monkeypatch.setattr(corpus.parts, "__defaults__", (10_000,))
+        monkeypatch.setattr(corpus.chunks, "__defaults__", (10_000,))
 
 
 def settings(rows: str, model: str, output: Path, **others: Any) -> TokenizeConfig:
@@ -78,7 +78,7 @@ def split_documents(shards: TokenShards) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
-def test_the_shards_hold_every_document_in_order_with_its_end(
+def test_shards_contain_every_document_in_order_followed_by_eos(
     rows: str, models: dict[str, str], algorithm: str, tmp_path: Path
 ) -> None:
     result = tokenize(settings(rows, models[algorithm], tmp_path))
@@ -93,7 +93,7 @@ def test_the_shards_hold_every_document_in_order_with_its_end(
     result.train.verify()
 
 
-def test_ends_and_begins_are_put_as_asked(rows: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_bos_and_eos_follow_the_settings(rows: str, models: dict[str, str], tmp_path: Path) -> None:
     model = models["bpe"]
     tokenizer = Tokenizer.load(model)
     bare = tokenize(settings(rows, model, tmp_path / "a", append_eos=False)).train
@@ -108,14 +108,16 @@ def test_ends_and_begins_are_put_as_asked(rows: str, models: dict[str, str], tmp
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_the_number_of_workers_changes_no_byte(rows: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_the_files_do_not_depend_on_the_number_of_workers(
+    rows: str, models: dict[str, str], tmp_path: Path
+) -> None:
     for num_workers in (1, 2):
         output = tmp_path / str(num_workers)
         tokenize(settings(rows, models["bpe"], output, num_workers=num_workers, holdout=0.1))
     assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
 
 
-def test_a_fault_in_a_worker_reaches_the_user_with_its_place(models: dict[str, str], tmp_path: Path) -> None:
+def test_an_error_in_a_worker_names_file_and_line(models: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"text": TEXT[:20_000]}) + "\n" + '{"text": 7}\n')
     for num_workers in (1, 2):
@@ -126,7 +128,7 @@ def test_a_fault_in_a_worker_reaches_the_user_with_its_place(models: dict[str, s
             TokenShards.open(tmp_path / str(num_workers) / "train")
 
 
-def test_a_held_out_document_is_never_trained_on_however_often_it_comes(
+def test_no_repetition_of_a_held_out_document_is_in_the_training_split(
     rows: str, models: dict[str, str], tmp_path: Path
 ) -> None:
     source = WeightedCorpus(corpus=JsonlCorpus(paths=(rows,)), weight=2.5)
@@ -143,18 +145,18 @@ def test_a_held_out_document_is_never_trained_on_however_often_it_comes(
     assert len(validation) == pytest.approx(0.25 * len(ROWS), rel=0.3)
 
 
-def test_a_holdout_that_leaves_a_side_empty_is_told(models: dict[str, str], tmp_path: Path) -> None:
+def test_a_holdout_that_leaves_a_split_empty_is_an_error(models: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("only one document")
     corpus = TextCorpus(paths=(str(tmp_path / "one.txt"),))
     with pytest.raises(DataError, match=r"holdout=0\.5 left no document for (train|validation)"):
         tokenize(settings("", models["bpe"], tmp_path / "out", corpus=corpus, holdout=0.5))
     assert not list((tmp_path / "out").rglob(MANIFEST))
-    # What was tried leaves nothing that would stand in the way of better settings.
+    # The failed attempt leaves nothing behind, so other settings are accepted.
     assert tokenize(settings("", models["bpe"], tmp_path / "out", corpus=corpus)).train.num_documents == 1
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "char"])
-def test_a_file_read_in_pieces_gives_the_ids_of_the_whole_and_one_document(
+def test_a_file_read_in_sections_is_one_document_with_the_ids_of_the_whole(
     models: dict[str, str], algorithm: str, tmp_path: Path
 ) -> None:
     for name in ("a", "b"):
@@ -166,7 +168,7 @@ def test_a_file_read_in_pieces_gives_the_ids_of_the_whole_and_one_document(
     assert split_documents(shards) == [[*tokenizer.encode(TEXT), *end]] * 2
 
 
-def test_progress_rises_to_all_there_is(rows: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_progress_increases_to_the_totals(rows: str, models: dict[str, str], tmp_path: Path) -> None:
     seen: list[TokenizeProgress] = []
     result = tokenize(settings(rows, models["bpe"], tmp_path, holdout=0.1), on_progress=seen.append)
     assert result.validation is not None
@@ -181,70 +183,72 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("num_parts", [1, 4, 11])
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
-    rows: str, models: dict[str, str], num_parts: int, tmp_path: Path
+@pytest.mark.parametrize("num_chunks", [1, 4, 11])
+def test_resumed_work_gives_the_same_bytes(
+    rows: str, models: dict[str, str], num_chunks: int, tmp_path: Path
 ) -> None:
-    tokenize(settings(rows, models["bpe"], tmp_path / "straight", holdout=0.1))
-    config = settings(rows, models["bpe"], tmp_path / "broken", holdout=0.1)
+    tokenize(settings(rows, models["bpe"], tmp_path / "uninterrupted", holdout=0.1))
+    config = settings(rows, models["bpe"], tmp_path / "interrupted", holdout=0.1)
     count = iter(range(1, 1000))
 
     def stop(_: TokenizeProgress) -> None:
-        if next(count) == num_parts:
+        if next(count) == num_chunks:
             raise StopError
 
     with pytest.raises(StopError):
         tokenize(config, on_progress=stop)
-    assert not list((tmp_path / "broken").rglob(MANIFEST))
+    assert not list((tmp_path / "interrupted").rglob(MANIFEST))
     again: list[TokenizeProgress] = []
     tokenize(config, on_progress=again.append)
-    assert next(count) == num_parts + 1
-    assert len(again) == len(list(config.corpus.parts())) - num_parts
-    assert files_in(tmp_path / "broken") == files_in(tmp_path / "straight")
+    assert next(count) == num_chunks + 1
+    assert len(again) == len(list(config.corpus.chunks())) - num_chunks
+    assert files_in(tmp_path / "interrupted") == files_in(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("committed", [("validation",), ("validation", "train")])
-def test_an_interruption_among_the_commits_is_made_good(
+def test_an_interruption_between_the_commits_is_repaired(
     rows: str,
     models: dict[str, str],
     committed: tuple[str, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenize(settings(rows, models["bpe"], tmp_path / "straight", holdout=0.1))
-    config = settings(rows, models["bpe"], tmp_path / "broken", holdout=0.1)
+    tokenize(settings(rows, models["bpe"], tmp_path / "uninterrupted", holdout=0.1))
+    config = settings(rows, models["bpe"], tmp_path / "interrupted", holdout=0.1)
     writer = sys.modules[tokenize.__module__].ShardWriter  # type: ignore[attr-defined]
     commit = writer.commit
-    done: list[str] = []
+    committed_splits: list[str] = []
 
-    def commit_and_die(self: Any, extra: Any) -> None:
-        if len(done) == len(committed):
+    def commit_and_stop(self: Any, extra: Any) -> None:
+        if len(committed_splits) == len(committed):
             raise StopError
         commit(self, extra)
-        done.append(self._directory.name)
-        if len(done) == 2:
+        committed_splits.append(self._directory.name)
+        if len(committed_splits) == 2:
             raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "commit", commit_and_die)
+        patch.setattr(writer, "commit", commit_and_stop)
         with pytest.raises(StopError):
             tokenize(config)
-    assert tuple(done) == committed
+    assert tuple(committed_splits) == committed
     tokenize(config)
-    assert files_in(tmp_path / "broken") == files_in(tmp_path / "straight")
+    assert files_in(tmp_path / "interrupted") == files_in(tmp_path / "uninterrupted")
 
 
-def test_sigkill_in_the_middle_leaves_no_process_and_costs_no_byte(
+def test_after_sigkill_no_worker_remains_and_resumed_work_gives_the_same_bytes(
     rows: str, models: dict[str, str], tmp_path: Path
 ) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     configs = [
         settings(rows, models["unigram"], tmp_path / name, num_workers=2, holdout=0.1)
-        for name in ("straight", "broken")
+        for name in ("uninterrupted", "interrupted")
     ]
-    straight, broken = ([sys.executable, str(driver), config.model_dump_json()] for config in configs)
-    process = subprocess.Popen(broken, stdout=subprocess.PIPE, start_new_session=True)
+    uninterrupted, interrupted = (
+        [sys.executable, str(driver), config.model_dump_json()] for config in configs
+    )
+    process = subprocess.Popen(interrupted, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     for _ in range(3):
         process.stdout.readline()
@@ -255,12 +259,12 @@ def test_sigkill_in_the_middle_leaves_no_process_and_costs_no_byte(
         assert time.monotonic() < deadline, "workers outlived their parent"
         time.sleep(0.05)
     process.stdout.close()
-    assert not list((tmp_path / "broken").rglob(MANIFEST))
-    resumed = subprocess.run(broken, capture_output=True, check=True, text=True)
-    whole = subprocess.run(straight, capture_output=True, check=True, text=True)
+    assert not list((tmp_path / "interrupted").rglob(MANIFEST))
+    resumed = subprocess.run(interrupted, capture_output=True, check=True, text=True)
+    whole = subprocess.run(uninterrupted, capture_output=True, check=True, text=True)
     assert whole.stdout.endswith(resumed.stdout)
     assert len(resumed.stdout) < len(whole.stdout)
-    assert files_in(tmp_path / "broken") == files_in(tmp_path / "straight")
+    assert files_in(tmp_path / "interrupted") == files_in(tmp_path / "uninterrupted")
 
 
 def processes_in_session(session: int) -> list[int]:
@@ -270,34 +274,32 @@ def processes_in_session(session: int) -> list[int]:
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
-                continue  # it ended just now
+                continue  # the process has ended
             if int(fields[3]) == session and fields[0] != "Z":
                 found.append(int(entry.name))
     return found
 
 
-def test_a_full_disk_is_told_and_the_work_goes_on_when_there_is_room(
-    rows: str, models: dict[str, str], tmp_path: Path
-) -> None:
-    tokenize(settings(rows, models["bpe"], tmp_path / "straight", shard_tokens=30_000))
+def test_work_resumes_after_a_full_disk(rows: str, models: dict[str, str], tmp_path: Path) -> None:
+    tokenize(settings(rows, models["bpe"], tmp_path / "uninterrupted", shard_tokens=30_000))
     config = settings(rows, models["bpe"], tmp_path / "full", shard_tokens=30_000)
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    bytes_of_largest_file = "50000"  # the first shard would have 60,000
-    command = [sys.executable, str(driver), config.model_dump_json(), bytes_of_largest_file]
+    max_file_bytes = "50000"  # the first shard has 60,000
+    command = [sys.executable, str(driver), config.model_dump_json(), max_file_bytes]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "DataError: cannot write token shards" in result.stderr
     assert "File too large" in result.stderr
     assert len(result.stdout.splitlines()) >= 1
     tokenize(config)
-    assert files_in(tmp_path / "full") == files_in(tmp_path / "straight")
+    assert files_in(tmp_path / "full") == files_in(tmp_path / "uninterrupted")
 
 
-def test_finished_work_is_opened_not_done_again(rows: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_committed_work_is_opened_not_repeated(rows: str, models: dict[str, str], tmp_path: Path) -> None:
     config = settings(rows, models["bpe"], tmp_path)
     first = tokenize(config).train
-    again = tokenize(config, on_progress=lambda _: pytest.fail("it was done again")).train
+    again = tokenize(config, on_progress=lambda _: pytest.fail("it was tokenized again")).train
     assert again.num_tokens == first.num_tokens
 
 
@@ -305,7 +307,7 @@ def test_finished_work_is_opened_not_done_again(rows: str, models: dict[str, str
     "other", [{"holdout": 0.1}, {"append_eos": False}, {"shard_tokens": 8000}, {"prepend_bos": True}]
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_work_is_not_harmed_unless_told(
+def test_other_work_is_kept_unless_overwrite(
     rows: str, models: dict[str, str], other: dict[str, Any], finished: bool, tmp_path: Path
 ) -> None:
     def stop(_: TokenizeProgress) -> None:
@@ -318,26 +320,28 @@ def test_other_work_is_not_harmed_unless_told(
         assert not finished
     before = files_in(tmp_path / "out")
     config = settings(rows, models["bpe"], tmp_path / "out", **other)
-    with pytest.raises(ConfigError, match="shards of other work"):
+    with pytest.raises(ConfigError, match="shards of another corpus, tokenizer or setting"):
         tokenize(config)
     assert files_in(tmp_path / "out") == before
     tokenize(config, overwrite=True)
-    tokenize(settings(rows, models["bpe"], tmp_path / "straight", **other))
-    assert files_in(tmp_path / "out") == files_in(tmp_path / "straight")
+    tokenize(settings(rows, models["bpe"], tmp_path / "uninterrupted", **other))
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "uninterrupted")
 
 
-def test_another_tokenizer_or_text_is_other_work(rows: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_shards_of_another_tokenizer_or_corpus_are_refused(
+    rows: str, models: dict[str, str], tmp_path: Path
+) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text(Path(rows).read_text())
     tokenize(settings(str(source), models["bpe"], tmp_path / "out"))
-    with pytest.raises(ConfigError, match="shards of other work"):
+    with pytest.raises(ConfigError, match="shards of another corpus, tokenizer or setting"):
         tokenize(settings(str(source), models["unigram"], tmp_path / "out"))
     source.write_text(Path(rows).read_text() * 2)
-    with pytest.raises(ConfigError, match="shards of other work"):
+    with pytest.raises(ConfigError, match="shards of another corpus, tokenizer or setting"):
         tokenize(settings(str(source), models["bpe"], tmp_path / "out"))
 
 
-def test_text_that_a_tokenizer_drops_leaves_no_empty_document(tmp_path: Path, models: dict[str, str]) -> None:
+def test_text_that_the_tokenizer_drops_gives_no_document(tmp_path: Path, models: dict[str, str]) -> None:
     (tmp_path / "a.txt").write_text("one\n\nb \u3000\n\ntwo")
     corpus = TextCorpus(paths=(str(tmp_path / "a.txt"),), documents="blank_line")
     shards = tokenize(settings("", models["char"], tmp_path / "out", corpus=corpus)).train
@@ -345,12 +349,12 @@ def test_text_that_a_tokenizer_drops_leaves_no_empty_document(tmp_path: Path, mo
     assert np.all(np.diff(shards.document_starts) > 0)
 
 
-def test_an_output_beyond_the_local_disk_is_refused(rows: str, models: dict[str, str]) -> None:
+def test_a_remote_output_is_refused(rows: str, models: dict[str, str]) -> None:
     with pytest.raises(ValidationError, match="must be a local directory"):
         TokenizeConfig(corpus=JsonlCorpus(paths=(rows,)), tokenizer=models["bpe"], output="s3://bucket/a")
 
 
-def test_the_workers_start_without_what_they_do_not_need() -> None:
+def test_workers_do_not_import_heavy_packages() -> None:
     heavy = ("torch", "pyarrow", "ray", "pydantic", "fsspec")
     code = f"import sys, distft.prepare.worker; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

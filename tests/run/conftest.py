@@ -1,9 +1,9 @@
-"""Text, and a run pretrained on it, made once for all tests of whole runs."""
+"""Data, and a pretrained run, shared by all tests of complete runs."""
 
 from pathlib import Path
 
 import pytest
-from small_runs import make_text_data, pretraining, run
+from support.small_runs import make_text_data, pretraining, run
 
 from distft.topology import Topology
 

@@ -1,11 +1,11 @@
-"""`distft audit` against runs whose history is known, one of them wrong on purpose."""
+"""`distft audit` of runs with a known use of sequences, one of them wrong on purpose."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import pretraining, run, run_until_power_cut
+from support.small_runs import pretraining, run, run_until_power_cut
 
 from distft.cli.main import main
 from distft.run.audit import Audit, audit_events, audit_run
@@ -21,7 +21,7 @@ def _config(data: Path, run_dir: Path) -> dict[str, Any]:
     )
 
 
-def test_a_run_that_was_cut_off_and_went_on_used_everything_once(
+def test_an_interrupted_and_resumed_run_used_every_sequence_once(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = _config(data, tmp_path)
@@ -40,17 +40,17 @@ def test_a_run_that_was_cut_off_and_went_on_used_everything_once(
     assert "was used exactly once" in capsys.readouterr().out
 
 
-def test_sequences_that_were_left_out_or_used_again_are_named(
+def test_missing_and_repeated_sequences_are_reported(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = _config(data, tmp_path)
     size = raw["batch"]["global_batch_size"]
-    right = BatchPlan.micro_batches
+    micro_batches = BatchPlan.micro_batches
 
-    def wrong(plan: BatchPlan, step: int, rank: int) -> list[MicroBatch]:
-        return right(plan, step - 1 if step == 7 else step, rank)
+    def repeat_step_7(plan: BatchPlan, step: int, rank: int) -> list[MicroBatch]:
+        return micro_batches(plan, step - 1 if step == 7 else step, rank)
 
-    monkeypatch.setattr(BatchPlan, "micro_batches", wrong)
+    monkeypatch.setattr(BatchPlan, "micro_batches", repeat_step_7)
     run(Topology(), raw)
     assert main(["audit", str(tmp_path), "--json"]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -66,7 +66,7 @@ def _commit(step: int, used: list[list[int]]) -> dict[str, Any]:
     return {"kind": "ledger", "step": step, "sequences_seen": step * 4, "used": used, "used_again": []}
 
 
-def test_what_a_fault_threw_away_is_not_in_the_history() -> None:
+def test_steps_discarded_by_a_failure_do_not_count() -> None:
     events = [
         _start(0, 2),
         _commit(5, [[0, 20]]),
@@ -80,9 +80,14 @@ def test_what_a_fault_threw_away_is_not_in_the_history() -> None:
     assert audit_events(events[:3]).missing == ((39, 40),)
 
 
-def test_what_has_no_commit_has_no_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_without_events_cannot_be_audited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["audit", str(tmp_path)]) == 2
     assert "events.jsonl" in capsys.readouterr().err
+
+
+def test_a_run_without_a_commit_cannot_be_audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "events.jsonl").write_text(json.dumps(_start(0, 1)) + "\n")
     assert main(["audit", str(tmp_path)]) == 2
     assert "Nothing to audit" in capsys.readouterr().err

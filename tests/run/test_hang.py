@@ -1,109 +1,163 @@
-"""Ranks that stop, stand still or are slow, in real runs: they are found and named, and the run can go on."""
+"""Ranks that hang or are slow in real runs are found and named, and the run can resume."""
 
 import os
 import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import RanksError, start_ranks
-from small_runs import events, logged, pretraining, run
+from support.rank_pool import RanksError, start_ranks
+from support.small_runs import events, logged, pretraining, run
 
+from distft.data.feed import Prefetcher
+from distft.objective.causal_lm import CausalLM
 from distft.topology import Topology
 
 HANG_STEP = 7
+HANG_CALL = 2 * (HANG_STEP - 1)  # each step has two micro-batches on every rank
 HANG_TIMEOUT_S = 1.0
 
 
-def _config(data: Path, run_dir: Path, stage: int = 1, **changes: Any) -> dict[str, Any]:
+def _config(data: Path, run_dir: Path, zero_stage: int = 1, **changes: Any) -> dict[str, Any]:
     return pretraining(
         data,
         run_dir,
-        engine={"type": "zero", "zero_stage": stage},
+        engine={"type": "zero", "zero_stage": zero_stage},
         heartbeat_s=0.1,
         hang_timeout_s=HANG_TIMEOUT_S,
         **changes,
     )
 
 
-def _at_each_forward(act: Callable[[int], None]) -> None:
-    """From here on `act` is called at the start of each forward, with the number of calls before."""
-    from distft.objective.causal_lm import CausalLM
+def _before_each_call(owner: type, method: str, act: Callable[[int], None]) -> None:
+    """From now on, call `act` before each call of `method`, with the number of earlier calls."""
+    original = getattr(owner, method)
+    calls = {"earlier": 0}
 
-    ours = CausalLM.__call__
-    seen = {"calls": 0}
+    def call(*arguments: Any) -> Any:
+        act(calls["earlier"])
+        calls["earlier"] += 1
+        return original(*arguments)
 
-    def call(objective: Any, *arguments: Any) -> Any:
-        seen["calls"] += 1
-        act(seen["calls"] - 1)
-        return ours(objective, *arguments)
-
-    CausalLM.__call__ = call  # type: ignore[method-assign]
+    setattr(owner, method, call)
 
 
-def _hang(topology: Topology, raw: dict[str, Any], rank: int, how: str) -> None:
-    """`rank` stops its process, or stands still, in the forward of step 7 or in its data."""
-    from distft.data.feed import Prefetcher
+def _hang_here(*, stops_process: bool) -> None:
+    time.sleep(0.3)  # some heartbeats carry this stack
+    if stops_process:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1000)
 
-    take = Prefetcher.__next__
-    seen = {"batches": 0}
 
-    def stand_still(num_calls_before: int) -> None:
-        if topology.rank == rank and num_calls_before == 2 * (HANG_STEP - 1):  # two micro-batches a step
-            time.sleep(0.3)  # for some beats out of it
-            if how == "stopped":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(1000)
+def _hang_before(
+    owner: type, method: str, topology: Topology, hung_rank: int, *, stops_process: bool
+) -> None:
+    def act(earlier_calls: int) -> None:
+        if topology.rank == hung_rank and earlier_calls == HANG_CALL:
+            _hang_here(stops_process=stops_process)
 
-    def take_slowly(batches: Prefetcher) -> Any:
-        seen["batches"] += 1
-        stand_still(seen["batches"] - 1)
-        return take(batches)
+    _before_each_call(owner, method, act)
 
-    if how == "in its data":
-        Prefetcher.__next__ = take_slowly  # type: ignore[method-assign]
-    else:
-        _at_each_forward(stand_still)
+
+def stop_in_forward(topology: Topology, raw: dict[str, Any], hung_rank: int) -> None:
+    _hang_before(CausalLM, "__call__", topology, hung_rank, stops_process=True)
     run(topology, raw)
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("how", "rank", "world_size", "stage"),
-    [
-        ("stopped", 1, 2, 1),
-        ("stopped", 0, 3, 2),  # which serves the store
-        ("in its forward", 1, 2, 3),  # where the others wait in the forward, too
-        ("in its data", 0, 2, 1),
+def sleep_in_forward(topology: Topology, raw: dict[str, Any], hung_rank: int) -> None:
+    _hang_before(CausalLM, "__call__", topology, hung_rank, stops_process=False)
+    run(topology, raw)
+
+
+def sleep_in_data(topology: Topology, raw: dict[str, Any], hung_rank: int) -> None:
+    _hang_before(Prefetcher, "__next__", topology, hung_rank, stops_process=False)
+    run(topology, raw)
+
+
+@dataclass(frozen=True)
+class HungRun:
+    """A run that a hang ended."""
+
+    raw: dict[str, Any]
+    run_dir: Path
+    rank: int  # that hung
+    pid: int  # of that rank
+    failures: dict[int, str]  # of all ranks
+    hang_events: list[dict[str, Any]]
+    expected_symptom: str
+    expected_phase: str
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((stop_in_forward, 1, 2, 1, "has not answered for", "forward"), id="stopped"),
+        pytest.param(
+            (stop_in_forward, 0, 3, 2, "has not answered for", "forward"), id="stopped-and-serves-the-store"
+        ),
+        pytest.param(
+            (sleep_in_forward, 1, 2, 3, "stands still for", "forward"),
+            id="asleep-while-others-wait-in-forward",
+        ),
+        pytest.param((sleep_in_data, 0, 2, 1, "stands still for", "data"), id="asleep-in-its-data"),
     ],
 )
-def test_a_rank_that_hangs_is_named_with_its_stack_and_the_run_can_go_on(
-    data: Path, pretrained: Path, tmp_path: Path, how: str, rank: int, world_size: int, stage: int
-) -> None:
-    raw = _config(data, tmp_path, stage)
-    with start_ranks(_hang, world_size, raw, rank, how) as ranks:
+def hung_run(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> HungRun:
+    train_and_hang, rank, world_size, zero_stage, symptom, phase = request.param
+    run_dir = tmp_path_factory.mktemp("hung")
+    raw = _config(data, run_dir, zero_stage)
+    with start_ranks(train_and_hang, world_size, raw, rank) as ranks:
         with pytest.raises(RanksError) as caught:
-            ranks.wait(timeout_s=60, last_words_s=10)
+            ranks.wait(timeout_s=60, grace_s=10)
         pid = ranks.pids[rank]
-    assert "was killed by SIGKILL" in caught.value.faults[rank]
-    told = caught.value.faults[0 if rank else 1]
-    what = r"has not answered for" if how == "stopped" else r"stands still for"
-    assert re.search(rf"TrainingError: rank {rank} \(.*pid {pid}\).* {what} [12]\.\d s", told), told
-    assert "stand_still" in told
-    (hang,) = (event for event in events(tmp_path) if event["kind"] == "hang")
-    assert (hang["rank"], hang["pid"], hang["step"]) == (rank, pid, HANG_STEP)
-    assert hang["phase"] == ("data" if how == "in its data" else "forward")
-    assert "stand_still" in hang["stack"][-1]
-    run(Topology(), {**raw, "engine": {"type": "local"}})
-    assert [event["step"] for event in events(tmp_path) if event["kind"] == "resume"] == [4]
-    assert logged(tmp_path) == pytest.approx(logged(pretrained), abs=1e-5)
+    return HungRun(
+        raw=raw,
+        run_dir=run_dir,
+        rank=rank,
+        pid=pid,
+        failures=caught.value.failures,
+        hang_events=[event for event in events(run_dir) if event["kind"] == "hang"],
+        expected_symptom=symptom,
+        expected_phase=phase,
+    )
 
 
 @pytest.mark.ranks
-def test_a_run_that_is_suspended_as_a_whole_goes_on(data: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_a_hung_rank_is_killed(hung_run: HungRun) -> None:
+    assert "was killed by SIGKILL" in hung_run.failures[hung_run.rank]
+
+
+@pytest.mark.ranks
+def test_the_error_of_another_rank_names_the_hung_rank_and_shows_its_stack(hung_run: HungRun) -> None:
+    failure = hung_run.failures[0 if hung_run.rank else 1]
+    who = rf"TrainingError: rank {hung_run.rank} \(.*pid {hung_run.pid}\)"
+    assert re.search(rf"{who}.* {hung_run.expected_symptom} [12]\.\d s", failure), failure
+    assert "_hang_here" in failure
+
+
+@pytest.mark.ranks
+def test_one_event_has_the_hung_ranks_pid_step_phase_and_stack(hung_run: HungRun) -> None:
+    [event] = hung_run.hang_events
+    assert (event["rank"], event["pid"], event["step"]) == (hung_run.rank, hung_run.pid, HANG_STEP)
+    assert event["phase"] == hung_run.expected_phase
+    assert "_hang_here" in event["stack"][-1]
+
+
+@pytest.mark.ranks
+def test_a_hung_run_resumes_from_its_last_checkpoint(hung_run: HungRun, pretrained: Path) -> None:
+    run(Topology(), {**hung_run.raw, "engine": {"type": "local"}})
+    assert [event["step"] for event in events(hung_run.run_dir) if event["kind"] == "resume"] == [4]
+    assert logged(hung_run.run_dir) == pytest.approx(logged(pretrained), abs=1e-5)
+
+
+@pytest.mark.ranks
+def test_a_run_whose_ranks_are_all_suspended_for_a_while_does_not_hang(
+    data: Path, pretrained: Path, tmp_path: Path
+) -> None:
     with start_ranks(_run_slowly, 2, _config(data, tmp_path)) as ranks:
         while not (tmp_path / "metrics.jsonl").exists() or max(logged(tmp_path), default=0) < 3:
             time.sleep(0.01)
@@ -117,7 +171,9 @@ def test_a_run_that_is_suspended_as_a_whole_goes_on(data: Path, pretrained: Path
 
 
 def _run_slowly(topology: Topology, raw: dict[str, Any], slow_rank: int | None = None) -> None:
-    _at_each_forward(lambda _: time.sleep(0.03 if slow_rank in {None, topology.rank} else 0.0))
+    """Train with a slow forward on `slow_rank`, or on all ranks."""
+    delay_s = 0.03 if slow_rank in {None, topology.rank} else 0.0
+    _before_each_call(CausalLM, "__call__", lambda _: time.sleep(delay_s))
     run(topology, raw)
 
 
@@ -127,6 +183,6 @@ def test_a_slow_rank_is_named_by_its_own_work(data: Path, tmp_path: Path) -> Non
     with start_ranks(_run_slowly, 2, raw, 1) as ranks:
         ranks.wait(timeout_s=60)
         pid = ranks.pids[1]
-    (slow,) = (event for event in events(tmp_path) if event["kind"] == "straggler")
-    assert (slow["rank"], slow["pid"]) == (1, pid)
-    assert slow["own_s"] > 0.06 > slow["others_own_s"]
+    [straggler] = (event for event in events(tmp_path) if event["kind"] == "straggler")
+    assert (straggler["rank"], straggler["pid"]) == (1, pid)
+    assert straggler["own_s"] > 0.06 > straggler["others_own_s"]

@@ -1,4 +1,4 @@
-"""SIGKILL one rank at any moment, start again with another number of ranks: nothing shows in the result."""
+"""A run whose rank is killed at any moment resumes on another number of ranks with the same losses."""
 
 import contextlib
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import RanksError, run_ranks, start_ranks
-from small_runs import events, logged, pretraining, run
+from support.rank_pool import RanksError, run_ranks, start_ranks
+from support.small_runs import events, logged, pretraining, run
 
 from distft.run.audit import audit_run
 from distft.topology import Topology
@@ -38,7 +38,7 @@ def _config(data: Path, run_dir: Path, stage: int | None) -> dict[str, Any]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("stage", "first", "second"), [(2, 2, 1), (3, 2, 3)])
-def test_a_rank_killed_in_training_leaves_no_trace(
+def test_after_a_rank_is_killed_the_run_resumes_with_the_same_losses_and_sequences(
     data: Path, tmp_path: Path, undisturbed: dict[int, float], stage: int, first: int, second: int
 ) -> None:
     raw = _config(data, tmp_path, stage)
@@ -64,8 +64,8 @@ def _last_step(run_dir: Path) -> int:
     return 0
 
 
-def _die_in_save(topology: Topology, raw: dict[str, Any], where: str) -> None:
-    """Rank 1 (rank 0 for the manifest) kills itself in the middle of the second save."""
+def _train_and_die_in_save(topology: Topology, raw: dict[str, Any], where: str) -> None:
+    """Train; rank 1 (rank 0 for the manifest) kills itself during the second save."""
     from distft import storage
     from distft.checkpoint import store
 
@@ -75,16 +75,16 @@ def _die_in_save(topology: Topology, raw: dict[str, Any], where: str) -> None:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def write_rank_file(path: str, fragments: Any) -> Any:
+    def write_rank_file(path: str, fragments: Any, **options: Any) -> Any:
         seen["saves"] += 1
-        doomed = seen["saves"] == 2 and topology.rank == 1
-        if doomed and where == "before the file":
+        dies_here = seen["saves"] == 2 and topology.rank == 1
+        if dies_here and where == "before the file":
             die()
-        if doomed and where == "in the file":
+        if dies_here and where == "in the file":
             Path(path).write_bytes(b"half a header")
             die()
-        written = write(path, fragments)
-        if doomed and where == "after the file":
+        written = write(path, fragments, **options)
+        if dies_here and where == "after the file":
             die()
         return written
 
@@ -100,12 +100,12 @@ def _die_in_save(topology: Topology, raw: dict[str, Any], where: str) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("where", ["before the file", "in the file", "after the file", "before the manifest"])
-def test_a_rank_killed_in_a_save_leaves_the_commit_before(
+def test_a_rank_killed_during_a_save_leaves_the_previous_checkpoint_intact(
     data: Path, tmp_path: Path, undisturbed: dict[int, float], where: str
 ) -> None:
     raw = _config(data, tmp_path, 1)
     with pytest.raises(RanksError, match="SIGKILL"):
-        run_ranks(_die_in_save, 2, raw, where, timeout_s=60)
+        run_ranks(_train_and_die_in_save, 2, raw, where, timeout_s=60)
     assert [event["path"][-1] for event in events(tmp_path) if event["kind"] == "save"] == ["3"]
     run(Topology(), {**raw, "engine": {"type": "local"}})
     resumed = [event["step"] for event in events(tmp_path) if event["kind"] == "resume"]

@@ -1,10 +1,10 @@
-"""fp16 with its loss scale over a resume; evaluation that no number of ranks changes."""
+"""Low precision in training and resume; evaluation and generation from a checkpoint."""
 
 from pathlib import Path
 
 import pytest
-from distributed import run_ranks
-from small_runs import fine_tuning, logged, pretraining, run, run_until_power_cut
+from support.rank_pool import run_ranks
+from support.small_runs import fine_tuning, logged, pretraining, run, run_until_power_cut
 
 from distft.checkpoint.committed import find_checkpoint
 from distft.run.pretrained import evaluate_checkpoint, generate_text
@@ -19,7 +19,9 @@ def classifier(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_resumes_exactly(data: Path, tmp_path: Path, precision: str) -> None:
+def test_a_low_precision_run_resumes_exactly_with_its_loss_scale(
+    data: Path, tmp_path: Path, precision: str
+) -> None:
     engine = {"type": "local", "param_dtype": precision}
     run(Topology(), pretraining(data, tmp_path / "straight", engine=engine))
     broken = pretraining(data, tmp_path / "broken", engine=engine)
@@ -33,7 +35,9 @@ def test_low_precision_resumes_exactly(data: Path, tmp_path: Path, precision: st
     assert (saved is not None) == (precision == "fp16")
 
 
-def test_low_precision_learns_what_fp32_learns(data: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_low_precision_losses_are_close_to_those_of_fp32(
+    data: Path, pretrained: Path, tmp_path: Path
+) -> None:
     for precision in ("bf16", "fp16"):
         engine = {"type": "local", "param_dtype": precision}
         run(Topology(), pretraining(data, tmp_path / precision, engine=engine))
@@ -46,23 +50,23 @@ def _evaluate(topology: Topology, path: str, overrides: list[str]) -> dict[str, 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_an_evaluation_is_the_same_on_any_number_of_ranks(
+def test_evaluation_metrics_do_not_depend_on_the_number_of_ranks(
     pretrained: Path, classifier: Path, world_size: int
 ) -> None:
     for run_dir in (pretrained, classifier):
         alone = evaluate_checkpoint(str(run_dir), [], Topology())
-        # 19 rows (and as odd a number of packed ones) divide by neither ranks nor micro-batches.
+        # Neither the ranks nor the micro-batches divide 19 rows, or the number of packed ones, evenly.
         for found in run_ranks(_evaluate, world_size, str(run_dir), ["evaluation.micro_batch_size=4"]):
             assert found == pytest.approx(alone, abs=1e-6)
 
 
-def test_the_last_evaluation_of_a_run_is_what_evaluate_finds(classifier: Path) -> None:
+def test_evaluate_reproduces_the_last_evaluation_of_a_run(classifier: Path) -> None:
     found = evaluate_checkpoint(str(classifier), [], Topology())
     for name, value in found.items():
         assert list(logged(classifier, f"validation/{name}").values())[-1] == pytest.approx(value, abs=1e-6)
 
 
-def test_generation_repeats_with_its_seed_and_begins_with_the_prompt(pretrained: Path) -> None:
+def test_generation_depends_only_on_its_seed_and_starts_with_the_prompt(pretrained: Path) -> None:
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": None, "top_p": 0.9}
     first = generate_text(str(pretrained), ["the cat", "a"], seed=1, **options)
     assert first == generate_text(str(pretrained), ["the cat", "a"], seed=1, **options)

@@ -1,4 +1,4 @@
-"""From a configuration to a trained checkpoint, on one process and on ranks."""
+"""Complete runs from a configuration to a trained checkpoint, in one process and on several ranks."""
 
 import os
 import signal
@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import run_ranks
-from small_runs import events, fine_tuning, logged, pretraining, run
+from support.rank_pool import run_ranks
+from support.small_runs import events, fine_tuning, logged, pretraining, run
 
-from distft.checkpoint.claim import CLAIM
 from distft.checkpoint.committed import find_checkpoint
+from distft.checkpoint.writer_fence import WRITER_FILE
 from distft.cli.main import main
 from distft.config import load_yaml, parse
 from distft.errors import ConfigError, DataError, DistftError, Preempted, TrainingError
 from distft.run.config import RunConfig
 from distft.topology import Topology
+from distft.train.loop import Trainer
 
 
-def test_a_run_learns_and_leaves_its_record(pretrained: Path) -> None:
+def test_a_run_learns_and_writes_metrics_events_and_checkpoints(pretrained: Path) -> None:
     losses = logged(pretrained)
     assert list(losses) == list(range(1, 13))
     assert losses[12] < losses[1] - 0.3
@@ -36,10 +37,10 @@ def test_a_run_learns_and_leaves_its_record(pretrained: Path) -> None:
         "finish",
     ]
     kept = sorted(path.name for path in (pretrained / "checkpoints").iterdir())
-    assert kept == ["step_00000008", "step_00000012", CLAIM]
+    assert kept == ["step_00000008", "step_00000012", WRITER_FILE]
 
 
-def test_the_written_configuration_repeats_the_run(pretrained: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_written_config_yaml_repeats_the_losses(pretrained: Path, tmp_path: Path) -> None:
     raw = load_yaml(pretrained / "config.yaml")
     run(Topology(), {**raw, "run_dir": str(tmp_path)})
     assert logged(tmp_path) == logged(pretrained)
@@ -47,7 +48,7 @@ def test_the_written_configuration_repeats_the_run(pretrained: Path, tmp_path: P
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 3])
-def test_every_engine_prints_the_losses_of_the_local_run(
+def test_zero_logs_the_same_metrics_as_the_local_engine(
     data: Path, pretrained: Path, tmp_path: Path, stage: int
 ) -> None:
     run_ranks(run, 2, pretraining(data, tmp_path, engine={"type": "zero", "zero_stage": stage}))
@@ -55,7 +56,7 @@ def test_every_engine_prints_the_losses_of_the_local_run(
         assert logged(tmp_path, name) == pytest.approx(logged(pretrained, name), abs=1e-5), name
 
 
-def test_a_finished_run_that_is_started_again_changes_nothing(data: Path, tmp_path: Path) -> None:
+def test_starting_a_finished_run_again_changes_nothing(data: Path, tmp_path: Path) -> None:
     raw = pretraining(data, tmp_path, train={"max_steps": 4, "log_every_steps": 1})
     first = run(Topology(), raw)
     before = logged(tmp_path)
@@ -65,10 +66,10 @@ def test_a_finished_run_that_is_started_again_changes_nothing(data: Path, tmp_pa
 
 
 @pytest.mark.ranks
-def test_a_longer_run_goes_on_at_another_stage_and_world_size(
+def test_a_stopped_run_resumes_at_another_stage_and_world_size(
     data: Path, pretrained: Path, tmp_path: Path
 ) -> None:
-    # The schedule sees the whole length, so the first part is cut by a stop, not by a shorter max_steps.
+    # A smaller max_steps would change the learning rate schedule, so a stop request ends the first half.
     raw = pretraining(data, tmp_path, engine={"type": "zero", "zero_stage": 3})
     run_ranks(_stop_after, 2, raw, 7)
     assert max(logged(tmp_path)) == 7
@@ -79,26 +80,25 @@ def test_a_longer_run_goes_on_at_another_stage_and_world_size(
 
 
 def _stop_after(topology: Topology, raw: dict[str, Any], step: int) -> None:
-    """Ask one rank to stop, as a scheduler would, once `step` is done."""
-    from distft.train import loop
+    """Send SIGTERM to one rank, as a scheduler does, once `step` steps are complete."""
+    run_step = Trainer._run_step
 
-    ours = loop.Trainer._one_step
-
-    def one_step(trainer: Any, *arguments: Any) -> None:
-        ours(trainer, *arguments)
-        if trainer._step == step and topology.rank == 1:
+    def run_step_and_signal(trainer: Trainer, *arguments: Any) -> None:
+        run_step(trainer, *arguments)
+        if trainer.step == step and topology.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.Trainer._one_step = one_step  # type: ignore[method-assign]
-    with pytest.raises(Preempted, match=f"step {step}"):
-        run(topology, raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_run_step", run_step_and_signal)
+        with pytest.raises(Preempted, match=f"step {step}"):
+            run(topology, raw)
 
 
-def test_a_fine_tune_moves_only_what_is_trainable(data: Path, pretrained: Path, tmp_path: Path) -> None:
-    outcome = run(Topology(), fine_tuning(data, tmp_path, pretrained))
+def test_a_fine_tune_changes_only_trainable_parameters(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    result = run(Topology(), fine_tuning(data, tmp_path, pretrained))
     before, after = find_checkpoint(str(pretrained)), find_checkpoint(str(tmp_path))
     assert after.manifest.label_names == ["bird", "cat", "dog"]
-    assert {"validation/accuracy", "validation/macro_f1"} <= outcome.metrics.keys()
+    assert {"validation/accuracy", "validation/macro_f1"} <= result.metrics.keys()
     for name, record in after.manifest.parameters.items():
         trains = name.startswith(("classifier.", "blocks.1.", "norm."))
         assert record.trainable == trains, name
@@ -117,14 +117,14 @@ def test_a_fine_tune_starts_from_any_format(data: Path, pretrained: Path, tmp_pa
     run(Topology(), fine_tuning(data, tmp_path / "a", pretrained))
     raw = fine_tuning(data, tmp_path / "b", tmp_path / "other", tokenizer=str(data / "tokenizer.model"))
     if to != "huggingface":
-        with pytest.raises(ConfigError, match="does not say what its model is like"):
+        with pytest.raises(ConfigError, match="has no model configuration: set model"):
             run(Topology(), raw)
         raw["model"] = pretraining(data, tmp_path)["model"]
     run(Topology(), raw)
     assert logged(tmp_path / "b") == logged(tmp_path / "a")
 
 
-def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_a_resume_with_another_model_or_seed_is_refused(data: Path, pretrained: Path) -> None:
     changed = pretraining(data, pretrained, seed=5, train={"max_steps": 20, "log_every_steps": 1})
     with pytest.raises(ConfigError, match=r"seed was 0 and is now 5.*\n.*another run_dir"):
         run(Topology(), changed)
@@ -133,9 +133,14 @@ def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_
         ConfigError, match=r"^model.d_model was 16 and is now 32\.\nmodel.head_dim was 8 and is"
     ):
         run(Topology(), changed)
+
+
+def test_an_init_from_with_other_shapes_is_refused(data: Path, pretrained: Path, tmp_path: Path) -> None:
     wider = pretraining(data, tmp_path, init_from=str(pretrained))
     wider["model"] = {**wider["model"], "d_model": 32}
-    with pytest.raises(ConfigError, match=r"embed.weight is \[\d+, 16\] there and \[\d+, 32\] in this model"):
+    with pytest.raises(
+        ConfigError, match=r"embed.weight has shape \[\d+, 16\] there and \[\d+, 32\] in this model"
+    ):
         run(Topology(), wider)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -143,7 +148,7 @@ def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"trainable": ["block.1.*"]}, ConfigError, r"'block.1.\*' matches none .* near it are 'blocks"),
+        ({"trainable": ["block.1.*"]}, ConfigError, r"'block.1.\*' matches none .* the closest are 'blocks"),
         ({"tokenizer": "no.model"}, DataError, r"tokenizer no.model cannot be read"),
         ({"init_from": "nowhere"}, DistftError, r"init_from: nowhere does not exist"),
         ({"objective": {"type": "classification"}}, ConfigError, r"needs labels: set data.type=labelled"),
@@ -159,7 +164,7 @@ def test_a_checkpoint_is_taken_for_what_it_is(data: Path, pretrained: Path, tmp_
         ),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_written(
+def test_a_wrong_setting_is_reported_before_anything_is_written(
     data: Path, tmp_path: Path, changes: dict[str, Any], error: type[DistftError], message: str
 ) -> None:
     raw = pretraining(data, tmp_path / "run", **{"tokenizer": str(data / "tokenizer.model"), **changes})
@@ -168,7 +173,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_dir_that_cannot_be_one_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_run_dir_that_cannot_be_created_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("taken")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=r"file is a file\. Choose another run_dir"):
@@ -177,28 +182,32 @@ def test_a_run_dir_that_cannot_be_one_is_refused(data: Path, tmp_path: Path) -> 
         run(Topology(), pretraining(data, Path("/proc/nowhere/run")))
 
 
-def test_data_that_is_not_there_is_named_before_its_tokenizer(data: Path, tmp_path: Path) -> None:
+def test_missing_data_is_reported_rather_than_its_missing_tokenizer(data: Path, tmp_path: Path) -> None:
     raw = pretraining(data, tmp_path, data={"type": "tokens", "sources": [{"path": str(tmp_path / "no")}]})
     with pytest.raises(DataError, match=r"data.sources.0.path=.*no does not exist"):
         run(Topology(), raw)
 
 
-def test_a_resume_records_which_settings_are_others(data: Path, tmp_path: Path) -> None:
+def test_the_resume_event_lists_changed_settings(data: Path, tmp_path: Path) -> None:
     run(Topology(), pretraining(data, tmp_path, train={"max_steps": 4, "log_every_steps": 1}))
     run(Topology(), pretraining(data, tmp_path, train={"max_steps": 6, "log_every_steps": 1}))
     (resume,) = (event for event in events(tmp_path) if event["kind"] == "resume")
     assert resume["changed"] == "train.max_steps"
 
 
-def test_more_ranks_than_sequences_are_refused_with_the_sizes_that_fit(data: Path, tmp_path: Path) -> None:
-    raw = pretraining(data, tmp_path, engine={"type": "zero"})
+def test_more_ranks_than_sequences_are_refused_with_the_largest_number_that_works(
+    data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="at most 8 ranks"):
-        run(Topology(rank=0, world_size=9), raw)
+        run(Topology(rank=0, world_size=9), pretraining(data, tmp_path, engine={"type": "zero"}))
+
+
+def test_the_local_engine_refuses_several_ranks(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="local is one process, but 2 ranks"):
         run(Topology(rank=0, world_size=2), pretraining(data, tmp_path))
 
 
-def test_faults_of_a_configuration_come_all_at_once(data: Path, tmp_path: Path) -> None:
+def test_all_contradictions_of_a_configuration_are_reported_at_once(data: Path, tmp_path: Path) -> None:
     raw = pretraining(data, tmp_path, batch={"global_batch_size": 2, "micro_batch_size": 4, "seq_len": 99})
     with pytest.raises(ConfigError) as caught:
         parse(RunConfig, raw)
@@ -206,7 +215,7 @@ def test_faults_of_a_configuration_come_all_at_once(data: Path, tmp_path: Path) 
     assert "seq_len=99 is more than model.max_seq_len=24" in str(caught.value)
 
 
-def test_mistakes_in_what_a_configuration_names_come_all_at_once(data: Path, tmp_path: Path) -> None:
+def test_all_problems_with_a_configurations_inputs_are_reported_at_once(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("taken")
     labelled = {"type": "labelled", "path": str(data / "train.jsonl")}
     raw = pretraining(
@@ -220,7 +229,7 @@ def test_mistakes_in_what_a_configuration_names_come_all_at_once(data: Path, tmp
     )
     with pytest.raises(ConfigError) as caught:
         run(Topology(world_size=9), raw)
-    for told in (
+    for problem in (
         "local is one process",
         "at most 8 ranks",
         "Choose another run_dir",
@@ -228,23 +237,23 @@ def test_mistakes_in_what_a_configuration_names_come_all_at_once(data: Path, tmp
         "has no column 'class'",
         "'blocks.9.*' matches none",
     ):
-        assert str(caught.value).count(told) == 1, told
+        assert str(caught.value).count(problem) == 1, problem
     assert len(str(caught.value).splitlines()) == 6
 
 
-def test_many_steps_without_finite_gradients_end_the_run_and_keep_the_last_checkpoint(
+def test_consecutive_steps_with_non_finite_gradients_end_the_run_and_keep_the_last_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from distft.objective.causal_lm import CausalLM
 
-    ours = CausalLM.__call__
+    loss = CausalLM.__call__
     calls = {"left": 4 * 4 + 2}  # four good steps of four micro-batches, and half of the fifth
 
-    def poisoned(self: CausalLM, *arguments: Any, **options: Any) -> Any:
+    def loss_or_nan(self: CausalLM, *arguments: Any, **options: Any) -> Any:
         calls["left"] -= 1
-        return ours(self, *arguments, **options) * (1.0 if calls["left"] >= 0 else float("nan"))
+        return loss(self, *arguments, **options) * (1.0 if calls["left"] >= 0 else float("nan"))
 
-    monkeypatch.setattr(CausalLM, "__call__", poisoned)
+    monkeypatch.setattr(CausalLM, "__call__", loss_or_nan)
     raw = pretraining(
         data, tmp_path, train={"max_steps": 12, "log_every_steps": 1, "max_skipped_in_a_row": 3}
     )
@@ -254,13 +263,13 @@ def test_many_steps_without_finite_gradients_end_the_run_and_keep_the_last_check
     assert find_checkpoint(str(tmp_path)).step == 4
 
 
-def test_where_data_cannot_be_read_nothing_is_said_of_its_labels(data: Path, tmp_path: Path) -> None:
+def test_unreadable_data_causes_no_error_about_its_labels(data: Path, tmp_path: Path) -> None:
     raw = pretraining(data, tmp_path, tokenizer=str(data / "tokenizer.model"))
     raw["data"]["sources"][0]["path"] = str(data / "shards")  # train/ is below it
-    with pytest.raises(DistftError) as told:
+    with pytest.raises(DistftError) as caught:
         run(Topology(), raw)
-    assert "labels" not in str(told.value)
+    assert "labels" not in str(caught.value)
     raw["objective"] = {"type": "classification"}
-    with pytest.raises(DistftError) as told:
+    with pytest.raises(DistftError) as caught:
         run(Topology(), raw)
-    assert str(data / "shards") in str(told.value)
+    assert str(data / "shards") in str(caught.value)

@@ -1,4 +1,4 @@
-"""A checksum taken while writing is that of the file, and every small damage shows."""
+"""A checksum computed while writing equals that of the file, and detects every flipped bit."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from distft.errors import StorageError
 
 
 @given(st.lists(st.binary(max_size=50)))
-def test_the_checksum_does_not_depend_on_how_the_bytes_were_cut(pieces: list[bytes]) -> None:
-    whole = b"".join(pieces)
+def test_the_checksum_does_not_depend_on_the_sizes_of_the_writes(chunks: list[bytes]) -> None:
+    whole = b"".join(chunks)
     with storage.open_write("memory://checksum/a") as file:
         writer = storage.ChecksumWriter(file)
-        for piece in pieces:
-            writer.write(piece)
+        for chunk in chunks:
+            writer.write(chunk)
     assert storage.read_bytes("memory://checksum/a") == whole
     assert writer.num_bytes == len(whole)
     assert writer.checksum == f"xxh3:{xxhash.xxh3_64_hexdigest(whole)}" == storage.checksum_of_bytes(whole)
@@ -26,7 +26,7 @@ def test_the_checksum_does_not_depend_on_how_the_bytes_were_cut(pieces: list[byt
 
 
 @given(st.binary(min_size=1, max_size=200), st.data())
-def test_one_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
+def test_one_flipped_bit_is_detected(content: bytes, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, 8 * len(content) - 1))
     damaged = bytearray(content)
     damaged[position // 8] ^= 1 << position % 8
@@ -35,12 +35,12 @@ def test_one_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
         storage.verify("memory://checksum/b", checksum=storage.checksum_of_bytes(content))
 
 
-def test_missing_short_and_foreign_are_told(tmp_path: Path) -> None:
+def test_missing_and_short_files_and_foreign_checksums_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with pytest.raises(StorageError, match="is missing"):
         storage.verify(path, checksum="xxh3:0000000000000000")
     path.write_bytes(b"abc")
-    with pytest.raises(StorageError, match="has 3 bytes, but was written with 4"):
+    with pytest.raises(StorageError, match="has 3 bytes instead of 4"):
         storage.verify(path, checksum="xxh3:0000000000000000", num_bytes=4)
-    with pytest.raises(StorageError, match="not of the kind"):
+    with pytest.raises(StorageError, match="does not have the form"):
         storage.verify(path, checksum="md5:00")

@@ -1,4 +1,4 @@
-"""The same truths hold for files here and elsewhere: writing is all or nothing, reading is exact."""
+"""Local files, fsspec files and S3 objects behave alike: writes are all or nothing, reads are exact."""
 
 import os
 import secrets
@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from distft import storage
 from distft.errors import ConfigError, StorageError
-from distft.storage.local import DRAFT_MARK, LocalWriter
+from distft.storage.local import TEMPORARY_MARK, LocalWriter
 from distft.storage.remote import RemoteStorage
 
 
 @pytest.fixture(params=["path", "file", "memory", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "s3":
         yield f"{request.getfixturevalue('s3').make_bucket()}/a"
         return
@@ -31,8 +31,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @given(st.binary(max_size=300), st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_was_written_is_read_in_any_range(place: str, content: bytes, data: st.DataObject) -> None:
-    path = storage.join(place, "b", "c.bin")
+def test_any_range_of_a_written_file_can_be_read(root: str, content: bytes, data: st.DataObject) -> None:
+    path = storage.join(root, "b", "c.bin")
     storage.commit_bytes(path, content, durable=False)
     start = data.draw(st.integers(0, len(content)))
     stop = data.draw(st.integers(start, len(content)))
@@ -41,26 +41,26 @@ def test_what_was_written_is_read_in_any_range(place: str, content: bytes, data:
     assert storage.size(path) == len(content)
 
 
-def test_a_failed_write_leaves_the_old_content_and_nothing_else(place: str) -> None:
-    path = storage.join(place, "c.bin")
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(root: str) -> None:
+    path = storage.join(root, "c.bin")
     storage.commit_bytes(path, b"old")
 
     def fail() -> None:
         with storage.open_write(path) as file:
             file.write(b"new")
             assert storage.read_bytes(path) == b"old"
-            assert storage.list_names(place) == ["c.bin"]
+            assert storage.list_names(root) == ["c.bin"]
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     assert storage.read_bytes(path) == b"old"
-    here = storage.local_path(place)
-    assert here is None or os.listdir(here) == ["c.bin"]  # noqa: PTH208
+    local = storage.local_path(root)
+    assert local is None or os.listdir(local) == ["c.bin"]  # noqa: PTH208
 
 
-def test_a_first_write_that_fails_leaves_no_file(place: str) -> None:
-    path = storage.join(place, "c.bin")
+def test_a_first_write_that_fails_leaves_no_file(root: str) -> None:
+    path = storage.join(root, "c.bin")
 
     def fail() -> None:
         with storage.open_write(path) as file:
@@ -72,8 +72,8 @@ def test_a_first_write_that_fails_leaves_no_file(place: str) -> None:
     assert not storage.exists(path)
 
 
-def test_readers_see_whole_contents_only(place: str) -> None:
-    path = storage.join(place, "c.bin")
+def test_readers_see_complete_files_only(root: str) -> None:
+    path = storage.join(root, "c.bin")
     contents = [bytes([i]) * 100_000 for i in range(5)]
     storage.commit_bytes(path, contents[0])
     done = threading.Event()
@@ -90,34 +90,34 @@ def test_readers_see_whole_contents_only(place: str) -> None:
     writer.join()
 
 
-def test_names_are_listed_sorted_and_removed_as_a_tree(place: str) -> None:
-    assert storage.list_names(place) == []
+def test_names_are_listed_in_order_and_removed_as_a_tree(root: str) -> None:
+    assert storage.list_names(root) == []
     for name in ("z", "b", "d/e"):
-        storage.commit_bytes(storage.join(place, *name.split("/")), b"x", durable=False)
-    assert storage.list_names(place) == ["b", "d", "z"]
-    assert storage.is_directory(storage.join(place, "d"))
-    assert not storage.is_directory(storage.join(place, "b"))
-    storage.remove(storage.join(place, "b"))
-    storage.remove(storage.join(place, "b"))
-    assert storage.list_names(place) == ["d", "z"]
-    storage.remove_tree(place, first=["z", "not-there"])
-    assert not storage.exists(place)
-    storage.remove_tree(place)
+        storage.commit_bytes(storage.join(root, *name.split("/")), b"x", durable=False)
+    assert storage.list_names(root) == ["b", "d", "z"]
+    assert storage.is_directory(storage.join(root, "d"))
+    assert not storage.is_directory(storage.join(root, "b"))
+    storage.remove(storage.join(root, "b"))
+    storage.remove(storage.join(root, "b"))
+    assert storage.list_names(root) == ["d", "z"]
+    storage.remove_tree(root, first=["z", "not-there"])
+    assert not storage.exists(root)
+    storage.remove_tree(root)
 
 
-def test_a_range_beyond_the_end_is_a_fault_and_a_missing_file_is_told(place: str) -> None:
-    path = storage.join(place, "c.bin")
+def test_a_range_beyond_the_end_and_a_missing_file_are_errors(root: str) -> None:
+    path = storage.join(root, "c.bin")
     storage.commit_bytes(path, b"12345")
-    with pytest.raises(StorageError, match=r"c\.bin is cut short: bytes 3 to 9 are wanted, it has 5"):
+    with pytest.raises(StorageError, match=r"c\.bin is cut short: bytes 3 to 9 are needed, it has 5"):
         storage.read_range(path, 3, 9)
-    with pytest.raises(StorageError, match=r"c\.bin is cut short: bytes 7 to 9 are wanted, it has 5"):
+    with pytest.raises(StorageError, match=r"c\.bin is cut short: bytes 7 to 9 are needed, it has 5"):
         storage.read_range(path, 7, 9)
     for read in (storage.read_bytes, storage.read_view, storage.size):
         with pytest.raises(FileNotFoundError):
-            read(storage.join(place, "none"))
+            read(storage.join(root, "none"))
 
 
-def test_files_are_copied_between_places(tmp_path: Path) -> None:
+def test_a_file_is_copied_between_file_systems(tmp_path: Path) -> None:
     content = secrets.token_bytes(100_000)
     storage.commit_bytes(tmp_path / "a", content)
     storage.copy(tmp_path / "a", "memory://copied/a")
@@ -125,7 +125,7 @@ def test_files_are_copied_between_places(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "b").read_bytes() == content
 
 
-def test_a_file_system_without_atomic_put_gets_a_draft_and_a_move(tmp_path: Path) -> None:
+def test_a_file_system_without_atomic_put_gets_a_temporary_file_that_is_renamed(tmp_path: Path) -> None:
     remote = RemoteStorage(fsspec.filesystem("file"))
     path = f"{tmp_path}/x/c.bin"
     with remote.open_write(path, durable=True) as file:
@@ -137,14 +137,14 @@ def test_a_file_system_without_atomic_put_gets_a_draft_and_a_move(tmp_path: Path
     assert os.listdir(tmp_path / "x") == ["c.bin"]  # noqa: PTH208
 
 
-def test_a_large_remote_file_is_put_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_remote_file_is_uploaded_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distft.storage.remote._IN_MEMORY_BYTES", 10)
     storage.commit_bytes("memory://large/a", b"x" * 1000)
     assert storage.read_bytes("memory://large/a") == b"x" * 1000
 
 
 @pytest.mark.parametrize("num_bytes", [1, 5 << 20])
-def test_a_full_disk_is_one_clear_error_and_harms_nothing(tmp_path: Path, num_bytes: int) -> None:
+def test_a_full_disk_is_a_storage_error_and_leaves_the_old_content(tmp_path: Path, num_bytes: int) -> None:
     path = tmp_path / "c.bin"
     path.write_bytes(b"old")
 
@@ -165,13 +165,13 @@ def test_a_full_disk_is_one_clear_error_and_harms_nothing(tmp_path: Path, num_by
     assert path.read_bytes() == b"old"
 
 
-def test_other_faults_of_the_system_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_system_errors_pass_unchanged(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises((NotADirectoryError, FileExistsError)):
         storage.commit_bytes(tmp_path / "file" / "below", b"x")
 
 
-def test_a_killed_writer_leaves_the_old_content_and_a_draft_that_can_be_cleared(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_old_content_and_a_removable_temporary_file(tmp_path: Path) -> None:
     storage.commit_bytes(tmp_path / "a", b"old")
     program = (
         "import os, signal, sys; from distft import storage\n"
@@ -182,8 +182,8 @@ def test_a_killed_writer_leaves_the_old_content_and_a_draft_that_can_be_cleared(
     assert killed.returncode == -9
     assert storage.read_bytes(tmp_path / "a") == b"old"
     assert storage.list_names(tmp_path) == ["a"]
-    assert any(DRAFT_MARK in p.name for p in tmp_path.iterdir())
-    storage.remove_drafts(tmp_path)
+    assert any(TEMPORARY_MARK in p.name for p in tmp_path.iterdir())
+    storage.remove_temporary_files(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -198,7 +198,7 @@ def test_an_unknown_or_missing_file_system_is_a_config_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "parts", "joined"),
+    ("path", "names", "joined"),
     [
         ("a", ("b", "c"), "a/b/c"),
         ("/", ("b",), "/b"),
@@ -207,11 +207,11 @@ def test_an_unknown_or_missing_file_system_is_a_config_error() -> None:
         (Path("x"), (), "x"),
     ],
 )
-def test_paths_and_urls_are_joined_alike(path: storage.AnyPath, parts: tuple[str, ...], joined: str) -> None:
-    assert storage.join(path, *parts) == joined
+def test_paths_and_urls_are_joined_alike(path: storage.AnyPath, names: tuple[str, ...], joined: str) -> None:
+    assert storage.join(path, *names) == joined
 
 
-def test_urls_are_told_from_paths() -> None:
+def test_urls_are_distinguished_from_local_paths() -> None:
     assert [storage.is_url(p) for p in ("s3://a", "a", "/a:b", "file:///a", "C:x", "a::b")] == [
         True, False, False, False, False, True,
     ]  # fmt: skip

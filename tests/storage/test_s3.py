@@ -1,4 +1,4 @@
-"""Files on an S3 server: what is special there. That they are files like others, `test_files` says."""
+"""S3 specifics: retries, multipart uploads, credentials, threads. `test_files` covers common behaviour."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from s3_server import CUT, HALF, Request, S3Server
+from support.s3_server import CUT, HALF, Request, S3Server
 
 from distft import storage
 from distft.errors import StorageError, UnreachableError
@@ -32,17 +32,17 @@ def bucket(s3: S3Server) -> str:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The smallest parts that S3 takes, so that a small file needs several."""
+    """The smallest part size that S3 accepts, so that a small file needs several parts."""
     monkeypatch.setattr(remote, "_PART_BYTES", 5 * MIB)
     monkeypatch.setattr(remote, "_IN_MEMORY_BYTES", 5 * MIB)
     return 5 * MIB
 
 
-def _anything(request: Request) -> bool:  # noqa: ARG001
+def _every_request(request: Request) -> bool:  # noqa: ARG001
     return True
 
 
-def test_what_another_client_writes_or_deletes_is_seen_at_once(s3: S3Server, bucket: str) -> None:
+def test_writes_and_deletes_of_another_client_are_visible_at_once(s3: S3Server, bucket: str) -> None:
     url, name = f"{bucket}/run/a.bin", bucket.removeprefix("s3://")
     assert not storage.exists(url)
     assert storage.list_names(f"{bucket}/run") == []
@@ -59,7 +59,7 @@ def test_what_another_client_writes_or_deletes_is_seen_at_once(s3: S3Server, buc
     assert not storage.exists(f"{bucket}/run")
 
 
-def test_a_large_file_goes_up_in_parts_of_which_few_are_in_memory(s3: S3Server, bucket: str) -> None:
+def test_a_large_file_is_uploaded_in_parts_with_few_in_memory(s3: S3Server, bucket: str) -> None:
     content = os.urandom(MIB) * 65
     s3.most_parts_at_once = 0
     with storage.open_write(f"{bucket}/large.bin") as file:
@@ -75,7 +75,7 @@ def test_a_large_file_goes_up_in_parts_of_which_few_are_in_memory(s3: S3Server, 
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_parts_grow_where_there_would_be_more_than_s3_allows(
+def test_part_size_grows_to_stay_below_the_maximum_number_of_parts(
     s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_MAX_PARTS", 2)
@@ -84,7 +84,7 @@ def test_parts_grow_where_there_would_be_more_than_s3_allows(
     assert storage.size(f"{bucket}/large.bin") == 14 * MIB
 
 
-def _use_everything(bucket: str, content: bytes) -> None:
+def _use_every_operation(bucket: str, content: bytes) -> None:
     url = f"{bucket}/run/a.bin"
     storage.commit_bytes(url, content)
     assert storage.read_bytes(url) == bytes(storage.read_view(url)) == content
@@ -98,22 +98,22 @@ def _use_everything(bucket: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("status", [500, 503, CUT])
 @pytest.mark.usefixtures("small_parts")
-def test_a_request_that_fails_is_made_again(s3: S3Server, bucket: str, status: int) -> None:
+def test_a_failed_request_is_retried(s3: S3Server, bucket: str, status: int) -> None:
     failures: dict[Any, int] = {}
 
-    def each_one_twice(request: Request) -> bool:
+    def each_request_twice(request: Request) -> bool:
         key = (request.method, request.path, *map(str, request.query.items()))
         failures[key] = failures.get(key, 0) + 1
         return failures[key] % 3 != 0
 
     with s3.failing(
-        each_one_twice, status=status, code="SlowDown" if status == 503 else "InternalError"
+        each_request_twice, status=status, code="SlowDown" if status == 503 else "InternalError"
     ) as fault:
-        _use_everything(bucket, secrets.token_bytes(11 * MIB))
+        _use_every_operation(bucket, secrets.token_bytes(11 * MIB))
     assert fault.num_answered > 20
 
 
-def test_an_answer_that_is_cut_is_asked_for_again(s3: S3Server, bucket: str) -> None:
+def test_a_truncated_response_is_requested_again(s3: S3Server, bucket: str) -> None:
     content = secrets.token_bytes(100_000)
     storage.commit_bytes(f"{bucket}/a.bin", content)
     for read in (
@@ -131,52 +131,52 @@ OPERATIONS: dict[str, Callable[[str], Any]] = {
     "writing": lambda url: storage.commit_bytes(url, b"new"),
     "reading": lambda url: storage.read_range(url, 0, 2),
     "listing": storage.list_names,
-    "looking for it": storage.read_bytes,
+    "looking it up": storage.read_bytes,
     "removing": storage.remove,
 }
 
 
-@pytest.mark.parametrize("doing", OPERATIONS)
+@pytest.mark.parametrize("action", OPERATIONS)
 @pytest.mark.parametrize(
-    ("status", "code", "num_attempts", "told", "remedy"),
+    ("status", "code", "num_attempts", "cause", "remedy"),
     [
         (500, "InternalError", NUM_ATTEMPTS, "", "AWS_ENDPOINT_URL_S3"),
         (403, "AccessDenied", 1, "PermissionError", "AWS_ACCESS_KEY_ID"),
     ],
 )
-def test_a_store_that_stays_broken_is_a_storage_error_that_says_what_to_do(
+def test_a_persistent_failure_is_an_unreachable_error_with_a_remedy(
     s3: S3Server,
     bucket: str,
-    doing: str,
+    action: str,
     status: int,
     code: str,
     num_attempts: int,
-    told: str,
+    cause: str,
     remedy: str,
 ) -> None:
     url = f"{bucket}/a.bin"
     storage.commit_bytes(url, b"old")
 
-    def concerns(request: Request) -> bool:
-        return doing != "removing" or request.method == "DELETE"
+    def is_affected(request: Request) -> bool:
+        return action != "removing" or request.method == "DELETE"
 
-    with s3.failing(concerns, status=status, code=code) as fault, pytest.raises(StorageError) as caught:
-        OPERATIONS[doing](url)
+    with s3.failing(is_affected, status=status, code=code) as fault, pytest.raises(StorageError) as caught:
+        OPERATIONS[action](url)
     assert isinstance(caught.value, UnreachableError)
     text = str(caught.value)
-    assert text.startswith(f"{url}: {doing} failed: ")
-    assert told in text
+    assert text.startswith(f"{url}: {action} failed: ")
+    assert cause in text
     assert remedy in text
     assert fault.num_answered == num_attempts
     assert storage.read_bytes(url) == b"old"
 
 
-def test_attempts_and_timeouts_are_those_of_botocore_and_fsspec_where_the_user_set_them(
+def test_settings_of_botocore_and_fsspec_override_the_number_of_attempts_and_time_outs(
     s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     _forget_clients()
-    with s3.failing(_anything) as fault, pytest.raises(UnreachableError):
+    with s3.failing(_every_request) as fault, pytest.raises(UnreachableError):
         storage.commit_bytes(f"{bucket}/a", b"x")
     assert fault.num_answered == 2
 
@@ -186,8 +186,8 @@ def test_attempts_and_timeouts_are_those_of_botocore_and_fsspec_where_the_user_s
         has_raised.wait(timeout=60)
         return False
 
-    chosen = {"config_kwargs": {"read_timeout": 0.3, "retries": {"total_max_attempts": 1}}}
-    monkeypatch.setitem(fsspec.config.conf, "s3", chosen)
+    user_settings = {"config_kwargs": {"read_timeout": 0.3, "retries": {"total_max_attempts": 1}}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", user_settings)
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)
     _forget_clients()
     with s3.failing(hang):
@@ -203,7 +203,7 @@ def _forget_clients() -> None:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_nobody_at_the_endpoint_and_no_credentials_are_storage_errors(
+def test_a_dead_endpoint_and_missing_credentials_are_unreachable_errors(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = s3.make_bucket()
@@ -218,38 +218,41 @@ def test_nobody_at_the_endpoint_and_no_credentials_are_storage_errors(
         storage.list_names(bucket)
 
 
-def test_a_bucket_that_is_missing_is_told_and_not_made(s3: S3Server) -> None:
+def test_a_missing_bucket_is_an_error_and_is_not_created(s3: S3Server) -> None:
     url = "s3://misspelt-bucket/run"
     storage.make_directory(url)
     for use in (storage.list_names, lambda url: storage.commit_bytes(f"{url}/a", b"x")):
-        with pytest.raises(UnreachableError, match=r"s3://misspelt-bucket/run.*there is no such bucket"):
+        with pytest.raises(UnreachableError, match=r"s3://misspelt-bucket/run.*no such bucket"):
             use(url)
     assert "misspelt-bucket" not in [found["Name"] for found in s3.client().list_buckets()["Buckets"]]
 
 
-def test_files_that_the_store_refuses_to_delete_are_told(s3: S3Server, bucket: str) -> None:
+def test_a_refused_deletion_is_an_error(s3: S3Server, bucket: str) -> None:
     storage.commit_bytes(f"{bucket}/run/a", b"x")
     refusal = b"<DeleteResult><Error><Key>run/a</Key><Code>AccessDenied</Code></Error></DeleteResult>"
     with (
         s3.failing(lambda r: r.method == "POST" and "delete" in r.query, status=200, body=refusal),
-        pytest.raises(UnreachableError, match=r"some of it is still there.*delete"),
+        pytest.raises(UnreachableError, match=r"some files are still there.*delete"),
     ):
         storage.remove_tree(f"{bucket}/run")
 
 
 @pytest.mark.parametrize("is_aborted", [True, False])
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_an_upload_that_ends_in_the_middle_leaves_what_was_there(
+def test_an_interrupted_upload_leaves_the_old_content(
     s3: S3Server, bucket: str, small_parts: int, before: bytes | None, is_aborted: bool
 ) -> None:
     url = f"{bucket}/run/a.bin"
     if before is not None:
         storage.commit_bytes(url, before)
 
-    def concerns(request: Request) -> bool:
+    def is_affected(request: Request) -> bool:
         return request.part_number == 3 or (request.method == "DELETE" and not is_aborted)
 
-    with s3.failing(concerns) as fault, pytest.raises(UnreachableError, match=r"run/a\.bin: writing failed"):
+    with (
+        s3.failing(is_affected) as fault,
+        pytest.raises(UnreachableError, match=r"run/a\.bin: writing failed"),
+    ):
         storage.commit_bytes(url, bytes(4 * small_parts))
     assert fault.num_answered >= NUM_ATTEMPTS
     assert {1, 2, 3} <= {request.part_number for request in s3.requests}
@@ -260,7 +263,7 @@ def test_an_upload_that_ends_in_the_middle_leaves_what_was_there(
     assert storage.size(url) == 4 * small_parts
 
 
-def test_a_writer_killed_in_an_upload_leaves_what_was_there_and_nothing_on_this_machine(
+def test_a_writer_killed_during_an_upload_leaves_the_old_content_and_no_local_file(
     s3: S3Server, bucket: str, tmp_path: Path
 ) -> None:
     url = f"{bucket}/a.bin"
@@ -284,20 +287,20 @@ def test_a_writer_killed_in_an_upload_leaves_what_was_there_and_nothing_on_this_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_of_a_process_write_and_read_at_the_same_time(bucket: str) -> None:
+def test_threads_write_and_read_concurrently(bucket: str) -> None:
     contents = [secrets.token_bytes(200_000) for _ in range(12)]
 
-    def there_and_back(number: int) -> bool:
+    def write_and_read(number: int) -> bool:
         storage.commit_bytes(f"{bucket}/{number}", contents[number])
         return storage.read_bytes(f"{bucket}/{number}") == contents[number]
 
     with ThreadPoolExecutor(6) as threads:
-        assert all(threads.map(there_and_back, range(12)))
+        assert all(threads.map(write_and_read, range(12)))
     assert len(storage.list_names(bucket)) == 12
 
 
-def test_a_child_that_is_forked_while_a_thread_writes_reads_and_writes_too(bucket: str) -> None:
-    storage.commit_bytes(f"{bucket}/parent", b"of the parent")
+def test_a_child_forked_while_a_thread_writes_can_read_and_write(bucket: str) -> None:
+    storage.commit_bytes(f"{bucket}/parent", b"from the parent")
     done = threading.Event()
 
     def keep_writing() -> None:
@@ -308,7 +311,7 @@ def test_a_child_that_is_forked_while_a_thread_writes_reads_and_writes_too(bucke
     thread.start()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
+            warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads
             child = multiprocessing.get_context("fork").Process(target=_copy_in_child, args=(bucket,))
             child.start()
         child.join(timeout=60)
@@ -316,7 +319,7 @@ def test_a_child_that_is_forked_while_a_thread_writes_reads_and_writes_too(bucke
     finally:
         done.set()
         thread.join()
-    assert storage.read_bytes(f"{bucket}/child") == b"of the parent"
+    assert storage.read_bytes(f"{bucket}/child") == b"from the parent"
 
 
 def _copy_in_child(bucket: str) -> None:

@@ -1,4 +1,4 @@
-"""Plain lines in a log file, a bar on a terminal, and the same numbers in both."""
+"""The console tracker shows plain lines in a log file, a bar on a terminal, and the same metrics in both."""
 
 import io
 import re
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from distft.tracker import ConsoleTracker
-from distft.tracker.display import amount, duration, number
+from distft.tracker.number_format import amount, duration, number
 
 METRICS = {
     "loss": 3.21454,
@@ -30,10 +30,10 @@ class Clock:
 
 def plain() -> tuple[ConsoleTracker, io.StringIO, Clock]:
     out, clock = io.StringIO(), Clock()
-    return ConsoleTracker(200, console=Console(file=out), every_s=5, clock=clock), out, clock
+    return ConsoleTracker(200, console=Console(file=out), interval_s=5, clock=clock), out, clock
 
 
-def test_a_plain_line_tells_step_loss_speed_and_time_left() -> None:
+def test_a_plain_line_shows_step_loss_speed_and_time_left() -> None:
     tracker, out, clock = plain()
     tracker.start("run", {}, Path())
     clock.now += 100
@@ -45,7 +45,7 @@ def test_a_plain_line_tells_step_loss_speed_and_time_left() -> None:
     )
 
 
-def test_plain_lines_come_every_so_often_and_the_last_step_always() -> None:
+def test_plain_lines_appear_at_intervals_and_for_the_last_step() -> None:
     tracker, out, clock = plain()
     tracker.start("run", {}, Path())
     for step in range(1, 201):
@@ -55,7 +55,7 @@ def test_plain_lines_come_every_so_often_and_the_last_step_always() -> None:
     assert steps == [*range(1, 200, 10), 200]
 
 
-def test_the_last_step_of_a_run_cut_short_is_shown() -> None:
+def test_the_last_step_of_a_preempted_run_is_shown() -> None:
     tracker, out, clock = plain()
     tracker.start("run", {}, Path())
     for step in (1, 2, 3):
@@ -68,7 +68,7 @@ def test_the_last_step_of_a_run_cut_short_is_shown() -> None:
     ]
 
 
-def test_time_left_counts_from_the_first_step_that_is_told() -> None:
+def test_time_left_is_estimated_from_the_first_logged_step() -> None:
     tracker, out, clock = plain()
     tracker.start("run", {}, Path(), resume_step=100)
     clock.now += 50  # loading, compiling
@@ -90,13 +90,13 @@ def test_evaluations_and_events_have_their_own_lines() -> None:
     ]
 
 
-def test_a_long_line_is_not_broken_in_a_log_file() -> None:
+def test_a_long_line_is_not_wrapped_in_a_log_file() -> None:
     tracker, out, _ = plain()
     tracker.event("x", text="y " * 300)
     assert len(out.getvalue().splitlines()) == 1
 
 
-def test_a_terminal_gets_a_bar_that_is_gone_in_the_end() -> None:
+def test_a_terminal_shows_a_bar_until_the_end() -> None:
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, force_terminal=True, width=120, legacy_windows=False)
     tracker = ConsoleTracker(200, console=console, clock=clock)
@@ -113,7 +113,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_in_the_end() -> None:
     assert text.rstrip().endswith("completed after 00:03")
 
 
-def test_a_narrow_terminal_still_shows_the_bar_the_loss_and_the_time_left() -> None:
+def test_a_narrow_terminal_shows_the_bar_the_loss_and_the_time_left() -> None:
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, force_terminal=True, width=80, legacy_windows=False)
     tracker = ConsoleTracker(100_000, console=console, clock=clock)
@@ -131,7 +131,7 @@ def test_a_narrow_terminal_still_shows_the_bar_the_loss_and_the_time_left() -> N
     ("seconds", "text"),
     [(0, "00:00"), (12.4, "00:12"), (3723, "1:02:03"), (183845, "2d 03:04:05"), (-1, "00:00")],
 )
-def test_durations_are_read_as_clocks(seconds: float, text: str) -> None:
+def test_durations_are_shown_as_days_hours_minutes_seconds(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -148,5 +148,5 @@ def test_numbers_are_short(value: float, text: str) -> None:
     [(12345, "documents", "12,345 documents"), (1.5, "files", "1.5 files"), (1536, "bytes", "1.5 KiB"),
      (10, "bytes", "10 B"), (1 << 60, "bytes", "1,024.0 PiB")],
 )  # fmt: skip
-def test_amounts_have_their_unit(value: float, unit: str, text: str) -> None:
+def test_amounts_have_a_unit(value: float, unit: str, text: str) -> None:
     assert amount(value, unit) == text

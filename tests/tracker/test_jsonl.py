@@ -1,4 +1,4 @@
-"""The metrics file holds the final history, once, whatever happened on the way."""
+"""The metrics file has every step of the final history once, after any crashes and resumes."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def attempt(run_dir: Path, steps: range, *, resume_step: int | None, mark: int) 
 
 
 @given(crashes=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=4), torn=st.booleans())
-def test_after_crashes_and_resumes_every_step_stands_once(
+def test_after_crashes_and_resumes_every_step_appears_once(
     tmp_path_factory: pytest.TempPathFactory, crashes: list[tuple[int, int]], torn: bool
 ) -> None:
     run_dir = tmp_path_factory.mktemp("run")
@@ -52,7 +52,7 @@ def test_a_file_without_superseded_lines_is_not_touched(tmp_path: Path) -> None:
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+def test_a_line_is_written_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     tracker = JsonlTracker(clock=lambda: 12.34567)
     tracker.start("run", {}, tmp_path)
     tracker.log({"loss": 1.5, "tokens_seen": 3}, step=1)
@@ -63,7 +63,7 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -np.inf, torch.tensor(float("nan"))])
-def test_what_json_cannot_hold_is_null(tmp_path: Path, value: Any) -> None:
+def test_nan_and_infinity_are_null(tmp_path: Path, value: Any) -> None:
     tracker = JsonlTracker()
     tracker.start("run", {}, tmp_path)
     tracker.log({"loss": value}, step=1)
@@ -90,7 +90,7 @@ def test_scalars_of_any_library_become_numbers(tmp_path: Path, value: Any, text:
     tracker.finish("completed")
 
 
-def test_events_of_all_attempts_stay(tmp_path: Path) -> None:
+def test_events_of_all_attempts_are_kept(tmp_path: Path) -> None:
     for attempt_number in range(2):
         events = EventLog(tmp_path, clock=lambda: 5.0)
         events.write(
@@ -105,7 +105,7 @@ def test_events_of_all_attempts_stay(tmp_path: Path) -> None:
     assert second["attempt"] == 1
 
 
-def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+def test_a_torn_line_does_not_damage_the_next(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_bytes(b'{"kind": "star')
     events = EventLog(tmp_path)
     events.write("resume")
@@ -113,7 +113,7 @@ def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
     assert [line["kind"] for line in read_lines(tmp_path / "events.jsonl")] == ["resume"]
 
 
-def test_a_full_disk_is_one_clear_error() -> None:
+def test_a_full_disk_is_a_storage_error() -> None:
     lines = LineWriter(Path("/dev/full"))
-    with pytest.raises(StorageError, match=r"/dev/full: a line cannot be written .*Free some space"):
+    with pytest.raises(StorageError, match=r"/dev/full: cannot write a line .*Free some space"):
         lines.append({"step": 1})

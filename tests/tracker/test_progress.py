@@ -1,4 +1,4 @@
-"""Long work says how far it is, in plain lines or as a bar, from any number of threads."""
+"""Progress of long work is shown as plain lines or a bar, and counts the units of all threads."""
 
 import io
 import threading
@@ -17,10 +17,10 @@ class Clock:
         return self.now
 
 
-def test_plain_lines_have_share_rate_and_time_left() -> None:
+def test_plain_lines_show_percentage_rate_and_time_left() -> None:
     out, clock = io.StringIO(), Clock()
     with progress(
-        1000, "tokenizing", "documents", console=Console(file=out), every_s=5, clock=clock
+        1000, "tokenizing", "documents", console=Console(file=out), interval_s=5, clock=clock
     ) as shown:
         for _ in range(10):
             clock.now += 1
@@ -32,9 +32,9 @@ def test_plain_lines_have_share_rate_and_time_left() -> None:
     ]
 
 
-def test_work_of_unknown_size_has_a_rate_and_may_learn_its_size() -> None:
+def test_work_of_unknown_size_shows_a_rate_and_its_total_can_be_set_later() -> None:
     out, clock = io.StringIO(), Clock()
-    with progress(None, "reading", "bytes", console=Console(file=out), every_s=5, clock=clock) as shown:
+    with progress(None, "reading", "bytes", console=Console(file=out), interval_s=5, clock=clock) as shown:
         clock.now = 6
         shown.advance(6 << 20)
         shown.set_total(12 << 20)
@@ -47,7 +47,7 @@ def test_work_of_unknown_size_has_a_rate_and_may_learn_its_size() -> None:
     ]
 
 
-def test_work_that_fails_is_said_to_have_stopped() -> None:
+def test_failed_work_is_shown_as_stopped() -> None:
     out = io.StringIO()
 
     def fail() -> None:
@@ -60,7 +60,7 @@ def test_work_that_fails_is_said_to_have_stopped() -> None:
     assert out.getvalue() == "reading: 3 files stopped in 00:00\n"
 
 
-def test_work_that_fails_before_it_begins_has_no_line() -> None:
+def test_work_that_fails_before_the_first_unit_has_no_line() -> None:
     out = io.StringIO()
     with pytest.raises(RuntimeError), progress(10, "reading", "files", console=Console(file=out)):
         raise RuntimeError
@@ -68,7 +68,7 @@ def test_work_that_fails_before_it_begins_has_no_line() -> None:
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_no_count_of_any_thread_is_lost(is_terminal: bool) -> None:
+def test_units_of_all_threads_are_counted(is_terminal: bool) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=is_terminal, width=100)
     with progress(4000, "tokenizing", "documents", console=console) as shown:

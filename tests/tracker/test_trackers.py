@@ -1,4 +1,4 @@
-"""All trackers get the same numbers without secrets, and an optional one cannot end a run."""
+"""All trackers get the same metrics without secrets; a failing optional tracker does not end the run."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ CONFIG = {
 
 
 class Recorder:
-    """A tracker that keeps what it gets, and fails where it is told to."""
+    """A tracker that records its calls, and fails in the method `fails_at`."""
 
     def __init__(self, fails_at: str = "", error: Exception | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -66,7 +66,7 @@ def run(trackers: Trackers, run_dir: Path) -> None:
     trackers.finish("completed")
 
 
-def test_all_get_the_same_plain_numbers_and_no_secret(tmp_path: Path) -> None:
+def test_all_trackers_get_the_same_plain_numbers_and_no_secret(tmp_path: Path) -> None:
     one, two = Recorder(), Recorder()
     run(Trackers([one], [two]), tmp_path)
     assert one.calls == two.calls
@@ -78,7 +78,7 @@ def test_all_get_the_same_plain_numbers_and_no_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails_at", ["start", "log", "event", "finish"])
-def test_an_optional_tracker_that_fails_warns_once_and_the_run_goes_on(
+def test_a_failing_optional_tracker_warns_once_and_the_run_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fails_at: str
 ) -> None:
     good, bad, later = Recorder(), Recorder(fails_at), Recorder()
@@ -88,21 +88,21 @@ def test_an_optional_tracker_that_fails_warns_once_and_the_run_goes_on(
     assert len(good.calls) == 5
     assert bad.calls[-1][0] == fails_at
     assert [record.getMessage() for record in caplog.records] == [
-        "Recorder failed and is left out from here on (OSError: no network)"
+        "Recorder failed and is disabled from here on (OSError: no network)"
     ]
 
 
-def test_a_needed_tracker_that_fails_ends_the_run_and_the_others_still_finish(tmp_path: Path) -> None:
+def test_a_failing_required_tracker_ends_the_run_and_the_others_finish(tmp_path: Path) -> None:
     first, second = Recorder("finish", StorageError("full")), Recorder()
     with pytest.raises(StorageError, match="full"):
         run(Trackers([first, second]), tmp_path)
     assert second.calls[-1] == ("finish", "completed")
     failed = Trackers([Recorder("finish", StorageError("full"))])
     failed.start("run", {}, tmp_path)
-    failed.finish("failed")  # the run has an error of its own
+    failed.finish("failed")  # the run raises its own error
 
 
-def test_events_go_to_their_file_with_the_end(tmp_path: Path) -> None:
+def test_events_and_the_final_status_are_in_the_events_file(tmp_path: Path) -> None:
     run(Trackers([JsonlTracker()]), tmp_path)
     save, finish = read_lines(tmp_path / "events.jsonl")
     assert (save["kind"], save["step"], finish["status"]) == ("save", 4, "completed")
@@ -126,7 +126,7 @@ def tensorboard_scalars(run_dir: Path) -> list[tuple[int, float]]:
     return [(scalar.step, scalar.value) for scalar in events.Scalars("loss")]
 
 
-def test_tensorboard_shows_what_was_logged_and_after_a_resume_the_final_history(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_final_history_after_a_resume(tmp_path: Path) -> None:
     for resume_step, marks in [(None, range(1, 6)), (3, range(4, 8))]:
         tracker = TensorBoardConfig().build()
         tracker.start("run", {"tokenizer": "x"}, tmp_path, resume_step=resume_step)
@@ -141,7 +141,7 @@ def test_tensorboard_shows_what_was_logged_and_after_a_resume_the_final_history(
 
 
 @pytest.mark.parametrize("config", [TensorBoardConfig(), WandbConfig()])
-def test_a_tracker_that_is_not_installed_is_told_before_the_run(
+def test_a_missing_package_is_an_error_before_the_run(
     monkeypatch: pytest.MonkeyPatch, config: TensorBoardConfig | WandbConfig
 ) -> None:
     monkeypatch.setitem(sys.modules, config.type, None)
@@ -150,7 +150,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_the_run(
         config.build()
 
 
-def test_wandb_works_offline_keeps_its_run_and_writes_no_secret(
+def test_wandb_works_offline_continues_its_run_and_writes_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
@@ -174,7 +174,7 @@ def test_wandb_works_offline_keeps_its_run_and_writes_no_secret(
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
-def test_a_config_that_looks_plain_is_json(tmp_path: Path) -> None:
+def test_trackers_get_a_config_that_is_json(tmp_path: Path) -> None:
     recorder = Recorder()
     trackers = Trackers([recorder])
     trackers.start("run", {"a": (1, 2), "b": {"c": None}}, tmp_path)

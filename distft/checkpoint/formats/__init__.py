@@ -1,1 +1,1 @@
-"""Checkpoints in formats of others: read as sources, written as targets."""
+"""Other checkpoint formats: DeepSpeed's and transformers' are read as sources and written as targets."""

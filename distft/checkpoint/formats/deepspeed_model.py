@@ -1,4 +1,4 @@
-"""What the model files of plain DeepSpeed tell: the module's state, what is frozen or tied, the progress."""
+"""Model files of DeepSpeed: module state dict, frozen and tied parameters, buffers, progress."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from distft.checkpoint.formats.deepspeed_layout import Run, slice_numel
-from distft.checkpoint.formats.deepspeed_optimizer import Trained
-from distft.checkpoint.formats.pieces import Pieces
-from distft.checkpoint.formats.torch_file import ForeignObject, StoredTensor
+from distft.checkpoint.formats.deepspeed_layout import Span, stage3_partition_numel
+from distft.checkpoint.formats.deepspeed_optimizer import OptimizerStates
+from distft.checkpoint.formats.segments import SegmentTable
+from distft.checkpoint.formats.torch_values import OpaqueObject, StoredTensor
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
 
 PARAM_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 )
-_OUR_NAMES = {dtype: name for name, dtype in PARAM_DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in PARAM_DTYPES.items()}
 
-# What DeepSpeed itself keeps in a model file; the rest is the script's own.
-_OWN_KEYS = frozenset(
+# Keys of a model file that DeepSpeed writes itself; all others are the script's client_state.
+_DEEPSPEED_KEYS = frozenset(
     [
         "module",
         "buffer_names",
@@ -46,109 +46,109 @@ _OWN_KEYS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class ScriptState:
-    """What a script kept in a checkpoint besides parameters; it goes along when that is written anew."""
+class ExtraState:
+    """Contents of a DeepSpeed checkpoint besides parameters; a conversion to DeepSpeed includes them."""
 
     lr_scheduler: Any = None  # its state dict
     client_state: Mapping[str, Any] | None = None
-    loss_scaler: ForeignObject | None = None  # fp16 only
+    loss_scaler: OpaqueObject | None = None  # fp16 only
 
     @classmethod
-    def of(cls, model: Mapping[str, Any], loss_scaler: Any = None) -> "ScriptState":
-        own = {key: value for key, value in model.items() if key not in _OWN_KEYS}
-        scaler = loss_scaler if isinstance(loss_scaler, ForeignObject) else None
-        return cls(model.get("lr_scheduler"), own, scaler)
+    def of(cls, model: Mapping[str, Any], loss_scaler: Any = None) -> "ExtraState":
+        client_state = {key: value for key, value in model.items() if key not in _DEEPSPEED_KEYS}
+        scaler = loss_scaler if isinstance(loss_scaler, OpaqueObject) else None
+        return cls(model.get("lr_scheduler"), client_state, scaler)
 
 
 @dataclass(frozen=True, slots=True)
-class ModelReading:
-    """The module's state without what is trained."""
+class ModelStates:
+    """Contents of the *_model_states.pt files, over all ranks."""
 
-    names: tuple[str, ...]  # in the order of the state dict; tied ones under one name
-    module: dict[str, StoredTensor]  # empty ones at stage 3
+    names: tuple[str, ...]  # in the order of the state dict, without the further names of tied tensors
+    module: dict[str, StoredTensor]  # parameters are empty at stage 3
     buffers: frozenset[str]
-    tied: dict[str, str]
-    frozen: Pieces
+    tied: dict[str, str]  # further name -> name in `module`
+    weights: SegmentTable  # at stage 3 of frozen parameters and buffers only
     frozen_shapes: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, models: Mapping[int, Mapping[str, Any]], *, is_sliced: bool) -> "ModelReading":
-        """From the model files by rank: all of them at stage 3, that of rank 0 else."""
+    def of(cls, models: Mapping[int, Mapping[str, Any]], *, is_stage3: bool) -> "ModelStates":
+        """From the contents of the model files by rank: of all ranks at stage 3, else of rank 0."""
         first = models[0]
         stored = {name: value for name, value in first["module"].items() if isinstance(value, StoredTensor)}
-        tied = _tied(stored, first.get("shared_params") or {})
+        tied = _find_tied(stored, first.get("shared_params") or {})
         module = {name: tensor for name, tensor in stored.items() if name not in tied}
         buffers = frozenset(name for name in first.get("buffer_names") or () if name in module)
         shapes = {name: tuple(s) for name, s in (first.get("frozen_param_shapes") or {}).items()}
-        frozen = Pieces()
+        weights = SegmentTable()
         for name, tensor in module.items():
-            if name in buffers or not is_sliced:
-                frozen.add_whole(name, WEIGHT, tensor)
-        if is_sliced:
-            _add_fragments(frozen, shapes, models)
-        return cls(tuple(module), module, buffers, tied, frozen, shapes)
+            if name in buffers or not is_stage3:
+                weights.add_whole(name, WEIGHT, tensor)
+        if is_stage3:
+            _add_frozen_partitions(weights, shapes, models)
+        return cls(tuple(module), module, buffers, tied, weights, shapes)
 
     @property
     def param_dtype(self) -> torch.dtype:
-        """What the model computes in."""
-        weights = [tensor.dtype for name, tensor in self.module.items() if name not in self.buffers]
-        return next((dtype for dtype in weights if dtype.is_floating_point), torch.float32)
+        """The dtype that the model computes in."""
+        dtypes = [tensor.dtype for name, tensor in self.module.items() if name not in self.buffers]
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
-    def shape(self, name: str, trained: Trained) -> tuple[int, ...]:
-        found = trained.shapes.get(name, self.frozen_shapes.get(name))
-        return self.module[name].shape if found is None else found
+    def shape(self, name: str, optimizer_states: OptimizerStates) -> tuple[int, ...]:
+        shape = optimizer_states.shapes.get(name, self.frozen_shapes.get(name))
+        return self.module[name].shape if shape is None else shape
 
 
-def _tied(module: Mapping[str, StoredTensor], told: Mapping[str, str]) -> dict[str, str]:
-    """Further names of tensors: as the file tells, and where two names have the same elements in it."""
-    tied = dict(told)
-    first_name: dict[tuple[object, ...], str] = {}
+def _find_tied(module: Mapping[str, StoredTensor], shared_params: Mapping[str, str]) -> dict[str, str]:
+    """Tied names: those that DeepSpeed recorded, and names that share a tensor in the file."""
+    tied = dict(shared_params)
+    first_names: dict[tuple[object, ...], str] = {}
     for name, tensor in module.items():
         if tensor.numel and name not in tied:
-            place = (tensor.offset, tensor.shape, tensor.stride, tensor.dtype)
-            if first_name.setdefault(place, name) != name:
-                tied[name] = first_name[place]
+            location = (tensor.offset, tensor.shape, tensor.stride, tensor.dtype)
+            if first_names.setdefault(location, name) != name:
+                tied[name] = first_names[location]
     return tied
 
 
-def _add_fragments(
-    frozen: Pieces, shapes: Mapping[str, tuple[int, ...]], models: Mapping[int, Mapping[str, Any]]
+def _add_frozen_partitions(
+    weights: SegmentTable, shapes: Mapping[str, tuple[int, ...]], models: Mapping[int, Mapping[str, Any]]
 ) -> None:
-    """Frozen parameters at stage 3: a slice on every rank, the last ones padded."""
+    """Add the frozen parameters of stage 3: every rank has a partition of each, the last ones are padded."""
     for name, shape in shapes.items():
         numel = torch.Size(shape).numel()
-        size = slice_numel(numel, len(models))
+        size = stage3_partition_numel(numel, len(models))
         for rank, model in sorted(models.items()):
-            run = Run(name, min(rank * size, numel), min((rank + 1) * size, numel))
-            frozen.add_runs(WEIGHT, [run], model["frozen_param_fragments"][name])
+            span = Span(name, min(rank * size, numel), min((rank + 1) * size, numel))
+            weights.add_spans(WEIGHT, [span], model["frozen_param_fragments"][name])
 
 
 def build_manifest(
     model: Mapping[str, Any],
-    reading: ModelReading,
-    trained: Trained,
+    model_states: ModelStates,
+    optimizer_states: OptimizerStates,
     *,
     run_id: str,
     loss_scale: dict[str, float] | None,
     zero_stage: int | str,
-) -> tuple[Manifest, Pieces]:
-    """The manifest that tells of a foreign checkpoint, and the pieces of all its states."""
-    pieces = Pieces()
+) -> tuple[Manifest, SegmentTable]:
+    """A manifest that describes a DeepSpeed checkpoint, and the segments of all its states."""
+    segments = SegmentTable()
     records: dict[str, ParameterRecord] = {}
-    for name in dict.fromkeys([*reading.names, *trained.shapes, *reading.frozen_shapes]):
-        source = trained.pieces if name in trained.shapes else reading.frozen
-        if name not in source.of:
-            continue  # left out by the script: exclude_frozen_parameters
-        pieces.of[name] = source.of[name]
+    for name in dict.fromkeys([*model_states.names, *optimizer_states.shapes, *model_states.frozen_shapes]):
+        table = optimizer_states.segments if name in optimizer_states.shapes else model_states.weights
+        if name not in table.by_parameter:
+            continue  # the script saved with exclude_frozen_parameters
+        segments.by_parameter[name] = table.by_parameter[name]
         records[name] = ParameterRecord(
-            shape=reading.shape(name, trained),
-            trainable=name in trained.shapes,
-            updates=trained.updates.get(name, 0),
+            shape=model_states.shape(name, optimizer_states),
+            trainable=name in optimizer_states.shapes,
+            updates=optimizer_states.updates.get(name, 0),
             states={
                 state: StateRecord(dtype=str(dtype).removeprefix("torch."))
-                for state, dtype in source.states(name).items()
+                for state, dtype in table.dtypes(name).items()
             },
-            is_buffer=name in reading.buffers,
+            is_buffer=name in model_states.buffers,
         )
     manifest = Manifest(
         run_id=run_id,
@@ -163,12 +163,12 @@ def build_manifest(
             "engine": "deepspeed",
             "zero_stage": zero_stage,
             "world_size": model["dp_world_size"],
-            "param_dtype": _OUR_NAMES.get(reading.param_dtype, str(reading.param_dtype)),
+            "param_dtype": _DTYPE_NAMES.get(model_states.param_dtype, str(model_states.param_dtype)),
             "ds_version": str(model.get("ds_version")),
         },
         parameters=records,
-        tied={name: kept for name, kept in reading.tied.items() if kept in records},
-        groups=trained.groups,
+        tied={name: kept for name, kept in model_states.tied.items() if kept in records},
+        groups=optimizer_states.groups,
         files=[],
     )
-    return manifest, pieces
+    return manifest, segments

@@ -1,13 +1,13 @@
-"""Which format a checkpoint is in, by the files that are there."""
+"""Detects the format of a checkpoint from its files, and opens it."""
 
 from distft import storage
 from distft.checkpoint.committed import (
     Checkpoint,
     committed_steps,
     find_checkpoint,
-    looks_like_draft,
-    steps_beside,
-    uncommitted,
+    looks_uncommitted,
+    sibling_steps_hint,
+    uncommitted_notes,
 )
 from distft.checkpoint.formats.deepspeed_files import LATEST, LATEST_UNIVERSAL
 from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
@@ -16,33 +16,36 @@ from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint
 from distft.checkpoint.formats.universal import UniversalCheckpoint
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.sources import CheckpointSource
-from distft.checkpoint.unread import UnreadError
+from distft.errors import UnsupportedFormatError
 
 
 def open_source(path: str, *, trust: bool = False) -> CheckpointSource:
-    """The checkpoint at `path`, in whatever format; reads headers, no state.
+    """Open the checkpoint at `path`, of any format; reads headers, but no tensors.
 
-    `trust` lets classes in DeepSpeed's pickles be imported that are not known to be harmless. Raises
-    `UnreadError` where there is no checkpoint that is read here, `CheckpointError` for a damaged one.
+    `trust` imports unknown classes that DeepSpeed's pickles name, which can run code. Raises
+    `UnsupportedFormatError` if there is no checkpoint that distft reads, `CheckpointError` for a damaged one.
     """
-    found = format_at(path)
-    if found == Checkpoint.format:
+    format_name = detect_format(path)
+    if format_name == Checkpoint.format:
         return find_checkpoint(path)
-    if found == UniversalCheckpoint.format:
+    if format_name == UniversalCheckpoint.format:
         return UniversalCheckpoint.open(path, trust=trust)
-    if found == DeepSpeedCheckpoint.format:
+    if format_name == DeepSpeedCheckpoint.format:
         return DeepSpeedCheckpoint.open(path, trust=trust)
     return HuggingFaceCheckpoint.open(path)
 
 
-def format_at(path: str) -> str:
-    """The format of the checkpoint at `path`, as sources name theirs. Raises `UnreadError` for none."""
+def detect_format(path: str) -> str:
+    """The format of the checkpoint at `path`: the `format` of its source class.
+
+    Raises `UnsupportedFormatError` if there is no checkpoint that distft reads.
+    """
     if storage.exists(path) and not storage.is_directory(path):
-        raise UnreadError(f"{path} is a file: name the directory of a checkpoint.")
+        raise UnsupportedFormatError(f"{path} is a file: name the directory of a checkpoint.")
     names = set(storage.list_names(path))
     if not names:
-        state = "is empty" if storage.exists(path) else "does not exist"
-        raise UnreadError(f"{path} {state}.{steps_beside(path)}")
+        problem = "is empty" if storage.exists(path) else "does not exist"
+        raise UnsupportedFormatError(f"{path} {problem}.{sibling_steps_hint(path)}")
     if MANIFEST in names or committed_steps(path) or committed_steps(storage.join(path, "checkpoints")):
         return Checkpoint.format
     if LATEST_UNIVERSAL in names or "zero" in names:
@@ -51,14 +54,15 @@ def format_at(path: str) -> str:
         return DeepSpeedCheckpoint.format
     if CONFIG_FILE in names:
         return HuggingFaceCheckpoint.format
-    if looks_like_draft(path, names):
-        raise UnreadError(
-            f"{path} is a draft: its {MANIFEST} is missing, so it does not count.{steps_beside(path)}"
+    if looks_uncommitted(path, names):
+        raise UnsupportedFormatError(
+            f"{path} is uncommitted: its {MANIFEST} is missing, so it does not count."
+            f"{sibling_steps_hint(path)}"
         )
-    drafts = [note for root in (path, storage.join(path, "checkpoints")) for note in uncommitted(root)]
-    raise UnreadError(
-        "\n".join(drafts)
-        or f"{path} is no checkpoint that is known here. Of ours it has {MANIFEST}, or step_*/; of DeepSpeed "
-        f"{LATEST} or *_model_states.pt; of its universal format {LATEST_UNIVERSAL}; of transformers "
-        f"{CONFIG_FILE}. It holds {', '.join(sorted(names)[:10])}."
+    notes = [note for root in (path, storage.join(path, "checkpoints")) for note in uncommitted_notes(root)]
+    raise UnsupportedFormatError(
+        "\n".join(notes)
+        or f"{path} is not a checkpoint of a known format. distft's have {MANIFEST} or step_*/, DeepSpeed's "
+        f"{LATEST} or *_model_states.pt, its universal ones {LATEST_UNIVERSAL}, transformers' {CONFIG_FILE}. "
+        f"It contains {', '.join(sorted(names)[:10])}."
     )

@@ -1,27 +1,27 @@
-"""Reads the `config.json` of transformers, and refuses by name what our Transformer does not have."""
+"""Parses the `config.json` of transformers, and rejects features that distft's Transformer lacks."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from distft.checkpoint.formats.huggingface_shape import (
+from distft.checkpoint.formats.huggingface_architecture import (
     Architecture,
     HeadKind,
-    HuggingFaceShape,
+    HuggingFaceModelSpec,
     class_name,
 )
 from distft.config import parse
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 
-# What transformers takes for keys that a config.json leaves out (transformers 5.23).
+# Defaults of transformers 5.23, for keys that a config.json leaves out.
 _COMMON: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 22016,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
-    "num_key_value_heads": None,  # as many as num_attention_heads
-    "head_dim": None,  # hidden_size / num_attention_heads
+    "num_key_value_heads": None,  # None: num_attention_heads
+    "head_dim": None,  # None: hidden_size / num_attention_heads
     "hidden_act": "silu",
     "max_position_embeddings": 32768,
     "initializer_range": 0.02,
@@ -51,7 +51,7 @@ _DEFAULTS: dict[Architecture, dict[str, Any]] = {
         "n_embd": 768,
         "n_layer": 12,
         "n_head": 12,
-        "n_inner": None,  # 4 * n_embd
+        "n_inner": None,  # None: 4 * n_embd
         "activation_function": "gelu_new",
         "embd_pdrop": 0.1,
         "attn_pdrop": 0.1,
@@ -67,66 +67,71 @@ _DEFAULTS: dict[Architecture, dict[str, Any]] = {
 _SILU = ("silu", "swish")
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 _DEFAULT_ROPE_THETA = 10_000.0
-_TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # which transformers leaves out of a config.json
+_DEFAULT_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves them out of a config.json
 
 
-def read_shape(raw: Mapping[str, Any]) -> HuggingFaceShape:
-    """The model that a `config.json` describes. Raises `ConfigError` with every feature that is not ours."""
+def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
+    """The model that a `config.json` describes. Raises `ConfigError` with every unsupported feature."""
     known = {str(name): name for name in get_args(Architecture)}
     model_type = raw.get("model_type")
     if model_type not in known:
-        raise ConfigError(f"model_type={model_type!r} is not read; these are: {', '.join(known)}.")
+        raise ConfigError(
+            f"model_type={model_type!r} is not supported: it must be one of {', '.join(known)}."
+        )
     architecture = known[model_type]
     keys = {**_DEFAULTS[architecture], **raw}
-    faults = _general_faults(keys)
-    head, head_faults = _head(keys, architecture)
-    sizes, size_faults = (_gpt2_sizes if architecture == "gpt2" else _llama_sizes)(keys, architecture)
-    faults += head_faults + size_faults
-    if faults:
-        raise ConfigError("\n".join(faults))
+    problems = _general_problems(keys)
+    head, head_problems = _parse_head(keys, architecture)
+    parse_sizes = _parse_gpt2 if architecture == "gpt2" else _parse_llama
+    sizes, size_problems = parse_sizes(keys, architecture)
+    problems += head_problems + size_problems
+    if problems:
+        raise ConfigError("\n".join(problems))
     model: ModelConfig = parse(ModelConfig, sizes, where="model")
     labels = _label_names(keys) if head == "classifier" else None
-    return HuggingFaceShape(architecture=architecture, model=model, head=head, label_names=labels)
+    return HuggingFaceModelSpec(architecture=architecture, model=model, head=head, label_names=labels)
 
 
-def _general_faults(keys: Mapping[str, Any]) -> list[str]:
-    faults = []
+def _general_problems(keys: Mapping[str, Any]) -> list[str]:
+    problems = []
     if keys.get("quantization_config"):
-        faults.append("quantization_config: quantized weights are not read; save the model in bf16 first.")
+        problems.append("quantization_config: quantized weights are not supported; save them in bf16.")
     if keys.get("auto_map"):
-        faults.append("auto_map: the model runs code of its own, which may compute anything.")
-    return faults
+        problems.append("auto_map: the model has code of its own, which distft does not run.")
+    return problems
 
 
-def _head(keys: Mapping[str, Any], architecture: Architecture) -> tuple[HeadKind, list[str]]:
-    """What the model ends in, by its class; a language model where none is named."""
+def _parse_head(keys: Mapping[str, Any], architecture: Architecture) -> tuple[HeadKind, list[str]]:
+    """The model's head, from its class in `architectures` (default: a language model), and problems."""
     given = keys.get("architectures")
     named = given[0] if isinstance(given, list) and given else None
     classes = {class_name(architecture, kind): kind for kind in get_args(HeadKind)}
     if named is not None and named not in classes:
-        return "none", [f"architectures={given}: its head is not read; these are: {', '.join(classes)}."]
+        return "none", [f"architectures={given} is not supported: it must be one of {', '.join(classes)}."]
     head: HeadKind = "language_model" if named is None else classes[named]
     problem = keys.get("problem_type")
     if head == "classifier" and problem not in {None, "single_label_classification"}:
-        return head, [f"problem_type={problem!r}: only single_label_classification is one of ours."]
+        return head, [f"problem_type={problem!r} is not supported: it must be single_label_classification."]
     return head, []
 
 
 def _label_names(keys: Mapping[str, Any]) -> tuple[str, ...]:
-    names = keys.get("id2label") or _TWO_LABELS
+    names = keys.get("id2label") or _DEFAULT_LABELS
     return tuple(str(name) for _, name in sorted((int(i), name) for i, name in names.items()))
 
 
-def _llama_sizes(keys: Mapping[str, Any], architecture: Architecture) -> tuple[dict[str, Any], list[str]]:
-    """Fields of our `ModelConfig`, and what does not fit into them."""
-    rope_theta, faults = _rope(keys)
-    faults += _window_faults(keys, architecture)
+def _parse_llama(keys: Mapping[str, Any], architecture: Architecture) -> tuple[dict[str, Any], list[str]]:
+    """Fields of `ModelConfig`, and problems."""
+    rope_theta, problems = _parse_rope(keys)
+    problems += _sliding_window_problems(keys, architecture)
     if keys["hidden_act"] not in _SILU:
-        faults.append(f"hidden_act={keys['hidden_act']!r}: the feed-forward must be {' or '.join(_SILU)}.")
+        problems.append(
+            f"hidden_act={keys['hidden_act']!r} is not supported: it must be {' or '.join(_SILU)}."
+        )
     if keys["attention_dropout"]:
-        faults.append(
+        problems.append(
             f"attention_dropout={keys['attention_dropout']}: dropout on attention weights alone is not "
-            "ours. It matters in training only: set it to 0 in a copy of the file."
+            "supported. It affects training only: set it to 0 in a copy of the file."
         )
     num_heads = keys["num_attention_heads"]
     sizes = {
@@ -139,7 +144,7 @@ def _llama_sizes(keys: Mapping[str, Any], architecture: Architecture) -> tuple[d
         "norm_eps": keys["rms_norm_eps"],
         "rope_theta": rope_theta,
         "d_ff": keys["intermediate_size"],
-        # Mistral and Qwen2 do not look at the keys that the others have.
+        # Mistral and Qwen2 ignore these keys.
         "attention_bias": architecture in {"llama", "qwen3"} and keys["attention_bias"],
         "qkv_bias": architecture == "qwen2",
         "mlp_bias": architecture == "llama" and keys["mlp_bias"],
@@ -149,29 +154,29 @@ def _llama_sizes(keys: Mapping[str, Any], architecture: Architecture) -> tuple[d
     }
     if keys["head_dim"] is not None:
         sizes["head_dim"] = keys["head_dim"]
-    return sizes, faults
+    return sizes, problems
 
 
-def _rope(keys: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """The base of the angles, and what else the positions would do that ours do not."""
+def _parse_rope(keys: Mapping[str, Any]) -> tuple[float, list[str]]:
+    """`rope_theta`, and problems: options of rotary positions that distft does not support."""
     name = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
     given = keys.get(name) or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
-        return 1.0, [f"{name}={given}: positions that differ by layer are not ours."]
-    faults = []
+        return 1.0, [f"{name}={given}: rotary positions that differ by layer are not supported."]
+    problems = []
     kind = given.get("rope_type", given.get("type", "default"))
     if kind != "default":
-        faults.append(f"{name}={dict(given)}: rotary positions of the kind {kind!r} are not ours.")
-    for where, part in (("", keys), (f"{name}.", given)):
-        factor = part.get("partial_rotary_factor")
+        problems.append(f"{name}={dict(given)}: rotary positions of type {kind!r} are not supported.")
+    for prefix, options in (("", keys), (f"{name}.", given)):
+        factor = options.get("partial_rotary_factor")
         if factor not in {None, 1}:
-            faults.append(f"{where}partial_rotary_factor={factor}: our positions turn all of a head.")
+            problems.append(f"{prefix}partial_rotary_factor={factor} is not supported: it must be 1.")
     base = given.get("rope_theta", keys.get("rope_theta"))
-    return (_DEFAULT_ROPE_THETA if base is None else base), faults
+    return (_DEFAULT_ROPE_THETA if base is None else base), problems
 
 
-def _window_faults(keys: Mapping[str, Any], architecture: Architecture) -> list[str]:
-    """Sliding windows, where a row can be long enough to feel them."""
+def _sliding_window_problems(keys: Mapping[str, Any], architecture: Architecture) -> list[str]:
+    """Problems of a sliding window that is shorter than the longest row."""
     window, longest = keys["sliding_window"], keys["max_position_embeddings"]
     if architecture == "llama" or window is None or window >= longest:
         return []
@@ -184,32 +189,32 @@ def _window_faults(keys: Mapping[str, Any], architecture: Architecture) -> list[
         if not keys.get("use_sliding_window") or not is_windowed:
             return []
     return [
-        f"sliding_window={window} is in effect, as max_position_embeddings={longest} is more: our attention "
-        f"sees the whole row. Rows of up to {window} tokens are the same: set max_position_embeddings to "
-        f"{window} in a copy of the file."
+        f"sliding_window={window} is less than max_position_embeddings={longest}, but distft's attention has "
+        f"no window. Rows of up to {window} tokens need none: set max_position_embeddings to {window} in a "
+        "copy of the file."
     ]
 
 
-def _gpt2_sizes(keys: Mapping[str, Any], _architecture: Architecture) -> tuple[dict[str, Any], list[str]]:
-    """Fields of our `ModelConfig`, and what does not fit into them."""
-    faults = []
+def _parse_gpt2(keys: Mapping[str, Any], _architecture: Architecture) -> tuple[dict[str, Any], list[str]]:
+    """Fields of `ModelConfig`, and problems."""
+    problems = []
     activation = keys["activation_function"]
     if activation not in _TANH_GELU:
-        faults.append(f"activation_function={activation!r}: it must be the tanh form, {_TANH_GELU[0]}.")
-    if not keys["scale_attn_weights"]:
-        faults.append(
-            "scale_attn_weights=false: our attention divides by the square root of the head's size."
+        problems.append(
+            f"activation_function={activation!r} is not supported: it must be {' or '.join(_TANH_GELU)}."
         )
+    if not keys["scale_attn_weights"]:
+        problems.append("scale_attn_weights=false is not supported: it must be true.")
     if keys["scale_attn_by_inverse_layer_idx"]:
-        faults.append("scale_attn_by_inverse_layer_idx=true: our attention is scaled alike in all layers.")
+        problems.append("scale_attn_by_inverse_layer_idx=true is not supported: it must be false.")
     if keys["add_cross_attention"]:
-        faults.append("add_cross_attention=true: there is no encoder to attend to.")
+        problems.append("add_cross_attention=true is not supported: distft's models have no encoder.")
     rates = {name: keys[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     if len(set(rates.values())) > 1:
-        told = ", ".join(f"{name}={rate}" for name, rate in rates.items())
-        faults.append(
-            f"{told}: our dropout is the same everywhere. It matters in training only: make them equal in a "
-            "copy of the file."
+        given = ", ".join(f"{name}={rate}" for name, rate in rates.items())
+        problems.append(
+            f"{given}: different dropout rates are not supported. They affect training only: make them equal "
+            "in a copy of the file."
         )
     return {
         "vocab_size": keys["vocab_size"],
@@ -227,4 +232,4 @@ def _gpt2_sizes(keys: Mapping[str, Any], _architecture: Architecture) -> tuple[d
         "tie_embeddings": keys["tie_word_embeddings"],
         "dropout": rates["resid_pdrop"],
         "init_std": keys["initializer_range"] or 0.02,
-    }, faults
+    }, problems

@@ -1,13 +1,12 @@
-"""Which tensors lie in the safetensors of a model directory of transformers, and which got lost."""
+"""Finds the tensors in the safetensors files of a transformers model directory, and damaged files."""
 
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from distft import storage
-from distft.checkpoint.formats.safetensors_file import TensorPlace, read_header
-from distft.checkpoint.unread import UnreadError
-from distft.errors import CheckpointError
+from distft.checkpoint.formats.safetensors_file import TensorLocation, read_header
+from distft.errors import CheckpointError, UnsupportedFormatError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -15,77 +14,80 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(slots=True)
-class FoundTensors:
-    """Tensors by their name, and what is wrong with the files."""
+class TensorScan:
+    """The tensors in a model directory, and the damage of its files."""
 
-    places: dict[str, TensorPlace] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)  # tensors that a fault of their file explains
-    is_all_lost: bool = False
-    faults: list[str] = field(default_factory=list)
+    locations: dict[str, TensorLocation] = field(default_factory=dict)  # by tensor name
+    unreadable: set[str] = field(default_factory=set)  # tensors in damaged or missing files
+    is_weights_file_unreadable: bool = False  # the only file is damaged, so its tensors are unknown
+    damage: list[str] = field(default_factory=list)
 
-    def explains(self, name: str) -> bool:
-        """Whether a fault of a file says already that this tensor is not there."""
-        return self.is_all_lost or name in self.lost
+    def is_reported(self, name: str) -> bool:
+        """Whether `damage` already explains why this tensor is missing."""
+        return self.is_weights_file_unreadable or name in self.unreadable
 
 
-def find_tensors(path: str) -> FoundTensors:
-    """The tensors of all files. Raises `CheckpointError` where there is neither a file nor an index."""
+def scan_tensors(path: str) -> TensorScan:
+    """Read the headers of all files in a model directory.
+
+    Raises `CheckpointError` if there is neither a weights file nor an index.
+    """
     if storage.exists(storage.join(path, WEIGHTS_FILE)):
-        found = FoundTensors()
-        _add_file(found, storage.join(path, WEIGHTS_FILE), None)
-        return found
+        scan = TensorScan()
+        _add_file(scan, storage.join(path, WEIGHTS_FILE), None)
+        return scan
     index = storage.join(path, INDEX_FILE)
     if not storage.exists(index):
-        is_other_kind = any(name.endswith(".bin") for name in storage.list_names(path))
-        raise (UnreadError if is_other_kind else CheckpointError)(
-            f"{path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}. Weights in another form, such as "
-            "pytorch_model.bin, must be saved as safetensors first: save_pretrained of transformers does so."
+        has_other_format = any(name.endswith(".bin") for name in storage.list_names(path))
+        raise (UnsupportedFormatError if has_other_format else CheckpointError)(
+            f"{path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}. If it has weights in another format, such "
+            "as pytorch_model.bin, save them as safetensors first, with save_pretrained of transformers."
         )
-    promised = _promised(index)
-    found = FoundTensors()
-    for file in sorted(promised):
-        _add_file(found, storage.join(path, file), promised[file])
-    return found
+    indexed = _read_index(index)
+    scan = TensorScan()
+    for file in sorted(indexed):
+        _add_file(scan, storage.join(path, file), indexed[file])
+    return scan
 
 
-def _add_file(found: FoundTensors, where: str, promised: set[str] | None) -> None:
-    """Add the tensors of one file, of which an index promises these; without an index, any."""
+def _add_file(scan: TensorScan, path: str, indexed: set[str] | None) -> None:
+    """Add the tensors of one file; `indexed` are those that the index lists, None without an index."""
     try:
-        header = read_header(where)
+        header = read_header(path)
     except CheckpointError as error:
-        found.faults.append(str(error))
-        found.is_all_lost |= promised is None
-        found.lost |= promised or set()
+        scan.damage.append(str(error))
+        scan.is_weights_file_unreadable |= indexed is None
+        scan.unreadable |= indexed or set()
         return
-    num_bytes, end = storage.size(where), max((place.stop for place in header.values()), default=0)
+    num_bytes, end = storage.size(path), max((location.stop for location in header.values()), default=0)
     if num_bytes < end:
-        found.faults.append(f"{where} is cut short: it has {num_bytes:,} of {end:,} bytes. Fetch it again.")
-    for name, place in header.items():
-        if place.stop > num_bytes:
-            found.lost.add(name)
-        elif promised is None or name in promised or name not in found.places:
-            found.places[name] = place
+        scan.damage.append(f"{path} is cut short: it has {num_bytes:,} of {end:,} bytes. Download it again.")
+    for name, location in header.items():
+        if location.stop > num_bytes:
+            scan.unreadable.add(name)
+        elif indexed is None or name in indexed or name not in scan.locations:
+            scan.locations[name] = location
 
 
-def _promised(index: str) -> dict[str, set[str]]:
-    """Each file of an index with its tensors."""
-    weight_map = read_json(index).get("weight_map")
+def _read_index(path: str) -> dict[str, set[str]]:
+    """The names of each file's tensors, from the index."""
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} has no weight_map: fetch it again.")
+        raise CheckpointError(f"{path} has no weight_map: download it again.")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         files.setdefault(str(file), set()).add(str(name))
     return files
 
 
-def read_json(where: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError`."""
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` if there is none."""
     try:
-        raw = json.loads(storage.read_bytes(where))
+        raw = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{where} is missing: the directory is no model of transformers.") from None
+        raise CheckpointError(f"{path} is missing: the directory is not a model of transformers.") from None
     except ValueError as error:
-        raise CheckpointError(f"{where} is not JSON ({error}): fetch it again.") from None
+        raise CheckpointError(f"{path} is not JSON ({error}): download it again.") from None
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{where} is JSON, but no object with named values: fetch it again.")
+        raise CheckpointError(f"{path} is JSON, but not an object: download it again.")
     return raw

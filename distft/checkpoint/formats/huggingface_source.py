@@ -1,4 +1,4 @@
-"""A model directory of transformers, read under our names: nothing is copied before it is asked for."""
+"""Reads a model directory of transformers under distft's parameter names; loads only what is requested."""
 
 import re
 from collections.abc import Mapping
@@ -9,62 +9,72 @@ import torch
 from torch import Tensor
 
 from distft import storage
-from distft.checkpoint.formats.huggingface_config import read_shape
-from distft.checkpoint.formats.huggingface_files import CONFIG_FILE, find_tensors, read_json
-from distft.checkpoint.formats.huggingface_shape import HuggingFaceShape
-from distft.checkpoint.formats.huggingface_tensors import Slot, TensorMap, base_prefix, map_tensors
-from distft.checkpoint.formats.safetensors_file import TensorPlace
+from distft.checkpoint.formats.huggingface_architecture import HuggingFaceModelSpec
+from distft.checkpoint.formats.huggingface_config import parse_config
+from distft.checkpoint.formats.huggingface_files import CONFIG_FILE, read_json, scan_tensors
+from distft.checkpoint.formats.huggingface_tensors import (
+    ParameterLocation,
+    TensorMap,
+    base_prefix,
+    map_tensors,
+)
+from distft.checkpoint.formats.huggingface_tokenizer import TOKENIZER_FILE
+from distft.checkpoint.formats.safetensors_file import TensorLocation
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord, TokenizerRecord
 from distft.checkpoint.rank_file import read_elements
 from distft.errors import CheckpointError, ConfigError, DataError
 from distft.tokenizer import Tokenizer
 
-TOKENIZER_FILE = "tokenizer.model"
 LM_HEAD = "lm_head.weight"
 
-_SLAB_BYTES = 16 << 20  # read at a time, where more than what is asked for must be read
-# Buffers that older versions of transformers saved, and compute anew.
+_CHUNK_BYTES = 16 << 20  # read at a time from a tensor that has to be read whole
+# Buffers that older versions of transformers saved; newer ones compute them.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Survey:
-    """What lies in a directory, held against what its config.json promises."""
+class _MatchedTensors:
+    """The tensors in a directory, compared with those that its config.json requires."""
 
-    tensors: TensorMap
-    places: dict[str, TensorPlace]  # those that fit, by their name
-    faults: list[str]
+    tensor_map: TensorMap
+    locations: dict[str, TensorLocation]  # of tensors with the required shape, by transformers' name
+    problems: list[str]
 
 
 class HuggingFaceCheckpoint:
-    """A `CheckpointSource` over `config.json` and safetensors, one file or several with an index.
+    """A `CheckpointSource` over `config.json` and safetensors: one file, or several with an index.
 
-    Weights only. A parameter whose tensor is absent or of another shape has no state; `faults` says why.
+    Weights only. A parameter whose tensor is missing or has another shape has no state; `find_damage` says
+    why.
     """
 
     format = "huggingface"
 
-    def __init__(self, path: str, shape: HuggingFaceShape, manifest: Manifest, survey: _Survey) -> None:
+    def __init__(
+        self, path: str, spec: HuggingFaceModelSpec, manifest: Manifest, matched: _MatchedTensors
+    ) -> None:
         self.path = path
         self.manifest = manifest
-        self.model_shape = shape
-        self._tensors = survey.tensors
-        self._places = survey.places
+        self._spec = spec
+        self._tensor_map = matched.tensor_map
+        self._locations = matched.locations
 
     @classmethod
     def open(cls, path: str) -> "HuggingFaceCheckpoint":
-        """The model at `path`; its headers are read, no weights.
+        """Open the model at `path`; reads headers, but no weights.
 
-        Raises `CheckpointError` where there is none, `ConfigError` for one with features that are not ours.
+        Raises `CheckpointError` if there is no model, `ConfigError` with its unsupported features.
         """
         raw = read_json(storage.join(path, CONFIG_FILE))
         try:
-            shape = read_shape(raw)
+            spec = parse_config(raw)
         except ConfigError as error:
-            raise ConfigError(f"{storage.join(path, CONFIG_FILE)} is not a model of ours:\n{error}") from None
-        survey = _survey(path, shape)
-        return cls(path, shape, _manifest(path, shape, survey, raw), survey)
+            raise ConfigError(
+                f"{storage.join(path, CONFIG_FILE)} describes a model that distft does not support:\n{error}"
+            ) from None
+        matched = _match_tensors(path, spec)
+        return cls(path, spec, _manifest(path, spec, matched, raw), matched)
 
     def has(self, parameter: str, state: str) -> bool:
         record = self.manifest.parameters.get(parameter)
@@ -81,122 +91,129 @@ class HuggingFaceCheckpoint:
         """As `StateSource.read`. A transposed tensor is read whole, 16 MiB at a time."""
         if not self.has(parameter, state):
             raise CheckpointError(f"{self.path} has no {state} of {parameter!r}.")
-        slot = self._tensors.ours[parameter]
-        place = self._places[slot.tensor.name]
-        if slot.tensor.is_transposed:
-            return _read_transposed(place, slot, start, stop)
-        assert place.dtype is not None
-        first = slot.row * (slot.tensor.numel // slot.tensor.shape[0]) + start
+        location = self._tensor_map.parameters[parameter]
+        stored = self._locations[location.tensor.name]
+        if location.tensor.is_transposed:
+            return _read_transposed(stored, location, start, stop)
+        assert stored.dtype is not None
+        first = location.first_row * (location.tensor.numel // location.tensor.shape[0]) + start
         return read_elements(
-            place.path, place.offset + first * place.dtype.itemsize, place.dtype, stop - start
+            stored.path, stored.offset + first * stored.dtype.itemsize, stored.dtype, stop - start
         )
 
-    def faults(self) -> list[str]:
-        """What is missing, cut short, too many, or of another shape, all of it.
+    def find_damage(self) -> list[str]:
+        """Tensors that are missing, cut short, unexpected, or of another shape; files that are damaged.
 
-        The format has no checksums: damaged numbers are seen in a stored copy of a tied head alone.
+        The format has no checksums. Wrong values show only where a tied head is stored as a second copy.
         """
-        return _survey(self.path, self.model_shape, compare_tied=True).faults
+        return _match_tensors(self.path, self._spec, compare_tied=True).problems
 
 
-def _read_transposed(place: TensorPlace, slot: Slot, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a parameter whose rows are columns of the tensor."""
-    assert place.dtype is not None
-    num_slab_rows, num_columns = slot.tensor.shape
-    first, last = start // num_slab_rows, -(-stop // num_slab_rows)  # rows of ours
-    out = torch.empty((last - first, num_slab_rows), dtype=place.dtype)
-    row_bytes = num_columns * place.dtype.itemsize
-    step = max(_SLAB_BYTES // row_bytes, 1)
-    for row in range(0, num_slab_rows, step):
-        count = min(step, num_slab_rows - row)
-        slab = read_elements(place.path, place.offset + row * row_bytes, place.dtype, count * num_columns)
-        columns = slab.view(count, num_columns)[:, slot.row + first : slot.row + last]
-        out[:, row : row + count] = columns.T
-    offset = first * num_slab_rows
+def _read_transposed(stored: TensorLocation, location: ParameterLocation, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of a parameter whose rows are columns of the stored tensor."""
+    assert stored.dtype is not None
+    num_stored_rows, num_columns = location.tensor.shape
+    first, last = start // num_stored_rows, -(-stop // num_stored_rows)  # rows of the parameter
+    out = torch.empty((last - first, num_stored_rows), dtype=stored.dtype)
+    row_bytes = num_columns * stored.dtype.itemsize
+    chunk_rows = max(_CHUNK_BYTES // row_bytes, 1)
+    for row in range(0, num_stored_rows, chunk_rows):
+        num_rows = min(chunk_rows, num_stored_rows - row)
+        chunk = read_elements(
+            stored.path, stored.offset + row * row_bytes, stored.dtype, num_rows * num_columns
+        )
+        columns = chunk.view(num_rows, num_columns)[:, location.first_row + first : location.first_row + last]
+        out[:, row : row + num_rows] = columns.T
+    offset = first * num_stored_rows
     return out.view(-1)[start - offset : stop - offset]
 
 
-def _survey(path: str, shape: HuggingFaceShape, *, compare_tied: bool = False) -> _Survey:
-    found = find_tensors(path)
-    tensors = map_tensors(
-        shape.model,
-        shape.architecture,
-        shape.head,
-        num_labels=len(shape.label_names or ()),
-        # A model that was saved without a head has no prefix, and GPT-2 as OpenAI gave it out neither.
+def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool = False) -> _MatchedTensors:
+    scan = scan_tensors(path)
+    tensor_map = map_tensors(
+        spec.model,
+        spec.architecture,
+        spec.head,
+        num_labels=len(spec.label_names or ()),
+        # Models saved without a head have no prefix; nor has OpenAI's GPT-2.
         has_prefix=any(
-            name.startswith(base_prefix(shape.architecture)) for name in (*found.places, *found.lost)
+            name.startswith(base_prefix(spec.architecture)) for name in (*scan.locations, *scan.unreadable)
         ),
     )
-    faults = [*found.faults]
-    if shape.model.tie_embeddings and LM_HEAD in found.places:
-        copy = found.places.pop(LM_HEAD)
-        embedding = found.places.setdefault(tensors.embedding, copy)
-        if compare_tied and not _same_bytes(embedding, copy):
-            faults.append(
-                f"{copy.path}: {LM_HEAD} differs from {tensors.embedding}, though tie_word_embeddings is "
-                "true: the model is damaged, or tie_word_embeddings must be false."
+    problems = [*scan.damage]
+    if spec.model.tie_embeddings and LM_HEAD in scan.locations:
+        copy = scan.locations.pop(LM_HEAD)
+        embedding = scan.locations.setdefault(tensor_map.embedding_name, copy)
+        if compare_tied and not _has_same_bytes(embedding, copy):
+            problems.append(
+                f"{copy.path}: {LM_HEAD} differs from {tensor_map.embedding_name}, though "
+                "tie_word_embeddings is true: the model is damaged, or tie_word_embeddings must be false."
             )
-    places = {}
-    for name, tensor in tensors.theirs.items():
-        place = found.places.pop(name, None)
-        if place is None:
-            if not found.explains(name):
-                faults.append(f"{path} has no tensor {name} {list(tensor.shape)}.")
-        elif place.shape != tensor.shape:
-            faults.append(
-                f"{place.path}: {name} is {list(place.shape)}, and {list(tensor.shape)} by {CONFIG_FILE}."
+    locations = {}
+    for name, tensor in tensor_map.tensors.items():
+        location = scan.locations.pop(name, None)
+        if location is None:
+            if not scan.is_reported(name):
+                problems.append(f"{path} has no tensor {name} {list(tensor.shape)}.")
+        elif location.shape != tensor.shape:
+            problems.append(
+                f"{location.path}: {name} has shape {list(location.shape)}, but {CONFIG_FILE} requires "
+                f"{list(tensor.shape)}."
             )
-        elif place.dtype is None:
-            faults.append(f"{place.path}: {name} is of dtype {place.code}, in which weights are not read.")
+        elif location.dtype is None:
+            problems.append(
+                f"{location.path}: {name} has dtype {location.dtype_code}, in which distft reads no weights."
+            )
         else:
-            places[name] = place
-    faults += [
-        f"{place.path}: {name} {list(place.shape)} is no part of the model of {CONFIG_FILE}."
-        for name, place in found.places.items()
+            locations[name] = location
+    problems += [
+        f"{location.path}: {name} {list(location.shape)} is not part of the model in {CONFIG_FILE}."
+        for name, location in scan.locations.items()
         if not _BUFFERS.search(name)
     ]
-    return _Survey(tensors=tensors, places=places, faults=faults)
+    return _MatchedTensors(tensor_map=tensor_map, locations=locations, problems=problems)
 
 
-def _same_bytes(one: TensorPlace, other: TensorPlace) -> bool:
+def _has_same_bytes(one: TensorLocation, other: TensorLocation) -> bool:
     if one == other:
         return True
-    if (one.code, one.shape) != (other.code, other.shape):
+    if (one.dtype_code, one.shape) != (other.dtype_code, other.shape):
         return False
     num_bytes = one.stop - one.offset
-    for start in range(0, num_bytes, _SLAB_BYTES):
-        stop = min(start + _SLAB_BYTES, num_bytes)
-        pieces = [storage.read_range(p.path, p.offset + start, p.offset + stop) for p in (one, other)]
-        if pieces[0] != pieces[1]:
+    for start in range(0, num_bytes, _CHUNK_BYTES):
+        stop = min(start + _CHUNK_BYTES, num_bytes)
+        chunks = [storage.read_range(t.path, t.offset + start, t.offset + stop) for t in (one, other)]
+        if chunks[0] != chunks[1]:
             return False
     return True
 
 
-def _manifest(path: str, shape: HuggingFaceShape, survey: _Survey, raw: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    path: str, spec: HuggingFaceModelSpec, matched: _MatchedTensors, raw: Mapping[str, Any]
+) -> Manifest:
     parameters = {}
-    for name, slot in survey.tensors.ours.items():
-        place = survey.places.get(slot.tensor.name)
+    for name, location in matched.tensor_map.parameters.items():
+        stored = matched.locations.get(location.tensor.name)
         states = {}
-        if place is not None:
-            states[WEIGHT] = StateRecord(dtype=str(place.dtype).removeprefix("torch."))
-        parameters[name] = ParameterRecord(shape=slot.shape, trainable=True, updates=0, states=states)
-    is_tied = shape.model.tie_embeddings and shape.head == "language_model"
+        if stored is not None:
+            states[WEIGHT] = StateRecord(dtype=str(stored.dtype).removeprefix("torch."))
+        parameters[name] = ParameterRecord(shape=location.shape, trainable=True, updates=0, states=states)
+    is_tied = spec.model.tie_embeddings and spec.head == "language_model"
     return Manifest(
         run_id=path.rstrip("/").rpartition("/")[2],
         progress=Progress(),
-        config={"model": shape.model.model_dump(mode="json")},
-        label_names=None if shape.label_names is None else list(shape.label_names),
-        tokenizer=_tokenizer(path),
-        written_by={"architecture": shape.architecture, "transformers": raw.get("transformers_version")},
+        config={"model": spec.model.model_dump(mode="json")},
+        label_names=None if spec.label_names is None else list(spec.label_names),
+        tokenizer=_find_tokenizer(path),
+        written_by={"architecture": spec.architecture, "transformers": raw.get("transformers_version")},
         parameters=parameters,
         tied={LM_HEAD: "embed.weight"} if is_tied else {},
         files=[],
     )
 
 
-def _tokenizer(path: str) -> TokenizerRecord | None:
-    """The sentencepiece model in the directory; other files of that name (tiktoken's, say) are not ours."""
+def _find_tokenizer(path: str) -> TokenizerRecord | None:
+    """The directory's sentencepiece model; None if tokenizer.model is of another kind, such as tiktoken's."""
     try:
         model = storage.read_bytes(storage.join(path, TOKENIZER_FILE))
         return TokenizerRecord(fingerprint=Tokenizer(model).fingerprint, file=TOKENIZER_FILE)

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a model directory of transformers, in the memory of its largest tensor."""
+"""Writes a checkpoint as a model directory of transformers; at most one tensor is in memory."""
 
 import json
 import re
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from distft import storage
-from distft.checkpoint.formats.huggingface_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
-from distft.checkpoint.formats.huggingface_shape import (
+from distft.checkpoint.formats.huggingface_architecture import (
     HeadKind,
-    HuggingFaceShape,
+    HuggingFaceModelSpec,
     choose_architecture,
-    write_shape,
+    make_config,
 )
-from distft.checkpoint.formats.huggingface_tensors import TensorMap, TheirTensor, map_tensors
+from distft.checkpoint.formats.huggingface_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from distft.checkpoint.formats.huggingface_tensors import HuggingFaceTensor, TensorMap, map_tensors
 from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
 from distft.checkpoint.formats.safetensors_file import header_bytes
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import CheckpointSource
-from distft.checkpoint.target import UNFINISHED
+from distft.checkpoint.target import UNFINISHED_MARKER
 from distft.config import parse
 from distft.errors import CheckpointError, ConfigError
 from distft.model.config import ModelConfig
@@ -31,7 +31,7 @@ from distft.tokenizer import Tokenizer
 
 _CLASSIFIER, _LM_HEAD = "classifier.weight", "lm_head.weight"
 _CHUNK_NUMEL = 1 << 22  # elements read and written at a time
-_BEFORE_CONFIG = re.compile(  # names of what is written before config.json
+_EXPORT_FILES = re.compile(  # names of files that an export writes before config.json
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
     r"|tokenizer(\.model|\.json|_config\.json)|generation_config\.json"
 )
@@ -39,16 +39,16 @@ _BEFORE_CONFIG = re.compile(  # names of what is written before config.json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Export:
-    """What is to be written, and how."""
+    """Settings of one export."""
 
     source: CheckpointSource
     target: str
-    tensors: TensorMap
+    tensor_map: TensorMap
     dtype: torch.dtype | None
     on_progress: Callable[[int], None]
 
-    def dtype_of(self, tensor: TheirTensor) -> torch.dtype:
-        """What a tensor is written in: the wanted dtype, or the widest that its parameters are kept in."""
+    def dtype_of(self, tensor: HuggingFaceTensor) -> torch.dtype:
+        """The dtype to write a tensor in: the wanted one, or the widest dtype of its parameters."""
         if self.dtype is not None:
             return self.dtype
         return _widest([_stored_dtype(self.source, name) for name in tensor.parameters])
@@ -63,29 +63,29 @@ def write_huggingface(
     architecture: str | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Write the model of `source` to the directory `target`; returns notes on what it could not carry over.
+    """Write the model of `source` to the directory `target`; returns notes on what it had to leave out.
 
-    `dtype` None keeps each tensor's own; `architecture` None is the first that fits. `on_progress` is told
-    the bytes of weights written since the last call. `config.json` comes last: without it, a directory is
-    no model, and what an interrupted export left there is replaced.
+    `dtype` None keeps the dtype of each tensor; `architecture` None chooses the first that fits.
+    `on_progress` gets the number of bytes of weights written since the last call. `config.json` is written
+    last: a directory without it is not a model, and the next export replaces its files.
 
-    Raises `ConfigError` for a model that transformers does not have, or a target that is in use, and
-    `CheckpointError` for a source that lacks parameters; nothing is written then.
+    Raises `ConfigError` for a model that transformers cannot represent or a target that is not empty, and
+    `CheckpointError` for a source that lacks parameters; then nothing is written.
     """
     model = _model_config(source)
-    kind = choose_architecture(model, architecture)
+    chosen = choose_architecture(model, architecture)
     head, notes = _choose_head(source, model)
     labels = source.manifest.label_names if head == "classifier" else None
-    shape = HuggingFaceShape(
-        architecture=kind, model=model, head=head, label_names=None if labels is None else tuple(labels)
+    spec = HuggingFaceModelSpec(
+        architecture=chosen, model=model, head=head, label_names=None if labels is None else tuple(labels)
     )
-    tensors = map_tensors(model, kind, head, num_labels=len(labels or ()), has_prefix=head != "none")
-    _check_parameters(source, tensors)
-    _clear(target)
+    tensor_map = map_tensors(model, chosen, head, num_labels=len(labels or ()), has_prefix=head != "none")
+    _check_parameters(source, tensor_map)
+    _prepare_directory(target)
     export = _Export(
         source=source,
         target=target,
-        tensors=tensors,
+        tensor_map=tensor_map,
         dtype=dtype,
         on_progress=on_progress or (lambda _: None),
     )
@@ -96,16 +96,16 @@ def write_huggingface(
         _commit_json(target, "generation_config.json", ids)
     if head == "classifier" and special_ids.get("pad") is None:
         notes.append(
-            "The tokenizer has no pad id, by which a classifier of transformers finds a row's last token: "
-            "give it rows one at a time."
+            "The tokenizer has no pad id, which a classifier of transformers needs to find the last token of "
+            "a padded row: classify one row at a time."
         )
-    if model.dropout and kind != "gpt2":
+    if model.dropout and chosen != "gpt2":
         notes.append(
-            f"dropout={model.dropout} is left out: {kind} has none but on attention weights. It matters in "
-            "training only."
+            f"dropout={model.dropout} is left out, as {chosen} has dropout on attention weights only. This "
+            "affects training only."
         )
-    widest = _widest([export.dtype_of(tensor) for tensor in tensors.theirs.values()])
-    raw = write_shape(shape, dtype=str(widest).removeprefix("torch."), special_ids=special_ids)
+    widest = _widest([export.dtype_of(tensor) for tensor in tensor_map.tensors.values()])
+    raw = make_config(spec, dtype=str(widest).removeprefix("torch."), special_ids=special_ids)
     _commit_json(target, CONFIG_FILE, raw)
     return notes
 
@@ -114,58 +114,62 @@ def _model_config(source: CheckpointSource) -> ModelConfig:
     raw = source.manifest.config.get("model")
     if raw is None:
         raise ConfigError(
-            f"{source.path} does not say what its model is like, so transformers cannot be told: name the "
-            "configuration of its run by --run-config."
+            f"{source.path} does not contain the model's configuration, which transformers needs: "
+            "give the run's configuration with --run-config."
         )
     config: ModelConfig = parse(ModelConfig, raw, where="model")
     return config
 
 
 def _choose_head(source: CheckpointSource, model: ModelConfig) -> tuple[HeadKind, list[str]]:
-    """What can be exported of the source's head, with a note where that is not all of it."""
+    """The head to export, and a note if the source's head cannot be exported."""
     parameters = source.manifest.parameters
     record = parameters.get(_CLASSIFIER)
     if record is None:
         if model.tie_embeddings or _LM_HEAD in parameters:
             return "language_model", []
-        return "none", [f"{source.path} has no head, so none is written."]
+        return "none", [f"{source.path} has no head, so the export has none."]
     objective = source.manifest.config.get("objective")
     pooling = objective.get("pooling", "last") if isinstance(objective, dict) else "last"
     names = source.manifest.label_names
     if pooling != "last":
         return "none", [
-            f"The classifier is left out: it pools {pooling!r}, and those of transformers the last token."
+            f"The classifier is left out: it pools {pooling!r}, but those of transformers the last token."
         ]
     if names is None or len(names) != record.shape[0]:
-        known = "no names are" if names is None else f"{len(names)} names are"
-        return "none", [f"The classifier is left out: it has {record.shape[0]} classes, and {known} known."]
+        count = "no" if names is None else len(names)
+        return "none", [
+            f"The classifier is left out: it has {record.shape[0]} classes, but the checkpoint has {count} "
+            "names for them."
+        ]
     return "classifier", []
 
 
-def _check_parameters(source: CheckpointSource, tensors: TensorMap) -> None:
-    """Refuse a source that does not hold the model that it describes."""
-    faults = []
-    for name, slot in tensors.ours.items():
+def _check_parameters(source: CheckpointSource, tensor_map: TensorMap) -> None:
+    """Raise unless the source contains the weights of the model that it describes."""
+    problems = []
+    for name, location in tensor_map.parameters.items():
         if not source.has(name, WEIGHT):
-            faults.append(f"{name} {list(slot.shape)} has no weight in it.")
-        elif source.shape(name) != slot.shape:
-            faults.append(
-                f"{name} is {list(source.shape(name) or ())} in it, and {list(slot.shape)} by its config."
+            problems.append(f"it lacks the weight of {name} {list(location.shape)}.")
+        elif source.shape(name) != location.shape:
+            problems.append(
+                f"its {name} has shape {list(source.shape(name) or ())}, but its configuration requires "
+                f"{list(location.shape)}."
             )
-    if faults:
-        raise CheckpointError(f"{source.path} cannot be exported:\n" + "\n".join(faults))
+    if problems:
+        raise CheckpointError(f"{source.path} cannot be exported:\n" + "\n".join(problems))
 
 
-def _clear(target: str) -> None:
-    """Make the directory ready; refuse one that holds anything but the rest of an interrupted export."""
-    names = [name for name in storage.list_names(target) if name != UNFINISHED]
-    foreign = [name for name in names if not _BEFORE_CONFIG.fullmatch(name)]
+def _prepare_directory(target: str) -> None:
+    """Create the directory, or empty it if it contains only files of an interrupted export."""
+    names = [name for name in storage.list_names(target) if name != UNFINISHED_MARKER]
+    foreign = [name for name in names if not _EXPORT_FILES.fullmatch(name)]
     if foreign:
         shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")
         raise ConfigError(f"{target} is not empty ({shown}): choose another directory, or empty it.")
     for name in names:
         storage.remove(storage.join(target, name))
-    storage.remove_drafts(target)
+    storage.remove_temporary_files(target)
     storage.make_directory(target)
 
 
@@ -178,11 +182,11 @@ def _write_weights(export: _Export, max_shard_bytes: int) -> None:
         with storage.open_write(storage.join(export.target, name), durable=False) as file:
             file.write(header_bytes((t.name, export.dtype_of(t), t.shape) for t in shard))
             for tensor in shard:
-                for piece in _their_values(export, tensor):
-                    file.write(_bytes_of(piece))
-                    export.on_progress(piece.numel() * piece.element_size())
+                for chunk in _tensor_chunks(export, tensor):
+                    file.write(_bytes_of(chunk))
+                    export.on_progress(chunk.numel() * chunk.element_size())
     if len(shards) > 1:
-        all_tensors = export.tensors.theirs.values()
+        all_tensors = export.tensor_map.tensors.values()
         _commit_json(
             export.target,
             INDEX_FILE,
@@ -195,66 +199,66 @@ def _write_weights(export: _Export, max_shard_bytes: int) -> None:
         )
 
 
-def _plan_shards(export: _Export, max_shard_bytes: int) -> list[list[TheirTensor]]:
-    """Tensors in the model's order, file by file; a tensor larger than a file may be has one of its own."""
-    shards: list[list[TheirTensor]] = [[]]
+def _plan_shards(export: _Export, max_shard_bytes: int) -> list[list[HuggingFaceTensor]]:
+    """The tensors of each file, in the model's order; a tensor larger than the limit gets its own file."""
+    shards: list[list[HuggingFaceTensor]] = [[]]
     num_bytes = 0
-    for tensor in export.tensors.theirs.values():
+    for tensor in export.tensor_map.tensors.values():
         size = tensor.numel * export.dtype_of(tensor).itemsize
         if shards[-1] and num_bytes + size > max_shard_bytes:
             shards.append([])
             num_bytes = 0
         shards[-1].append(tensor)
         num_bytes += size
-    # Larger elements first, so that all are aligned.
+    # Larger elements first, so that all elements are aligned.
     return [sorted(shard, key=lambda tensor: -export.dtype_of(tensor).itemsize) for shard in shards]
 
 
-def _their_values(export: _Export, tensor: TheirTensor) -> Iterator[Tensor]:
-    """A tensor's elements in order, flattened; held as a whole where it is transposed."""
+def _tensor_chunks(export: _Export, tensor: HuggingFaceTensor) -> Iterator[Tensor]:
+    """The elements of a tensor in order, in 1-D chunks; a transposed tensor is in memory as a whole."""
     dtype = export.dtype_of(tensor)
     if not tensor.is_transposed:
         for name in tensor.parameters:
-            for _, values in _our_values(export, name, 1):
-                yield _converted(values, dtype, name)
+            for _, values in _parameter_chunks(export, name, 1):
+                yield _cast(values, dtype, name)
         return
     out = torch.empty(tensor.shape, dtype=dtype)
     row_numel = tensor.shape[0]
     for name in tensor.parameters:
-        first = export.tensors.ours[name].row
-        for start, values in _our_values(export, name, row_numel):
-            rows = _converted(values, dtype, name).view(-1, row_numel)
+        first = export.tensor_map.parameters[name].first_row
+        for start, values in _parameter_chunks(export, name, row_numel):
+            rows = _cast(values, dtype, name).view(-1, row_numel)
             row = first + start // row_numel
             out[:, row : row + rows.shape[0]] = rows.T
     yield from torch.split(out.view(-1), _CHUNK_NUMEL)
 
 
-def _our_values(export: _Export, name: str, row_numel: int) -> Iterator[tuple[int, Tensor]]:
-    """Start and values of pieces of a parameter of ours, each of whole rows."""
-    slot = export.tensors.ours[name]
-    numel = slot.numel
+def _parameter_chunks(export: _Export, name: str, row_numel: int) -> Iterator[tuple[int, Tensor]]:
+    """Start and values of chunks of a parameter, each a multiple of `row_numel` elements."""
+    location = export.tensor_map.parameters[name]
+    numel = location.numel
     step = max(_CHUNK_NUMEL // row_numel, 1) * row_numel
     for start in range(0, numel, step):
         yield start, export.source.read(name, WEIGHT, start, min(start + step, numel))
 
 
-def _converted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """`values` in `dtype`. Raises `ConfigError` where finite ones would become infinite."""
-    converted = values.to(dtype)
+def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`values` in `dtype`. Raises `ConfigError` if a finite value would become infinite."""
+    cast = values.to(dtype)
     if torch.finfo(dtype).max < torch.finfo(values.dtype).max and bool(
-        (torch.isfinite(values) & ~torch.isfinite(converted)).any()
+        (torch.isfinite(values) & ~torch.isfinite(cast)).any()
     ):
         raise ConfigError(
             f"{name} has values beyond {torch.finfo(dtype).max:g}, the largest of {dtype}: "
-            "export as bfloat16 or float32."
+            "export as bf16 or fp32 (--dtype)."
         )
-    return converted
+    return cast
 
 
 def _stored_dtype(source: CheckpointSource, name: str) -> torch.dtype:
     dtype = getattr(torch, source.manifest.parameters[name].states[WEIGHT].dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(f"{source.path}: {name} is of a dtype that is not read.")
+        raise CheckpointError(f"{source.path}: {name} has no floating-point dtype, so it cannot be exported.")
     return dtype
 
 
@@ -268,16 +272,16 @@ def _bytes_of(values: Tensor) -> memoryview:
 
 
 def _write_tokenizer(export: _Export, model: ModelConfig, notes: list[str]) -> dict[str, int | None]:
-    """Write the source's tokenizer, if it has one; returns its bos, eos and pad."""
+    """Write the source's tokenizer, if it has one; returns its bos, eos and pad ids."""
     record = export.source.manifest.tokenizer
     if record is None or record.file is None:
-        notes.append(f"There is no tokenizer in {export.source.path}, so none is written.")
+        notes.append(f"{export.source.path} has no tokenizer, so the export has none.")
         return {}
     tokenizer = Tokenizer.load(storage.join(export.source.path, record.file))
-    files, remarks = tokenizer_files(tokenizer, max_seq_len=model.max_seq_len)
+    files, tokenizer_notes = tokenizer_files(tokenizer, max_seq_len=model.max_seq_len)
     for name, data in files.items():
         storage.commit_bytes(storage.join(export.target, name), data)
-    notes += remarks
+    notes += tokenizer_notes
     return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
 
 

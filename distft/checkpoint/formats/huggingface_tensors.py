@@ -1,4 +1,4 @@
-"""Which tensor of transformers is made of which parameters of ours, and where each of ours lies in theirs."""
+"""Maps distft's parameters to transformers' tensors: names, shapes, and rows of joined tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,9 +6,8 @@ from math import prod
 
 import torch
 
-from distft.checkpoint.formats.huggingface_shape import Architecture, HeadKind
-from distft.model.config import ModelConfig
-from distft.model.head import ClassificationHead, Head, LanguageModelHead
+from distft.checkpoint.formats.huggingface_architecture import Architecture, HeadKind
+from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
 from distft.model.transformer import Transformer
 
 _LLAMA_MODULES = {
@@ -44,8 +43,8 @@ _CONV1D = frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"})  #
 
 
 @dataclass(frozen=True, slots=True)
-class TheirTensor:
-    """`parameters` of ours one below the other, then transposed where it says so."""
+class HuggingFaceTensor:
+    """A tensor of transformers: the rows of distft's `parameters`, concatenated and perhaps transposed."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,12 +57,12 @@ class TheirTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """Where a parameter of ours lies: from row `row` on of a tensor of theirs, once that is turned back."""
+class ParameterLocation:
+    """A distft parameter in a transformers tensor: rows from `first_row` on, once it is transposed back."""
 
-    tensor: TheirTensor
+    tensor: HuggingFaceTensor
     shape: tuple[int, ...]
-    row: int
+    first_row: int
 
     @property
     def numel(self) -> int:
@@ -72,15 +71,15 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMap:
-    """A model's tensors on both sides."""
+    """All tensors of a model under transformers' names, and all parameters under distft's."""
 
-    theirs: dict[str, TheirTensor]
-    ours: dict[str, Slot]
-    embedding: str  # their name of the embedding, which a tied head shares
+    tensors: dict[str, HuggingFaceTensor]
+    parameters: dict[str, ParameterLocation]
+    embedding_name: str  # of transformers; a tied head shares this tensor
 
 
 def base_prefix(architecture: Architecture) -> str:
-    """What their names of all but the head begin with, except in a file of the model without a head."""
+    """Prefix of transformers' names of all tensors but the head; models saved without a head lack it."""
     return "transformer." if architecture == "gpt2" else "model."
 
 
@@ -92,44 +91,49 @@ def map_tensors(
     num_labels: int = 0,
     has_prefix: bool = True,
 ) -> TensorMap:
-    """All tensors of a model, in our order. `num_labels` counts where the head is a classifier.
+    """All tensors of a model, in the order of distft's parameters. `num_labels` is the classifier's.
 
-    A tied language model's head is no tensor of its own.
+    The head of a tied language model is not a tensor of its own.
     """
     groups: dict[str, list[str]] = {}
-    shapes = our_shapes(config, head, num_labels=num_labels)
+    shapes = parameter_shapes(config, head, num_labels=num_labels)
     prefix = base_prefix(architecture)
     for parameter in shapes:
-        name = their_name(parameter, architecture)
+        name = huggingface_name(parameter, architecture)
         groups.setdefault(name if has_prefix else name.removeprefix(prefix), []).append(parameter)
-    theirs, ours = {}, {}
+    tensors, locations = {}, {}
     for name, parameters in groups.items():
         is_transposed = name.endswith(".weight") and _is_conv1d(name, architecture)
         num_rows = sum(shapes[parameter][0] for parameter in parameters)
-        joined = (num_rows, *shapes[parameters[0]][1:])
-        shape = joined[::-1] if is_transposed else joined
-        theirs[name] = TheirTensor(name, shape, tuple(parameters), is_transposed)
+        joined_shape = (num_rows, *shapes[parameters[0]][1:])
+        shape = joined_shape[::-1] if is_transposed else joined_shape
+        tensors[name] = HuggingFaceTensor(name, shape, tuple(parameters), is_transposed)
         row = 0
         for parameter in parameters:
-            ours[parameter] = Slot(theirs[name], shapes[parameter], row)
+            locations[parameter] = ParameterLocation(tensors[name], shapes[parameter], row)
             row += shapes[parameter][0]
-    ours = {parameter: ours[parameter] for parameter in shapes}
-    return TensorMap(theirs=theirs, ours=ours, embedding=ours["embed.weight"].tensor.name)
+    return TensorMap(
+        tensors=tensors,
+        parameters={parameter: locations[parameter] for parameter in shapes},
+        embedding_name=locations["embed.weight"].tensor.name,
+    )
 
 
-def our_shapes(config: ModelConfig, head: HeadKind, *, num_labels: int = 0) -> dict[str, tuple[int, ...]]:
-    """Our parameters with their shapes, ties counted once; without a head where that is `none`."""
-    end: Head = (
+def parameter_shapes(
+    config: ModelConfig, head: HeadKind, *, num_labels: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of distft's parameters, tied ones once; without the head if `head` is `none`."""
+    model_head: Head = (
         LanguageModelHead() if head == "language_model" else ClassificationHead(num_labels=max(num_labels, 1))
     )
     with torch.device("meta"):
-        module = Transformer(config, end)
+        module = Transformer(config, model_head)
     shapes: Mapping[str, tuple[int, ...]] = {n: tuple(p.shape) for n, p in module.named_parameters()}
     return {name: shape for name, shape in shapes.items() if head != "none" or name != "classifier.weight"}
 
 
-def their_name(parameter: str, architecture: Architecture) -> str:
-    """The tensor of transformers that our parameter is, or is a part of."""
+def huggingface_name(parameter: str, architecture: Architecture) -> str:
+    """Name of the transformers tensor that contains the parameter."""
     modules = {**(_GPT2_MODULES if architecture == "gpt2" else _LLAMA_MODULES), **_HEADS}
     module, _, kind = parameter.rpartition(".")
     if not module.startswith("blocks."):

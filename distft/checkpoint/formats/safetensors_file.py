@@ -1,4 +1,4 @@
-"""Files of whole tensors in the safetensors format: their headers, read and written by ourselves."""
+"""Headers of safetensors files: reads and writes them, without the safetensors library."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -18,33 +18,33 @@ _MAX_HEADER_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """Where a tensor's bytes are."""
+class TensorLocation:
+    """Location of one tensor's bytes."""
 
     path: str
-    code: str  # the format's name of the dtype
+    dtype_code: str  # safetensors' name of the dtype
     shape: tuple[int, ...]
     offset: int  # of its first byte, in the file
-    stop: int  # behind its last byte
+    stop: int  # after its last byte
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """None where it is none that weights are kept in."""
-        return _DTYPES.get(self.code)
+        """None if it is not a floating-point dtype that distft reads."""
+        return _DTYPES.get(self.dtype_code)
 
 
-def read_header(path: str) -> dict[str, TensorPlace]:
-    """Each tensor's place. Raises `CheckpointError` for what is missing or no such file.
+def read_header(path: str) -> dict[str, TensorLocation]:
+    """The location of each tensor. Does not check that the file is as long as its header says.
 
-    Whether the file is as long as its header says is not looked at.
+    Raises `CheckpointError` if the file is missing or not a safetensors file.
     """
     try:
         length = int.from_bytes(storage.read_range(path, 0, _LENGTH_BYTES), "little")
         if not 0 < length <= _MAX_HEADER_BYTES:
-            raise ValueError(f"its header would be {length} bytes long")
+            raise ValueError(f"its header claims to be {length:,} bytes long")
         raw = json.loads(storage.read_range(path, _LENGTH_BYTES, _LENGTH_BYTES + length))
         return {
-            name: _place(path, _LENGTH_BYTES + length, entry)
+            name: _location(path, _LENGTH_BYTES + length, entry)
             for name, entry in raw.items()
             if name != "__metadata__"
         }
@@ -53,25 +53,25 @@ def read_header(path: str) -> dict[str, TensorPlace]:
     except UnreachableError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, StorageError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({error}): fetch it again.") from None
+        raise CheckpointError(f"{path} is not a safetensors file ({error}): download it again.") from None
 
 
-def _place(path: str, data_offset: int, entry: Mapping[str, Any]) -> TensorPlace:
+def _location(path: str, data_offset: int, entry: Mapping[str, Any]) -> TensorLocation:
     start, stop = entry["data_offsets"]
-    place = TensorPlace(
+    location = TensorLocation(
         path, str(entry["dtype"]), tuple(entry["shape"]), data_offset + start, data_offset + stop
     )
-    if place.dtype is not None and prod(place.shape) * place.dtype.itemsize != stop - start:
-        raise ValueError(f"{list(place.shape)} of {place.code} in {stop - start} bytes")
-    return place
+    if location.dtype is not None and prod(location.shape) * location.dtype.itemsize != stop - start:
+        raise ValueError(f"{stop - start} bytes for {list(location.shape)} of {location.dtype_code}")
+    return location
 
 
 def header_bytes(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The head of a file that these tensors follow without gaps: name, dtype, shape of each.
+    """The header of a file with these tensors (name, dtype, shape), whose bytes follow without gaps.
 
-    Readers want elements aligned: give tensors of larger elements first.
+    Give tensors with larger elements first: readers need elements aligned.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers reads files of torch only
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires "pt"
     offset = 0
     for name, dtype, shape in tensors:
         num_bytes = prod(shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""torch's `.pt` files: read without running their pickles, written without holding their tensors."""
+"""Reads torch's `.pt` files without running their pickles, and writes them chunk by chunk."""
 
 import struct
 import zipfile
@@ -9,37 +9,27 @@ import torch
 from torch import Tensor
 
 from distft import storage
-from distft.checkpoint.formats.torch_pickle import AnyTensor, pickled
-from distft.checkpoint.formats.torch_unpickle import StorageEntry, unpickle
-from distft.checkpoint.formats.torch_values import ForeignObject, StoredTensor, StreamedTensor
-from distft.checkpoint.unread import UnreadError
-from distft.errors import CheckpointError, StorageError, UnreachableError
+from distft.checkpoint.formats.torch_pickle import WritableTensor, dump_pickle
+from distft.checkpoint.formats.torch_unpickle import StorageEntry, load_pickle
+from distft.checkpoint.formats.torch_values import StoredTensor, StreamedTensor
+from distft.errors import CheckpointError, StorageError, UnreachableError, UnsupportedFormatError
 
-__all__ = [
-    "ForeignObject",
-    "StoredTensor",
-    "StreamedTensor",
-    "read_torch_file",
-    "torch_file_faults",
-    "write_torch_file",
-]
-
-CHUNK_NUMEL = 1 << 20  # elements that are held at a time, some copies over
+CHUNK_NUMEL = 1 << 20  # elements in memory at a time; a few copies of them exist
 _PICKLE = "data.pkl"
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, lengths of name and extra field
 _LOCAL_SIGNATURE = b"PK\x03\x04"
-_ALIGNMENT_BYTES = 64  # of tensors, as torch does it, so that its mmap=True can use them in place
-_PADDING_FIELD = 0x4246  # "FB", torch's own mark
+_ALIGNMENT_BYTES = 64  # of tensors, as torch aligns them, so that torch.load(mmap=True) works
+_PADDING_FIELD = 0x4246  # "FB", the extra field that torch pads with
 _ZIP64_FIELD_BYTES = 20
 _READ_BYTES = 4 << 20
-_WRITTEN_AT = (1980, 1, 1, 0, 0, 0)  # the zip format's own beginning: the same content gives the same bytes
+_MODIFIED_AT = (1980, 1, 1, 0, 0, 0)  # zip's epoch, not the clock: equal contents give equal bytes
 
 
 def read_torch_file(path: str, *, trust: bool = False) -> Any:
-    """What a torch file holds, with its tensors as `StoredTensor`; no code of the file is run.
+    """The value in a torch file, with tensors as `StoredTensor`. No code from the file runs.
 
-    Raises `CheckpointError` for a file that is absent, damaged, of torch's old format, of another byte order,
-    or that names classes which are not known here; with `trust` those are imported, and can run code.
+    Raises `CheckpointError` for a file that is missing, damaged, in torch's old format, big-endian, or that
+    names unknown classes. `trust` imports these classes instead, which can run code.
     """
     try:
         with storage.open_read(path) as file, zipfile.ZipFile(file) as archive:
@@ -58,7 +48,7 @@ def read_torch_file(path: str, *, trust: bool = False) -> Any:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, StorageError) as error:
         raise _not_a_zip(path, error) from error
-    return unpickle(data, path, entries, trust=trust)
+    return load_pickle(data, path, entries, trust=trust)
 
 
 def _folder(archive: zipfile.ZipFile, path: str) -> str:
@@ -76,16 +66,16 @@ def _entry(file: BinaryIO, info: zipfile.ZipInfo, path: str) -> StorageEntry:
     file.seek(info.header_offset)
     header = file.read(_LOCAL_HEADER.size)
     if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_SIGNATURE):
-        raise zipfile.BadZipFile(f"no entry {info.filename} where there should be one")
+        raise zipfile.BadZipFile(f"entry {info.filename} is not where the directory says")
     _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
     return StorageEntry(info.header_offset + len(header) + name_bytes + extra_bytes, info.file_size)
 
 
 def _check_byte_order(order: bytes, path: str) -> None:
     if order != b"little":
-        raise UnreadError(
-            f"{path} was written on a machine of byte order {order.decode(errors='replace')!r}; "
-            "load it there or with torch, and save it again on a little-endian one."
+        raise UnsupportedFormatError(
+            f"{path} has byte order {order.decode(errors='replace')!r}, but distft reads little-endian "
+            "files: load it with torch on a little-endian machine, and save it again."
         )
 
 
@@ -93,25 +83,28 @@ def _not_a_zip(path: str, error: Exception) -> CheckpointError:
     with storage.open_read(path) as file:
         head = file.read(len(_LOCAL_SIGNATURE))
     if head.startswith(b"\x80"):
-        return UnreadError(
-            f"{path} is a bare pickle: torch's old format, or no torch file. If you trust it, let torch.load "
-            "and torch.save make it new (in DeepSpeed: checkpoint.checkpoint_serialization: true)."
+        return UnsupportedFormatError(
+            f"{path} is a bare pickle: torch's old format, or not a torch file. If you trust it, load it "
+            "with torch.load and save it with torch.save (in DeepSpeed, set "
+            "checkpoint.checkpoint_serialization: true)."
         )
     return CheckpointError(f"{path} is damaged or cut short ({error}): use another checkpoint.")
 
 
-def torch_file_faults(path: str) -> list[str]:
-    """What is wrong with a torch file; every byte of it is read and held against its checksum."""
+def find_torch_file_damage(path: str) -> list[str]:
+    """Problems of a torch file: reads every byte and compares it with the checksums of its zip entries."""
     try:
         with storage.open_read(path) as file, zipfile.ZipFile(file) as archive:
-            return [fault for info in archive.infolist() for fault in _entry_faults(archive, info, path)]
+            return [
+                problem for info in archive.infolist() for problem in _find_entry_damage(archive, info, path)
+            ]
     except FileNotFoundError:
         return [f"{path} does not exist."]
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         return [str(_not_a_zip(path, error))]
 
 
-def _entry_faults(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str) -> list[str]:
+def _find_entry_damage(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str) -> list[str]:
     try:
         with archive.open(info) as entry:
             while entry.read(_READ_BYTES):
@@ -124,26 +117,27 @@ def _entry_faults(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str) ->
 def write_torch_file(
     path: str, value: Any, *, on_progress: Callable[[int], None] = lambda _num_bytes: None
 ) -> None:
-    """Write what `torch.load(path)` gives back as `value`, in memory of one chunk.
+    """Write `value` as torch.save does, with only one chunk of a tensor in memory.
 
-    `value` is plain data whose leaves may be tensors, `StoredTensor`, `StreamedTensor` and `ForeignObject`;
-    without the last of these, weights_only=True loads the file. `on_progress` is told the bytes of each
-    piece. Raises `TypeError` for other values, `ValueError` where the chunks of a tensor do not add up to it.
+    `value` is plain data whose leaves may be tensors, `StoredTensor`, `StreamedTensor` and `OpaqueObject`;
+    torch.load(weights_only=True) reads the file if it contains no `OpaqueObject`. `on_progress` gets the
+    number of bytes of each chunk. Raises `TypeError` for other values, `ValueError` if a tensor's chunks do
+    not match its dtype or number of elements.
     """
-    text, tensors = pickled(value)
+    text, tensors = dump_pickle(value)
     with storage.open_write(path, durable=False) as file:
         counter = _CountingWriter(file)
         with zipfile.ZipFile(counter, "w") as archive:  # type: ignore[call-overload]  # a writer is enough
-            archive.writestr(zipfile.ZipInfo(f"archive/{_PICKLE}", _WRITTEN_AT), text)
-            archive.writestr(zipfile.ZipInfo("archive/byteorder", _WRITTEN_AT), b"little")
+            archive.writestr(zipfile.ZipInfo(f"archive/{_PICKLE}", _MODIFIED_AT), text)
+            archive.writestr(zipfile.ZipInfo("archive/byteorder", _MODIFIED_AT), b"little")
             for number, tensor in enumerate(tensors):
                 _write_tensor(archive, counter, f"archive/data/{number}", tensor, on_progress)
-            archive.writestr(zipfile.ZipInfo("archive/version", _WRITTEN_AT), b"3\n")
+            archive.writestr(zipfile.ZipInfo("archive/version", _MODIFIED_AT), b"3\n")
     on_progress(len(text))
 
 
 class _CountingWriter:
-    """What `zipfile` needs of a file that can only grow, and where it stands."""
+    """The append-only file that `zipfile` writes to; counts the bytes."""
 
     def __init__(self, file: storage.Writer) -> None:
         self._file = file
@@ -156,18 +150,18 @@ class _CountingWriter:
         return count
 
     def flush(self) -> None:
-        """The storage does that when it commits the file."""
+        """Does nothing: the storage flushes when it commits the file."""
 
 
 def _write_tensor(
     archive: zipfile.ZipFile,
     counter: _CountingWriter,
     name: str,
-    tensor: AnyTensor,
+    tensor: WritableTensor,
     on_progress: Callable[[int], None],
 ) -> None:
     numel = tensor.numel() if isinstance(tensor, Tensor) else tensor.numel
-    info = zipfile.ZipInfo(name, _WRITTEN_AT)
+    info = zipfile.ZipInfo(name, _MODIFIED_AT)
     info.file_size = numel * tensor.dtype.itemsize
     is_zip64 = info.file_size * 2 > zipfile.ZIP64_LIMIT
     header_bytes = counter.num_bytes + _LOCAL_HEADER.size + len(name) + 4
@@ -177,20 +171,20 @@ def _write_tensor(
     with archive.open(info, "w", force_zip64=is_zip64) as entry:
         for chunk in _chunks(tensor):
             if chunk.dtype != tensor.dtype:
-                raise ValueError(f"{name} is of {tensor.dtype}, and was given {chunk.dtype}.")
+                raise ValueError(f"{name} is of {tensor.dtype}, but a chunk of {chunk.dtype} was given.")
             raw: Any = chunk.contiguous().view(torch.uint8).numpy()
             entry.write(memoryview(raw))
             num_written += chunk.numel()
             on_progress(raw.nbytes)
     if num_written != numel:
-        raise ValueError(f"{name} has {numel} elements, and was given {num_written}.")
+        raise ValueError(f"{name} has {numel} elements, but {num_written} were given.")
 
 
-def _chunks(tensor: AnyTensor) -> Iterator[Tensor]:
+def _chunks(tensor: WritableTensor) -> Iterator[Tensor]:
     if isinstance(tensor, StreamedTensor):
         yield from (chunk for chunk in tensor.chunks() if chunk.numel())
     elif isinstance(tensor, StoredTensor):
         for start in range(0, tensor.numel, CHUNK_NUMEL):
             yield tensor.read(start, min(start + CHUNK_NUMEL, tensor.numel))
     elif tensor.numel():
-        yield from (piece.cpu() for piece in torch.split(tensor.detach().reshape(-1), CHUNK_NUMEL))
+        yield from (chunk.cpu() for chunk in torch.split(tensor.detach().reshape(-1), CHUNK_NUMEL))

@@ -1,7 +1,7 @@
-"""The pickle inside a torch file, read without running it.
+"""Reads the pickle inside a torch file without running code from it.
 
-A pickle names classes and functions, which an ordinary reader imports and calls. Here a name stands for
-something of ours that only takes values in, or it is refused before anything is called.
+A pickle names classes and functions, which an ordinary unpickler imports and calls. This one replaces the
+names that torch and DeepSpeed write with functions that only build records, and rejects all others.
 """
 
 import collections
@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distft.checkpoint.formats.torch_values import ForeignObject, StoredTensor
-from distft.checkpoint.unread import UnreadError
-from distft.errors import CheckpointError
+from distft.checkpoint.formats.torch_values import OpaqueObject, StoredTensor
+from distft.errors import CheckpointError, UnsupportedFormatError
 
 STORAGE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -33,7 +32,7 @@ STORAGE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "BoolStorage": torch.bool,
     }
 )
-_DEEPSPEED_RECORDS = frozenset(
+_DEEPSPEED_CLASSES = frozenset(
     [
         ("deepspeed.utils.tensor_fragment", "fragment_address"),
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -44,7 +43,7 @@ _DEEPSPEED_RECORDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class StorageEntry:
-    """Where the bytes of one storage lie in the file."""
+    """Location of one storage's bytes in the file."""
 
     offset: int
     num_bytes: int
@@ -56,10 +55,10 @@ class _Storage:
     entry: StorageEntry
 
 
-class _Builder:
-    """What torch's functions become: they take the same arguments, and make records of ours.
+class _RebuildFunctions:
+    """Replacements for torch's rebuild functions: the same arguments, but they only build `StoredTensor`s.
 
-    Pickles get its bound methods, made anew for each file: what one does to them does not reach another.
+    Each file gets methods of a new object, so that a pickle that modifies them does not affect other files.
     """
 
     __slots__ = ("_path",)
@@ -80,10 +79,10 @@ class _Builder:
         shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
         if start < 0 or len(shape) != len(stride) or any(n < 0 for n in (*shape, *stride)):
             raise ValueError(f"a tensor of shape {shape} and stride {stride} from element {start}")
-        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        if (start + span) * dtype.itemsize > storage.entry.num_bytes and span:
+        extent = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if (start + extent) * dtype.itemsize > storage.entry.num_bytes and extent:
             raise ValueError(
-                f"a tensor of {start + span} elements in a storage of {storage.entry.num_bytes} bytes"
+                f"a tensor of {start + extent} elements in a storage of {storage.entry.num_bytes} bytes"
             )
         return StoredTensor(self._path, storage.entry.offset + start * dtype.itemsize, dtype, shape, stride)
 
@@ -103,7 +102,7 @@ class _Builder:
         return np.frombuffer(data, dtype=kind.dtype, count=1)[0].item()
 
     def encoded(self, text: str, encoding: str = "latin1") -> bytes:
-        if encoding != "latin1":  # how protocol 2 keeps bytes; other codecs do more than that
+        if encoding != "latin1":  # as protocol 2 writes bytes; other codecs do more than encode
             raise ValueError(f"bytes in the encoding {encoding!r}")
         return text.encode(encoding)
 
@@ -127,19 +126,19 @@ class _Unpickler(pickle.Unpickler):
         self._path = path
         self._entries = entries
         self._trust = trust
-        self._known = _known_globals(path)
+        self._allowed = _allowed_globals(path)
 
     def find_class(self, module: str, name: str, /) -> Any:
         where = "builtins" if module == "__builtin__" else module
-        if (where, name) in self._known:
-            return self._known[where, name]
+        if (where, name) in self._allowed:
+            return self._allowed[where, name]
         if where == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if self._trust:
             return super().find_class(module, name)
-        raise UnreadError(
-            f"{self._path} names {module}.{name}, which no plain DeepSpeed checkpoint needs: unpickling it "
-            "would run code. Nothing was run. If you know who wrote the file, --trust runs it."
+        raise UnsupportedFormatError(
+            f"{self._path} names {module}.{name}, which is not among the classes that DeepSpeed checkpoints "
+            "need: loading it would run code. Nothing was run. If you trust the file's author, use --trust."
         )
 
     def persistent_load(self, pid: Any, /) -> _Storage:
@@ -152,14 +151,14 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(dtype, entry)
 
 
-def _known_globals(path: str) -> dict[tuple[str, str], Any]:
-    build = _Builder(path)
-    known: dict[tuple[str, str], Any] = {
-        ("torch._utils", "_rebuild_tensor_v2"): build.tensor,
-        ("torch._utils", "_rebuild_tensor_v3"): build.tensor_of_dtype,
-        ("torch._utils", "_rebuild_parameter"): build.parameter,
-        ("torch._utils", "_rebuild_parameter_with_state"): build.parameter,
-        ("torch._tensor", "_rebuild_from_type_v2"): build.subclass,
+def _allowed_globals(path: str) -> dict[tuple[str, str], Any]:
+    rebuild = _RebuildFunctions(path)
+    allowed: dict[tuple[str, str], Any] = {
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild.tensor,
+        ("torch._utils", "_rebuild_tensor_v3"): rebuild.tensor_of_dtype,
+        ("torch._utils", "_rebuild_parameter"): rebuild.parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): rebuild.parameter,
+        ("torch._tensor", "_rebuild_from_type_v2"): rebuild.subclass,
         ("torch", "Tensor"): "torch.Tensor",
         ("torch.nn.parameter", "Parameter"): "torch.nn.Parameter",
         ("torch", "Size"): torch.Size,
@@ -167,30 +166,30 @@ def _known_globals(path: str) -> dict[tuple[str, str], Any]:
         ("torch.storage", "UntypedStorage"): torch.uint8,
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("collections", "defaultdict"): collections.defaultdict,
-        ("numpy", "dtype"): build.numpy_dtype,
-        ("numpy.core.multiarray", "scalar"): build.numpy_scalar,
-        ("numpy._core.multiarray", "scalar"): build.numpy_scalar,
-        ("_codecs", "encode"): build.encoded,
+        ("numpy", "dtype"): rebuild.numpy_dtype,
+        ("numpy.core.multiarray", "scalar"): rebuild.numpy_scalar,
+        ("numpy._core.multiarray", "scalar"): rebuild.numpy_scalar,
+        ("_codecs", "encode"): rebuild.encoded,
         ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
     }
-    known |= {("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()}
-    known |= {key: ForeignObject.of_class(*key) for key in _DEEPSPEED_RECORDS}
+    allowed |= {("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()}
+    allowed |= {key: OpaqueObject.stand_in(*key) for key in _DEEPSPEED_CLASSES}
     plain = (set, frozenset, list, dict, tuple, int, float, bool, str, complex, bytearray, slice)
-    return known | {("builtins", kind.__name__): kind for kind in plain}
+    return allowed | {("builtins", kind.__name__): kind for kind in plain}
 
 
-def unpickle(data: bytes, path: str, entries: Mapping[str, StorageEntry], *, trust: bool) -> Any:
-    """What the pickle `data` of the torch file `path` holds; tensors as `StoredTensor`.
+def load_pickle(data: bytes, path: str, entries: Mapping[str, StorageEntry], *, trust: bool) -> Any:
+    """The value of the pickle `data` in the torch file `path`, with tensors as `StoredTensor`.
 
-    Raises `CheckpointError` for a global that is not known here, unless `trust` lets it be imported, and for
-    bytes that are no pickle of torch's.
+    Raises `UnsupportedFormatError` for a global that is not allowed, unless `trust` imports it, and
+    `CheckpointError` for bytes that torch.save cannot have written.
     """
     try:
         return _Unpickler(data, path, entries, trust=trust).load()
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged or hostile pickle can fail in any way
+    except Exception as error:  # a damaged or hostile pickle can raise anything
         raise CheckpointError(
-            f"{path} does not hold what torch.save writes ({type(error).__name__}: {error}): "
-            "it is damaged; use another checkpoint."
+            f"{path} is damaged: torch.save does not write such a pickle ({type(error).__name__}: {error}). "
+            "Use another checkpoint."
         ) from error

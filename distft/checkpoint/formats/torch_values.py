@@ -1,4 +1,4 @@
-"""What stands for tensors, and for objects of foreign classes, in the files that `torch.save` writes."""
+"""Stand-ins for tensors that are not in memory, and for objects of classes that are not imported."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from distft.checkpoint.rank_file import read_elements
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that stays in its file until it is read."""
+    """A tensor in a torch file; `read` loads elements of it."""
 
     path: str
-    offset: int  # of its first element, in bytes of the file
+    offset: int  # of its first element in the file, in bytes
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]  # in elements
@@ -27,7 +27,7 @@ class StoredTensor:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie in the file one after the other, in the order of the flattened tensor."""
+        """Whether the elements lie end to end in the file, in the order of the flattened tensor."""
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and stride != expected:
@@ -36,20 +36,20 @@ class StoredTensor:
         return True
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor: 1-D, in memory of their own."""
+        """Elements [start, stop) of the flattened tensor, as a 1-D tensor in memory of its own."""
         if self.is_contiguous or stop <= start:
             begin = self.offset + start * self.dtype.itemsize
             return read_elements(self.path, begin, self.dtype, max(stop - start, 0))
         row_numel = prod(self.shape[1:])
         first, last = start // row_numel, -(-stop // row_numel)
         shape = (last - first, *self.shape[1:])
-        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, self.stride, strict=True))
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, self.stride, strict=True))
         begin = self.offset + first * self.stride[0] * self.dtype.itemsize
-        values = read_elements(self.path, begin, self.dtype, span)
+        values = read_elements(self.path, begin, self.dtype, extent)
         flat = torch.as_strided(values, shape, self.stride).reshape(-1)
         return flat[start - first * row_numel : stop - first * row_numel]
 
-    def number(self) -> float | int:
+    def item(self) -> float | int:
         """The value of a tensor of one element."""
         value: float | int = self.read(0, 1).item()
         return value
@@ -57,19 +57,19 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class StreamedTensor:
-    """A tensor that is made while it is written. Two places that hold the same object share its bytes."""
+    """A tensor whose elements are computed while it is written; tied names that share it share its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[Tensor]]  # 1-D and on the CPU; in sum the flattened tensor
+    chunks: Callable[[], Iterator[Tensor]]  # 1-D, on the CPU; end to end they are the flattened tensor
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
 
 
-class ForeignObject:
-    """An object of a class that is known by name alone: its fields, and nothing that could run."""
+class OpaqueObject:
+    """An object of a class that is not imported: the class's name and the object's fields."""
 
     module = ""
     name = ""
@@ -82,6 +82,6 @@ class ForeignObject:
         self.fields = dict(state)
 
     @staticmethod
-    def of_class(module: str, name: str) -> "type[ForeignObject]":
-        """A class whose objects a pickle can fill in place of the ones that it names."""
-        return type(name, (ForeignObject,), {"module": module, "name": name})
+    def stand_in(module: str, name: str) -> "type[OpaqueObject]":
+        """A class that an unpickler uses in place of `module.name`."""
+        return type(name, (OpaqueObject,), {"module": module, "name": name})

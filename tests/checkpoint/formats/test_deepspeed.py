@@ -1,16 +1,17 @@
-"""Plain DeepSpeed writes, we read; we write, plain DeepSpeed loads and trains on."""
+"""distft reads checkpoints that DeepSpeed wrote, and DeepSpeed resumes from those that distft wrote."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
-from engine_scenarios import Scenario, run_alone
-from plain_deepspeed import Script, train
+from support.damage import flip_bit
+from support.engine_scenarios import Scenario, run_alone
+from support.plain_deepspeed import Script, train
+from support.rank_pool import run_ranks
 
 from distft.checkpoint.committed import Checkpoint
-from distft.checkpoint.formats.deepspeed_model import ScriptState
+from distft.checkpoint.formats.deepspeed_model import ExtraState
 from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
 from distft.checkpoint.formats.deepspeed_target import write_deepspeed
 from distft.checkpoint.formats.torch_file import read_torch_file
@@ -20,11 +21,10 @@ from distft.storage.local import LocalStorage
 pytestmark = pytest.mark.ranks
 MIDDLE, END = 3, 6
 SUB_GROUPS = {"zero_optimization": {"sub_group_size": 20}}
-FP32_ACCUMULATION = {
-    "data_types": {"grad_accum_dtype": "fp32"}
-}  # at stage 1 in bf16: DeepSpeed's other wrapper
+# At stage 1 in bf16 it makes DeepSpeed use another optimizer wrapper (BF16_Optimizer).
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 
-# What a script wrote with, on how many ranks; what another goes on with, on how many.
+# The script that saves and its number of ranks; the script that resumes and its number of ranks.
 CASES: dict[str, tuple[Script, int, Script, int]] = {
     "0 to 3": (Script(stage=0), 2, Script(stage=3), 2),
     "0 to 1, frozen": (
@@ -82,7 +82,7 @@ CASES: dict[str, tuple[Script, int, Script, int]] = {
 
 @pytest.fixture(scope="module", params=list(CASES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One script's training: its losses, its state when it saved, the directory; and who goes on with it."""
+    """Result of one script's training, its directory, that script and its ranks; who resumes, on how many."""
     script, world_size, other, other_world_size = CASES[request.param]
     root = tmp_path_factory.mktemp("plain")
     [result, *_] = run_ranks(train, world_size, script, (0, END), None, str(root))
@@ -90,20 +90,23 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _open(root: str, script: Script) -> DeepSpeedCheckpoint:
-    """Stage 0 keeps no names: where frozen parameters look like trained ones, the user has to tell."""
+    """Open the checkpoint, with the names of its groups if they cannot be found from shapes.
+
+    Stage 0 saves no names, and some frozen parameters have the shape of trained ones.
+    """
     if not (script.stage == 0 and script.frozen):
         return DeepSpeedCheckpoint.open(root)
-    with pytest.raises(CheckpointError, match="by number, and several orders fit: give the names"):
+    with pytest.raises(CheckpointError, match=r"numbers the optimizer.*several orders fit: give the names"):
         DeepSpeedCheckpoint.open(root)
     names = ["embed.weight", "first.weight", "first.bias", "norm.weight", "second.bias"]
-    with pytest.raises(CheckpointError, match=r"'second\.bias' does not fit where it was put in group 0"):
+    with pytest.raises(CheckpointError, match=r"'second\.bias' does not fit its position in group 0"):
         DeepSpeedCheckpoint.open(root, groups=[names[::-1]])
     with pytest.raises(CheckpointError, match="has more parameters than the 4 names given"):
         DeepSpeedCheckpoint.open(root, groups=[names[:4]])
     return DeepSpeedCheckpoint.open(root, groups=[names])
 
 
-def test_what_is_read_is_what_deepspeed_says_it_has(case: Any) -> None:
+def test_states_read_equal_those_that_deepspeed_reports(case: Any) -> None:
     result, root, script, world_size, *_ = case
     checkpoint = _open(root, script)
     manifest = checkpoint.manifest
@@ -111,13 +114,13 @@ def test_what_is_read_is_what_deepspeed_says_it_has(case: Any) -> None:
     for name, record in manifest.parameters.items():
         for state in record.states:
             numel = torch.Size(record.shape).numel()
-            parts = [checkpoint.read(name, state, i, min(i + 4, numel)) for i in range(0, numel, 4)]
-            read[name, state] = torch.cat(parts).reshape(record.shape)
+            slices = [checkpoint.read(name, state, i, min(i + 4, numel)) for i in range(0, numel, 4)]
+            read[name, state] = torch.cat(slices).reshape(record.shape)
             assert str(read[name, state].dtype) == f"torch.{record.states[state].dtype}"
     assert read.keys() == result["saved"].keys()
     for key, expected in result["saved"].items():
         assert torch.equal(read[key], expected), key
-    assert checkpoint.faults() == []
+    assert checkpoint.find_damage() == []
     assert manifest.progress.step == MIDDLE
     assert manifest.tied == {"head.weight": "embed.weight"}
     assert [name for name, record in manifest.parameters.items() if record.is_buffer] == ["offset"]
@@ -128,7 +131,7 @@ def test_what_is_read_is_what_deepspeed_says_it_has(case: Any) -> None:
     assert manifest.written_by["param_dtype"] == script.dtype
 
 
-def test_groups_keep_their_settings_members_and_update_counts(case: Any) -> None:
+def test_groups_keep_their_settings_parameters_and_update_counts(case: Any) -> None:
     result, root, script, *_ = case
     checkpoint = _open(root, script)
     groups = checkpoint.manifest.groups
@@ -146,9 +149,7 @@ def test_groups_keep_their_settings_members_and_update_counts(case: Any) -> None
         assert counts[0] != counts[1]
 
 
-def test_deepspeed_trains_on_from_what_is_written_as_if_nothing_had_happened(
-    case: Any, tmp_path: Path
-) -> None:
+def test_deepspeed_resumes_from_a_written_checkpoint_with_equal_losses(case: Any, tmp_path: Path) -> None:
     result, root, script, _, other, other_world_size = case
     num_bytes: list[int] = []
     source = _open(root, script)
@@ -160,7 +161,7 @@ def test_deepspeed_trains_on_from_what_is_written_as_if_nothing_had_happened(
         param_dtype=other.dtype,
         tag="moved",
         on_progress=num_bytes.append,
-        sub_group_numel=other.config.get("zero_optimization", {}).get("sub_group_size", 10**9),
+        sub_group_size=other.config.get("zero_optimization", {}).get("sub_group_size", 10**9),
     )
     [resumed, *_] = run_ranks(train, other_world_size, other, (MIDDLE, END), str(tmp_path))
     for key, expected in result["saved"].items():
@@ -173,7 +174,7 @@ def test_deepspeed_trains_on_from_what_is_written_as_if_nothing_had_happened(
     assert 0.5 * written < sum(num_bytes) <= written
     again = DeepSpeedCheckpoint.open(str(tmp_path))
     assert again.manifest.groups == source.manifest.groups
-    assert again.faults() == []
+    assert again.find_damage() == []
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(two_ranks: Path, tmp_path: Path) -> Path:
-    """The directory of its tag, to be harmed."""
+    """A copy of its tag's directory, for tests that damage it."""
     tag = tmp_path / "global_step1"
     tag.mkdir()
     for path in (two_ranks / "global_step1").iterdir():
@@ -195,7 +196,7 @@ def copied(two_ranks: Path, tmp_path: Path) -> Path:
     return tag
 
 
-def test_everything_that_is_missing_or_damaged_is_told_at_once(copied: Path) -> None:
+def test_all_missing_and_damaged_files_are_reported_at_once(copied: Path) -> None:
     names = [
         f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt" for rank in (0, 1) for kind in ("model", "optim")
     ]
@@ -204,58 +205,56 @@ def test_everything_that_is_missing_or_damaged_is_told_at_once(copied: Path) -> 
     cut = copied / names[2]
     cut.write_bytes(cut.read_bytes()[:-100])
     flipped = copied / names[1]
-    data = bytearray(flipped.read_bytes())
-    data[len(data) // 2] ^= 1
-    flipped.write_bytes(data)
+    flip_bit(flipped, flipped.stat().st_size // 2)
     with pytest.raises(CheckpointError) as failure:
         DeepSpeedCheckpoint.open(str(copied))
     assert "the optimizer file of rank 1 is missing" in str(failure.value)
     assert f"{names[2]} is damaged or cut short" in str(failure.value)
-    faults = "\n".join(checkpoint.faults())
-    assert f"{names[3]} does not exist" in faults
-    assert f"{names[2]} is damaged or cut short" in faults
-    assert f"{names[1]} is damaged at" in faults
-    assert names[0] not in faults
+    damage = "\n".join(checkpoint.find_damage())
+    assert f"{names[3]} does not exist" in damage
+    assert f"{names[2]} is damaged or cut short" in damage
+    assert f"{names[1]} is damaged at" in damage
+    assert names[0] not in damage
 
 
-def test_files_of_more_ranks_than_wrote_the_checkpoint_are_refused(copied: Path) -> None:
+def test_files_of_more_ranks_than_wrote_the_checkpoint_are_rejected(copied: Path) -> None:
     for kind in ("model", "optim"):
         content = (copied / f"zero_pp_rank_1_mp_rank_00_{kind}_states.pt").read_bytes()
         (copied / f"zero_pp_rank_2_mp_rank_00_{kind}_states.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"by 2 ranks, but there is a model file of rank 2 besides"):
+    with pytest.raises(CheckpointError, match=r"by 2 ranks, but the model file of rank 2 does not belong"):
         DeepSpeedCheckpoint.open(str(copied))
 
 
-def test_files_of_another_run_among_them_are_refused(copied: Path) -> None:
+def test_two_files_of_one_rank_from_different_runs_are_rejected(copied: Path) -> None:
     name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     (copied / f"bf16_{name}").write_bytes((copied / name).read_bytes())
     with pytest.raises(CheckpointError, match="two files of rank 0 from different runs"):
         DeepSpeedCheckpoint.open(str(copied))
 
 
-def test_where_there_is_no_checkpoint_the_message_says_what_to_give(copied: Path, tmp_path: Path) -> None:
+def test_absent_and_unsupported_checkpoints_are_rejected_with_a_remedy(copied: Path, tmp_path: Path) -> None:
     (copied.parent / "latest").write_text("global_step7")
-    with pytest.raises(CheckpointError, match=r"names the checkpoint 'global_step7'.*global_step1"):
+    with pytest.raises(CheckpointError, match=r"names the tag 'global_step7'.*global_step1"):
         DeepSpeedCheckpoint.open(str(copied.parent))
     with pytest.raises(CheckpointError, match="neither a file 'latest' nor"):
         DeepSpeedCheckpoint.open(str(tmp_path / "nowhere"))
     (copied / "layer_00_expert_0_mp_rank_00_model_states.pt").touch()
     (copied / "mp_rank_01_model_states.pt").touch()
-    with pytest.raises(CheckpointError, match=r"(?s)pipeline stages or experts.*split over ranks"):
+    with pytest.raises(CheckpointError, match=r"(?s)pipeline stages or mixture.*pipeline-parallel"):
         DeepSpeedCheckpoint.open(str(copied))
 
 
-def test_settings_that_cannot_be_are_told_at_once_and_nothing_is_overwritten(copied: Path) -> None:
+def test_all_invalid_settings_are_reported_at_once_and_nothing_is_overwritten(copied: Path) -> None:
     source = DeepSpeedCheckpoint.open(str(copied))
     with pytest.raises(ConfigError) as failure:
         write_deepspeed(
             source, str(copied.parent), zero_stage=4, world_size=0, param_dtype="fp8", tag="global_step1"
         )
-    for told in ("zero_stage=4", "world_size=0", "param_dtype='fp8'", "global_step1 is not empty"):
-        assert told in str(failure.value)
+    for problem in ("zero_stage=4", "world_size=0", "param_dtype='fp8'", "global_step1 is not empty"):
+        assert problem in str(failure.value)
 
 
-def test_fp16_keeps_its_loss_scale_in_deepspeeds_own_class(copied: Path, tmp_path: Path) -> None:
+def test_the_loss_scale_of_fp16_is_written_in_deepspeeds_own_class(copied: Path, tmp_path: Path) -> None:
     source = DeepSpeedCheckpoint.open(str(copied))
     scale = {"scale": 512.0, "good_steps": 1.0, "tolerance": 2.0}
     progress = source.manifest.progress.model_copy(update={"loss_scale": scale, "step": 5})
@@ -277,9 +276,7 @@ def test_fp16_keeps_its_loss_scale_in_deepspeeds_own_class(copied: Path, tmp_pat
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_files_load_without_running_code_as_far_as_deepspeed_allows(
-    copied: Path, tmp_path: Path, stage: int
-) -> None:
+def test_only_optimizer_files_need_a_class_to_be_loaded(copied: Path, tmp_path: Path, stage: int) -> None:
     write_deepspeed(
         DeepSpeedCheckpoint.open(str(copied)),
         str(tmp_path / "to"),
@@ -294,19 +291,21 @@ def test_the_files_load_without_running_code_as_far_as_deepspeed_allows(
         if not _loads_weights_only(path) and read_torch_file(str(path))
     ]
     assert all("optim_states" in name for name in needs_a_class)
-    # Stage 3 asks for a loss scaler, and ds_to_universal for the addresses of stages 1 and 2.
+    # Stage 3 needs a loss scaler; ds_to_universal needs the fragment addresses of stages 1 and 2.
     assert bool(needs_a_class) == (stage > 0)
 
 
 def _loads_weights_only(path: Path) -> bool:
     try:
         torch.load(path, weights_only=True)
-    except Exception:  # torch's own, of several kinds
+    except Exception:  # torch raises errors of several classes
         return False
     return True
 
 
-def test_without_groups_a_script_has_one_of_all_trainable_parameters(tmp_path: Path) -> None:
+def test_without_groups_one_group_contains_all_trainable_parameters(
+    tmp_path: Path,
+) -> None:
     script = Script(stage=1, groups="one")
     [result, *_] = run_ranks(train, 1, script, (0, END), None, str(tmp_path / "plain"))
     source = DeepSpeedCheckpoint.open(str(tmp_path / "plain"))
@@ -317,36 +316,36 @@ def test_without_groups_a_script_has_one_of_all_trainable_parameters(tmp_path: P
     assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=2e-6, rel=0)
 
 
-def test_a_scheduler_goes_on_where_the_source_kept_none_of_its_own(tmp_path: Path) -> None:
+def test_a_scheduler_resumes_from_a_source_without_scheduler_state(tmp_path: Path) -> None:
     script = Script(stage=2, groups="one", with_scheduler=True)
     [result, *_] = run_ranks(train, 1, script, (0, END), None, str(tmp_path / "plain"))
     source = DeepSpeedCheckpoint.open(str(tmp_path / "plain"))
-    assert source.script.lr_scheduler["last_epoch"] == MIDDLE
-    source.script = ScriptState()
+    assert source.extra_state.lr_scheduler["last_epoch"] == MIDDLE
+    source.extra_state = ExtraState()
     write_deepspeed(source, str(tmp_path), zero_stage=3, world_size=1, param_dtype="fp32", tag="x")
     other = Script(stage=3, groups="one", with_scheduler=True)
     [resumed, *_] = run_ranks(train, 1, other, (MIDDLE, END), str(tmp_path))
     assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=2e-6, rel=0)
 
 
-def test_a_checkpoint_of_ours_crosses_to_deepspeed_and_back_at_a_url(tmp_path: Path) -> None:
-    ours = Checkpoint.open(run_alone(Scenario(trainable=("blocks.*",)), 2).save(str(tmp_path)))
+def test_a_distft_checkpoint_converts_to_deepspeed_and_back_at_a_url(tmp_path: Path) -> None:
+    source = Checkpoint.open(run_alone(Scenario(trainable=("blocks.*",)), 2).save(str(tmp_path)))
     write_deepspeed(
-        ours, f"memory://{tmp_path.name}", zero_stage=3, world_size=3, param_dtype="fp32", tag="x"
+        source, f"memory://{tmp_path.name}", zero_stage=3, world_size=3, param_dtype="fp32", tag="x"
     )
-    theirs = DeepSpeedCheckpoint.open(f"memory://{tmp_path.name}")
-    [group] = theirs.manifest.groups
-    assert set(group.parameters) == {name for name, p in ours.manifest.parameters.items() if p.trainable}
-    assert theirs.faults() == []
-    for name, record in ours.manifest.parameters.items():
-        assert theirs.shape(name) == record.shape
-        assert theirs.updates(name) == record.updates
+    converted = DeepSpeedCheckpoint.open(f"memory://{tmp_path.name}")
+    [group] = converted.manifest.groups
+    assert set(group.parameters) == {name for name, p in source.manifest.parameters.items() if p.trainable}
+    assert converted.find_damage() == []
+    for name, record in source.manifest.parameters.items():
+        assert converted.shape(name) == record.shape
+        assert converted.updates(name) == record.updates
         for state in record.states:
             numel = torch.Size(record.shape).numel()
-            assert torch.equal(theirs.read(name, state, 0, numel), ours.read(name, state, 0, numel))
+            assert torch.equal(converted.read(name, state, 0, numel), source.read(name, state, 0, numel))
 
 
-def test_update_counts_that_differ_within_a_group_are_written_at_stage_0_alone(
+def test_different_update_counts_within_a_group_are_written_only_at_stage_0(
     copied: Path, tmp_path: Path
 ) -> None:
     source = DeepSpeedCheckpoint.open(str(copied))
@@ -363,15 +362,15 @@ def test_update_counts_that_differ_within_a_group_are_written_at_stage_0_alone(
     assert (back.updates("first.weight"), back.updates("embed.weight")) == (9, 1)
 
 
-def test_reading_an_interval_reads_no_more_than_that(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_an_interval_reads_only_its_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = DeepSpeedCheckpoint.open(str(copied))
-    asked: list[int] = []
+    num_bytes: list[int] = []
     read_into = LocalStorage.read_into
 
-    def watched(self: LocalStorage, path: str, start: int, out: memoryview) -> int:
-        asked.append(len(out))
+    def recorded(self: LocalStorage, path: str, start: int, out: memoryview) -> int:
+        num_bytes.append(len(out))
         return read_into(self, path, start, out)
 
-    monkeypatch.setattr(LocalStorage, "read_into", watched)
+    monkeypatch.setattr(LocalStorage, "read_into", recorded)
     assert checkpoint.read("embed.weight", "exp_avg", 30, 50).numel() == 20
-    assert sum(asked) == 20 * 4
+    assert sum(num_bytes) == 20 * 4

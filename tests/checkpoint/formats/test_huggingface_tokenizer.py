@@ -1,4 +1,4 @@
-"""Exported tokenizers give the ids that ours give: `AutoTokenizer` of transformers says which those are."""
+"""Exported tokenizers, loaded by transformers' `AutoTokenizer`, give the ids of distft's tokenizer."""
 
 import argparse
 import inspect
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from huggingface_models import make_ours, save_ours
 from hypothesis import given
 from hypothesis import strategies as st
+from support.huggingface_models import make_distft_model, save_model
 
 from distft.checkpoint.formats.huggingface_target import write_huggingface
 from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
@@ -30,11 +30,15 @@ TRAINED: dict[str, dict[str, Any]] = {
     "char": {"algorithm": "char", "pad_id": 3},
     "char_bytes": {"algorithm": "char", "byte_fallback": True, "user_defined_symbols": SYMBOLS},
 }
-# As models of others are: a space before each text, among other things.
-FOREIGN: dict[str, dict[str, Any]] = {
-    "foreign_bpe": {"model_type": "bpe", "byte_fallback": True},
-    "foreign_unigram": {"model_type": "unigram", "byte_fallback": True, "user_defined_symbols": ["<sep>"]},
-    "foreign_char": {"model_type": "char"},
+# Like other projects' models: sentencepiece adds a space before each text, among other things.
+SENTENCEPIECE_MODELS: dict[str, dict[str, Any]] = {
+    "sentencepiece_bpe": {"model_type": "bpe", "byte_fallback": True},
+    "sentencepiece_unigram": {
+        "model_type": "unigram",
+        "byte_fallback": True,
+        "user_defined_symbols": ["<sep>"],
+    },
+    "sentencepiece_char": {"model_type": "char"},
 }
 HARD = [
     "",
@@ -56,7 +60,7 @@ HARD = [
 ]
 
 
-def foreign(**options: Any) -> Tokenizer:
+def train_with_sentencepiece(**options: Any) -> Tokenizer:
     model = io.BytesIO()
     size = {} if options.get("model_type") == "char" else {"vocab_size": 600}
     settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **size, **options}
@@ -67,7 +71,10 @@ def foreign(**options: Any) -> Tokenizer:
 
 
 def assert_same_ids(kind: str, found: list[int], expected: list[int]) -> None:
-    """Of a unigram model's cuts with equal sums of scores rounding chooses: the same pieces, reordered."""
+    """Check that ids are equal, for a unigram model in any order.
+
+    Rounding decides between segmentations of equal scores, which have the same pieces in another order.
+    """
     if "unigram" in kind:
         assert sorted(found) == sorted(expected)
     else:
@@ -76,42 +83,44 @@ def assert_same_ids(kind: str, found: list[int], expected: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Any]]:
-    """Our tokenizer of each kind, and what transformers loads from our export of it."""
+    """distft's tokenizer of each kind, and the one that transformers loads from its export."""
     import transformers
 
     made: dict[str, tuple[Tokenizer, Any]] = {}
-    for kind in (*TRAINED, *FOREIGN):
+    for kind in (*TRAINED, *SENTENCEPIECE_MODELS):
         folder = tmp_path_factory.mktemp(kind)
         if kind in TRAINED:
             size = {} if TRAINED[kind]["algorithm"] == "char" else {"vocab_size": 600}
-            config = TokenizerTrainConfig.model_validate({**size, **TRAINED[kind]})
-            ours = train_tokenizer(TEXT.splitlines(keepends=True), config, folder / "t.model")
+            training = TokenizerTrainConfig.model_validate({**size, **TRAINED[kind]})
+            tokenizer = train_tokenizer(TEXT.splitlines(keepends=True), training, folder / "t.model")
         else:
-            ours = foreign(**FOREIGN[kind])
-        shape = ModelConfig(vocab_size=ours.vocab_size, max_seq_len=99, d_model=4, num_layers=1, num_heads=1)
-        source = save_ours(make_ours(shape), folder / "ours", tokenizer=ours)
-        write_huggingface(source, str(folder / "theirs"))
-        made[kind] = (ours, transformers.AutoTokenizer.from_pretrained(folder / "theirs"))
+            tokenizer = train_with_sentencepiece(**SENTENCEPIECE_MODELS[kind])
+        config = ModelConfig(
+            vocab_size=tokenizer.vocab_size, max_seq_len=99, d_model=4, num_layers=1, num_heads=1
+        )
+        source = save_model(make_distft_model(config), folder / "distft", tokenizer=tokenizer)
+        write_huggingface(source, str(folder / "exported"))
+        made[kind] = (tokenizer, transformers.AutoTokenizer.from_pretrained(folder / "exported"))
     return made
 
 
-@pytest.mark.parametrize("kind", [*TRAINED, *FOREIGN])
+@pytest.mark.parametrize("kind", [*TRAINED, *SENTENCEPIECE_MODELS])
 @pytest.mark.parametrize("text", HARD, ids=ascii)
-def test_hard_texts_have_our_ids(pairs: dict[str, tuple[Tokenizer, Any]], kind: str, text: str) -> None:
-    ours, theirs = pairs[kind]
-    assert theirs(text)["input_ids"] == ours.encode(text)
+def test_hard_texts_have_equal_ids(pairs: dict[str, tuple[Tokenizer, Any]], kind: str, text: str) -> None:
+    tokenizer, exported = pairs[kind]
+    assert exported(text)["input_ids"] == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("kind", [*TRAINED, *FOREIGN])
-def test_ordinary_texts_have_our_ids(pairs: dict[str, tuple[Tokenizer, Any]], kind: str) -> None:
-    ours, theirs = pairs[kind]
+@pytest.mark.parametrize("kind", [*TRAINED, *SENTENCEPIECE_MODELS])
+def test_ordinary_texts_have_equal_ids(pairs: dict[str, tuple[Tokenizer, Any]], kind: str) -> None:
+    tokenizer, exported = pairs[kind]
     lines = inspect.getsource(random).splitlines(keepends=True)
     texts = ["".join(lines[i : i + 5]) for i in range(0, len(lines), 5)]
-    for text, found in zip(texts, theirs(texts, verbose=False)["input_ids"], strict=True):
-        assert_same_ids(kind, found, ours.encode(text))
+    for text, found in zip(texts, exported(texts, verbose=False)["input_ids"], strict=True):
+        assert_same_ids(kind, found, tokenizer.encode(text))
 
 
-@pytest.mark.parametrize("kind", [*TRAINED, *FOREIGN])
+@pytest.mark.parametrize("kind", [*TRAINED, *SENTENCEPIECE_MODELS])
 @given(
     text=st.lists(
         st.sampled_from([" ", "  ", "a", "b", ",", "ab", "the", "\n", "<", "0x41>", "é", "日", "\u2581", "|"])
@@ -119,25 +128,25 @@ def test_ordinary_texts_have_our_ids(pairs: dict[str, tuple[Tokenizer, Any]], ki
         max_size=30,
     ).map("".join)
 )
-def test_random_texts_have_our_ids(pairs: dict[str, tuple[Tokenizer, Any]], kind: str, text: str) -> None:
-    ours, theirs = pairs[kind]
-    assert_same_ids(kind, theirs(text)["input_ids"], ours.encode(text))
+def test_random_texts_have_equal_ids(pairs: dict[str, tuple[Tokenizer, Any]], kind: str, text: str) -> None:
+    tokenizer, exported = pairs[kind]
+    assert_same_ids(kind, exported(text)["input_ids"], tokenizer.encode(text))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TRAINED if kind not in {"bpe_unknowns", "char"}])
 @pytest.mark.parametrize("text", HARD, ids=ascii)
-def test_ids_become_the_text_again(pairs: dict[str, tuple[Tokenizer, Any]], kind: str, text: str) -> None:
-    ours, theirs = pairs[kind]
-    assert theirs.decode(ours.encode(text)) == text
+def test_ids_are_decoded_to_the_text(pairs: dict[str, tuple[Tokenizer, Any]], kind: str, text: str) -> None:
+    tokenizer, exported = pairs[kind]
+    assert exported.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("kind", [*TRAINED, *FOREIGN])
-def test_special_ids_are_ours(pairs: dict[str, tuple[Tokenizer, Any]], kind: str) -> None:
-    ours, theirs = pairs[kind]
-    assert len(theirs) == ours.vocab_size
+@pytest.mark.parametrize("kind", [*TRAINED, *SENTENCEPIECE_MODELS])
+def test_special_ids_are_equal(pairs: dict[str, tuple[Tokenizer, Any]], kind: str) -> None:
+    tokenizer, exported = pairs[kind]
+    assert len(exported) == tokenizer.vocab_size
     for name in ("bos", "eos", "pad", "unk"):
-        assert getattr(theirs, f"{name}_token_id") == getattr(ours, f"{name}_id")
-    assert theirs.model_max_length == 99
+        assert getattr(exported, f"{name}_token_id") == getattr(tokenizer, f"{name}_id")
+    assert exported.model_max_length == 99
 
 
 @pytest.mark.parametrize(
@@ -146,16 +155,18 @@ def test_special_ids_are_ours(pairs: dict[str, tuple[Tokenizer, Any]], kind: str
         ({"model_type": "word"}, "it is a word model"),
         ({"normalization_rule_name": "nmt_nfkc"}, "it normalizes characters"),
         ({"remove_extra_whitespaces": True}, "it removes spaces"),
-        ({"treat_whitespace_as_suffix": True}, "it treats spaces in a way of its own"),
+        ({"treat_whitespace_as_suffix": True}, "it treats spaces in an unusual way"),
         (
             {"model_type": "bpe", "user_defined_symbols": ["<sep>"]},
-            "it puts a space before texts, and has symbols",
+            "it adds a space before each text and has user-defined symbols",
         ),
     ],
     ids=str,
 )
-def test_what_cannot_be_expressed_is_said_and_not_tried(options: dict[str, Any], reason: str) -> None:
-    tokenizer = foreign(**options)
+def test_an_unsupported_tokenizer_is_exported_as_tokenizer_model_only(
+    options: dict[str, Any], reason: str
+) -> None:
+    tokenizer = train_with_sentencepiece(**options)
     files, notes = tokenizer_files(tokenizer, max_seq_len=9)
     assert files == {"tokenizer.model": tokenizer.to_bytes()}
     assert len(notes) == 1
@@ -164,8 +175,10 @@ def test_what_cannot_be_expressed_is_said_and_not_tried(options: dict[str, Any],
 
 def test_a_checkpoint_without_a_tokenizer_is_exported_without_one(tmp_path: Path) -> None:
     shape = ModelConfig(vocab_size=9, max_seq_len=9, d_model=4, num_layers=1, num_heads=1)
-    notes = write_huggingface(save_ours(make_ours(shape), tmp_path / "ours"), str(tmp_path / "theirs"))
+    notes = write_huggingface(
+        save_model(make_distft_model(shape), tmp_path / "distft"), str(tmp_path / "exported")
+    )
     assert any("no tokenizer" in note for note in notes)
-    assert not list((tmp_path / "theirs").glob("tokenizer*"))
-    raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert not list((tmp_path / "exported").glob("tokenizer*"))
+    raw = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert [raw[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3

@@ -1,4 +1,4 @@
-"""torch's files against torch itself; hostile and damaged ones."""
+"""Torch files that torch wrote or reads, and hostile and damaged ones."""
 
 import os
 import pickle
@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.damage import flip_bit
 from torch import Tensor
 
 from distft.checkpoint.formats.torch_file import (
-    StoredTensor,
-    StreamedTensor,
+    find_torch_file_damage,
     read_torch_file,
-    torch_file_faults,
     write_torch_file,
 )
+from distft.checkpoint.formats.torch_values import StoredTensor, StreamedTensor
 from distft.errors import CheckpointError
 
 PLAIN: dict[str, Any] = {
@@ -38,7 +38,7 @@ PLAIN: dict[str, Any] = {
 
 
 def materialized(value: Any) -> Any:
-    """The same with every stored tensor read."""
+    """`value` with every `StoredTensor` in it read."""
     if isinstance(value, StoredTensor):
         return value.read(0, value.numel).reshape(value.shape)
     if isinstance(value, dict):
@@ -48,12 +48,12 @@ def materialized(value: Any) -> Any:
     return value
 
 
-def test_plain_values_come_back_from_torchs_file_and_go_into_one(tmp_path: Path) -> None:
-    torch.save(PLAIN, tmp_path / "theirs.pt")
-    assert read_torch_file(str(tmp_path / "theirs.pt")) == PLAIN
-    write_torch_file(str(tmp_path / "ours.pt"), PLAIN)
-    assert torch.load(tmp_path / "ours.pt", weights_only=False) == PLAIN
-    assert read_torch_file(str(tmp_path / "ours.pt")) == PLAIN
+def test_plain_values_are_read_from_torchs_files_and_written_for_torch(tmp_path: Path) -> None:
+    torch.save(PLAIN, tmp_path / "torch.pt")
+    assert read_torch_file(str(tmp_path / "torch.pt")) == PLAIN
+    write_torch_file(str(tmp_path / "distft.pt"), PLAIN)
+    assert torch.load(tmp_path / "distft.pt", weights_only=False) == PLAIN
+    assert read_torch_file(str(tmp_path / "distft.pt")) == PLAIN
 
 
 def test_numpy_scalars_and_default_dicts_are_read_as_plain_values(tmp_path: Path) -> None:
@@ -72,12 +72,12 @@ def test_numpy_scalars_and_default_dicts_are_read_as_plain_values(tmp_path: Path
     [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool],
     ids=str,
 )
-def test_tensors_of_every_dtype_cross_both_ways(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_tensors_of_every_dtype_are_read_and_written(tmp_path: Path, dtype: torch.dtype) -> None:
     values = (torch.arange(35).reshape(5, 7) % 3).to(dtype)
-    torch.save({"a": values, "empty": values[:0], "scalar": values[1, 1]}, tmp_path / "theirs.pt")
-    read = read_torch_file(str(tmp_path / "theirs.pt"))
-    write_torch_file(str(tmp_path / "ours.pt"), read)
-    back = torch.load(tmp_path / "ours.pt", weights_only=True)
+    torch.save({"a": values, "empty": values[:0], "scalar": values[1, 1]}, tmp_path / "torch.pt")
+    read = read_torch_file(str(tmp_path / "torch.pt"))
+    write_torch_file(str(tmp_path / "distft.pt"), read)
+    back = torch.load(tmp_path / "distft.pt", weights_only=True)
     for found in (materialized(read), back):
         assert torch.equal(found["a"], values)
         assert found["a"].dtype == dtype
@@ -88,7 +88,7 @@ def test_tensors_of_every_dtype_cross_both_ways(tmp_path: Path, dtype: torch.dty
 @pytest.mark.parametrize("start", [0, 3, 17])
 @pytest.mark.parametrize("stop", [17, 20, 30])
 @pytest.mark.parametrize("kind", ["plain", "view", "transposed", "expanded", "strided"])
-def test_any_interval_of_any_layout_is_that_of_the_flattened_tensor(
+def test_any_interval_of_a_strided_tensor_equals_that_of_the_flattened_tensor(
     tmp_path: Path, start: int, stop: int, kind: str
 ) -> None:
     base = torch.arange(60.0)
@@ -105,19 +105,19 @@ def test_any_interval_of_any_layout_is_that_of_the_flattened_tensor(
     assert torch.equal(stored.read(start, stop), tensor.detach().reshape(-1)[start:stop])
 
 
-def test_a_tensor_is_written_as_it_is_made_and_shared_where_it_is_the_same(tmp_path: Path) -> None:
-    pulled: list[int] = []
+def test_a_streamed_tensor_is_written_chunk_by_chunk_and_once_for_all_its_names(tmp_path: Path) -> None:
+    num_bytes_before: list[int] = []
     reported: list[int] = []
 
     def chunks() -> Iterator[Tensor]:
-        for part in range(4):
-            pulled.append(sum(reported))
-            yield torch.full((1000,), float(part))
+        for number in range(4):
+            num_bytes_before.append(sum(reported))
+            yield torch.full((1000,), float(number))
 
     tensor = StreamedTensor(torch.float32, (4, 1000), chunks)
     path = tmp_path / "file.pt"
     write_torch_file(str(path), {"a": tensor, "tied": tensor}, on_progress=reported.append)
-    assert pulled == [0, 4000, 8000, 12000], "each chunk is asked for when the one before is written"
+    assert num_bytes_before == [0, 4000, 8000, 12000], "each chunk is computed after the last is written"
     loaded = torch.load(path, weights_only=True)
     assert loaded["a"].data_ptr() == loaded["tied"].data_ptr()
     assert torch.equal(loaded["a"], torch.arange(4.0)[:, None].expand(4, 1000))
@@ -127,28 +127,28 @@ def test_a_tensor_is_written_as_it_is_made_and_shared_where_it_is_the_same(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "what"),
+    ("shape", "dtype", "problem"),
     [
-        ((3,), torch.float32, "has 3 elements, and was given 2"),
-        ((2,), torch.int32, "was given torch.float32"),
+        ((3,), torch.float32, "has 3 elements, but 2 were given"),
+        ((2,), torch.int32, "is of torch.int32, but a chunk of torch.float32 was given"),
     ],
 )
-def test_chunks_that_do_not_make_up_the_tensor_leave_no_file(
-    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, what: str
+def test_chunks_that_do_not_match_the_tensor_leave_no_file(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, problem: str
 ) -> None:
     tensor = StreamedTensor(dtype, shape, lambda: iter([torch.zeros(2)]))
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=problem):
         write_torch_file(str(tmp_path / "file.pt"), tensor)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_plain_data_is_not_written(tmp_path: Path) -> None:
+def test_other_values_than_plain_data_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="pathlib"):
         write_torch_file(str(tmp_path / "file.pt"), {"path": tmp_path})
 
 
 class Hostile:
-    """Runs a command where an ordinary reader unpickles it."""
+    """An object that runs a command when an ordinary unpickler loads it."""
 
     def __init__(self, target: Path, call: Any = os.system) -> None:
         self._target, self._call = target, call
@@ -158,13 +158,13 @@ class Hostile:
 
 
 class Unknown:
-    """A class of the script's own: harmless, but it is code."""
+    """A class of the script: harmless, but code."""
 
 
 @pytest.mark.parametrize(
     "call", [os.system, eval, getattr, torch.load, torch.hub.load], ids=lambda c: c.__name__
 )
-def test_a_pickle_that_calls_a_function_is_refused_and_calls_nothing(tmp_path: Path, call: Any) -> None:
+def test_a_pickle_that_calls_a_function_is_rejected_before_the_call(tmp_path: Path, call: Any) -> None:
     path, mark = tmp_path / "file.pt", tmp_path / "was_here"
     torch.save({"module": torch.ones(2), "evil": Hostile(mark, call)}, path)
     with pytest.raises(
@@ -174,7 +174,7 @@ def test_a_pickle_that_calls_a_function_is_refused_and_calls_nothing(tmp_path: P
     assert not mark.exists()
 
 
-def test_a_name_in_a_package_that_does_not_exist_is_refused_in_the_same_way(tmp_path: Path) -> None:
+def test_a_name_in_a_missing_package_is_rejected_too(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     _write_pickle(path, b"\x80\x02cno_such_package.deep\nThing\n)\x81.")
     with pytest.raises(CheckpointError, match=r"names no_such_package\.deep\.Thing"):
@@ -182,7 +182,7 @@ def test_a_name_in_a_package_that_does_not_exist_is_refused_in_the_same_way(tmp_
 
 
 @pytest.mark.parametrize("name", ["ds_id\nx", "os.system", "utils.groups.os.system"])
-def test_the_allowed_packages_allow_no_more_than_the_names_that_are_listed(tmp_path: Path, name: str) -> None:
+def test_only_listed_names_of_deepspeed_are_allowed(tmp_path: Path, name: str) -> None:
     path = tmp_path / "file.pt"
     module, _, last = name.replace("\nx", ".x").rpartition(".")
     _write_pickle(path, f"\x80\x02cdeepspeed.{module}\n{last}\n.".encode("latin1"))
@@ -190,7 +190,7 @@ def test_the_allowed_packages_allow_no_more_than_the_names_that_are_listed(tmp_p
         read_torch_file(str(path))
 
 
-def test_trust_lets_unknown_classes_be_imported(tmp_path: Path) -> None:
+def test_trust_imports_unknown_classes(tmp_path: Path) -> None:
     path, mark = tmp_path / "file.pt", tmp_path / "was_here"
     torch.save(Hostile(mark), path)
     assert read_torch_file(str(path), trust=True) == 0
@@ -208,11 +208,11 @@ def test_trust_lets_unknown_classes_be_imported(tmp_path: Path) -> None:
         b"",
     ],
 )
-def test_a_pickle_that_makes_no_sense_is_a_clear_error_or_harmless(tmp_path: Path, text: bytes) -> None:
+def test_a_malformed_pickle_is_a_clear_error_or_harmless(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "file.pt"
     _write_pickle(path, text)
     if b"ub." not in text:
-        with pytest.raises(CheckpointError, match=r"file\.pt does not hold what torch\.save writes"):
+        with pytest.raises(CheckpointError, match=r"file\.pt is damaged: torch\.save does not write"):
             read_torch_file(str(path))
     else:
         read_torch_file(str(path))
@@ -220,7 +220,7 @@ def test_a_pickle_that_makes_no_sense_is_a_clear_error_or_harmless(tmp_path: Pat
         assert materialized(read_torch_file(str(tmp_path / "next.pt"))).sum() == 3
 
 
-def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_its_storage_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     torch.save({"a": torch.ones(4)}, path)
     with zipfile.ZipFile(path) as archive:
@@ -238,27 +238,25 @@ def _write_pickle(path: Path, text: bytes, storage: bytes = b"") -> None:
 
 
 @pytest.mark.parametrize("num_lost", [1, 30, 5000, 9_000])
-def test_a_file_that_was_cut_short_is_named(tmp_path: Path, num_lost: int) -> None:
+def test_a_file_that_is_cut_short_is_reported(tmp_path: Path, num_lost: int) -> None:
     path = tmp_path / "file.pt"
     torch.save({"a": torch.ones(2000)}, path)
     path.write_bytes(path.read_bytes()[:-num_lost])
     with pytest.raises(CheckpointError, match=r"file\.pt is damaged or cut short"):
         read_torch_file(str(path))
-    assert "is damaged or cut short" in torch_file_faults(str(path))[0]
+    assert "is damaged or cut short" in find_torch_file_damage(str(path))[0]
 
 
-def test_one_flipped_byte_of_a_tensor_is_a_fault(tmp_path: Path) -> None:
+def test_one_flipped_byte_of_a_tensor_is_found(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     torch.save({"a": torch.ones(2000)}, path)
-    assert torch_file_faults(str(path)) == []
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    [fault] = torch_file_faults(str(path))
-    assert "damaged at file/data/0" in fault
+    assert find_torch_file_damage(str(path)) == []
+    flip_bit(path, path.stat().st_size // 2)
+    [problem] = find_torch_file_damage(str(path))
+    assert "damaged at file/data/0" in problem
 
 
-def test_other_kinds_of_file_are_told_apart(tmp_path: Path) -> None:
+def test_each_other_kind_of_file_has_its_own_error(tmp_path: Path) -> None:
     old, missing, text = tmp_path / "old.pt", tmp_path / "missing.pt", tmp_path / "text.pt"
     torch.save({"a": torch.ones(2)}, old, _use_new_zipfile_serialization=False)
     text.write_text("hello, this is no checkpoint at all")

@@ -1,11 +1,11 @@
-"""What transformers' Trainer under DeepSpeed leaves behind."""
+"""Checkpoints that transformers' Trainer writes under DeepSpeed."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
+from support.rank_pool import run_ranks
 
 from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
 
@@ -53,7 +53,7 @@ def train_with_trainer(_topology: Any, root: str, stage: int) -> dict[str, torch
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_checkpoint_of_the_trainer_is_read(tmp_path: Path, stage: int) -> None:
-    pytest.importorskip("accelerate", reason="the Trainer reaches DeepSpeed through accelerate")
+    pytest.importorskip("accelerate", reason="the Trainer uses DeepSpeed through accelerate")
     [weights] = run_ranks(train_with_trainer, 1, str(tmp_path), stage)
     checkpoint = DeepSpeedCheckpoint.open(str(tmp_path / "checkpoint-2"))
     assert checkpoint.manifest.progress.step == 2

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal format: its own converter writes, we read; we write, its own loader loads."""
+"""distft reads what DeepSpeed's ds_to_universal wrote, and DeepSpeed loads what distft wrote."""
 
 import argparse
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
-from plain_deepspeed import Script, train
+from support.plain_deepspeed import Script, train
+from support.rank_pool import run_ranks
 
 from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
 from distft.checkpoint.formats.universal import UniversalCheckpoint, write_universal
@@ -27,7 +27,7 @@ SCRIPTS = {
 
 
 def convert(_topology: Any, source: str, target: str) -> None:
-    """DeepSpeed's own converter."""
+    """Run DeepSpeed's own converter."""
     from deepspeed.checkpoint.ds_to_universal import main
 
     main(
@@ -45,7 +45,7 @@ def convert(_topology: Any, source: str, target: str) -> None:
 
 @pytest.fixture(scope="module", params=list(SCRIPTS))
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A script's training, and the directory that it saved to."""
+    """Result of a script's training, the script, and the directory that it saved to."""
     script, world_size = SCRIPTS[request.param]
     root = tmp_path_factory.mktemp("plain")
     [result, *_] = run_ranks(train, world_size, script, (0, END), None, str(root))
@@ -60,7 +60,7 @@ def _read(checkpoint: Any) -> dict[tuple[str, str], torch.Tensor]:
     }
 
 
-def test_what_deepspeeds_converter_wrote_is_read_frozen_parameters_included(saved: Any) -> None:
+def test_checkpoints_of_deepspeeds_converter_are_read_with_frozen_parameters(saved: Any) -> None:
     result, _, root = saved
     run_ranks(convert, 1, str(root / f"global_step{MIDDLE}"), str(root / "converted"))
     checkpoint = UniversalCheckpoint.open(str(root))
@@ -76,23 +76,29 @@ def test_what_deepspeeds_converter_wrote_is_read_frozen_parameters_included(save
     assert manifest.parameters == plain.parameters
     counts = [{checkpoint.updates(name) for name in group.parameters} for group in manifest.groups]
     assert counts == [{count} for count in result["updates"]]
-    assert checkpoint.faults() == []
+    assert checkpoint.find_damage() == []
 
 
-def test_what_is_written_is_read_back_and_a_lack_of_it_is_told(saved: Any, tmp_path: Path) -> None:
+def test_a_written_checkpoint_is_read_back_with_equal_states(saved: Any, tmp_path: Path) -> None:
     _, _, root = saved
     source = DeepSpeedCheckpoint.open(str(root))
     num_bytes: list[int] = []
     write_universal(source, str(tmp_path), on_progress=num_bytes.append)
     checkpoint = UniversalCheckpoint.open(str(tmp_path))
-    ours, theirs = _read(checkpoint), _read(source)
-    assert all(torch.equal(ours[key], values) for key, values in theirs.items())
+    written, expected = _read(checkpoint), _read(source)
+    assert all(torch.equal(written[key], values) for key, values in expected.items())
     assert checkpoint.manifest.parameters == source.manifest.parameters
     assert checkpoint.manifest.groups == source.manifest.groups
     assert checkpoint.manifest.tied == source.manifest.tied
-    assert sum(num_bytes) > sum(values.nbytes for values in theirs.values()) / 2
+    assert sum(num_bytes) > sum(values.nbytes for values in expected.values()) / 2
     with pytest.raises(ConfigError, match="is not empty"):
         write_universal(source, str(tmp_path))
+
+
+def test_missing_and_damaged_files_are_reported(saved: Any, tmp_path: Path) -> None:
+    _, _, root = saved
+    write_universal(DeepSpeedCheckpoint.open(str(root)), str(tmp_path))
+    checkpoint = UniversalCheckpoint.open(str(tmp_path))
     folder = tmp_path / "global_step3_universal" / "zero"
     moment = folder / "first.weight" / "exp_avg_sq.pt"
     moment.rename(tmp_path / "away")
@@ -102,7 +108,7 @@ def test_what_is_written_is_read_back_and_a_lack_of_it_is_told(saved: Any, tmp_p
     (folder / "embed.weight" / "fp32.pt").unlink()
     damaged = folder / "first.weight" / "exp_avg.pt"
     damaged.write_bytes(damaged.read_bytes()[:-40])
-    assert len(checkpoint.faults()) == 2
+    assert len(checkpoint.find_damage()) == 2
     with pytest.raises(CheckpointError) as failure:
         UniversalCheckpoint.open(str(tmp_path))
     assert "lacks fp32.pt, the weight of 'embed.weight'" in str(failure.value)
@@ -118,11 +124,11 @@ def test_what_is_written_is_read_back_and_a_lack_of_it_is_told(saved: Any, tmp_p
     ],
     ids=["3 to 1", "0 to 3", "1 to 2, frozen"],
 )
-def test_deepspeeds_universal_loading_trains_on_from_what_is_written(
+def test_deepspeed_resumes_from_a_written_universal_checkpoint_with_equal_losses(
     tmp_path: Path, written: Script, loaded: Script, world_size: int
 ) -> None:
-    # DeepSpeed takes neither frozen weights nor buffers from a universal checkpoint: by the same seed they
-    # are the same in both scripts. The trained weights are not, for they were saved after three steps.
+    # DeepSpeed loads neither frozen weights nor buffers from a universal checkpoint, so both scripts use the
+    # same seed for them. It does load the trained weights: they were saved after three steps.
     [result, *_] = run_ranks(train, 1, written, (0, END), None, str(tmp_path / "plain"))
     write_universal(DeepSpeedCheckpoint.open(str(tmp_path / "plain")), str(tmp_path / "universal"))
     [resumed, *_] = run_ranks(train, world_size, loaded, (MIDDLE, END), str(tmp_path / "universal"))
@@ -131,7 +137,7 @@ def test_deepspeeds_universal_loading_trains_on_from_what_is_written(
     assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=2e-6, rel=0)
 
 
-def test_a_directory_of_another_format_is_told_apart(tmp_path: Path) -> None:
+def test_a_directory_of_another_format_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "mp_rank_00_model_states.pt").touch()
-    with pytest.raises(CheckpointError, match=r"holds no zero/optimizer_state\.pt"):
+    with pytest.raises(CheckpointError, match=r"has no zero/optimizer_state\.pt"):
         UniversalCheckpoint.open(str(tmp_path))

@@ -1,0 +1,78 @@
+"""Everything that one commit stores: progress, fragments, and a description of the run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distft.checkpoint.fragments import STATES, Fragment
+from distft.checkpoint.manifest import (
+    FileRecord,
+    GroupRecord,
+    Manifest,
+    ParameterRecord,
+    ProbeRecord,
+    Progress,
+    StateRecord,
+    TokenizerRecord,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterInfo:
+    """One parameter of the model that is being saved."""
+
+    shape: tuple[int, ...]
+    trainable: bool
+    updates: int  # optimizer updates so far
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunMetadata:
+    """Fields of the manifest that describe the run, not its state."""
+
+    run_id: str
+    config: dict[str, Any]
+    label_names: list[str] | None
+    tokenizer: TokenizerRecord | None
+    written_by: dict[str, Any]
+    groups: list[GroupRecord]
+    tied: dict[str, str]
+    probe: ProbeRecord | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSnapshot:
+    """Content of one commit; `fragments` are this rank's, the rest is the same on all ranks."""
+
+    progress: Progress
+    fragments: Sequence[Fragment]
+    parameters: Mapping[str, ParameterInfo]
+    metadata: RunMetadata
+    attachments: Mapping[str, bytes]  # further files, by name
+
+    def manifest(
+        self, files: Sequence[FileRecord], records: Mapping[str, Mapping[str, StateRecord]]
+    ) -> Manifest:
+        """The manifest of a commit with these files and states (parameter -> state -> record)."""
+        run = self.metadata
+        return Manifest(
+            run_id=run.run_id,
+            progress=self.progress,
+            config=run.config,
+            label_names=run.label_names,
+            tokenizer=run.tokenizer,
+            written_by=run.written_by,
+            groups=run.groups,
+            tied=run.tied,
+            probe=run.probe,
+            parameters={
+                name: ParameterRecord(
+                    shape=info.shape,
+                    trainable=info.trainable,
+                    updates=info.updates,
+                    states={state: records[name][state] for state in STATES if state in records[name]},
+                )
+                for name, info in self.parameters.items()
+            },
+            files=list(files),
+        )

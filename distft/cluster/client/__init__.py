@@ -1,0 +1,1 @@
+"""The client of Ray Jobs: submit runs to a cluster, list them, follow their logs."""

@@ -1,0 +1,166 @@
+"""All uses of Ray's private names and of its undocumented messages and environment variables.
+
+Written for the Ray version in constraints.txt: check this file when that version changes. Slow modules are
+imported where they are used, since every worker imports this one.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import ray
+
+_RESERVATION_ACTOR = "AutoscalingCoordinator"  # the name of the actor, and its namespace
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_CLIENT_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+_HTTP_STATUS = re.compile(r"status code (\d{3})")
+_PID = re.compile(r"\bpid: (\d+)")
+_NODE_ADDRESS = re.compile(r"\bip: (\S+)")
+
+
+# Nodes. Ray's public functions report sums over the cluster only.
+
+
+def free_resources_per_node() -> list[dict[str, Any]]:
+    """For each node that is alive, the resources that are not in use."""
+    from ray._private.state import available_resources_per_node
+
+    return list(available_resources_per_node().values())
+
+
+def draining_node_ids() -> set[str]:
+    """Ids of the nodes that will leave the cluster because somebody announced it, such as a cloud."""
+    return set(ray._private.state.state.get_draining_nodes())  # as Ray Train's own preemption watcher does
+
+
+# Jobs.
+
+
+def is_submitted_job(environ: Mapping[str, str]) -> bool:
+    """Whether `environ` is that of the entry point of a Ray job."""
+    return _JOB_VARIABLE in environ
+
+
+def connect_job_client(address: str, *, request_timeout_s: float) -> Any:
+    """Ray's JobSubmissionClient with a time limit for each request, which Ray's own does not have.
+
+    Raises what Ray raises where no dashboard answers at `address`.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, timeout=request_timeout_s, **options)
+
+    # Drop its INFO messages about every request, unless the root logger's level is INFO.
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        for name in _CLIENT_LOGGERS:  # the import above sets their levels
+            logging.getLogger(name).setLevel(logging.WARNING)
+    return Client(address)
+
+
+def session_name(client: Any) -> str:
+    """The name of the cluster's session, which its head makes when it starts."""
+    return str(client._do_request("GET", "/api/version").json().get("session_name", ""))
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status of the answer that made Ray's client raise `error`; None without an answer."""
+    found = _HTTP_STATUS.search(str(error))
+    return None if found is None else int(found[1])
+
+
+def is_job_agent_missing(error: BaseException) -> bool:
+    """Whether the cluster refused a job because no node has a job agent (yet)."""
+    return "No available agent" in str(error)
+
+
+def is_job_id_taken(error: BaseException, job_id: str) -> bool:
+    """Whether the cluster refused a job because `job_id` exists."""
+    return f"{job_id} already exists" in str(error)
+
+
+# Ray Train.
+
+
+def set_ray_environment(
+    environ: MutableMapping[str, str], *, start_attempt_s: float, health_check_timeout_s: float
+) -> None:
+    """Put the settings that Ray reads from the environment into `environ`, before `ray.init`.
+
+    Ray waits `start_attempt_s` for the workers of one attempt to start, and takes a worker that has not
+    answered for `health_check_timeout_s` for lost.
+    """
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{start_attempt_s:g}",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{health_check_timeout_s:g}",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # Ray's 2 s take half of the time of a recovery
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # starts a process each time; StopMonitor looks instead
+    }
+    for name, value in defaults.items():
+        environ.setdefault(name, value)
+    environ.update(
+        RAY_CHDIR_TO_TRIAL_DIR="0",  # relative paths keep their meaning
+        RAY_TRAIN_METRICS_ENABLED="0",  # a run has trackers
+        RAY_TRAIN_ENABLE_PRINT_PATCH="0",  # the mailbox forwards rank 0's output
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1",  # a worker without GPUs sees none
+    )
+
+
+def make_torch_trainer(train_loop: Callable[[], Any], **options: Any) -> Any:
+    """A TorchTrainer without Ray Data: that would start a process, and add imports to each rank's start."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+
+    return Trainer(train_loop, **options)
+
+
+def reservation_name() -> str:
+    """Under which name the Ray Train run of this worker reserves resources."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return f"train-{get_train_context().train_run_context.run_id}"
+
+
+def cancel_reservation(name: str, *, timeout_s: float) -> None:
+    """Release the resources reserved under `name`. Raises `ValueError` if nothing is reserved at all."""
+    coordinator = ray.get_actor(_RESERVATION_ACTOR, namespace=_RESERVATION_ACTOR)
+    ray.get(coordinator.cancel_request.remote(requester_id=name), timeout=timeout_s)
+
+
+def is_start_timeout(error: BaseException) -> bool:
+    """Whether the workers of an attempt did not start in time."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error, WorkerGroupStartupTimeoutError)
+
+
+def is_health_check_timeout(error: BaseException) -> bool:
+    """Whether a worker did not answer Ray Train's health checks."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+
+    return isinstance(error, WorkerHealthCheckTimeoutError)
+
+
+def health_check_cause(error: BaseException) -> BaseException:
+    """The error behind a failed health check; any other error as it is."""
+    cause: BaseException = getattr(error, "health_check_failure", error)
+    return cause
+
+
+def process_of(error: BaseException) -> str:
+    """Node and pid from Ray's message about a lost process, such as `node 10.0.0.2, pid 17`; may be empty."""
+    text = str(error)
+    found = (("node", _NODE_ADDRESS.search(text)), ("pid", _PID.search(text)))
+    return ", ".join(f"{name} {match[1]}" for name, match in found if match)

@@ -1,0 +1,93 @@
+"""The Transformer's plain layers: linear, feed-forward, norm, embedding.
+
+Shape letters: B rows, T positions, C = d_model.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distft.model.config import ModelConfig
+
+
+def _has_native_matmul(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions that multiply matrices of `dtype`."""
+    probe = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }.get(dtype)
+    # If a future torch drops the probe, we trust torch's own choice of kernel.
+    return probe is None or bool(getattr(torch.ops.mkldnn, probe, lambda: True)())
+
+
+class MatmulDtype:
+    """Chooses the dtype of matrix products: the operands' own, or fp32 where the CPU only emulates theirs.
+
+    A CPU without bf16 instructions multiplies bf16 matrices at 1 to 20 GFLOP/s, and fp32 matrices at 90.
+    There we widen the operands and round the result once, which is what a native bf16 product does too.
+    """
+
+    def __init__(self) -> None:
+        self._emulated = tuple(d for d in (torch.bfloat16, torch.float16) if not _has_native_matmul(d))
+
+    def __call__(self, operand: Tensor) -> torch.dtype:
+        emulated = operand.device.type == "cpu" and operand.dtype in self._emulated
+        return torch.float32 if emulated else operand.dtype
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that multiplies in the dtype `MatmulDtype` chooses; the output has the input's dtype."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.matmul_dtype = MatmulDtype()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.matmul_dtype(x)
+        if dtype == x.dtype:
+            return functional.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (Shazeer 2020, arXiv:2002.05202): `gate`, `up`, `down`."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.down(functional.silu(self.gate(x_BTC)) * self.up(x_BTC))
+
+
+class GELU(nn.Module):
+    """GPT-2's feed-forward: `up`, GELU, `down`."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.down(functional.gelu(self.up(x_BTC), approximate="tanh"))
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+def make_embedding(num_rows: int, d_model: int) -> nn.Embedding:
+    """`nn.Embedding` of zeros. torch's own initial draw would import its compiler on the meta device, 2 s."""
+    return nn.Embedding(num_rows, d_model, _weight=torch.zeros(num_rows, d_model))

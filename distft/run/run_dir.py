@@ -1,0 +1,88 @@
+"""The run directory: writes config.yaml, starts the trackers, and logs the events of a start."""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distft import storage
+from distft.checkpoint.manifest import Progress
+from distft.checkpoint.store import LatestValid
+from distft.collectives import Collectives, all_or_none
+from distft.config import dump_yaml
+from distft.errors import ConfigError
+from distft.run.inputs import RunInputs
+from distft.run.resume import changed_settings
+from distft.tracker import LEDGER_EVENT, Trackers, build_trackers
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """Where a run logs."""
+
+    run_id: str
+    trackers: Trackers  # log nothing on ranks other than 0
+
+
+def open_run_dir(
+    inputs: RunInputs,
+    latest: LatestValid,
+    collectives: Collectives,
+    device: torch.device,
+    *,
+    total_steps: int,
+) -> RunRecord:
+    """Create or reopen the run's directory for a start from `latest`. Called by all ranks together."""
+    config, resumed = inputs.config, latest.checkpoint
+    run_id = secrets.token_hex(4) if resumed is None else resumed.manifest.run_id
+    run_id = collectives.broadcast(run_id)
+    trackers = Trackers()
+    with all_or_none(collectives, ConfigError):
+        if collectives.rank == 0:
+            run_dir = Path(config.run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            storage.commit_bytes(run_dir / CONFIG_FILE, dump_yaml(config).encode())
+            trackers = build_trackers(config.trackers, max_steps=total_steps)
+            trackers.start(
+                run_id,
+                config.model_dump(mode="json"),
+                run_dir,
+                resume_step=None if resumed is None else resumed.step,
+            )
+    for complaint in latest.complaints:
+        trackers.event("damaged_checkpoint", reason=complaint)
+    trackers.event(
+        "start" if resumed is None else "resume",
+        step=0 if resumed is None else resumed.step,
+        world_size=collectives.world_size,
+        engine=config.engine.type,
+        device=str(device),
+        **_origin(inputs, latest),
+    )
+    if resumed is not None:
+        trackers.event(LEDGER_EVENT, step=resumed.step, **ledger_fields(resumed.manifest.progress))
+        before = resumed.manifest.written_by.get("world_size")
+        if before not in {None, collectives.world_size}:
+            trackers.event("resize", before=before, after=collectives.world_size)
+    return RunRecord(run_id, trackers)
+
+
+def ledger_fields(progress: Progress) -> dict[str, Any]:
+    """Sequence-usage fields of the audit event."""
+    return {
+        "sequences_seen": progress.sequences_seen,
+        "used": progress.used,
+        "used_again": progress.used_again,
+    }
+
+
+def _origin(inputs: RunInputs, latest: LatestValid) -> dict[str, str]:
+    """Where a new run's weights come from; for a resume, the settings that changed."""
+    if latest.checkpoint is None:
+        return {} if inputs.init_from is None else {"init_from": inputs.init_from.path}
+    changed = changed_settings(latest.checkpoint.manifest.config, inputs.config)
+    return {"changed": ", ".join(changed)} if changed else {}

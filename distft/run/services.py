@@ -1,0 +1,182 @@
+"""A run's services for the training loop: metrics and events, evaluation, saves, stop requests."""
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import distft
+from distft.checkpoint.background import CheckpointSaver
+from distft.checkpoint.manifest import GroupRecord, ProbeRecord, Progress, TokenizerRecord
+from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
+from distft.collectives import Collectives
+from distft.config import redact
+from distft.engine.interface import Engine
+from distft.optim.adamw import parameter_groups
+from distft.run.inputs import TOKENIZER_FILE, RunInputs
+from distft.run.run_dir import RunRecord, ledger_fields
+from distft.tracker import LEDGER_EVENT
+from distft.train.evaluation import evaluate
+from distft.train.loss_probe import LossProbe
+from distft.train.services import Metrics, StopReason, StopRequested, TrainerServices
+from distft.watch.watchdog import Watchdog
+
+_PROBE_SEQUENCES = 4
+
+
+class RunServices(TrainerServices):
+    """One rank's `TrainerServices`."""
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        engine: Engine,
+        *,
+        saver: CheckpointSaver,
+        loss_probe: LossProbe,
+        record: RunRecord,
+        watchdog: Watchdog,
+        collectives: Collectives,
+        stop_requested: StopRequested,
+    ) -> None:
+        self.heartbeat = watchdog.heartbeat
+        self.last_metrics: dict[str, float] = {}  # the last value of each name
+        self.last_checkpoint: str | None = None  # the last one committed by this process
+        self._inputs = inputs
+        self._config = inputs.config
+        self._engine = engine
+        self._saver = saver
+        self._loss_probe = loss_probe
+        self._run_id = record.run_id
+        self._trackers = record.trackers
+        self._watchdog = watchdog
+        self._collectives = collectives
+        self._stop_requested = stop_requested
+        self._saving: dict[int, Progress] = {}  # by step, of saves that are not known to be committed
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self.last_metrics.update(metrics)
+        self._trackers.log(metrics, step=step)
+        for straggler, process in self._watchdog.take_stragglers():
+            self._trackers.event(
+                "straggler",
+                step=step,
+                rank=straggler.rank,
+                host=process.host,
+                pid=process.pid,
+                own_s=round(straggler.own_s, 4),
+                others_own_s=round(straggler.others_own_s, 4),
+            )
+
+    def evaluate(self) -> Metrics:
+        assert self._inputs.validation is not None  # otherwise no evaluation is due
+        settings, batch = self._config.evaluation, self._config.batch
+        return evaluate(
+            self._engine.model,
+            self._engine.module,
+            self._config.objective,
+            self._inputs.validation,
+            micro_batch_size=settings.micro_batch_size or batch.micro_batch_size,
+            seq_len=batch.seq_len,
+            collectives=self._collectives,
+            device=self._engine.device,
+            max_sequences=settings.max_sequences,
+        )
+
+    def save(self, progress: Progress) -> None:
+        num_sequences = min(_PROBE_SEQUENCES, self._config.batch.micro_batch_size)
+        probe = self._loss_probe.measure(self._engine, num_sequences)
+        self._saving[progress.step] = progress
+        self._saver.save(self._take_snapshot(progress, probe))
+        self._log_commits()
+
+    def wait_for_saves(self) -> None:
+        try:
+            self._saver.wait()
+        finally:
+            self._log_commits()
+
+    def has_failed_save(self) -> bool:
+        return self._saver.has_failed
+
+    def stop_requested(self) -> StopReason | None:
+        return self._stop_requested()
+
+    def close(self) -> None:
+        """Complete the save in progress; if it fails, raise nothing."""
+        self._saver.join()
+        self._log_commits()
+
+    def _log_commits(self) -> None:
+        for saved in self._saver.collect():
+            self.last_checkpoint = saved.path
+            self._trackers.event(
+                "save",
+                step=saved.step,
+                path=saved.path,
+                stall_s=round(saved.stall_s, 3),
+                write_s=round(saved.write_s, 3),
+            )
+            progress = self._saving.pop(saved.step)
+            self._trackers.event(LEDGER_EVENT, step=saved.step, **ledger_fields(progress))
+
+    def _take_snapshot(self, progress: Progress, probe: ProbeRecord) -> CheckpointSnapshot:
+        """What this rank saves. Its fragments are views of live state: copy or write them at once."""
+        inputs = self._inputs
+        updates = self._engine.updates()
+        return CheckpointSnapshot(
+            progress=progress,
+            fragments=list(self._engine.fragments()),
+            parameters={
+                name: ParameterInfo(shape, name in inputs.trainable, updates.get(name, 0))
+                for name, shape in inputs.shapes.items()
+            },
+            metadata=RunMetadata(
+                run_id=self._run_id,
+                config=dict(redact(self._config.model_dump(mode="json"))),
+                label_names=None if inputs.label_names is None else list(inputs.label_names),
+                tokenizer=TokenizerRecord(fingerprint=inputs.tokenizer.fingerprint, file=TOKENIZER_FILE),
+                written_by=self._written_by(),
+                groups=_group_records(inputs, updates),
+                tied=_tied_names(self._engine.module),
+                probe=probe,
+            ),
+            attachments={TOKENIZER_FILE: inputs.tokenizer.to_bytes()},
+        )
+
+    def _written_by(self) -> dict[str, Any]:
+        engine = self._config.engine
+        return {
+            "distft": distft.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "engine": engine.type,
+            "zero_stage": getattr(engine, "zero_stage", None),
+            "param_dtype": engine.param_dtype,
+            "world_size": self._collectives.world_size,
+        }
+
+
+def _group_records(inputs: RunInputs, updates: Mapping[str, int]) -> list[GroupRecord]:
+    """The optimizer's parameter groups, with peak learning rates."""
+    optim = inputs.config.optim
+    return [
+        GroupRecord(
+            parameters=group.names,
+            settings={
+                "lr": optim.peak_lr * group.lr_scale,
+                "betas": list(optim.betas),
+                "eps": optim.eps,
+                "weight_decay": group.weight_decay,
+            },
+        )
+        for group in parameter_groups(inputs.shapes, inputs.trainable, optim, updates)
+    ]
+
+
+def _tied_names(module: torch.nn.Module) -> dict[str, str]:
+    """The other names of tied parameters: name -> the name that the parameter is saved under."""
+    saved_names = {id(param): name for name, param in module.named_parameters()}
+    all_names = module.named_parameters(remove_duplicate=False)
+    return {name: saved_names[id(param)] for name, param in all_names if saved_names[id(param)] != name}

@@ -1,0 +1,62 @@
+"""Counts the progress of a run: steps, tokens, skipped steps and the sequences used."""
+
+import torch
+
+from distft.checkpoint.manifest import Progress
+from distft.collectives import Collectives
+from distft.optim.loss_scale import DynamicLossScale
+from distft.topology import BatchPlan
+from distft.train.ledger import SequenceLedger, merge_intervals
+from distft.train.step import StepResult
+
+
+class ProgressCounter:
+    """Continues to count from a saved `Progress`.
+
+    Counters of a step's results stay on the device: reading one waits for the device.
+    """
+
+    def __init__(self, progress: Progress, device: torch.device) -> None:
+        self.step = progress.step
+        self.ledger = SequenceLedger()
+        self._used, self._used_again = progress.used, progress.used_again
+        self._tokens_seen = torch.tensor(progress.tokens_seen, device=device)
+        self._skipped = torch.tensor(float(progress.skipped_steps), device=device)
+        self._skipped_in_a_row = torch.tensor(float(progress.skipped_in_a_row), device=device)
+
+    def add_step(self, result: StepResult) -> None:
+        self.step += 1
+        self._tokens_seen += result.num_tokens
+        self._skipped += result.is_skipped
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * result.is_skipped
+
+    @property
+    def tokens_seen(self) -> int:
+        return int(self._tokens_seen)
+
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._skipped)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        return int(self._skipped_in_a_row)
+
+    def to_progress(
+        self, plan: BatchPlan, collectives: Collectives, loss_scale: DynamicLossScale | None
+    ) -> Progress:
+        """The progress to save, with the sequences that all ranks used. Called by all ranks together."""
+        used_by_rank = collectives.all_gather(self.ledger.take())
+        used = [interval for intervals in used_by_rank for interval in intervals]
+        self._used, used_again = merge_intervals([*self._used, *used])
+        self._used_again, _ = merge_intervals([*self._used_again, *used_again])
+        return Progress(
+            step=self.step,
+            sequences_seen=self.step * plan.global_batch_size,
+            used=self._used,
+            used_again=self._used_again,
+            tokens_seen=self.tokens_seen,
+            skipped_steps=self.skipped_steps,
+            skipped_in_a_row=self.skipped_in_a_row,
+            loss_scale=None if loss_scale is None else loss_scale.state_dict(),
+        )

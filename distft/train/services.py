@@ -1,0 +1,39 @@
+"""What the training loop asks of the run around it: log, evaluate, save, stop."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, Protocol
+
+from distft.checkpoint.manifest import Progress
+from distft.watch.heartbeat import HeartbeatRecorder
+
+Metrics = Mapping[str, float | int]
+# Why to save and stop: a user or scheduler requested it, workers can be added, a node is about to leave.
+StopReason = Literal["requested", "resize", "drain"]
+StopRequested = Callable[[], StopReason | None]
+
+
+def never_stop() -> None:
+    """The `StopRequested` of a run that only SIGTERM stops."""
+
+
+class TrainerServices(Protocol):
+    """Services of a run for its `Trainer`, which calls every method on all ranks together."""
+
+    heartbeat: HeartbeatRecorder
+
+    def log(self, metrics: Metrics, step: int) -> None: ...
+
+    def evaluate(self) -> Metrics:
+        """Metrics of the current weights on the validation data."""
+
+    def save(self, progress: Progress) -> None:
+        """Start to save a checkpoint; the write may continue in the background."""
+
+    def wait_for_saves(self) -> None:
+        """Return once every save is committed. Raises the error of a save that failed."""
+
+    def has_failed_save(self) -> bool:
+        """Whether a save failed whose error has not been raised yet, on this rank."""
+
+    def stop_requested(self) -> StopReason | None:
+        """Why this rank should save and stop; None to continue."""

@@ -1,0 +1,10 @@
+"""Damages files."""
+
+from pathlib import Path
+
+
+def flip_bit(file: Path, offset: int = -1) -> None:
+    """Flip one bit of the byte at `offset`; a negative offset counts from the end, as in a list."""
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 16
+    file.write_bytes(data)

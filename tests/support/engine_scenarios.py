@@ -1,0 +1,215 @@
+"""Small trainings for tests of engines and checkpoints, on a single process or as one of several ranks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.fragments import Fragment
+from distft.checkpoint.manifest import Progress
+from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
+from distft.checkpoint.sources import InitialSource, StateSource
+from distft.checkpoint.store import CheckpointStore
+from distft.collectives import Collectives, ProcessGroup, SingleProcess
+from distft.data.batch import Batch
+from distft.engine.interface import Engine
+from distft.engine.local import LocalConfig, LocalEngine
+from distft.model.config import ModelConfig
+from distft.model.transformer import Transformer
+from distft.optim.adamw import AdamWConfig, parameter_groups
+from distft.optim.patterns import select_trainable
+from distft.topology import BatchPlan, Topology
+from distft.train.step import train_step
+
+CPU = torch.device("cpu")
+VOCAB_SIZE, SEQ_LEN, GLOBAL_BATCH_SIZE = 53, 12, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One training. Sizes are odd on purpose: parameters lie across ranks, and partitions need padding."""
+
+    stage: int | None = None  # None: the local engine
+    precision: str = "fp32"
+    trainable: tuple[str, ...] = ("*",)
+    tie_embeddings: bool = True
+    activation_checkpointing: bool = False
+    micro_batch_size: int = 2
+    zero: Mapping[str, Any] = field(default_factory=dict)  # further settings of ZeroConfig
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=VOCAB_SIZE,
+            max_seq_len=SEQ_LEN,
+            d_model=18,
+            num_layers=2,
+            num_heads=3,
+            num_kv_heads=1,
+            d_ff=29,
+            tie_embeddings=self.tie_embeddings,
+        )
+
+    @property
+    def optim(self) -> AdamWConfig:
+        return AdamWConfig(peak_lr=3e-3, max_grad_norm=0.5, lr_scales={"blocks.1.*": 0.5})
+
+
+def collectives_for(scenario: Scenario, topology: Topology) -> Collectives:
+    return SingleProcess() if scenario.stage is None else ProcessGroup(topology, CPU, 60)
+
+
+def fresh_source(shapes: Mapping[str, tuple[int, ...]]) -> StateSource:
+    """Weights that depend on the parameter's name alone."""
+
+    def fragment(name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(stop - start)
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        return (torch.randn(prod(shape), generator=generator) * 0.1)[start:stop]
+
+    return InitialSource(dict(shapes), fragment)
+
+
+class Training:
+    """An engine with the scenario's model, and its training data."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        topology: Topology,
+        collectives: Collectives,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.scenario = scenario
+        self.collectives = collectives
+        with torch.device("meta"):
+            module = Transformer(scenario.model)
+        module.activation_checkpointing = scenario.activation_checkpointing
+        self.shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
+        self.trainable = select_trainable(self.shapes, scenario.trainable)
+        for name, param in module.named_parameters():
+            param.requires_grad_(name in self.trainable)
+        source = fresh_source(self.shapes) if checkpoint is None else checkpoint
+        updates = {name: source.updates(name) for name in self.shapes}
+        groups = parameter_groups(self.shapes, self.trainable, scenario.optim, updates)
+        self.plan = BatchPlan(
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            micro_batch_size=scenario.micro_batch_size,
+            seq_len=SEQ_LEN,
+            dp_world_size=1 if scenario.stage is None else topology.world_size,
+        )
+        self.step = 0 if checkpoint is None else checkpoint.step
+        self.engine: Engine
+        if scenario.stage is None:
+            settings = LocalConfig.model_validate({"param_dtype": scenario.precision})
+            self.engine = LocalEngine(module, groups, settings=settings, optim=scenario.optim, device=CPU)
+        else:
+            from distft.engine.deepspeed_config import ZeroConfig
+            from distft.engine.zero import ZeroEngine
+
+            zero = ZeroConfig.model_validate(
+                {"zero_stage": scenario.stage, "param_dtype": scenario.precision, **scenario.zero}
+            )
+            self.engine = ZeroEngine(
+                module,
+                groups,
+                settings=zero,
+                optim=scenario.optim,
+                plan=self.plan,
+                collectives=collectives,
+                device=CPU,
+            )
+        self.engine.load_fragments(source)
+        generator = torch.Generator().manual_seed(1)
+        self.rows = torch.randint(0, VOCAB_SIZE, (50 * GLOBAL_BATCH_SIZE, SEQ_LEN + 1), generator=generator)
+
+    def run(self, to_step: int, *, poison_step: int | None = None) -> list[float]:
+        """Train up to step `to_step`; return the losses. At `poison_step` loss and gradients are infinite."""
+        losses = []
+        while self.step < to_step:
+            batches = [self._batch(micro.start, micro.stop) for micro in self._micro_batches()]
+            factor = float("inf") if self.step == poison_step else 1.0
+            lr = 3e-3 * (1 - self.step / 100)
+            result = train_step(
+                self.engine,
+                lambda model, batch, factor=factor: summed_loss(model, batch) * factor,
+                batches,
+                lr=lr,
+            )
+            losses.append(float(result.loss))
+            self.last = result
+            self.step += 1
+        return losses
+
+    def _micro_batches(self) -> list[Any]:
+        return self.plan.micro_batches(self.step, self.collectives.rank)
+
+    def _batch(self, start: int, stop: int) -> Batch:
+        rows = self.rows[start:stop] if stop > start else self.rows[:1]
+        labels = rows[:, 1:].clone()
+        # Some rows have one target less, so that micro-batches differ in their number of targets.
+        labels[:, 0] = torch.where(rows[:, 0] % 3 == 0, -100, labels[:, 0])
+        if stop == start:
+            labels[:] = -100
+        return Batch(input_ids=rows[:, :-1], labels=labels, num_target_tokens=int((labels != -100).sum()))
+
+    def take_snapshot(self) -> CheckpointSnapshot:
+        updates = self.engine.updates()
+        return CheckpointSnapshot(
+            progress=Progress(step=self.step),
+            fragments=list(self.engine.fragments()),
+            parameters={
+                name: ParameterInfo(shape, name in self.trainable, updates.get(name, 0))
+                for name, shape in self.shapes.items()
+            },
+            metadata=RunMetadata(
+                run_id="test",
+                config={"model": self.scenario.model.model_dump(mode="json")},
+                label_names=None,
+                tokenizer=None,
+                written_by={},
+                groups=[],
+                tied={},
+                probe=None,
+            ),
+            attachments={},
+        )
+
+    def save(self, root: str) -> str:
+        return CheckpointStore(root, self.collectives).save(self.take_snapshot())
+
+    def whole_state(self) -> dict[tuple[str, str], Tensor]:
+        """Every state of every parameter, gathered from all ranks; each element must come exactly once."""
+        mine = [(f.parameter, f.state, f.start, _copy(f)) for f in self.engine.fragments()]
+        whole: dict[tuple[str, str], Tensor] = {}
+        for name, state, start, values in chain.from_iterable(self.collectives.all_gather(mine)):
+            flat = whole.setdefault((name, state), torch.full((prod(self.shapes[name]),), torch.nan))
+            place = flat[start : start + values.numel()]
+            assert place.isnan().all(), f"{state} of {name} has an element twice"
+            place.copy_(values)
+        assert not any(flat.isnan().any() for flat in whole.values()), "some element is missing"
+        return whole
+
+
+def _copy(fragment: Fragment) -> Tensor:
+    return fragment.values.detach().float().clone()
+
+
+def summed_loss(model: Any, batch: Batch) -> Tensor:
+    logits = model(batch.input_ids)
+    return cross_entropy(
+        logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum", ignore_index=-100
+    )
+
+
+def run_alone(scenario: Scenario, to_step: int, **options: Any) -> Training:
+    training = Training(scenario, Topology(), SingleProcess())
+    training.losses = training.run(to_step, **options)  # type: ignore[attr-defined]
+    return training
