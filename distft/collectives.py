@@ -1,4 +1,4 @@
-"""Collectives outside of the engine: small objects, sums, and errors that every rank must see."""
+"""Collectives outside the engine: small objects, sums, and errors that every rank must see."""
 
 import secrets
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from distft.rendezvous import fresh_store
 from distft.topology import Topology
 
 T = TypeVar("T")
-# torch warns at each time-out of a store and then blocks all the same, so no time-out is short.
+# When a store's time-out expires, torch only warns and blocks again, so we choose one that never expires.
 _NO_TIMEOUT = timedelta(days=365)
 
 

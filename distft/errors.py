@@ -26,7 +26,7 @@ _MOST_NAMES = 12  # in a message
 
 
 class DistftError(Exception):
-    """Base class: catch it to catch every failure that distft foresees."""
+    """Base class of every error that distft raises on purpose."""
 
     exit_code = 1
 
@@ -61,7 +61,7 @@ class CheckpointError(DistftError):
 
 
 class UnsupportedFormatError(CheckpointError):
-    """No checkpoint is there, or one in a format that distft does not read: not corruption."""
+    """The path has no checkpoint, or one in a format that distft does not read; nothing is damaged."""
 
 
 class SupersededError(CheckpointError):
@@ -69,7 +69,7 @@ class SupersededError(CheckpointError):
 
 
 class TrainingError(DistftError):
-    """Work failed: gradients not finite for too many steps, a rank that hangs, a process that was killed."""
+    """Work failed: gradients not finite for too many steps, a hung rank, a killed process."""
 
 
 class Preempted(DistftError):

@@ -88,8 +88,8 @@ class BatchPlan:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        most_sequences = -(-self.global_batch_size // self.dp_world_size)  # of any rank
-        return -(-most_sequences // self.micro_batch_size)
+        max_sequences_per_rank = -(-self.global_batch_size // self.dp_world_size)
+        return -(-max_sequences_per_rank // self.micro_batch_size)
 
     @property
     def global_batch_tokens(self) -> int:
@@ -110,7 +110,7 @@ def split_among_ranks(start: int, stop: int, plan: BatchPlan, dp_rank: int) -> l
     num_sequences = stop - start
     lower = start + num_sequences * dp_rank // plan.dp_world_size
     upper = start + num_sequences * (dp_rank + 1) // plan.dp_world_size
-    most_sequences = -(-num_sequences // plan.dp_world_size)  # of any rank
-    num_micro_batches = -(-most_sequences // plan.micro_batch_size)
+    max_sequences_per_rank = -(-num_sequences // plan.dp_world_size)
+    num_micro_batches = -(-max_sequences_per_rank // plan.micro_batch_size)
     cuts = [min(lower + i * plan.micro_batch_size, upper) for i in range(num_micro_batches + 1)]
     return [MicroBatch(a, b) for a, b in pairwise(cuts)]

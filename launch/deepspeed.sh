@@ -6,7 +6,7 @@
 # selects the private network, MASTER_ADDRESS and MASTER_PORT (29500) the address of rank 0.
 #
 # If a machine or a rank dies, the script starts the run again, RESTARTS (3) times. It reads HOSTFILE again each
-# time, so remove broken machines from it. The run resumes from its last commit, on the ranks of HOSTFILE.
+# time, so remove broken machines from it. The run resumes from its last checkpoint, on the ranks of HOSTFILE.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -40,6 +40,6 @@ for ((attempt = 0; ; attempt++)); do
     0 | 2 | 75 | 130 | 143) exit "$status" ;;
   esac
   [ "$attempt" -lt "$restarts" ] || exit "$status"
-  echo "Restarting after exit code $status: the run resumes from its last commit." >&2
+  echo "Restarting after exit code $status: the run resumes from its last checkpoint." >&2
   sleep "${RESTART_DELAY_S:-10}" # ports and devices become free
 done

@@ -6,7 +6,7 @@
 # set HEAD_ADDRESS to the first node's address on the right one; set HEAD_PORT if the default port is taken.
 #
 # Before the time limit, or when the job is preempted, the run saves its state; then Slurm requeues the job, and the
-# run resumes from its last commit. Options on sbatch's command line override those below.
+# run resumes from its last checkpoint. Options on sbatch's command line override those below.
 #SBATCH --job-name=distft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -71,7 +71,7 @@ while true; do
 done
 
 if [ "$status" -eq 75 ] || { [ -n "$was_stop_requested" ] && [ "$status" -ne 0 ]; }; then
-  echo "The run was stopped: requeueing job $SLURM_JOB_ID, which resumes from its last commit."
+  echo "The run was stopped: requeueing job $SLURM_JOB_ID, which resumes from its last checkpoint."
   scontrol requeue "$SLURM_JOB_ID" || echo "Slurm did not requeue it: submit the same command again." >&2
 fi
 exit "$status"

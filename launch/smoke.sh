@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks that every launcher trains on this machine, to the same losses.
+# Checks that every launcher trains on this machine and reaches the same losses.
 #
 # launch/smoke.sh [plain|torchrun|deepspeed|ray]...
 #

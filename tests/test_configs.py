@@ -17,27 +17,27 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LABELS = ("first", "second", "third")
 
 
-def shape_of(config: RunConfig) -> ModelConfig:
+def model_config(config: RunConfig) -> ModelConfig:
     """The run's model, or that of the shipped run it starts from, with a vocabulary of 1000."""
-    shape = config.model
-    if shape is None:
+    model = config.model
+    if model is None:
         assert config.init_from is not None
         [ancestor] = [path for path in CONFIGS if load_yaml(path)["run_dir"] == config.init_from]
-        return shape_of(load_run_config(ancestor))
-    return shape.for_vocabulary(1000)
+        return model_config(load_run_config(ancestor))
+    return model.for_vocabulary(1000)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_parses_and_its_model_builds_on_the_meta_device(path: Path) -> None:
     config = load_run_config(path)
-    shape = shape_of(config)
+    model = model_config(config)
     labels = LABELS if config.objective.type == "classification" else None
     head = config.objective.head(labels)
-    module = build_module(shape, head)
+    module = build_module(model, head)
     assert all(param.is_meta for param in module.parameters())
-    assert sum(param.numel() for param in module.parameters()) == num_parameters(shape, head)
+    assert sum(param.numel() for param in module.parameters()) == num_parameters(model, head)
     assert select_trainable((name for name, _ in module.named_parameters()), config.trainable)
-    assert config.batch.seq_len <= shape.max_seq_len
+    assert config.batch.seq_len <= model.max_seq_len
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

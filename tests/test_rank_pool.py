@@ -182,7 +182,7 @@ def test_a_killed_rank_is_listed_first_and_its_peers_fail(tmp_path: Path) -> Non
         ranks.kill(2)
         with pytest.raises(RanksError, match=r"rank 2 was killed by SIGKILL") as caught:
             ranks.wait(timeout_s=30, grace_s=10)
-    assert list(caught.value.failures)[0] == 2  # noqa: RUF015  beside the next line
+    assert list(caught.value.failures)[0] == 2  # noqa: RUF015
     assert sorted(caught.value.failures) == [0, 1, 2]
     assert "closed by peer" in caught.value.failures[0] or "reset by peer" in caught.value.failures[0]
 

@@ -94,7 +94,7 @@ class FaultInjectionRun:
             time.sleep(0.1)
 
     def inject(self, kind: str, rng: random.Random) -> Recovery:
-        """Inject a fault, and wait for the next optimizer step; if the fault ends the ranks, of new ones."""
+        """Inject a fault, and wait for the next optimizer step: of new ranks, if the fault ends them."""
         step, injected, fault = self.last_step(), time.time(), FAULTS[kind]
         undo = fault.inject(self, rng)
         deadline = time.monotonic() + _TIMEOUT_S

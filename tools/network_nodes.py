@@ -1,4 +1,4 @@
-"""Several virtual machines on one: network, process and mount namespaces on one switch. Needs root."""
+"""Simulates machines by network, process and mount namespaces that share a switch. Needs root."""
 
 import contextlib
 import os

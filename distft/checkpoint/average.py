@@ -12,7 +12,7 @@ from distft.errors import ConfigError
 
 
 class AveragedCheckpoint:
-    """Mean of the weights in fp32; without moments, which do not belong to the mean.
+    """Mean of the weights in fp32, without moments: those of the sources do not fit the mean.
 
     Everything else, buffers included, comes from the last source that has a run's configuration, or from the
     last source if none has.
@@ -49,7 +49,7 @@ class AveragedCheckpoint:
 
     @property
     def summary(self) -> str:
-        """The sources and their weights, in a line."""
+        """The sources and their weights, in one line."""
         names = ", ".join(source.path for source in self._sources)
         factors = ", ".join(f"{factor:.4g}" for factor in self._factors)
         return f"average of {names} (weights {factors}); step and configuration of {self.path}"
@@ -110,6 +110,6 @@ def _problems(sources: Sequence[CheckpointSource], weights: Sequence[float]) -> 
             shown = ", ".join(differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             problems.append(
-                f"{source.path} is of another model than {sources[-1].path}: {shown}{more} differ."
+                f"{source.path} and {sources[-1].path} are not of the same model: {shown}{more} differ."
             )
     return problems

@@ -16,12 +16,12 @@ from distft.checkpoint.store import CheckpointStore
 
 @dataclass(frozen=True, slots=True)
 class SaveResult:
-    """A commit, and the time that it took."""
+    """A commit, and how long it took."""
 
     step: int
     path: str
-    stall_s: float  # training stood still
-    write_s: float  # writing took; in the background, training went on meanwhile
+    stall_s: float  # how long training waited
+    write_s: float  # how long writing and pruning took; in the background, training goes on meanwhile
 
 
 class StagingBuffers:
@@ -62,8 +62,8 @@ class StagingBuffers:
 class CheckpointSaver:
     """Saves snapshots to a store, at most one at a time. All ranks call `save` and `wait` together.
 
-    In the background the store needs a process group of its own: its thread communicates with those of the
-    other ranks while the engines communicate with each other.
+    To save in the background, the store needs its own process group: the writer threads of the ranks
+    communicate with each other while the engines do.
     """
 
     def __init__(self, store: CheckpointStore, config: CheckpointConfig) -> None:
@@ -75,7 +75,7 @@ class CheckpointSaver:
         self._results: list[SaveResult] = []
 
     def save(self, snapshot: CheckpointSnapshot) -> None:
-        """Copy the snapshot and return, while a thread writes it; without `in_background`, write it here.
+        """Copy the snapshot and let a thread write it; without `in_background`, write it before returning.
 
         First waits for the previous save, and raises its failure.
         """

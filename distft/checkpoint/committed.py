@@ -51,7 +51,7 @@ class Checkpoint:
         return self.manifest.progress.step
 
     def file_path(self, number: int) -> str:
-        """Path of a file of the manifest: in this directory, or in one beside it."""
+        """Path of a file of the manifest: in this directory, or in a sibling directory."""
         name = self.manifest.files[number].name
         if not name.startswith(SIBLING_PREFIX):
             return storage.join(self.path, name)
@@ -87,7 +87,7 @@ class Checkpoint:
         return read_values(path, location, interval.start, interval.stop)
 
     def find_damage(self, file_numbers: Sequence[int] | None = None) -> list[str]:
-        """A message on each of these files that is missing, or of another size or content than was written.
+        """A message for each of these files that is missing, or whose size or content is not as written.
 
         Without numbers, checks all files and the tokenizer. Raises `UnreachableError` if a file's condition
         cannot be determined.
@@ -113,7 +113,7 @@ class Checkpoint:
             if found == record.fingerprint:
                 return []
             damage = f"{where} is damaged: its fingerprint is {found}, the manifest's {record.fingerprint}"
-        return [f"{damage}; another commit of the run has it: copy it from there."]
+        return [f"{damage}; another checkpoint of the run has it: copy it from there."]
 
     def _find_file_damage(self, number: int) -> str:
         record = self.manifest.files[number]
@@ -158,7 +158,7 @@ def committed_steps(root: str) -> list[int]:
 
 
 def uncommitted_notes(root: str, *, after: int = -1) -> list[str]:
-    """A sentence on each step later than `after` that has a directory but no manifest."""
+    """A sentence for each step later than `after` that has a directory but no manifest."""
     committed = set(committed_steps(root))
     return [
         f"{storage.join(root, step_name(step))} is uncommitted: it has no {MANIFEST}."

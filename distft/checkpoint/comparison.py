@@ -48,9 +48,9 @@ def differences(
 
 
 def absent_states(found: Sequence[StateDifference]) -> dict[tuple[str, str], int]:
-    """States that one checkpoint has of no parameter (moments, say): (state, kind) -> number of parameters.
+    """States that one checkpoint lacks entirely, such as moments: (state, kind) -> number of parameters.
 
-    `kind` is missing or added. States of a single parameter are left out.
+    `kind` is missing or added. A state of a single parameter is left out.
     """
     kinds = Counter((d.state, d.kind) for d in found)
     totals = Counter(d.state for d in found)
@@ -71,7 +71,7 @@ def _compare(
     largest, squares, norm, num_differing = 0.0, 0.0, 0.0, 0
     for start, chunk in read_chunks(first, name, state, on_progress):
         a, b = chunk.double(), second.read(name, state, start, start + chunk.numel()).double()
-        # NaN on both sides is no difference; on one side it is an infinite one.
+        # NaN on both sides counts as equal, on one side as an infinite difference.
         gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs().nan_to_num(math.inf))
         largest = max(largest, float(gap.max()))
         squares += float(gap.square().sum())

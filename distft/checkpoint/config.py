@@ -6,11 +6,11 @@ from distft.config import Settings
 
 
 class CheckpointConfig(Settings):
-    """When a run saves, and what it keeps."""
+    """When a run saves checkpoints, and which of them it keeps."""
 
-    directory: str | None = None  # a path or a URL that all ranks reach; None: checkpoints/ in run_dir
-    every_steps: int | None = Field(default=None, ge=1)  # besides the last step, which is always saved
+    directory: str | None = None  # a path or a URL that all ranks reach; null: checkpoints/ in run_dir
+    every_steps: int | None = Field(default=None, ge=1)  # null: only the last step, which is always saved
     keep_last: int = Field(default=2, ge=1)  # how many of the newest checkpoints stay
-    keep_every_steps: int | None = Field(default=None, ge=1)  # checkpoints of multiples of this stay for good
+    keep_every_steps: int | None = Field(default=None, ge=1)  # multiples of this are never pruned
     resume: bool = True  # continue from the newest undamaged checkpoint in the run's directory, if any
-    in_background: bool = True  # train on while a copy in host memory is written; needs room for that copy
+    in_background: bool = True  # train on while a thread writes a copy in host memory, which must fit

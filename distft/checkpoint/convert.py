@@ -41,11 +41,13 @@ class ConvertConfig(Settings):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        useless = self.model_fields_set - {"to", *_OPTIONS[self.to]}
-        if useless:
+        unsupported = self.model_fields_set - {"to", *_OPTIONS[self.to]}
+        if unsupported:
             # max_shard_bytes has no option on the command line.
-            known = _as_options(set(_OPTIONS[self.to]) - {"max_shard_bytes"}) or "no options"
-            raise ValueError(f"{self.to} has no {_as_options(useless)}: leave that out; it takes {known}")
+            supported = _as_options(set(_OPTIONS[self.to]) - {"max_shard_bytes"}) or "no options"
+            raise ValueError(
+                f"{self.to} has no {_as_options(unsupported)}: leave that out; it accepts {supported}"
+            )
         return self
 
 

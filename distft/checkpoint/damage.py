@@ -1,4 +1,4 @@
-"""Damage of a checkpoint in any format: by its files' checksums and its tensors' fingerprints."""
+"""Finds damage of a checkpoint in any format, by the checksums of files and the fingerprints of states."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ from distft.checkpoint.fingerprint import fingerprint, fingerprint_text
 from distft.checkpoint.sources import CheckpointSource, read_chunks, stored_states
 from distft.errors import CheckpointError, DistftError, UnreachableError
 
-_CHANGED = "is not what was saved."
+_CHANGED = "differs from what was saved."
 
 
 def find_damaged_states(
     source: CheckpointSource, on_progress: Callable[[int], None] | None = None
 ) -> list[str]:
-    """A message on each state that is unreadable or does not have the fingerprint that it was saved with."""
+    """A message for each state that cannot be read, or whose fingerprint differs from the saved one."""
     found = []
     for name, record in source.manifest.parameters.items():
         for state in stored_states(source, name):
@@ -31,7 +31,7 @@ def find_damaged_states(
 
 
 def find_all_damage(source: CheckpointSource, on_progress: Callable[[int], None] | None = None) -> list[str]:
-    """A message on each damaged file, then one on each tensor that is not what was saved."""
+    """A message for each damaged file, then one for each state that differs from what was saved."""
     files = source.find_damage()
     states = find_damaged_states(source, on_progress)
     if files:  # these explain why a state cannot be read
@@ -40,7 +40,7 @@ def find_all_damage(source: CheckpointSource, on_progress: Callable[[int], None]
 
 
 def require_undamaged(source: CheckpointSource) -> None:
-    """Raise `CheckpointError` if files are damaged; the message names the tensors that are affected."""
+    """Raise `CheckpointError` if files are damaged; the message names the affected states."""
     if source.find_damage():
         damage = "\n".join(find_all_damage(source))
-        raise CheckpointError(f"Damaged; use another checkpoint:\n{damage}")
+        raise CheckpointError(f"The checkpoint is damaged; use another:\n{damage}")

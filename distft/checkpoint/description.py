@@ -120,10 +120,10 @@ def _describe_parameter(
 
 def description_table(description: dict[str, Any]) -> Group:
     """The result of `describe` as tables for a terminal."""
-    return Group(_facts_table(description), Text(), _parameters_table(description["parameters"]))
+    return Group(_summary_table(description), Text(), _parameters_table(description["parameters"]))
 
 
-def _facts_table(description: dict[str, Any]) -> Table:
+def _summary_table(description: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name in (
         "path",
@@ -143,8 +143,8 @@ def _facts_table(description: dict[str, Any]) -> Table:
             pairs = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
             table.add_row(name, pairs + _missing_mark(description[name]))
     for file in description["files"]:
-        facts = f"{file['name']}, {file['num_bytes']:,} bytes, {file['checksum']}"
-        table.add_row("file", facts + _missing_mark(file))
+        text = f"{file['name']}, {file['num_bytes']:,} bytes, {file['checksum']}"
+        table.add_row("file", text + _missing_mark(file))
     return table
 
 

@@ -29,9 +29,9 @@ def fingerprint(values: Tensor, start: int) -> int:
     """Fingerprint of the elements of a flattened state from `start` on.
 
     sum of bits[i] * (2 * i + 1) modulo 2**64, where i counts from the parameter's first element; an element
-    of 8 bytes counts as two of 4. Fingerprints of fragments add up to that of the whole, however it is cut.
+    of 8 bytes counts as two of 4. Fingerprints of fragments add up to that of the whole, wherever it is cut.
     The factors are odd, so a change of a single element always changes the sum. It detects damage and
-    mix-ups; it is no protection against tampering.
+    mix-ups, but does not protect against tampering.
     """
     size = values.element_size()
     bits = {1: torch.int8, 2: torch.int16}.get(size, torch.int32)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-WEIGHT = "weight"  # while it trains, the optimizer's fp32 value; while it is frozen, the value computed with
+WEIGHT = "weight"  # of a trainable parameter the optimizer's fp32 value, of a frozen one the model's
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = (WEIGHT, *MOMENTS)
 
@@ -36,7 +36,7 @@ class Interval:
 def cover(start: int, stop: int, stored: Iterable[Interval]) -> list[Interval]:
     """Cut the `stored` intervals so that they make up [start, stop), in order, each element once.
 
-    Where intervals overlap, the one that starts first serves. Raises `ValueError` with the first element
+    Where intervals overlap, the one that starts first is used. Raises `ValueError` with the first element
     that no interval stores.
     """
     covering: list[Interval] = []
@@ -57,5 +57,5 @@ def cover(start: int, stop: int, stored: Iterable[Interval]) -> list[Interval]:
 
 
 def even_slice(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The [start, stop) that `rank` writes of a tensor that every rank has a copy of."""
+    """Elements [start, stop) that `rank` writes of a tensor of which every rank has a copy."""
     return numel * rank // world_size, numel * (rank + 1) // world_size

@@ -1,4 +1,4 @@
-"""Frozen weights of a run: written once beside the commits, and referred to by later ones.
+"""Frozen weights of a run: written once beside the commits; later commits refer to these files.
 
 step_00000500/{manifest.json, rank_00000.safetensors, ...}     trainable parameters
 frozen_00000500/{rank_00000.safetensors, ...}                  frozen ones, unchanged since step 500
@@ -39,10 +39,10 @@ class FrozenWeights:
             name: manifest.parameters[name].states[WEIGHT] for name in names if name in manifest.parameters
         }
 
-    def refer_or_write(
+    def reuse_or_write(
         self, fragments: Sequence[Fragment], step: int
     ) -> tuple[list[FileRecord], dict[str, StateRecord]]:
-        """Files and records of the frozen weights: an earlier commit's if they are the same, else new ones.
+        """Files and records of the frozen weights; writes them unless an earlier commit's are the same.
 
         All ranks call this together, each with its own fragments.
         """

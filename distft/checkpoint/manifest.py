@@ -65,12 +65,12 @@ class TokenizerRecord(Settings):
 class Progress(Settings):
     """How far a run has trained.
 
-    A resume needs nothing else but the parameters: data order and learning rates are functions of this.
+    A resume needs this and the parameters only: data order and learning rates are functions of it.
     """
 
     step: int = 0  # optimizer steps done, skipped ones included
     sequences_seen: int = 0
-    used: tuple[tuple[int, int], ...] = ()  # [start, stop) of the run's data order that ranks did use
+    used: tuple[tuple[int, int], ...] = ()  # [start, stop) of the run's data order that ranks have used
     used_again: tuple[tuple[int, int], ...] = ()  # those that were used twice; empty unless there is a bug
     tokens_seen: int = 0  # targets: tokens, or the rows of a classification
     skipped_steps: int = 0

@@ -75,7 +75,7 @@ def rank_file_name(rank: int) -> str:
 
 
 def is_rank_file(name: str) -> bool:
-    """Whether a file of this name is one that a rank wrote."""
+    """Whether `name` is that of a file that a rank wrote."""
     return name.startswith("rank_") and name.endswith(".safetensors")
 
 

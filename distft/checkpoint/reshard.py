@@ -1,7 +1,7 @@
 """Rewrite a checkpoint of any format as a distft checkpoint with N rank files.
 
-Not needed before a resume, since loading reshards. It serves to make one file of many, many of one, or a
-distft checkpoint of a foreign one.
+A resume does not need it, because loading reshards. Use it to merge many files into one, to split one into
+many, or to convert a foreign format.
 """
 
 import os
@@ -58,7 +58,7 @@ def contiguous_layout(numels: Mapping[str, int], world_size: int) -> list[Interv
 
 @dataclass(frozen=True, slots=True)
 class ReshardPlan:
-    """What a reshard will read and write."""
+    """Layout and sizes of the files that a reshard will write."""
 
     layout: list[Intervals]  # by rank
     num_bytes: list[int]  # of state in each file
@@ -116,7 +116,7 @@ class _FingerprintSums:
 def write_distft(
     source: CheckpointSource, target: str, *, world_size: int = 1, on_progress: ProgressCallback | None = None
 ) -> Manifest:
-    """Write `source` as a self-contained checkpoint of `world_size` files; `manifest.json` comes last.
+    """Write `source` as a self-contained checkpoint of `world_size` files; `manifest.json` is written last.
 
     Checks every byte of the source first, then reads it again, a few MiB at a time. Computes the
     fingerprints that the source lacks. As with `cp`, the disk may still be writing when this returns. Raises

@@ -20,8 +20,8 @@ def delete_unneeded(
 ) -> None:
     """Delete `pruned`, some of the valid steps, and unneeded directories older than the newest valid step.
 
-    Unneeded are uncommitted and damaged steps, and frozen weights that no remaining commit refers to. Newer
-    directories stay: another process may be writing them.
+    Uncommitted and damaged steps are unneeded, as are frozen weights that no remaining commit refers to.
+    Newer directories stay: another process may be writing them.
     """
     newest = max(valid_steps, default=0)
     invalid = [step for step in list_steps(root) if step not in valid_steps and step < newest]

@@ -19,7 +19,7 @@ class StateSource(Protocol):
     """State by parameter name, read as intervals of flattened parameters."""
 
     def has(self, parameter: str, state: str) -> bool:
-        """Whether `read` can serve this state."""
+        """Whether `read` can return this state."""
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         """The parameter's shape; None if the source does not have it."""
@@ -42,7 +42,7 @@ class CheckpointSource(StateSource, Protocol):
     manifest: Manifest  # of a foreign format: the equivalent, without files
 
     def find_damage(self) -> list[str]:
-        """Read every byte; a message on each file that is damaged, as far as the format can show it."""
+        """Read every byte; return a message for each damaged file, as far as the format shows damage."""
 
 
 class InitialSource:
@@ -70,7 +70,7 @@ class InitialSource:
 
 
 class WeightsOnly:
-    """Another source without its moments and update counts: what `init_from` loads of a checkpoint."""
+    """Another source without its moments and update counts, as `init_from` loads a checkpoint."""
 
     def __init__(self, source: StateSource, *, without: tuple[str, ...] = ()) -> None:
         """Leaves out parameters whose names begin with one of `without`."""

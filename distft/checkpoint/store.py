@@ -22,8 +22,8 @@ class LatestValid:
     """Result of the search for the newest undamaged commit."""
 
     checkpoint: Checkpoint | None
-    complaints: list[str]  # what is wrong with each newer commit
-    damaged_steps: frozenset[int]  # the steps of those
+    damage: list[str]  # a message for each newer commit, all of which are damaged
+    damaged_steps: frozenset[int]  # the steps of these commits
 
 
 class CheckpointStore:
@@ -34,7 +34,7 @@ class CheckpointStore:
         self._collectives = collectives
         self._fence = WriterFence(root)
         self._frozen = FrozenWeights(root, collectives)
-        self._damaged_steps: set[int] = set()  # committed, but unloadable
+        self._damaged_steps: set[int] = set()  # committed, but damaged
 
     def path(self, step: int) -> str:
         return storage.join(self.root, step_name(step))
@@ -46,13 +46,13 @@ class CheckpointStore:
                 self._fence.acquire()
 
     def find_latest_valid(self) -> LatestValid:
-        """Find the newest commit whose every byte is as written; changes nothing.
+        """Find the newest undamaged commit by reading every byte; changes nothing.
 
-        Raises `UnreachableError` if that cannot be determined: a network failure never makes the search pass
-        over a commit.
+        Raises `UnreachableError` if the storage does not answer: a network failure never makes the search
+        skip a commit.
         """
-        complaints: list[str] = []
-        damaged: set[int] = set()
+        damage: list[str] = []
+        damaged_steps: set[int] = set()
         steps: list[int] = []
         with all_or_none(self._collectives, CheckpointError):
             if self._collectives.rank == 0:
@@ -63,11 +63,11 @@ class CheckpointStore:
                     checkpoint = self._open(step)
                 checkpoint.verify(self._collectives)
             except CheckpointError as error:
-                complaints.append(f"step {step}: {error}")
-                damaged.add(step)
+                damage.append(f"step {step}: {error}")
+                damaged_steps.add(step)
             else:
-                return LatestValid(checkpoint, complaints, frozenset(damaged))
-        return LatestValid(None, complaints, frozenset(damaged))
+                return LatestValid(checkpoint, damage, frozenset(damaged_steps))
+        return LatestValid(None, damage, frozenset(damaged_steps))
 
     def _open(self, step: int) -> Checkpoint:
         checkpoint = Checkpoint.open(self.path(step))
@@ -95,14 +95,14 @@ class CheckpointStore:
         with all_or_none(collectives, StorageError):
             if collectives.rank == 0:
                 self._fence.check()
-                # Neither a damaged commit of this step nor a killed writer's files may count.
+                # A damaged commit of this step, or a killed writer's files.
                 storage.remove_tree(path, first=[MANIFEST])
                 storage.make_directory(path)
         self._damaged_steps.discard(step)
 
         trainable = [f for f in snapshot.fragments if snapshot.parameters[f.parameter].trainable]
         frozen = [f for f in snapshot.fragments if not snapshot.parameters[f.parameter].trainable]
-        frozen_files, frozen_records = self._frozen.refer_or_write(frozen, step)
+        frozen_files, frozen_records = self._frozen.reuse_or_write(frozen, step)
         with all_or_none(collectives, StorageError):
             name = rank_file_name(collectives.rank)
             file = write_rank_file(

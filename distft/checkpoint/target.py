@@ -12,7 +12,7 @@ UNFINISHED_MARKER = "UNFINISHED.txt"
 
 @contextmanager
 def target_directory(path: str, source: str) -> Iterator[None]:
-    """Create `path` for the block to write into; removes the marker when the block succeeds.
+    """Create `path`, marked as unfinished, for the block to write into; remove the marker if it succeeds.
 
     Empties and reuses a directory that an interrupted tool left. Raises `ConfigError` if the directory
     contains anything else or lies in `source`: existing files are never overwritten.
@@ -43,7 +43,7 @@ def target_directory(path: str, source: str) -> Iterator[None]:
 def require_outside(path: str, source: str) -> None:
     """Raise `ConfigError` if the target `path` lies in the directory of a source, which must not change."""
     if _is_within(path, source):
-        raise ConfigError(f"{path} lies in the source {source}, which stays as it is: choose another target.")
+        raise ConfigError(f"{path} lies in the source {source}, which must not change: choose another one.")
 
 
 def _all_commits(source: str) -> str:

@@ -16,11 +16,16 @@ checkpoint_app = typer.Typer(
 )
 
 Path = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A run, one of its commits, or a foreign checkpoint.")
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A run's directory (its newest checkpoint), or one checkpoint, of any format.",
+    ),
 ]
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A new directory, or a URL.")]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Let DeepSpeed's pickles import unknown classes: runs their code.")
+    bool,
+    typer.Option("--trust", help="Let DeepSpeed's pickles import unknown classes, which runs their code."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks to write files for.")]
@@ -38,7 +43,7 @@ _DIFFERENCE_KINDS = {
 def inspect(
     checkpoint: Path,
     statistics: Annotated[
-        bool, typer.Option("--statistics", help="Read every weight: mean, std, smallest, largest.")
+        bool, typer.Option("--statistics", help="Also show each weight's mean, std, minimum and maximum.")
     ] = False,
     as_json: AsJson = False,
     trust: Trust = False,
@@ -103,13 +108,13 @@ def verify(checkpoint: Path, as_json: AsJson = False, trust: Trust = False) -> N
 
 @checkpoint_app.command("diff")
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A")],
-    second: Annotated[str, typer.Argument(metavar="B")],
+    first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint of any format.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with A.")],
     state: Annotated[
-        list[str] | None, typer.Option(help="weight, exp_avg or exp_avg_sq; default: all.")
+        list[str] | None, typer.Option(help="weight, exp_avg or exp_avg_sq; repeatable; default: all.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest norm of a difference, relative to A's, that passes.")
+        float, typer.Option(min=0.0, help="Accept a difference up to this norm, relative to the norm of A.")
     ] = 0.0,
     as_json: AsJson = False,
     trust: Trust = False,
@@ -166,7 +171,7 @@ def _print_differences(
 
 @checkpoint_app.command("plan")
 def plan(checkpoint: Path, ranks: Ranks = 1, as_json: AsJson = False, trust: Trust = False) -> None:
-    """Show what `reshard` would read and write, and about how long it would take; changes nothing."""
+    """Show how much `reshard` would read and write, and estimate its time; changes nothing."""
     from distft.checkpoint.formats.detect import open_source
     from distft.checkpoint.rank_file import rank_file_name
     from distft.checkpoint.reshard import estimate_seconds, plan_reshard
@@ -204,20 +209,22 @@ def convert(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="For distft and deepspeed: number of ranks to write files for.")
     ] = None,
-    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="For deepspeed.")] = None,
+    zero_stage: Annotated[
+        int | None, typer.Option(min=0, max=3, help="For deepspeed: the ZeRO stage.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16: of deepspeed's module, of huggingface's weights.")
+        str | None, typer.Option(help="For deepspeed and huggingface: fp32, bf16 or fp16 weights.")
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="For huggingface: llama, mistral, qwen2, qwen3 or gpt2.")
     ] = None,
     run_config: Annotated[
         str | None,
-        typer.Option(help="A run's configuration, for checkpoints that do not describe their model."),
+        typer.Option(help="A run's configuration file, for checkpoints that do not describe their model."),
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Write a checkpoint in another format; the source stays as it is."""
+    """Write a checkpoint in another format; the source does not change."""
     from distft.checkpoint.convert import ARCHITECTURES, FORMATS
     from distft.checkpoint.formats.deepspeed_model import PARAM_DTYPES
 
@@ -242,16 +249,16 @@ def convert(
 @checkpoint_app.command("average")
 def average(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more of the same model.")
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more checkpoints of the same model.")
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="A new directory.")],
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="One for each checkpoint, relative to each other; default: all equal."),
+        typer.Option(help="Relative weight of one checkpoint; repeat it for each; default: all equal."),
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Average the weights of several checkpoints; the result serves init_from, evaluate and convert."""
+    """Average the weights of several checkpoints, for use with init_from, evaluate or convert."""
     from distft.checkpoint.average import AveragedCheckpoint
     from distft.checkpoint.formats.detect import open_source
 
@@ -262,14 +269,19 @@ def average(
 
 @checkpoint_app.command("prune")
 def prune(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a directory of its commits.")],
-    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest to keep.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's directory, or the directory of its checkpoints.")
+    ],
+    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints to keep.")],
     keep_every_steps: Annotated[
-        int | None, typer.Option(min=1, help="Also keep steps that are multiples of this.")
+        int | None, typer.Option(min=1, help="Also keep the steps that are multiples of this.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
 ) -> None:
-    """Delete old commits, and frozen weights that no remaining one needs. Keeps the newest valid commit."""
+    """Delete old checkpoints of a run, and frozen weights that no remaining one needs.
+
+    The newest valid checkpoint is always kept.
+    """
     from distft import storage
     from distft.checkpoint.committed import find_checkpoint
     from distft.checkpoint.config import CheckpointConfig
@@ -280,19 +292,20 @@ def prune(
     from distft.errors import ConfigError
 
     if storage.exists(storage.join(run, MANIFEST)):
-        raise ConfigError(f"{run} is a single commit: name its run, or the directory of its commits.")
+        raise ConfigError(
+            f"{run} is a single checkpoint: give its run's directory, or the directory of its checkpoints."
+        )
     root = storage.parent(find_checkpoint(run).path)
     config = CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps)
     store = CheckpointStore(root, SingleProcess())
     found = store.find_latest_valid()
-    for complaint in found.complaints:
-        print(f"note: {complaint}", file=sys.stderr)
+    for damage in found.damage:
+        print(f"note: {damage}", file=sys.stderr)
     store.resume_from(found)
     pruned = steps_to_prune(store.valid_steps(), config) if dry_run else store.prune(config)
     kept = [step for step in store.valid_steps() if step not in pruned]
-    goes = "would go" if dry_run else "is gone" if len(pruned) < 2 else "are gone"
-    stays = "stay" if len(kept) > 1 else "stays"
-    print(f"{root}: {_list_steps(pruned)} {goes}; {_list_steps(kept)} {stays}.")
+    deleted, remaining = ("would delete", "would keep") if dry_run else ("deleted", "kept")
+    print(f"{root}: {deleted} {_list_steps(pruned)}; {remaining} {_list_steps(kept)}.")
 
 
 def _list_steps(steps: list[int]) -> str:
@@ -300,7 +313,7 @@ def _list_steps(steps: list[int]) -> str:
 
 
 def _note_uncommitted(source: "CheckpointSource", given: str) -> None:
-    """If a run was given, print a note on each step that is newer than its newest commit."""
+    """If a run was given, print a note on each uncommitted step newer than its latest checkpoint."""
     from distft import storage
     from distft.checkpoint.committed import Checkpoint, uncommitted_notes
 
@@ -342,7 +355,7 @@ def _set_run_config(source: "CheckpointSource", run_config: str) -> None:
 def _write(
     source: "CheckpointSource", target: str, settings: dict[str, Any], given: list[str], summary: str
 ) -> None:
-    """Convert `source`, made of the checkpoints at the paths `given`, and print notes and `summary`."""
+    """Convert `source`, which reads the checkpoints at the paths `given`; print notes and `summary`."""
     from distft.checkpoint.convert import ConvertConfig, convert
     from distft.checkpoint.sources import num_state_bytes
     from distft.checkpoint.target import require_outside

@@ -24,7 +24,9 @@ Address = Annotated[
 ]
 AllowClearText = Annotated[
     bool,
-    typer.Option("--allow-clear-text-token", help="Send the cluster's token even where others can read it."),
+    typer.Option(
+        "--allow-clear-text-token", help="Send the cluster's token even over an unencrypted connection."
+    ),
 ]
 JobId = Annotated[
     str, typer.Argument(metavar="JOB", help="The job's id, which `distft submit` and `status` print.")
@@ -46,8 +48,8 @@ def submit(
 ) -> None:
     """Train CONFIG on a Ray cluster: upload this directory, print the run's log, return its exit code.
 
-    Relative paths start in DISTFT_RUN_ROOT on the nodes; if that is not set and the cluster's head is this
-    machine, in this directory.
+    Relative paths are relative to DISTFT_RUN_ROOT on the nodes. If it is not set, and this machine is the
+    cluster's head, they are relative to this directory.
     """
     from distft.cluster.client.submit import submit as submit_run
 
@@ -66,7 +68,7 @@ def submit(
 
 def status(
     job: Annotated[
-        str | None, typer.Argument(metavar="[JOB]", help="One job; default: all runs of distft.")
+        str | None, typer.Argument(metavar="[JOB]", help="A job's id; default: list all runs of distft.")
     ] = None,
     address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -75,11 +75,11 @@ def report(error: DistftError, *, rank: int) -> None:
 
 
 def _kind(error: DistftError) -> str:
-    """Such as "config error: ", from the nearest class in `distft.errors`; empty for a requested stop."""
+    """A prefix such as "config error: ", by the nearest class in `distft.errors`; empty for a stop."""
     if isinstance(error, Preempted):
         return ""
     nearest = next(base for base in type(error).__mro__ if base.__module__ == DistftError.__module__)
-    if nearest is UnsupportedFormatError:  # a path that does not exist is one, too
+    if nearest is UnsupportedFormatError:  # also raised for a path that does not exist
         nearest = CheckpointError
     words = re.findall("[A-Z][a-z]*", nearest.__name__.removesuffix("Error"))
     return f"{' '.join(words).lower()} error: "

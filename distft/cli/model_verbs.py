@@ -59,9 +59,7 @@ def evaluate(
 
 def generate(
     checkpoint: CheckpointPath,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="May be given several times.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
@@ -95,14 +93,14 @@ def audit(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run_dir of a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check from its events that a run used every sequence exactly once. Exit code 1 if it did not."""
+    """Check from a run's events that it used every sequence exactly once. Exit code 1 if it did not."""
     from dataclasses import asdict
 
     from distft.run.audit import audit_run
 
-    found, not_counted = audit_run(run)
+    found, why_not_counted = audit_run(run)
     if as_json:
-        print(json.dumps({**asdict(found), "is_exact": found.is_exact, "rows_unknown": not_counted}))
+        print(json.dumps({**asdict(found), "is_exact": found.is_exact, "rows_unknown": why_not_counted}))
     else:
         sizes = " -> ".join(map(str, found.world_sizes))
         print(
@@ -118,6 +116,6 @@ def audit(
             least, most = found.uses_per_row
             print(f"each row of the data was used {least:,} to {most:,} times")
         else:
-            print(f"uses per row of the data were not counted: {not_counted}")
+            print(f"uses per row of the data were not counted: {why_not_counted}")
     if not found.is_exact:
         raise typer.Exit(1)

@@ -2,8 +2,8 @@
 
 The same as launch/ray_train.py, for directories without launch/.
 
-If RAY_ADDRESS is not set, starts a Ray on this machine for the run. Relative paths start in the directory
-DISTFT_RUN_ROOT; without it, in the current directory, which for a job is its copy of the submitted one.
+If RAY_ADDRESS is not set, starts a Ray on this machine for the run. Relative paths are relative to
+DISTFT_RUN_ROOT or, if it is not set, to the current directory: for a job, its copy of the submitted one.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped on request after saving, 1 any other failure.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str], train: "TrainFn | None" = None) -> int:
-    """Train the configuration that the arguments name, with `train` in each worker; returns the exit code."""
+    """Train as the arguments say, calling `train` in each worker; returns the exit code."""
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(__doc__)
         return 0 if arguments else 2

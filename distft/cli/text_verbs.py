@@ -21,7 +21,10 @@ Corpus = Annotated[
 ]
 TextColumn = Annotated[str, typer.Option(help="The text column of JSONL or Parquet.")]
 DocumentUnit = Annotated[
-    str, typer.Option(help="What is one document of a text file: file, line or blank_line.")
+    str,
+    typer.Option(
+        help="One document of a text file is a file, a line, or text between blank lines (blank_line)."
+    ),
 ]
 
 
@@ -84,7 +87,9 @@ def tokenizer_import(
 def tokenize(
     corpus: Corpus,
     tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A .model file.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="A directory; shards go to its train/.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="A directory; shards go to train/ and validation/ in it.")
+    ],
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Fraction of documents for validation/.")
     ] = 0.0,
@@ -95,7 +100,8 @@ def tokenize(
         bool, typer.Option("--overwrite", help="Remove earlier shards in the output first.")
     ] = False,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Another setting as key=value: shard_tokens=1000000.")
+        list[str] | None,
+        typer.Option("--set", help="Another setting as key=value, such as shard_tokens=1000000."),
     ] = None,
 ) -> None:
     """Turn a corpus into token shards on all cores; resumes interrupted work."""
@@ -137,7 +143,7 @@ def task(
         Path, typer.Option("--output", "-o", help="A directory for train.jsonl and test.jsonl.")
     ],
 ) -> None:
-    """Write a built-in classification task: which area of Python's library is a function from?"""
+    """Write a built-in classification task: predict a function's area of Python's standard library."""
     from distft.prepare.stdlib_task import write_stdlib_task
 
     written = write_stdlib_task(output)

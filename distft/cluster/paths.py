@@ -33,7 +33,7 @@ class RunPaths:
                 )
             if not Path(root).is_dir():
                 raise ConfigError(
-                    f"{RUN_ROOT}={root} is not a directory on this machine: make it, or name another."
+                    f"{RUN_ROOT}={root} is not a directory on this machine: create it, or name another."
                 )
             return cls(working_dir=Path(root), run_root=Path(root), is_uploaded=False)
         if is_submitted_job(environ):

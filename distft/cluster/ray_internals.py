@@ -34,7 +34,7 @@ def free_resources_per_node() -> list[dict[str, Any]]:
 
 
 def draining_node_ids() -> set[str]:
-    """Ids of the nodes that will leave the cluster because somebody announced it, such as a cloud."""
+    """Ids of the nodes whose departure was announced, for example by a cloud provider."""
     return set(ray._private.state.state.get_draining_nodes())  # as Ray Train's own preemption watcher does
 
 
@@ -49,7 +49,7 @@ def is_submitted_job(environ: Mapping[str, str]) -> bool:
 def connect_job_client(address: str, *, request_timeout_s: float) -> Any:
     """Ray's JobSubmissionClient with a time limit for each request, which Ray's own does not have.
 
-    Raises what Ray raises where no dashboard answers at `address`.
+    Raises Ray's own errors if no dashboard answers at `address`.
     """
     from ray.job_submission import JobSubmissionClient
 
@@ -65,7 +65,7 @@ def connect_job_client(address: str, *, request_timeout_s: float) -> Any:
 
 
 def session_name(client: Any) -> str:
-    """The name of the cluster's session, which its head makes when it starts."""
+    """The name of the cluster's session, which its head chooses when it starts."""
     return str(client._do_request("GET", "/api/version").json().get("session_name", ""))
 
 
@@ -93,15 +93,15 @@ def set_ray_environment(
 ) -> None:
     """Put the settings that Ray reads from the environment into `environ`, before `ray.init`.
 
-    Ray waits `start_attempt_s` for the workers of one attempt to start, and takes a worker that has not
-    answered for `health_check_timeout_s` for lost.
+    Ray waits `start_attempt_s` for the workers of one attempt to start, and considers a worker lost if it
+    does not answer for `health_check_timeout_s`.
     """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{start_attempt_s:g}",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{health_check_timeout_s:g}",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # Ray's 2 s take half of the time of a recovery
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # starts a process each time; StopMonitor looks instead
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # Ray's default of 2 s is half the time of a recovery
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # starts a process each time; StopMonitor does its work
     }
     for name, value in defaults.items():
         environ.setdefault(name, value)
@@ -127,7 +127,7 @@ def make_torch_trainer(train_loop: Callable[[], Any], **options: Any) -> Any:
 
 
 def reservation_name() -> str:
-    """Under which name the Ray Train run of this worker reserves resources."""
+    """The name under which the Ray Train run of this worker reserves resources."""
     from ray.train.v2._internal.execution.context import get_train_context
 
     return f"train-{get_train_context().train_run_context.run_id}"
@@ -154,7 +154,7 @@ def is_health_check_timeout(error: BaseException) -> bool:
 
 
 def health_check_cause(error: BaseException) -> BaseException:
-    """The error behind a failed health check; any other error as it is."""
+    """The cause of a failed health check; any other error unchanged."""
     cause: BaseException = getattr(error, "health_check_failure", error)
     return cause
 

@@ -1,4 +1,4 @@
-"""When running workers must save and end: the driver asks for it, a node leaves, or more workers fit."""
+"""Decides when workers must save and end: a stop request, a leaving node, or room for more workers."""
 
 import contextlib
 import threading
@@ -13,12 +13,12 @@ from distft.run.cluster_config import ClusterConfig
 from distft.train.services import StopReason
 
 _POLL_S = 1.0
-# The time that Ray needs to register a new node: workers that end sooner start again as few as before.
+# The time that Ray needs to register a new node: workers that end sooner would restart without it.
 _NODE_REGISTRATION_S = 20.0
 
 
 class StopMonitor:
-    """A context in which a thread of rank 0 looks for a reason to stop; the training loop calls `reason`."""
+    """Within its block, a thread of rank 0 checks for a reason to stop; the training loop calls `reason`."""
 
     def __init__(self, mailbox: Any, cluster: ClusterConfig, world_size: int) -> None:
         self._mailbox = mailbox
@@ -41,10 +41,10 @@ class StopMonitor:
         return self._reason
 
     def _monitor(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # driver or cluster are gone; others report it
-            # Ray may not place workers where resources are free: do not try the same growth again.
-            num_in_vain = ray.get(self._mailbox.workers_started.remote(self._world_size))
-            next_look = time.monotonic() + self._cluster.grow_check_s
+        with contextlib.suppress(ray.exceptions.RayError):  # driver or cluster is gone; others report it
+            # Ray may not place workers although resources are free: do not try the same growth again.
+            num_failed_to_add = ray.get(self._mailbox.workers_started.remote(self._world_size))
+            next_check = time.monotonic() + self._cluster.grow_check_s
             free_since = float("inf")
             while not self._has_ended.wait(_POLL_S):
                 if ray.get(self._mailbox.is_stop_requested.remote()):
@@ -53,11 +53,12 @@ class StopMonitor:
                 if self._is_node_leaving():
                     self._reason = "drain"
                     return
-                if self._world_size < self._cluster.max_workers and time.monotonic() >= next_look:
-                    next_look = time.monotonic() + self._cluster.grow_check_s
+                if self._world_size < self._cluster.max_workers and time.monotonic() >= next_check:
+                    next_check = time.monotonic() + self._cluster.grow_check_s
                     _, free = node_resources()
                     num_more = num_workers_that_fit(resources_per_worker(self._cluster), free)
-                    free_since = min(free_since, time.monotonic()) if num_more > num_in_vain else float("inf")
+                    can_grow = num_more > num_failed_to_add
+                    free_since = min(free_since, time.monotonic()) if can_grow else float("inf")
                     if time.monotonic() - free_since > _NODE_REGISTRATION_S:
                         ray.get(self._mailbox.growth_requested.remote(self._world_size, num_more))
                         self._reason = "resize"

@@ -19,9 +19,10 @@ _TOKEN_BYTES = 32  # as in Ray's own tokens
 
 
 def ensure_token(environ: MutableMapping[str, str]) -> Path | None:
-    """Make every Ray that a process with `environ` starts require a token; returns the token's file, if any.
+    """Make any Ray cluster started with `environ` require a token; returns the token's file, if any.
 
-    Makes a missing file readable for its owner only, and takes the permissions of others off an existing one.
+    Makes a missing file readable for its owner only, and removes other users' permissions from an existing
+    one.
     Respects RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH in `environ`. Raises `ConfigError` if the
     file is empty or cannot be made.
     """
@@ -39,7 +40,7 @@ def ensure_token(environ: MutableMapping[str, str]) -> Path | None:
             _make(path)
         if path.stat().st_size == 0:
             raise ConfigError(
-                f"{path}, the file for Ray's token, is empty: delete it, and a new one is made."
+                f"{path}, the file for Ray's token, is empty: delete it, and distft makes a new one."
             )
         _restrict_to_owner(path)
     except OSError as error:

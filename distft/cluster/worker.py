@@ -1,4 +1,4 @@
-"""What runs in each worker of the cluster: the same training function as under any other launcher."""
+"""Runs one rank in each worker of the cluster, by the same training function as any other launcher."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ TrainFn = Callable[[RunConfig, Topology, StopRequested], RunResult]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerTask:
-    """What the driver sends to each worker."""
+    """The task that the driver sends to each worker."""
 
     config: RunConfig
     train: TrainFn

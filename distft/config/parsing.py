@@ -58,7 +58,7 @@ class _Problem:
 
 
 def _lines(problems: list[_Problem]) -> list[str]:
-    """One line per key. Of a union, the members that match the data most deeply are reported."""
+    """One line per key. For a union, only the members that match the data most deeply."""
     reasons_by_subject: dict[str, list[str]] = {}
     for problem in problems:
         union_keys = problem.location.union_keys

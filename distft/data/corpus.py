@@ -30,7 +30,7 @@ from distft.data.corpus_files import DocumentUnit, SourceFile, find_files, read_
 from distft.data.corpus_parquet import parquet_chunks
 from distft.errors import DataError
 
-CHUNK_BYTES = 1 << 20  # least size on disk of a chunk: 0.05 to 0.3 s of tokenization
+CHUNK_BYTES = 1 << 20  # minimum size on disk of a chunk: 0.05 to 0.3 s of tokenization
 
 
 def _as_tuple(value: Any) -> Any:
@@ -57,7 +57,7 @@ class TextCorpus(Settings):
     @model_validator(mode="after")
     def _check_span(self) -> Self:
         if not 0 <= self.span[0] < self.span[1] <= 1:
-            raise ValueError(f"span={list(self.span)} must be two rising numbers between 0 and 1")
+            raise ValueError(f"span={list(self.span)} must be two ascending numbers between 0 and 1")
         return self
 
     def files(self) -> list[SourceFile]:
@@ -141,8 +141,8 @@ class WeightedCorpus(Settings):
 class MixtureCorpus(Settings):
     """Several sources, one after the other.
 
-    A weight is how often the documents of a source are used: 2 is twice each, 0.25 a quarter of them, 2.25
-    twice each and a quarter a third time. A hash of the text selects which.
+    The weight of a source is how often its documents are used: 2 uses each of them twice, 0.25 a quarter of
+    them, 2.25 each of them twice and a quarter a third time, selected by a hash of the text.
     """
 
     type: Literal["mixture"] = "mixture"

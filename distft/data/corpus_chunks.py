@@ -145,7 +145,7 @@ class ByteRangeChunk:
 
 @dataclass(frozen=True, slots=True)
 class BufferedChunk:
-    """Decompressed bytes in memory, as only one reader can read a compressed file, from its start."""
+    """Decompressed bytes in memory: a compressed file can only be read by one reader, from its start."""
 
     block: Block
     source_bytes: int
@@ -221,7 +221,7 @@ def _paragraphs(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _num_bytes(text: object) -> int:
-    """UTF-8 size. Raises `TypeError` if `text` is no str, `UnicodeEncodeError` if it has lone surrogates."""
+    """UTF-8 size. Raises `TypeError` if `text` is not a str, `UnicodeEncodeError` for lone surrogates."""
     if not isinstance(text, str):
         raise TypeError
     return len(text) if text.isascii() else len(text.encode())

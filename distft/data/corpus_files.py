@@ -1,8 +1,8 @@
 """Finds the files of a corpus and reads byte ranges of them, aligned to document boundaries.
 
 A range is planned by nominal byte positions without opening the file. The reader moves each end to the first
-document boundary at or after it; both neighbours of a border find the same one, so every byte belongs to
-exactly one range.
+document boundary at or after it. The readers of adjacent ranges find the same boundary, so every byte belongs
+to exactly one range.
 """
 
 import re

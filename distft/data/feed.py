@@ -17,7 +17,7 @@ from distft.topology import MicroBatch
 
 
 class Feed:
-    """Batches as a function of sequence numbers alone, whatever the rank, step or earlier calls."""
+    """Batches as a function of sequence numbers alone, independent of rank, step and earlier calls."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ class MixtureSampler:
     """
 
     def __init__(self, datasets: Sequence[tuple[int, float]], seed: int, *, shuffle: bool = True) -> None:
-        """`datasets`: number of rows and weight of each. A weight means its shortest decimal notation.
+        """`datasets`: number of rows and weight of each. A weight is read in its shortest decimal notation.
 
         Raises `ConfigError` if the weights need a period of more than 100,000 sequences.
         """

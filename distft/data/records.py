@@ -1,4 +1,4 @@
-"""Reads labelled rows from JSONL and CSV files; errors name the line of every bad row."""
+"""Reads text and label columns from JSONL and CSV files; errors name the line of every bad row."""
 
 import csv
 import difflib

@@ -45,7 +45,7 @@ class TokensConfig(Settings):
         )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
-        """Every row of every source once, whatever the weights."""
+        """Every row of every source once, regardless of the weights."""
         return Feed.for_evaluation(*self.open(context))
 
     def open(self, context: DataContext) -> list[PackedRows]:

@@ -91,9 +91,8 @@ def deepspeed_config(settings: ZeroConfig, plan: BatchPlan, *, max_grad_norm: fl
         "steps_per_print": None,
     }
     if not (settings.zero_stage == 0 and settings.param_dtype == "fp32"):
-        config["gradient_clipping"] = (
-            max_grad_norm or 0.0
-        )  # else ZeroEngine clips: DeepSpeed would not report the norm
+        # Otherwise ZeroEngine clips, because DeepSpeed would not report the norm.
+        config["gradient_clipping"] = max_grad_norm or 0.0
     if settings.param_dtype == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if settings.param_dtype == "fp16":

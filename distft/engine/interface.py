@@ -58,13 +58,13 @@ class Engine(Protocol):
         """Clip, update with `lr` times each group's `lr_scale`, clear; skip if a gradient is not finite."""
 
     def set_loss_scale(self, scale: float) -> None:
-        """fp16 only: the factor that `backward` multiplies the loss by and `step` divides gradients by."""
+        """fp16 only: `backward` multiplies the loss by this factor, `step` divides the gradients by it."""
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's fragments of weights and moments; over all ranks each element comes exactly once."""
+        """This rank's fragments of weights and moments; together the ranks yield each element once."""
 
     def updates(self) -> dict[str, int]:
         """The number of optimizer updates that each trainable parameter has had."""

@@ -1,4 +1,4 @@
-"""The DeepSpeed ZeRO engine: stages 0 to 3 behind the `Engine` interface."""
+"""The DeepSpeed ZeRO engine, stages 0 to 3; implements the `Engine` interface."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -136,7 +136,7 @@ class ZeroEngine:
         return even_slice(numel, self._collectives.rank, self._collectives.world_size)
 
     def updates(self) -> dict[str, int]:
-        """Update counts by parameter, the same on every rank, although a rank may have no part of some."""
+        """Update counts by parameter, equal on every rank: ranks exchange them, as each has only some."""
         local = {
             partition.parameter: int(partition.updates)
             for partition in zero_layout.local_partitions(self._engine, self._stage, self._params)

@@ -87,21 +87,21 @@ def _flat_partitions(optimizer: Any) -> Sequence[Tensor]:
 def local_partitions(
     engine: Any, zero_stage: int, params: Mapping[str, nn.Parameter]
 ) -> Iterator[ParameterPartition]:
-    """This rank's partition of every trainable parameter; at stage 0 each rank has all parameters whole."""
+    """This rank's partition of every trainable parameter; at stage 0 that is the whole parameter."""
     trainable = {name: param for name, param in params.items() if param.requires_grad}
     if zero_stage == 0:
-        return _whole_parameters(engine, trainable)
+        return _partitions_stage0(engine, trainable)
     if zero_stage == 3:
         return _partitions_stage3(engine, trainable)
-    return _partitions_stages_1_and_2(engine, trainable)
+    return _partitions_stage12(engine, trainable)
 
 
 def _moments(state: Mapping[str, Tensor], start: int, numel: int) -> dict[str, Tensor]:
     return {moment: state[moment].view(-1).narrow(0, start, numel) for moment in MOMENTS}
 
 
-def _whole_parameters(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[ParameterPartition]:
-    """Stage 0 partitions nothing."""
+def _partitions_stage0(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[ParameterPartition]:
+    """Stage 0 partitions nothing: one partition contains the whole parameter."""
     optimizer, inner = engine.optimizer, inner_optimizer(engine)
     masters: dict[int, Tensor] = {}
     if optimizer is not inner:  # bf16 and fp16: the wrapper has an fp32 copy of each parameter
@@ -115,18 +115,16 @@ def _whole_parameters(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterat
         )
 
 
-def _partitions_stages_1_and_2(
-    engine: Any, params: Mapping[str, nn.Parameter]
-) -> Iterator[ParameterPartition]:
+def _partitions_stage12(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[ParameterPartition]:
     """Stages 1 and 2 cut each group's flat buffer evenly, so a parameter may lie on several ranks."""
     optimizer = engine.optimizer
     for name, param in params.items():
-        mapping = getattr(param, "_hp_mapping", None)  # None: nothing of it lies in this rank's partition
+        mapping = getattr(param, "_hp_mapping", None)  # None: this rank has no element of it
         if mapping is None:
             continue
         flat = _flat_partitions(optimizer)[mapping.param_group_index]
         state = optimizer.optimizer.state[flat]
-        # `hp` (high precision) is the place in this rank's fp32 buffer, `lp` the place in the parameter.
+        # `hp` (high precision) is the position in this rank's fp32 buffer, `lp` that in the parameter.
         address, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
         master = flat.detach().narrow(0, address.start, address.numel)
         moments = _moments(state, address.start, address.numel)
@@ -134,7 +132,7 @@ def _partitions_stages_1_and_2(
 
 
 def _partitions_stage3(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[ParameterPartition]:
-    """Stage 3 cuts each parameter evenly, and pads the last slices."""
+    """Stage 3 cuts each parameter evenly and pads the last partitions."""
     optimizer = engine.optimizer
     for name, param in params.items():
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
@@ -159,7 +157,7 @@ def stage3_weights(engine: Any, param: nn.Parameter) -> tuple[int, Tensor]:
 
 
 def is_gathered(param: nn.Parameter) -> bool:
-    """Whether a stage-3 parameter is whole on this rank too; DeepSpeed keeps small ones so permanently."""
+    """Whether this rank also has the whole stage-3 parameter; of small ones DeepSpeed always keeps it."""
     status = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.AVAILABLE
     return param.ds_status == status  # type: ignore[attr-defined,no-any-return]
 
@@ -172,9 +170,9 @@ def allocate_stage3(
 
     def partitioned(param: nn.Parameter) -> nn.Parameter:
         values = torch.zeros(param.shape, dtype=dtype, device=device)
-        made = nn.Parameter(values, requires_grad=param.requires_grad)
-        context._zero_init_param(made)
-        return made
+        whole = nn.Parameter(values, requires_grad=param.requires_grad)
+        context._zero_init_param(whole)  # keeps this rank's partition and frees the rest
+        return whole
 
     replace_parameters(module, partitioned)
 

@@ -153,8 +153,8 @@ class Attention(nn.Module):
         q_BHTD, k_BGSD, v_BGSD = (x.to(dtype).transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
         is_grouped = self.num_heads != self.num_kv_heads
         if isinstance(mask, BlockMask):
-            # Flex skips blocks of keys that no query of a block attends to: packed documents cost little more
-            # than the sum of their own squares. SDPA with a dense mask computes all T x S scores.
+            # Flex skips blocks of keys that no query of a block attends to, so packed documents cost little
+            # more than the sum of their squared lengths. SDPA with a dense mask computes all T x S scores.
             flex = _compiled_flex_attention() if _compiles_flex(q_BTHD) else flex_attention
             y_BHTD: Tensor = flex(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)
         else:

@@ -23,7 +23,7 @@ def _default_d_ff(data: dict[str, Any]) -> int:
     d_model: int = data["d_model"]
     if data["mlp"] == "gelu":
         return 4 * d_model
-    # 8/3 * d_model: SwiGLU has three matrices instead of two, so two thirds of the width give as many
+    # 8/3 * d_model: SwiGLU has three matrices instead of two, so two thirds of 4 * d_model give as many
     # weights. Rounded up to a multiple of 16, since matrix products are fast on whole vectors.
     return -(-8 * d_model // 48) * 16
 
@@ -105,7 +105,7 @@ class ModelConfig(Settings):
         Raises `ConfigError` if `vocab_size` is already set and smaller: the embedding would lack rows.
         """
         if self.vocab_size is None:
-            # model_copy keeps the defaults that were derived from other sizes; it recomputes none.
+            # model_copy keeps the defaults that were derived from other sizes; it recomputes nothing.
             return self.model_copy(update={"vocab_size": vocab_size})
         if self.vocab_size < vocab_size:
             raise ConfigError(

@@ -23,7 +23,7 @@ def _has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 class MatmulDtype:
-    """Chooses the dtype of matrix products: the operands' own, or fp32 where the CPU only emulates theirs.
+    """Chooses the dtype of matrix products: the operands' own, or fp32 where the CPU would emulate it.
 
     A CPU without bf16 instructions multiplies bf16 matrices at 1 to 20 GFLOP/s, and fp32 matrices at 90.
     There we widen the operands and round the result once, which is what a native bf16 product does too.

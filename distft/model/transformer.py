@@ -1,4 +1,4 @@
-"""The Transformer: embedding, blocks and head. Ranks, freezing and optimizer act on it from outside, by name.
+"""The Transformer: embedding, blocks and head; it knows nothing of ranks, freezing or the optimizer.
 
 Shape letters: B rows, T positions, N = B * T, C = d_model, V = padded_vocab_size, K classes.
 """
@@ -23,7 +23,7 @@ from distft.model.attention import (
 from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
 from distft.model.layers import GELU, Linear, SwiGLU, make_embedding, make_norm
 
-# (hidden [N, C], weight [V, C], labels [N]) -> what the caller computes from them: a summed loss
+# (hidden [N, C], weight [V, C], labels [N]) -> the summed loss, or other sums over the rows
 HiddenLossFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         return self.lm_head(self.norm(x_BTC[:, -1:]))
 
     def compile_blocks(self) -> None:
-        """Have torch.compile compile each block at its first call.
+        """Compile each block with torch.compile, at its first call.
 
         Compiling the whole model would unroll the cross entropy's chunks. Block by block, the step is as fast
         and compiling takes 2-12 s instead of 20 (6.9M parameters, 6 layers, one core).

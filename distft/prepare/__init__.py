@@ -1,4 +1,4 @@
-"""From a corpus to token shards.
+"""Turns a corpus into token shards.
 
 `pipeline` is imported at first use: a worker process imports only `worker`, and so starts in half the time.
 """

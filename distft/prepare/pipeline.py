@@ -54,7 +54,7 @@ class TokenizeProgress:
     num_bytes: int  # of UTF-8 text
     num_tokens: int
     num_documents: int
-    source_bytes: int  # read from disk, out of
+    source_bytes: int  # read from disk
     total_source_bytes: int
 
 
@@ -181,7 +181,7 @@ def _tokenize_options(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeO
 
 
 def _output_spec(config: TokenizeConfig, options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that determines the bytes of the shards; not the paths, nor the number of workers."""
+    """Everything that determines the bytes of the shards: not the paths, nor the number of workers."""
     return {
         "corpus": corpus_fingerprint(config.corpus),
         "tokenizer": tokenizer.fingerprint,

@@ -16,7 +16,7 @@ _VERSION = 1
 class SavedProgress:
     """The work that an output directory contains, and how much of it is written."""
 
-    output_spec: dict[str, Any]  # all that determines the bytes of the shards
+    output_spec: dict[str, Any]  # everything that determines the bytes of the shards
     num_chunks: int = 0
     source_bytes: int = 0
     writers: dict[str, WriterProgress] = field(default_factory=dict)  # by split

@@ -54,7 +54,7 @@ def audit_events(events: Sequence[Mapping[str, Any]]) -> Audit:
             saves[int(event["step"])] = event
         last_step = max(last_step, int(event.get("step", 0)))
     if not saves:
-        raise ConfigError("Nothing to audit: no event records a commit and the sequences that it includes.")
+        raise ConfigError("Nothing to audit: no event records a checkpoint and the sequences that it covers.")
     step, last = max(saves.items())
     num_sequences = int(last["sequences_seen"])
     used = [(int(start), int(stop)) for start, stop in last["used"]]

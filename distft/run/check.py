@@ -25,7 +25,7 @@ def check_run(config: RunConfig, topology: Topology) -> tuple[BatchPlan, RunInpu
 
 
 def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Lines that describe the run on `world_size` ranks. Raises what `check_run` raises."""
+    """Lines that describe the run on `world_size` ranks. Raises the errors of `check_run`."""
     plan, inputs = check_run(config, Topology(world_size=world_size))
     num_steps = config.train.total_steps(
         num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size

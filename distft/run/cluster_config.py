@@ -26,11 +26,11 @@ class ClusterConfig(Settings):
     workers: int | ElasticWorkers = 1
     cpus_per_worker: float = Field(default=1.0, gt=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
-    memory_bytes_per_worker: int | None = Field(default=None, ge=1)  # None: no request
-    accelerator_type: str | None = None  # Ray's name, such as H100; None: any
+    memory_bytes_per_worker: int | None = Field(default=None, ge=1)  # null: no request
+    accelerator_type: str | None = None  # Ray's name, such as H100; null: any
     # PACK: on as few nodes as possible; SPREAD: on many; STRICT_PACK: on one; STRICT_SPREAD: each on its own.
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    network_interface: str | None = None  # for gloo and NCCL, such as eth1; None: their choice
+    network_interface: str | None = None  # for gloo and NCCL, such as eth1; null: their choice
     env: dict[str, str] = Field(default_factory=dict)  # environment variables of the workers; not for secrets
     # Restarts from the last checkpoint after consecutive failures with no new checkpoint between them.
     max_failures: int = Field(default=3, ge=0)

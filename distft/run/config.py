@@ -36,8 +36,8 @@ class EvaluationConfig(Settings):
     """When the run evaluates on validation data, and on how much of it."""
 
     every_steps: int | None = Field(default=None, ge=1)  # in addition to the end of the run
-    max_sequences: int | None = Field(default=None, ge=1)  # per evaluation; None: all
-    micro_batch_size: int | None = Field(default=None, ge=1)  # None: batch.micro_batch_size
+    max_sequences: int | None = Field(default=None, ge=1)  # per evaluation; null: all
+    micro_batch_size: int | None = Field(default=None, ge=1)  # null: batch.micro_batch_size
 
 
 class RunConfig(Settings):
@@ -46,13 +46,13 @@ class RunConfig(Settings):
     run_dir: str  # a directory for all output of the run; checkpoint.directory may be elsewhere
     seed: int = 0  # of initial weights and dropout; data_seed sets the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int | None = Field(default=None, ge=1)  # CPU threads of each rank; None: torch's default
+    num_threads: int | None = Field(default=None, ge=1)  # CPU threads of each rank; null: torch's default
     timeout_s: float = Field(default=600.0, gt=0)  # how long ranks wait for each other
-    hang_timeout_s: float = Field(default=300.0, gt=0)  # without heartbeat or progress a rank is hung
+    hang_timeout_s: float = Field(default=300.0, gt=0)  # maximum time without a rank's heartbeat or progress
     heartbeat_s: float = Field(default=5.0, ge=0)  # between heartbeats of a rank; 0: no heartbeats
-    tokenizer: str | None = None  # a .model file; None: the one of the data or the checkpoint
+    tokenizer: str | None = None  # a .model file; null: the one of the data or the checkpoint
     init_from: str | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
-    model: ModelConfig | None = None  # None: that of init_from
+    model: ModelConfig | None = None  # null: that of init_from
     trainable: tuple[str, ...] = ("*",)  # patterns of parameter names; "!pattern" excludes
     data: DataConfig
     validation: DataConfig | None = None

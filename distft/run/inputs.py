@@ -1,4 +1,4 @@
-"""Reads and checks the inputs of a run before it uses a device: tokenizer, data, model shape, checkpoint."""
+"""Reads and checks the inputs of a run before it uses a device: tokenizer, data, model, checkpoint."""
 
 import os
 from collections.abc import Mapping

@@ -50,7 +50,7 @@ def require_parameters(
 def new_parameter_prefixes(
     init_from: CheckpointSource, label_names: tuple[str, ...] | None
 ) -> tuple[str, ...]:
-    """Name prefixes of parameters not taken from `init_from`: the classifier, if its classes are others."""
+    """Name prefixes of parameters not taken from `init_from`: the classifier, if its classes differ."""
     saved = init_from.manifest.label_names
     has_same_labels = saved is not None and label_names is not None and tuple(saved) == label_names
     return () if has_same_labels else (_CLASSIFIER,)

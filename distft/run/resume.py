@@ -35,10 +35,10 @@ def find_resume_checkpoint(
     """
     config = inputs.config
     found = store.find_latest_valid()
-    if found.checkpoint is None and found.complaints:
+    if found.checkpoint is None and found.damage:
         raise CheckpointError(
             f"Every checkpoint in {store.root} is damaged, so the run cannot resume. Restore one, choose "
-            "another run_dir, or delete them to start from the beginning.\n" + "\n".join(found.complaints)
+            "another run_dir, or delete them to start from the beginning.\n" + "\n".join(found.damage)
         )
     if found.checkpoint is None:
         _verify_init_from(inputs, collectives)

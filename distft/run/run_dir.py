@@ -22,7 +22,7 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Where a run logs."""
+    """A run's id and trackers."""
 
     run_id: str
     trackers: Trackers  # log nothing on ranks other than 0
@@ -53,8 +53,8 @@ def open_run_dir(
                 run_dir,
                 resume_step=None if resumed is None else resumed.step,
             )
-    for complaint in latest.complaints:
-        trackers.event("damaged_checkpoint", reason=complaint)
+    for damage in latest.damage:
+        trackers.event("damaged_checkpoint", reason=damage)
     trackers.event(
         "start" if resumed is None else "resume",
         step=0 if resumed is None else resumed.step,
@@ -81,7 +81,7 @@ def ledger_fields(progress: Progress) -> dict[str, Any]:
 
 
 def _origin(inputs: RunInputs, latest: LatestValid) -> dict[str, str]:
-    """Where a new run's weights come from; for a resume, the settings that changed."""
+    """Event fields: the source of a new run's weights, or the settings that a resume changed."""
     if latest.checkpoint is None:
         return {} if inputs.init_from is None else {"init_from": inputs.init_from.path}
     changed = changed_settings(latest.checkpoint.manifest.config, inputs.config)

@@ -122,7 +122,10 @@ class RunServices(TrainerServices):
             self._trackers.event(LEDGER_EVENT, step=saved.step, **ledger_fields(progress))
 
     def _take_snapshot(self, progress: Progress, probe: ProbeRecord) -> CheckpointSnapshot:
-        """What this rank saves. Its fragments are views of live state: copy or write them at once."""
+        """The state and metadata that this rank saves.
+
+        The fragments are views of live state: copy or write them at once.
+        """
         inputs = self._inputs
         updates = self._engine.updates()
         return CheckpointSnapshot(

@@ -118,7 +118,7 @@ class TrainingRun:
                 self._store.become_writer()
                 result = self._train_from(latest.checkpoint, progress, record)
             else:
-                result = self._do_nothing(progress, record)
+                result = self._log_nothing_to_do(progress, record)
             status = "completed"
         except Preempted:
             status = "preempted"
@@ -131,7 +131,7 @@ class TrainingRun:
             record.trackers.finish(status)
         return result
 
-    def _do_nothing(self, progress: Progress, record: RunRecord) -> RunResult:
+    def _log_nothing_to_do(self, progress: Progress, record: RunRecord) -> RunResult:
         total_steps = self._schedule.total_steps
         is_beyond = progress.step > total_steps
         reason = {"reason": "the run is already beyond its last step"} if is_beyond else {}
@@ -171,7 +171,7 @@ class TrainingRun:
             try:
                 progress = trainer.run()
             finally:
-                services.close()  # after a failure, too: the save in progress is good
+                services.close()  # also after a failure: the save in progress is valid
                 engine.close()
         return RunResult(
             step=progress.step, metrics=services.last_metrics, checkpoint=services.last_checkpoint
@@ -213,10 +213,10 @@ class TrainingRun:
 
 @contextmanager
 def stop_on_sigterm(stop_requested: StopRequested) -> Iterator[StopRequested]:
-    """Within the block SIGTERM no longer ends the process; the yielded function reports it as a request.
+    """Within the block, SIGTERM does not end the process: the yielded function then returns "requested".
 
-    Otherwise that function returns the reason of `stop_requested`. Only the main thread of a process can set
-    a handler: in another thread, as in a Ray worker, SIGTERM keeps its effect.
+    Before a SIGTERM, it returns the result of `stop_requested`. Only the main thread of a process can set a
+    handler: in another thread, as in a Ray worker, SIGTERM keeps its effect.
     """
     is_terminated = threading.Event()
 

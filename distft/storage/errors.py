@@ -1,4 +1,4 @@
-"""Turn errors of disks and object stores into `StorageError`s that name the file and the remedy."""
+"""Turns errors of disks and object stores into `StorageError`s that name the file and the remedy."""
 
 import errno
 import os

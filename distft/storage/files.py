@@ -22,7 +22,7 @@ class Writer(Protocol):
 
 
 class Storage(Protocol):
-    """One file system. The functions below choose it by path, and document each method."""
+    """One file system. The functions below select one by path, and describe its methods."""
 
     def open_read(self, path: str) -> BinaryIO: ...
     def open_write(self, path: str, *, durable: bool) -> AbstractContextManager[Writer]: ...

@@ -1,4 +1,4 @@
-"""Local paths and URLs: tell them apart, join them and split them, without any file system call."""
+"""Distinguishes, joins and splits local paths and URLs, without any file system call."""
 
 import os
 import re

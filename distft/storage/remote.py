@@ -1,4 +1,4 @@
-"""Files behind URLs, through fsspec: object stores above all."""
+"""Files at URLs, through fsspec: mainly object stores."""
 
 import functools
 import io
@@ -245,11 +245,11 @@ class RemoteStorage:
 
 @functools.cache
 def s3_options() -> dict[str, Any]:
-    """Defaults for s3fs: block size, concurrency, time-outs, retries. fsspec's and botocore's settings win.
+    """Defaults for s3fs: block size, concurrency, time-outs, retries. The user's settings take precedence.
 
     botocore retries a request after a time-out, a lost connection, throttling or a 5xx: with these options up
     to 7 times in about 40 s, by its own defaults at most 3 times in 5 s. After a time-out, s3fs repeats all
-    that 5 times.
+    of this 5 times.
     """
     import botocore.session
     import fsspec

@@ -1,4 +1,4 @@
-"""Where a run's metrics and events go: files, console, wandb, TensorBoard; and progress of long work."""
+"""Destinations of a run's metrics and events: files, console, wandb, TensorBoard. Progress of long work."""
 
 from distft.tracker.console import ConsoleTracker
 from distft.tracker.interface import LEDGER_EVENT, Metrics, Tracker

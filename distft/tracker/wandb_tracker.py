@@ -19,11 +19,11 @@ class WandbConfig(Settings):
 
     type: Literal["wandb"] = "wandb"
     project: str = "distft"
-    entity: str | None = None  # user or team; None: wandb's default
-    name: str | None = None  # displayed name of the run; None: its run_id
+    entity: str | None = None  # user or team; null: wandb's default
+    name: str | None = None  # displayed name of the run; null: its run_id
     group: str | None = None
     tags: tuple[str, ...] = ()
-    mode: Literal["online", "offline", "disabled"] | None = None  # None: from wandb's own settings
+    mode: Literal["online", "offline", "disabled"] | None = None  # null: from wandb's own settings
     notes: str | None = Field(None, max_length=10_000)
 
     def build(self) -> "WandbTracker":

@@ -1,4 +1,4 @@
-"""What the training loop asks of the run around it: log, evaluate, save, stop."""
+"""The services that the training loop needs from its run: log, evaluate, save, stop."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, Protocol

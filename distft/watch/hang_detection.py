@@ -1,4 +1,4 @@
-"""Which ranks hang, from when each was last seen. Arithmetic only: no clock, no network."""
+"""Finds hung ranks from the times since their last heartbeats. Arithmetic only: no clock, no network."""
 
 import re
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ def _ranks_behind(running: Mapping[int, LastSeen], hang_timeout_s: float) -> tup
     }
     is_certain = all(
         seen.unmoved_s >= hang_timeout_s
-        and seen.silent_s <= hang_timeout_s / 3  # otherwise it may soon count as silent, which says more
+        and seen.silent_s <= hang_timeout_s / 3  # else it may soon be silent, a more exact finding
         and seen.heartbeat.phase in _PHASES_IN_STEP
         for seen in behind.values()
     )

@@ -65,9 +65,9 @@ class HeartbeatRecorder:
 
     @contextmanager
     def phase(self, phase: Phase, *, step: int | None = None) -> Iterator[None]:
-        """Run the block in `phase`, then return to the phase before; `step` is the step that now begins.
+        """Run the block in `phase`, then enter the previous phase again; `step` is the step that now begins.
 
-        If the block raises, the phase stays: it is where this rank failed.
+        If the block raises, the phase stays, so that it shows where this rank failed.
         """
         outer = self._current.phase
         self._enter(phase, step)
@@ -95,7 +95,7 @@ class HeartbeatRecorder:
         self._enter("after the step")
 
     def end(self) -> None:
-        """Enter the last phase: this rank trains no more."""
+        """Enter the last phase, "end": this rank has finished training."""
         self._enter("end")
 
     def heartbeat(self, number: int) -> Heartbeat:

@@ -11,7 +11,7 @@ from distft.watch.hang_detection import LastSeen
 from distft.watch.heartbeat import Heartbeat, HeartbeatRecorder
 
 _HANG_REPORT = "hang_report"
-_END_POLL_S = 0.02  # between looks for ranks that have not ended
+_END_POLL_S = 0.02  # rank 0 checks this often whether the other ranks have ended
 _log = logging.getLogger(__name__)
 
 
@@ -78,7 +78,7 @@ class HeartbeatExchange:
         return self._received
 
     def advance(self, elapsed_s: float) -> Mapping[int, LastSeen]:
-        """When each rank was last seen, after adding `elapsed_s` to the times since."""
+        """Add `elapsed_s` to the time since each rank was last seen; return when each was."""
         with self._lock:
             self._last_seen = {rank: seen.advanced(elapsed_s) for rank, seen in self._last_seen.items()}
             return dict(self._last_seen)
@@ -90,7 +90,7 @@ class HeartbeatExchange:
         self._is_published.wait(timeout_s)
 
     def end(self, timeout_s: float) -> None:
-        """Post and read a last time. Rank 0 also waits until all ranks have ended. Takes at most `timeout_s`.
+        """Post and read a last time; rank 0 also waits until all ranks have ended. Takes at most `timeout_s`.
 
         Rank 0 may serve the store: if it left first, the others would lose the store.
         """

@@ -1,4 +1,4 @@
-"""The operating system's process of a rank, and when another rank may kill it."""
+"""The operating-system process of a rank, and the rule for when another rank may kill it."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Which ranks are slow, by the time of their own work. Arithmetic only."""
+"""Finds slow ranks by the time that they spend on their own work. Arithmetic only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

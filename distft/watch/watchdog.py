@@ -21,7 +21,7 @@ from distft.watch.stragglers import Straggler, StragglerDetector
 
 _NUM_DECIDERS = 2  # ranks that watch all; the others watch only these, so the store's load is O(ranks)
 _STORE_TIMEOUT_S = 2.0  # for a store whose process may have stopped
-_OUTPUT_S = 1.0  # a thread of Ray's forwards what a rank prints to the driver
+_OUTPUT_S = 1.0  # time for Ray's thread to forward a rank's last output to the driver
 
 
 class Watchdog:
@@ -50,7 +50,7 @@ class Watchdog:
         self._hang_timeout_s = hang_timeout_s
         self._is_closed = threading.Event()
         self._hang_message = ""  # of a hang that ends the run
-        self._suspicion = ""  # of a hang that another rank is about to report
+        self._suspicion = ""  # a hang that this rank sees and that has not been reported
         self._num_checks_of_hang = 0
         self._straggler_detector = StragglerDetector(interval_steps=interval_steps)
         self._stragglers: list[tuple[Straggler, RankProcess]] = []
@@ -102,7 +102,7 @@ class Watchdog:
         last_s = time.monotonic()
         while self._exchange.is_running and not self._is_closed.wait(self._heartbeat_s):
             now_s = time.monotonic()
-            # More time passed only if this process was itself stopped, which says nothing of the others.
+            # More time passed only if this process itself was stopped, which says nothing about the others.
             last_seen = self._exchange.advance(min(now_s - last_s, 2 * self._heartbeat_s))
             last_s = now_s
             if (report := self._exchange.hang_report) is not None:
@@ -115,9 +115,8 @@ class Watchdog:
                 sees_all=self._rank < _NUM_DECIDERS,
             )
             self._suspicion = "" if hang is None else self._summarize(hang)
-            if hang is None:
-                self._num_checks_of_hang = 0
-            elif self._is_reporter(hang, last_seen):
+            self._num_checks_of_hang = 0 if hang is None else self._num_checks_of_hang + 1
+            if hang is not None and self._is_reporter(hang, last_seen):
                 self._report(hang, last_seen)
                 return
             if self._rank == 0 and last_seen:
@@ -127,7 +126,6 @@ class Watchdog:
 
     def _is_reporter(self, hang: Hang, last_seen: Mapping[int, LastSeen]) -> bool:
         """The first rank that does not hang reports; a later one only if the ranks before it do not."""
-        self._num_checks_of_hang += 1
         before = [
             rank
             for rank in range(self._rank)

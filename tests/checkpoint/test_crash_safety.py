@@ -148,10 +148,10 @@ class Recovery:
 
     damaged_steps: set[int]  # committed, but damaged
     resumed_step: int | None
-    complaints: list[str]
+    damage: list[str]
     losses: list[float]
     final_step: int | None  # the latest valid one at the end
-    final_complaints: list[str]
+    final_damage: list[str]
     final_names: set[str]
 
 
@@ -167,10 +167,10 @@ def recover(case: Case, disk: Path) -> Recovery:
     return Recovery(
         damaged_steps=damaged,
         resumed_step=None if found.checkpoint is None else found.checkpoint.step,
-        complaints=found.complaints,
+        damage=found.damage,
         losses=losses,
         final_step=None if final.checkpoint is None else final.checkpoint.step,
-        final_complaints=final.complaints,
+        final_damage=final.damage,
         final_names=names_in(disk),
     )
 
@@ -230,9 +230,9 @@ def test_a_process_that_dies_at_any_operation_loses_no_commit(
         recovery = recover(case, disk)
         assert recovery.damaged_steps <= {case.damaged}, accident
         assert recovery.resumed_step == survivor, accident
-        assert len(recovery.complaints) <= (case.damaged is not None), accident
+        assert len(recovery.damage) <= (case.damaged is not None), accident
         assert recovery.losses == undisturbed.losses[survivor], accident
-        assert (recovery.final_step, recovery.final_complaints) == (case.last_step, []), accident
+        assert (recovery.final_step, recovery.final_damage) == (case.last_step, []), accident
         assert recovery.final_names == undisturbed.names, accident
 
 
@@ -262,9 +262,9 @@ def test_a_disk_that_is_full_from_any_operation_on_loses_no_commit(
         recovery = recover(case, disk)
         assert recovery.damaged_steps <= {case.damaged}, accident
         assert recovery.resumed_step == survivor, accident
-        assert len(recovery.complaints) <= (case.damaged is not None), accident
+        assert len(recovery.damage) <= (case.damaged is not None), accident
         assert recovery.losses == undisturbed.losses[survivor], accident
-        assert (recovery.final_step, recovery.final_complaints) == (case.last_step, []), accident
+        assert (recovery.final_step, recovery.final_damage) == (case.last_step, []), accident
         assert recovery.final_names == undisturbed.names, accident
     assert bool(num_failed) == (case.saves is not None)
 
@@ -386,7 +386,7 @@ def test_a_rank_killed_at_a_random_operation_leaves_a_commit_to_resume_from(
     store = CheckpointStore(str(tmp_path), SingleProcess())
     found = store.find_latest_valid()
     assert found.checkpoint is not None, accident
-    assert not found.complaints, accident
+    assert not found.damage, accident
     store.resume_from(found)
     training = Training(PARTLY, Topology(), SingleProcess(), found.checkpoint)
     expected = run_alone(PARTLY, 5).losses  # type: ignore[attr-defined]
@@ -432,7 +432,7 @@ def test_a_real_full_file_system_keeps_the_last_commit(tmp_path: Path) -> None:
         assert not temporary_files_in(root)
         found = CheckpointStore(str(root), SingleProcess()).find_latest_valid()
         assert found.checkpoint is not None
-        assert (found.checkpoint.step, found.complaints) == (1, [])
+        assert (found.checkpoint.step, found.damage) == (1, [])
         resize(10 * num_bytes)
         store.save(training.take_snapshot())
         assert store.prune(KEEP_ONE) == [1]

@@ -26,7 +26,7 @@ def test_cover_has_each_element_once_and_in_order(numel: int, data: st.DataObjec
         assert whole.start <= interval.start < interval.stop <= whole.stop
 
 
-def test_cover_raises_with_the_first_element_that_nobody_stores() -> None:
+def test_cover_raises_with_the_first_element_that_no_interval_stores() -> None:
     with pytest.raises(ValueError, match=r"^4$"):
         cover(0, 10, [Interval(0, 4, 0), Interval(6, 10, 1)])
     with pytest.raises(ValueError, match=r"^8$"):

@@ -38,7 +38,7 @@ def _resume_and_train(
         collectives = collectives_for(scenario, topology)
         found = CheckpointStore(f"{root}/{source}", collectives).find_latest_valid()
         assert found.checkpoint is not None
-        assert not found.complaints
+        assert not found.damage
         training = Training(scenario, topology, collectives, found.checkpoint)
         losses[source] = training.run(NUM_STEPS)
         training.engine.close()

@@ -154,7 +154,7 @@ def test_an_unreachable_store_ends_the_run_at_its_start(
 
 def _latest_valid_step(root: str) -> tuple[int | None, list[str]]:
     found = CheckpointStore(root, SingleProcess()).find_latest_valid()
-    return None if found.checkpoint is None else found.checkpoint.step, found.complaints
+    return None if found.checkpoint is None else found.checkpoint.step, found.damage
 
 
 @pytest.mark.parametrize("in_background", [True, False])
@@ -180,15 +180,13 @@ def test_after_a_failed_upload_the_last_commit_is_the_latest_valid(
         pytest.raises(StorageError, match=f"{fails}.*writing failed"),
     ):
         save()
-    assert failure.num_answered == 8
+    assert failure.num_injected == 8
     assert _latest_valid_step(f"{bucket}/run") == (None if fails == "frozen_" else 1, [])
     save()
     assert _latest_valid_step(f"{bucket}/run") == (2, [])
 
 
-def test_while_the_store_is_unreachable_no_commit_is_passed_over_as_damaged(
-    s3: S3Server, bucket: str
-) -> None:
+def test_while_the_store_is_unreachable_no_commit_counts_as_damaged(s3: S3Server, bucket: str) -> None:
     store = CheckpointStore(f"{bucket}/run", SingleProcess())
     training = run_alone(Scenario(), 0)
     for step in (1, 2):
@@ -196,16 +194,16 @@ def test_while_the_store_is_unreachable_no_commit_is_passed_over_as_damaged(
         store.save(training.take_snapshot())
     for name in ("", "step_00000002/manifest.json", "step_00000002/rank_00000.safetensors"):
 
-        def concerns(request: Request, name: str = name) -> bool:
+        def is_affected(request: Request, name: str = name) -> bool:
             return request.method in {"GET", "HEAD"} and name in request.path
 
-        with s3.failing(concerns), pytest.raises(UnreachableError):
+        with s3.failing(is_affected), pytest.raises(UnreachableError):
             store.find_latest_valid()
-        with s3.failing(concerns, status=403, code="AccessDenied"), pytest.raises(UnreachableError):
+        with s3.failing(is_affected, status=403, code="AccessDenied"), pytest.raises(UnreachableError):
             store.find_latest_valid()
     found = store.find_latest_valid()
     assert found.checkpoint is not None
-    assert (found.checkpoint.step, found.complaints) == (2, [])
+    assert (found.checkpoint.step, found.damage) == (2, [])
     with (
         s3.failing(lambda r: r.method == "GET" and r.path.endswith("rank_00000.safetensors")),
         pytest.raises(UnreachableError),
@@ -225,16 +223,16 @@ def test_damage_on_s3_is_found_and_the_commit_before_it_is_the_latest_valid(
     data = bytearray(storage.read_bytes(f"{bucket}/{key}"))
     data[-1] ^= 1
     s3.client().put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=bytes(data))
-    step, complaints = _latest_valid_step(store.root)
+    step, damage = _latest_valid_step(store.root)
     assert step == 1
-    assert len(complaints) == 1
+    assert len(damage) == 1
     s3.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key=key)
-    step, complaints = _latest_valid_step(store.root)
+    step, damage = _latest_valid_step(store.root)
     assert step == 1
-    assert "rank_00000.safetensors is missing" in complaints[0]
+    assert "rank_00000.safetensors is missing" in damage[0]
 
 
-def test_pruning_on_s3_deletes_what_is_not_needed_and_keeps_frozen_weights(s3: S3Server, bucket: str) -> None:
+def test_pruning_on_s3_deletes_unneeded_files_and_keeps_frozen_weights(s3: S3Server, bucket: str) -> None:
     training = run_alone(FROZEN, 1)
     store = CheckpointStore(f"{bucket}/run", SingleProcess())
     for step in (1, 2, 3):
@@ -346,12 +344,12 @@ def test_the_other_tools_accept_urls(
 def test_a_conversion_with_a_failed_upload_stays_unfinished_and_can_be_rerun(
     saved: Training, bucket: str, s3: S3Server, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
-    def concerns(request: Request) -> bool:
+    def is_affected(request: Request) -> bool:
         return request.method == "PUT" and "/out/" in request.path and len(s3.keys(bucket)) >= num_keys + 2
 
     num_keys = len(s3.keys(bucket))
     arguments = ("convert", f"{bucket}/run", f"{bucket}/out", "--to", to, *ranks_option(to, 2))
-    with s3.failing(concerns, status=403, code="AccessDenied"):
+    with s3.failing(is_affected, status=403, code="AccessDenied"):
         assert cli(*arguments) == 1
     assert "writing failed: PermissionError" in capsys.readouterr().err
     assert storage.exists(f"{bucket}/out/{UNFINISHED_MARKER}")

@@ -28,7 +28,9 @@ def _three_saves(root: Path) -> CheckpointStore:
     return CheckpointStore(str(root), SingleProcess())
 
 
-def test_the_newest_commit_is_found_from_the_run_its_checkpoints_and_itself(tmp_path: Path) -> None:
+def test_the_newest_commit_is_found_by_the_path_of_the_run_its_checkpoints_or_itself(
+    tmp_path: Path,
+) -> None:
     store = _three_saves(tmp_path / "run" / "checkpoints")
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", store.path(3)):
         assert find_checkpoint(str(path)).step == 3
@@ -42,7 +44,7 @@ def test_a_directory_without_a_manifest_does_not_count(tmp_path: Path) -> None:
     found = store.find_latest_valid()
     assert found.checkpoint is not None
     assert found.checkpoint.step == 2
-    assert found.complaints == []
+    assert found.damage == []
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "mix"])
@@ -64,9 +66,9 @@ def test_damage_is_named_and_the_commit_before_it_is_the_latest_valid(tmp_path: 
     assert found.checkpoint is not None
     assert found.checkpoint.step == 2
     assert found.damaged_steps == {3}
-    (complaint,) = found.complaints
-    assert complaint.startswith("step 3: ")
-    assert (MANIFEST if damage == "manifest" else file.name) in complaint
+    (message,) = found.damage
+    assert message.startswith("step 3: ")
+    assert (MANIFEST if damage == "manifest" else file.name) in message
 
 
 def test_a_search_changes_neither_the_store_nor_the_disk(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     found = store.find_latest_valid()
     assert found.checkpoint is not None
     assert found.checkpoint.step == 3
-    assert not found.complaints
+    assert not found.damage
 
 
 def test_pruning_deletes_old_commits_and_old_uncommitted_steps(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_checkpoint_with_a_damaged_tokenizer_is_refused(
     tokenizer = copied_run / "checkpoints" / "step_00000004" / "tokenizer.model"
     if flipped_byte is None:
         tokenizer.unlink()
-        damage = f"{tokenizer} is missing; another commit of the run has it"
+        damage = f"{tokenizer} is missing; another checkpoint of the run has it"
     else:
         flip_bit(tokenizer, flipped_byte)
         damage = f"{tokenizer} is damaged: its fingerprint is "
@@ -209,7 +209,8 @@ def test_a_target_within_the_source_run_is_refused(
     ):
         for arguments in (("reshard", source, target), ("average", newest, source, "-o", target)):
             assert cli(*arguments) == 2
-            assert f"{target} lies in the source {refused_for}, which stays" in capsys.readouterr().err
+            message = f"{target} lies in the source {refused_for}, which must not change"
+            assert message in capsys.readouterr().err
     assert sorted(copied_run.rglob("*")) == before
 
 

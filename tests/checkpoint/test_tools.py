@@ -1,4 +1,4 @@
-"""`distft checkpoint`, called as a user would; distft writes and reads every format here."""
+"""`distft checkpoint`, called as a user would; distft both writes and reads every format."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from distft.topology import Topology
     numels=st.lists(st.integers(0, 40), max_size=12),
     world_size=st.integers(1, 9) | st.sampled_from([64, 1000, 4096]),
 )
-def test_a_layout_gives_each_element_to_one_rank_and_ranks_equal_shares(
+def test_a_layout_gives_each_element_to_one_rank_and_divides_them_evenly(
     numels: list[int], world_size: int
 ) -> None:
     named = {f"p{i}": numel for i, numel in enumerate(numels)}
@@ -109,7 +109,7 @@ def test_verify_names_the_damaged_tensor(
     damage = json.loads(capsys.readouterr().out)["faults"]
     assert len(damage) == 2
     assert "rank_00000.safetensors is damaged" in damage[0]
-    assert damage[1] == "exp_avg_sq of norm.weight is not what was saved."
+    assert damage[1] == "exp_avg_sq of norm.weight differs from what was saved."
     assert cli("reshard", tmp_path / "copy", tmp_path / "out") == 2
     assert "exp_avg_sq of norm.weight" in capsys.readouterr().err
     for to in ("huggingface", "deepspeed", "universal"):
@@ -194,7 +194,7 @@ def test_prune_keeps_frozen_weights_that_a_remaining_commit_needs(
 ) -> None:
     shutil.copytree(saved.path.parent, tmp_path / "checkpoints")
     assert cli("prune", tmp_path, "--keep-last", 1, "--dry-run") == 0
-    assert ": step 2 would go; step 3 stays." in capsys.readouterr().out
+    assert ": would delete step 2; would keep step 3." in capsys.readouterr().out
     assert cli("prune", tmp_path, "--keep-last", 1) == 0
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "frozen_00000002",
@@ -202,7 +202,7 @@ def test_prune_keeps_frozen_weights_that_a_remaining_commit_needs(
     ]
     assert cli("verify", tmp_path) == 0
     assert cli("prune", tmp_path / "checkpoints" / "step_00000003", "--keep-last", 1) == 2
-    assert "is a single commit" in capsys.readouterr().err
+    assert "is a single checkpoint" in capsys.readouterr().err
 
 
 def test_a_target_with_content_is_refused_and_unchanged(

@@ -107,7 +107,7 @@ def test_a_logged_hang_is_the_cause_whichever_rank_ray_saw_die(tmp_path: Path) -
     about = {"reason": "silent", "step": 7, "phase": "forward", "silent_s": 12.0, "unmoved_s": 12.0}
     log = EventLog(tmp_path)
     log.write("start", step=0)
-    log.write(HANG, rank=1, host="node4", pid=12, stack=["loop.py:173 _one_step"], **about)
+    log.write(HANG, rank=1, host="node4", pid=12, stack=["loop.py:173 _run_step"], **about)
     log.close()
     mailbox = FakeMailbox()
     callback = FailureCallback(
@@ -115,7 +115,7 @@ def test_a_logged_hang_is_the_cause_whichever_rank_ray_saw_die(tmp_path: Path) -
     )
     callback.after_exception(None, {0: ActorDiedError()})
     assert "rank 1 (node4, pid 12) has not answered for 12.0 s, in step 7, forward" in mailbox.written[0]
-    assert "loop.py:173 _one_step" in mailbox.written[0]
+    assert "loop.py:173 _run_step" in mailbox.written[0]
     log = EventLog(tmp_path)
     log.write("resume", step=5)
     log.close()

@@ -1,4 +1,4 @@
-"""Submitted runs on a real cluster: what is sent, what comes back, and what a bad connection does."""
+"""Submitted runs on a real cluster: requests, results, interrupts, and bad connections."""
 
 import contextlib
 import gc
@@ -300,7 +300,7 @@ def test_a_cluster_is_on_this_machine_if_its_session_directory_is(jobs: JobClien
 
 
 class NoDashboard(BaseHTTPRequestHandler):
-    """An HTTP server of something else."""
+    """An HTTP server that is not a dashboard."""
 
     def do_GET(self) -> None:
         self.send_response(200)

@@ -116,7 +116,7 @@ def test_jsonl_rows_are_read_once_each_in_order_for_any_chunk_size(
     path = write(folder / f"rows.jsonl{suffix}", data.encode())
     corpus = JsonlCorpus(paths=(path,), text_column="body")
     assert texts(corpus.chunks(chunk_bytes)) == ["x", *(row for row in rows if row)]
-    assert sum(part.source_bytes for part in corpus.chunks(chunk_bytes)) == source_bytes(corpus)
+    assert sum(chunk.source_bytes for chunk in corpus.chunks(chunk_bytes)) == source_bytes(corpus)
 
 
 def test_num_bytes_of_a_document_is_its_utf8_size(folder: Path) -> None:

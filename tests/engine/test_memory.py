@@ -55,15 +55,15 @@ def test_frozen_parameters_have_no_moments_and_no_gradients_at_any_stage(precisi
 
 
 def _build_at_stage_3(topology: Topology) -> tuple[int, int, int]:
-    """Elements: peak in whole parameters during construction, in partitions, and whole at the end."""
-    alive, peak = 0, 0
+    """Numbers of elements: largest whole parameter during construction; partitioned and whole at the end."""
+    peak = 0
     zeros = torch.zeros
 
     def counting_zeros(*arguments: Any, **options: Any) -> torch.Tensor:
-        nonlocal alive, peak
+        nonlocal peak
         made = zeros(*arguments, **options)
-        alive = made.numel()  # earlier ones are partitioned by now, or `whole` below would count them
-        peak = max(peak, alive)
+        # Earlier tensors are partitioned by now; otherwise `whole` below would count them.
+        peak = max(peak, made.numel())
         return made
 
     scenario = Scenario(stage=3)

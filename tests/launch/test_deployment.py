@@ -28,7 +28,7 @@ PYTHON_TYPES = {
 
 
 def schema_errors(value: Any, kind: Any, where: str) -> list[str]:
-    """Where `value` breaks `kind`, a type as kuberay_fields.yaml writes it."""
+    """Where `value` does not match `kind`, a type in the notation of kuberay_fields.yaml."""
     if isinstance(kind, list):
         if not isinstance(value, list):
             return [f"{where}: not a list"]
@@ -46,7 +46,7 @@ def schema_errors(value: Any, kind: Any, where: str) -> list[str]:
 
 
 def object_errors(value: Any, kind: str, where: str) -> list[str]:
-    """Where `value` breaks the object type `kind`: missing, unknown and wrongly typed fields."""
+    """Where `value` does not match the object type `kind`: missing, unknown and wrongly typed fields."""
     if not isinstance(value, dict):
         return [f"{where}: not an object"]
     known = {name.rstrip("!"): field for name, field in FIELDS[kind].items()}
@@ -99,7 +99,7 @@ def test_the_check_of_kuberay_fields_finds_errors(field: str, value: Any, error:
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_a_kuberay_cluster_asks_for_a_token(name: str) -> None:
+def test_a_kuberay_cluster_requires_a_token(name: str) -> None:
     assert _cluster(name)["authOptions"] == {"mode": "token"}
 
 
@@ -192,7 +192,7 @@ def test_the_image_and_all_pods_run_as_the_same_user_who_is_not_root() -> None:
     assert all(context["runAsNonRoot"] and context["runAsUser"] == 1000 for context in contexts)
 
 
-def test_the_image_copies_exactly_what_dockerignore_lets_in() -> None:
+def test_the_image_copies_exactly_the_files_that_dockerignore_allows() -> None:
     ignored = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
     assert "*" in ignored
     allowed = {line[1:] for line in ignored if line.startswith("!")}

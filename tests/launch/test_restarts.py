@@ -1,4 +1,4 @@
-"""Under torchrun and DeepSpeed's launcher a run that dies resumes from its last commit."""
+"""Under torchrun and DeepSpeed's launcher a run that dies resumes from its last checkpoint."""
 
 import contextlib
 import json

@@ -37,7 +37,7 @@ def _start(
 ) -> "Iterator[subprocess.Popen[str]]":
     """The script as Slurm starts it on the first node; at the end of the block all its processes are killed.
 
-    `stub` says what srun does: see tests/launch/slurm/srun.
+    `stub` configures the stub of srun: see tests/launch/slurm/srun.
     """
     (project / "stub.json").write_text(json.dumps({"log": str(project / "log"), **stub}))
     kept = {
@@ -126,7 +126,7 @@ def test_before_the_time_limit_the_driver_gets_sigterm_and_an_unfinished_job_is_
     assert calls[2]["options"] == ["--overlap", "--nodes=1", "--ntasks=1", "--nodelist=a1"]
     assert calls[2]["command"][-1].endswith("driver.pid")
     assert (calls[3:] == [{"scontrol": ["requeue", "1234"]}]) is is_requeued
-    assert ("resumes from its last commit" in output) is is_requeued
+    assert ("resumes from its last checkpoint" in output) is is_requeued
 
 
 def _wait_for(path: Path, timeout_s: float = 30) -> None:

@@ -11,32 +11,32 @@ OVERFLOWS = st.lists(st.booleans(), max_size=60)
 def test_without_hysteresis_the_scale_equals_that_of_torchs_grad_scaler(
     overflows: list[bool], growth_steps: int
 ) -> None:
-    ours = LossScaleConfig(growth_steps=growth_steps, hysteresis=1, min_scale=2.0**-60).build()
+    loss_scale = LossScaleConfig(growth_steps=growth_steps, hysteresis=1, min_scale=2.0**-60).build()
     scale, tracker = torch.tensor(2.0**16), torch.tensor(0, dtype=torch.int32)
     for is_overflow in overflows:
         torch._amp_update_scale_(scale, tracker, torch.tensor(float(is_overflow)), 2.0, 0.5, growth_steps)
-        ours.update(is_overflow=is_overflow)
-        assert ours.scale == scale.item()
+        loss_scale.update(is_overflow=is_overflow)
+        assert loss_scale.scale == scale.item()
 
 
 @given(overflows=OVERFLOWS, growth_steps=st.integers(1, 8), hysteresis=st.integers(1, 4))
 def test_the_scale_halves_only_from_the_hysteresis_th_overflow_after_a_growth(
     overflows: list[bool], growth_steps: int, hysteresis: int
 ) -> None:
-    ours = LossScaleConfig(growth_steps=growth_steps, hysteresis=hysteresis).build()
+    loss_scale = LossScaleConfig(growth_steps=growth_steps, hysteresis=hysteresis).build()
     since_growth = good = 0
     for is_overflow in overflows:
-        before = ours.scale
-        ours.update(is_overflow=is_overflow)
+        before = loss_scale.scale
+        loss_scale.update(is_overflow=is_overflow)
         since_growth += is_overflow
         good = 0 if is_overflow else good + 1
         if is_overflow:
-            assert ours.scale == (max(before / 2, 1.0) if since_growth >= hysteresis else before)
+            assert loss_scale.scale == (max(before / 2, 1.0) if since_growth >= hysteresis else before)
         elif good % growth_steps == 0:
-            assert ours.scale == 2 * before
+            assert loss_scale.scale == 2 * before
             since_growth = 0
         else:
-            assert ours.scale == before
+            assert loss_scale.scale == before
 
 
 @given(overflows=OVERFLOWS, cut=st.integers(0, 60), hysteresis=st.integers(1, 3))

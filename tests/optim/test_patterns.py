@@ -9,7 +9,7 @@ from distft.optim.patterns import select_trainable
 
 NAMES = [
     "embed.weight",
-    *(f"blocks.{i}.{part}.weight" for i in range(12) for part in ("q", "up")),
+    *(f"blocks.{i}.{layer}.weight" for i in range(12) for layer in ("q", "up")),
     "classifier.weight",
 ]
 PATTERNS = ["*", "blocks.*", "blocks.1?.*", "*.q.*", "embed*", "classifier.weight"]

@@ -108,9 +108,9 @@ def test_warmup_stable_decay_has_three_phases(
     for step in range(warmup_steps, warmup_steps + stable_steps):
         assert linear.factor(step, total_steps) == sqrt.factor(step, total_steps) == 1.0
     for i in range(1, decay_steps + 1):
-        step, way = warmup_steps + stable_steps - 1 + i, i / decay_steps
-        assert linear.factor(step, total_steps) == pytest.approx(1 - (1 - final_factor) * way)
-        assert sqrt.factor(step, total_steps) == pytest.approx(1 - (1 - final_factor) * math.sqrt(way))
+        step, fraction = warmup_steps + stable_steps - 1 + i, i / decay_steps
+        assert linear.factor(step, total_steps) == pytest.approx(1 - (1 - final_factor) * fraction)
+        assert sqrt.factor(step, total_steps) == pytest.approx(1 - (1 - final_factor) * math.sqrt(fraction))
 
 
 @given(extra=st.integers(1, 500))

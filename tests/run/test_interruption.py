@@ -103,6 +103,6 @@ def test_a_run_does_not_start_from_a_damaged_checkpoint(
 
 def test_a_damaged_checkpoint_is_not_opened_for_evaluation(damaged_run: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"rank_00000.safetensors is damaged(.*\n)+.*is not what was saved"
+        CheckpointError, match=r"rank_00000.safetensors is damaged(.*\n)+.*differs from what was saved"
     ):
         open_checkpoint(str(damaged_run))

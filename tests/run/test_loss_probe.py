@@ -118,7 +118,7 @@ def test_a_checkpoint_in_the_directory_of_another_step_is_not_resumed(data: Path
 def test_a_manifest_with_a_changed_digit_is_refused(pretrained: Path, tmp_path: Path) -> None:
     text = Path(find_checkpoint(str(pretrained)).path, MANIFEST).read_text()
     (tmp_path / MANIFEST).write_text(text.replace('"tokens_seen": ', '"tokens_seen": 1'))
-    with pytest.raises(CheckpointError, match="is damaged: it does not have the checksum"):
+    with pytest.raises(CheckpointError, match="is damaged: its content does not match its checksum"):
         Checkpoint.open(str(tmp_path))
 
 

@@ -110,7 +110,7 @@ def test_a_failed_request_is_retried(s3: S3Server, bucket: str, status: int) -> 
         each_request_twice, status=status, code="SlowDown" if status == 503 else "InternalError"
     ) as fault:
         _use_every_operation(bucket, secrets.token_bytes(11 * MIB))
-    assert fault.num_answered > 20
+    assert fault.num_injected > 20
 
 
 def test_a_truncated_response_is_requested_again(s3: S3Server, bucket: str) -> None:
@@ -124,7 +124,7 @@ def test_a_truncated_response_is_requested_again(s3: S3Server, bucket: str) -> N
             lambda r: r.method == "GET" and r.path.endswith("a.bin"), status=HALF, times=2
         ) as fault:
             assert read() == content
-        assert fault.num_answered == 2
+        assert fault.num_injected == 2
 
 
 OPERATIONS: dict[str, Callable[[str], Any]] = {
@@ -167,7 +167,7 @@ def test_a_persistent_failure_is_an_unreachable_error_with_a_remedy(
     assert text.startswith(f"{url}: {action} failed: ")
     assert cause in text
     assert remedy in text
-    assert fault.num_answered == num_attempts
+    assert fault.num_injected == num_attempts
     assert storage.read_bytes(url) == b"old"
 
 
@@ -178,7 +178,7 @@ def test_settings_of_botocore_and_fsspec_override_the_number_of_attempts_and_tim
     _forget_clients()
     with s3.failing(_every_request) as fault, pytest.raises(UnreachableError):
         storage.commit_bytes(f"{bucket}/a", b"x")
-    assert fault.num_answered == 2
+    assert fault.num_injected == 2
 
     has_raised = threading.Event()
 
@@ -254,7 +254,7 @@ def test_an_interrupted_upload_leaves_the_old_content(
         pytest.raises(UnreachableError, match=r"run/a\.bin: writing failed"),
     ):
         storage.commit_bytes(url, bytes(4 * small_parts))
-    assert fault.num_answered >= NUM_ATTEMPTS
+    assert fault.num_injected >= NUM_ATTEMPTS
     assert {1, 2, 3} <= {request.part_number for request in s3.requests}
     assert storage.list_names(f"{bucket}/run") == ([] if before is None else ["a.bin"])
     assert before is None or storage.read_bytes(url) == before

@@ -5,7 +5,7 @@ Import them as `from support.rank_pool import run_ranks`: pyproject.toml puts te
 
 Processes
     rank_pool            run a function on several ranks
-    rank_pool_preload    what the ranks have imported before they start
+    rank_pool_preload    modules that are imported before the ranks start
     commands             run a command as a user would
     ports                a free TCP port
 Subjects under test
@@ -19,6 +19,6 @@ References to compare with
 Damage and fault injection
     damage               flip a bit of a file
     faulty_disk          fails, or kills the process, at a chosen operation on the disk
-    faulty_proxy         HTTP proxy that drops requests and answers
+    faulty_proxy         TCP proxy that drops connections and refuses HTTP requests
     s3_server            S3 server whose requests can fail
 """

@@ -191,9 +191,9 @@ class Training:
         whole: dict[tuple[str, str], Tensor] = {}
         for name, state, start, values in chain.from_iterable(self.collectives.all_gather(mine)):
             flat = whole.setdefault((name, state), torch.full((prod(self.shapes[name]),), torch.nan))
-            place = flat[start : start + values.numel()]
-            assert place.isnan().all(), f"{state} of {name} has an element twice"
-            place.copy_(values)
+            target = flat[start : start + values.numel()]
+            assert target.isnan().all(), f"{state} of {name} has an element twice"
+            target.copy_(values)
         assert not any(flat.isnan().any() for flat in whole.values()), "some element is missing"
         return whole
 

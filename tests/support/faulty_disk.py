@@ -75,7 +75,7 @@ class FaultyDisk:
     def __exit__(self, *exc_info: object) -> None:
         self._patch.undo()
 
-    def step(self, kind: str, path: str, *, is_file_sync: bool = False) -> bool:
+    def record(self, kind: str, path: str, *, is_file_sync: bool = False) -> bool:
         """Record an operation before it happens, or fail. True: write half of the bytes, then call again."""
         if not path.startswith(self._root):
             return False
@@ -95,7 +95,7 @@ class FaultyDisk:
 
     def _on_a_path(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(path: Any, *args: Any, dir_fd: int | None = None, **options: Any) -> Any:
-            self.step("unlink" if name == "remove" else name, _full(path, dir_fd))
+            self.record("unlink" if name == "remove" else name, _full(path, dir_fd))
             if dir_fd is not None:
                 options["dir_fd"] = dir_fd
             return real(path, *args, **options)
@@ -104,7 +104,7 @@ class FaultyDisk:
 
     def _on_two_paths(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(source: Any, target: Any, **options: Any) -> Any:
-            self.step("replace" if name == "rename" else name, _full(target, options.get("dst_dir_fd")))
+            self.record("replace" if name == "rename" else name, _full(target, options.get("dst_dir_fd")))
             return real(source, target, **options)
 
         return operation
@@ -113,7 +113,7 @@ class FaultyDisk:
         def operation(descriptor: int, *args: Any) -> Any:
             path = _full("", descriptor)
             is_sync = name.endswith("sync")
-            self.step("fsync" if is_sync else "write", path, is_file_sync=is_sync and os.path.isfile(path))  # noqa: PTH113
+            self.record("fsync" if is_sync else "write", path, is_file_sync=is_sync and os.path.isfile(path))  # noqa: PTH113
             return real(descriptor, *args)
 
         return operation
@@ -121,7 +121,7 @@ class FaultyDisk:
     def _os_open(self, real: Callable[..., int]) -> Callable[..., int]:
         def operation(path: Any, flags: int, *args: Any, dir_fd: int | None = None, **options: Any) -> int:
             if flags & _WRITES:
-                self.step("open", _full(path, dir_fd))
+                self.record("open", _full(path, dir_fd))
             return real(path, flags, *args, dir_fd=dir_fd, **options)
 
         return operation
@@ -131,7 +131,7 @@ class FaultyDisk:
             if isinstance(file, int) or not set(mode) & set("wax+") or not _full(file).startswith(self._root):
                 return real(file, mode, buffering, *args, **options)
             assert mode == "wb", f"{mode=} is not supported here"
-            self.step("open", _full(file))
+            self.record("open", _full(file))
             return io.BufferedWriter(_CountedFile(file, self), buffering if buffering > 1 else 1 << 13)
 
         return operation
@@ -145,9 +145,9 @@ class _CountedFile(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
-        if self._disk.step("write", self._path):
+        if self._disk.record("write", self._path):
             super().write(view[: len(view) // 2])
-            self._disk.step("write", self._path)
+            self._disk.record("write", self._path)
         return super().write(view)
 
 

@@ -122,7 +122,7 @@ class Ranks:
             os.kill(self._pids[rank], number)
 
     def output(self, rank: int) -> str:
-        """What the rank has written so far to stdout and stderr, libraries included."""
+        """The output of the rank and its libraries so far, to stdout and stderr."""
         path = self._output_of(rank)
         return path.read_text(errors="replace") if path.exists() else ""
 

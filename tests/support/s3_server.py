@@ -51,7 +51,7 @@ class Fault:
     code: str
     times: float
     body: bytes | None
-    num_answered: int = field(default=0)
+    num_injected: int = field(default=0)
 
 
 class _Quiet(MotoRequestHandler):
@@ -154,8 +154,8 @@ class S3Server:
         )
         self.requests.append(request)
         for fault in self._faults:
-            if fault.num_answered < fault.times and fault.is_affected(request):
-                fault.num_answered += 1
+            if fault.num_injected < fault.times and fault.is_affected(request):
+                fault.num_injected += 1
                 if fault.status == HALF:
                     return _half(self._moto, environ, start_response)
                 return _refuse(fault, request, environ, start_response)

@@ -1,4 +1,4 @@
-"""Which ranks are reported as hung, and which never are."""
+"""Ranks that are reported as hung, and ranks that are not."""
 
 from dataclasses import replace
 from typing import Any

@@ -7,7 +7,7 @@ from distft.watch.heartbeat import Heartbeat, HeartbeatRecorder
 from distft.watch.heartbeat_exchange import HangReport, HeartbeatExchange
 
 
-def test_a_heartbeat_survives_its_way_through_text() -> None:
+def test_a_heartbeat_is_the_same_after_a_round_trip_through_text() -> None:
     recorder = HeartbeatRecorder()
     with recorder.phase("data", step=7), recorder.own_work(48):
         pass
@@ -23,17 +23,17 @@ def test_after_a_phase_the_outer_phase_is_entered_again_at_a_new_position() -> N
     recorder = HeartbeatRecorder()
     seen = []
 
-    def look() -> None:
+    def record() -> None:
         heartbeat = recorder.heartbeat(0)
         seen.append((heartbeat.position, heartbeat.phase))
 
     with recorder.phase("backward and update", step=1):
-        look()
+        record()
         with recorder.phase("forward"):
-            look()
-        look()
+            record()
+        record()
     recorder.finish_step()
-    look()
+    record()
     assert seen == [
         (1, "backward and update"),
         (2, "forward"),

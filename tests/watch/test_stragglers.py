@@ -1,4 +1,4 @@
-"""Ranks are called slow by the time of their own work."""
+"""Slow ranks are found by the time of their own work."""
 
 import pytest
 

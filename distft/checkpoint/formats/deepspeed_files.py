@@ -34,7 +34,10 @@ def optimizer_file(rank: int, *, is_bf16: bool) -> str:
 
 
 def find_tag_directory(path: str, latest: str = LATEST) -> str:
-    """The directory of one tag: the one that the file `latest` in `path` names, else `path` itself."""
+    """The directory of one tag: the one that the file `latest` in `path` names, else `path` itself.
+
+    Raises `CheckpointError` if neither is the directory of a DeepSpeed checkpoint.
+    """
     try:
         tag = storage.read_bytes(storage.join(path, latest)).decode(errors="replace").strip()
     except FileNotFoundError:

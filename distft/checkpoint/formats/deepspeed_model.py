@@ -47,7 +47,7 @@ _DEEPSPEED_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ExtraState:
-    """Contents of a DeepSpeed checkpoint besides parameters; a conversion to DeepSpeed includes them."""
+    """Contents of a DeepSpeed checkpoint other than parameters; a conversion to DeepSpeed includes them."""
 
     lr_scheduler: Any = None  # its state dict
     client_state: Mapping[str, Any] | None = None
@@ -68,7 +68,7 @@ class ModelStates:
     module: dict[str, StoredTensor]  # parameters are empty at stage 3
     buffers: frozenset[str]
     tied: dict[str, str]  # further name -> name in `module`
-    weights: SegmentTable  # at stage 3 of frozen parameters and buffers only
+    weights: SegmentTable  # at stage 3 only those of frozen parameters and buffers
     frozen_shapes: dict[str, tuple[int, ...]]
 
     @classmethod
@@ -114,7 +114,7 @@ def _find_tied(module: Mapping[str, StoredTensor], shared_params: Mapping[str, s
 def _add_frozen_partitions(
     weights: SegmentTable, shapes: Mapping[str, tuple[int, ...]], models: Mapping[int, Mapping[str, Any]]
 ) -> None:
-    """Add the frozen parameters of stage 3: every rank has a partition of each, the last ones are padded."""
+    """Add the frozen parameters of stage 3: every rank has a partition of each; the last ones are padded."""
     for name, shape in shapes.items():
         numel = torch.Size(shape).numel()
         size = stage3_partition_numel(numel, len(models))

@@ -223,7 +223,7 @@ def _find_group_names(
     group_names: Sequence[Sequence[str]] | None,
     path: str,
 ) -> Sequence[Sequence[str]]:
-    """The names of each group's parameters: `group_names`, those that torch recorded, or the only match."""
+    """The names of each group's parameters: `group_names`, else those in the file, else the only match."""
     if group_names is None and all(
         name in names for group in groups for name in group.get("param_names", [None])
     ):

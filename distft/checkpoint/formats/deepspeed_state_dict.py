@@ -17,7 +17,7 @@ from distft.checkpoint.manifest import GroupRecord
 from distft.checkpoint.sources import CheckpointSource, read_state
 from distft.errors import CheckpointError
 
-DEEPSPEED_VERSION = "0.19.8"  # whose layout is written
+DEEPSPEED_VERSION = "0.19.8"  # distft writes the layout of this version
 # Defaults of torch.optim.AdamW, for checkpoints without the optimizer's settings.
 _DEFAULT_SETTINGS = MappingProxyType({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2})
 _LOSS_SCALER_MODULE = "deepspeed.runtime.fp16.loss_scaler"

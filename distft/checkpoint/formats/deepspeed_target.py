@@ -175,11 +175,11 @@ class _CheckpointContent:
         return fragments
 
     def _groups(self) -> list[tuple[int, dict[str, int]]]:
-        """Of each group: its number, and the numbers of elements of its parameters."""
+        """The number of each group, and the number of elements of each of its parameters."""
         return [(i, self.builder.numels(group.parameters)) for i, group in enumerate(self.builder.groups)]
 
     def _sub_groups(self) -> list[tuple[int, dict[str, int]]]:
-        """The same for each sub-group of stage 3, with the number of its group."""
+        """The same for each sub-group of stage 3; the number is that of its group."""
         return [
             (number, members)
             for number, numels in self._groups()
@@ -211,7 +211,7 @@ class _CheckpointContent:
         scaler = (
             {"loss_scaler": self.builder.loss_scaler(self.param_dtype), "dynamic_loss_scale": True}
             if self.param_dtype == torch.float16
-            else {}  # DeepSpeed then takes the script's own
+            else {}  # DeepSpeed then uses the script's own
         )
         return {
             **scaler,

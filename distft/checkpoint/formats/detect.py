@@ -62,7 +62,8 @@ def detect_format(path: str) -> str:
     notes = [note for root in (path, storage.join(path, "checkpoints")) for note in uncommitted_notes(root)]
     raise UnsupportedFormatError(
         "\n".join(notes)
-        or f"{path} is not a checkpoint of a known format. distft's have {MANIFEST} or step_*/, DeepSpeed's "
-        f"{LATEST} or *_model_states.pt, its universal ones {LATEST_UNIVERSAL}, transformers' {CONFIG_FILE}. "
+        or f"{path} is not a checkpoint of a known format. A distft checkpoint has {MANIFEST} or step_*/, a "
+        f"DeepSpeed checkpoint {LATEST} or *_model_states.pt, a universal one {LATEST_UNIVERSAL}, and a "
+        f"transformers model {CONFIG_FILE}. "
         f"It contains {', '.join(sorted(names)[:10])}."
     )

@@ -11,9 +11,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 
-Architecture: TypeAlias = Literal[
-    "llama", "mistral", "qwen2", "qwen3", "gpt2"
-]  # `model_type` of transformers
+# `model_type` of transformers
+Architecture: TypeAlias = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
 HeadKind: TypeAlias = Literal["language_model", "classifier", "none"]
 
 _PREFERENCE_ORDER: tuple[Architecture, ...] = ("llama", "qwen2", "qwen3", "gpt2")

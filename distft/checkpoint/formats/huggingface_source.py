@@ -45,8 +45,8 @@ class _MatchedTensors:
 class HuggingFaceCheckpoint:
     """A `CheckpointSource` over `config.json` and safetensors: one file, or several with an index.
 
-    Weights only. A parameter whose tensor is missing or has another shape has no state; `find_damage` says
-    why.
+    Weights only. A parameter whose tensor is missing or has another shape has no state; `find_damage`
+    explains why.
     """
 
     format = "huggingface"
@@ -104,7 +104,7 @@ class HuggingFaceCheckpoint:
     def find_damage(self) -> list[str]:
         """Tensors that are missing, cut short, unexpected, or of another shape; files that are damaged.
 
-        The format has no checksums. Wrong values show only where a tied head is stored as a second copy.
+        The format has no checksums, so wrong values are found only in a tied head that is stored as a copy.
         """
         return _match_tensors(self.path, self._spec, compare_tied=True).problems
 
@@ -162,7 +162,7 @@ def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool 
             )
         elif location.dtype is None:
             problems.append(
-                f"{location.path}: {name} has dtype {location.dtype_code}, in which distft reads no weights."
+                f"{location.path}: {name} has dtype {location.dtype_code}, which distft does not read."
             )
         else:
             locations[name] = location

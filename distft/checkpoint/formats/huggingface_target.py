@@ -31,7 +31,7 @@ from distft.tokenizer import Tokenizer
 
 _CLASSIFIER, _LM_HEAD = "classifier.weight", "lm_head.weight"
 _CHUNK_NUMEL = 1 << 22  # elements read and written at a time
-_EXPORT_FILES = re.compile(  # names of files that an export writes before config.json
+_EXPORT_FILES = re.compile(  # names of the files that an export writes before config.json
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
     r"|tokenizer(\.model|\.json|_config\.json)|generation_config\.json"
 )
@@ -134,7 +134,8 @@ def _choose_head(source: CheckpointSource, model: ModelConfig) -> tuple[HeadKind
     names = source.manifest.label_names
     if pooling != "last":
         return "none", [
-            f"The classifier is left out: it pools {pooling!r}, but those of transformers the last token."
+            f"The classifier is left out: it pools {pooling!r}, but classifiers of transformers pool the "
+            "last token."
         ]
     if names is None or len(names) != record.shape[0]:
         count = "no" if names is None else len(names)

@@ -1,7 +1,7 @@
 """Converts a sentencepiece model to the files that transformers' `AutoTokenizer` loads.
 
 The ids are those of distft's `Tokenizer`, except for the text of a control piece such as `</s>`, which
-becomes that piece's id, as always in transformers. No bos or eos is added.
+becomes that piece's id, as always in transformers. The export adds no bos or eos to a text.
 """
 
 import json
@@ -157,7 +157,7 @@ def _is_added(piece: Piece, model: ModelProto) -> bool:
 def _vocabulary_text(piece: Piece, model: ModelProto) -> str:
     """A piece's entry in the tokenizers library's vocabulary: with plain spaces, unless a prefix is added.
 
-    So that a U+2581 in a text remains an ordinary character, as in sentencepiece.
+    So a U+2581 in a text remains an ordinary character, as in sentencepiece.
     """
     if model.add_dummy_prefix or piece.type in {PieceType.CONTROL, PieceType.UNKNOWN}:
         return piece.text

@@ -36,7 +36,7 @@ class StoredTensor:
         return True
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor, as a 1-D tensor in memory of its own."""
+        """Elements [start, stop) of the flattened tensor: 1-D, in newly allocated memory."""
         if self.is_contiguous or stop <= start:
             begin = self.offset + start * self.dtype.itemsize
             return read_elements(self.path, begin, self.dtype, max(stop - start, 0))

@@ -1,8 +1,8 @@
 """Names for the numbered parameters of an optimizer's state dict, found by shape and value.
 
 DeepSpeed without ZeRO saves the optimizer's state dict, which does not name parameters. Scripts usually give
-them to each group in the model's order, so the search assumes that order; shapes, and values where the file
-has master weights, decide which group a parameter is in.
+them to each group in the model's order, so the search assumes that order; shapes, and values if the file has
+master weights, decide which group a parameter is in.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from distft.checkpoint.formats.torch_values import StoredTensor
 _COMPARED_NUMEL = 4096
 _Positions = tuple[int, ...]  # of each group: where its next parameter goes
 _Assignments = tuple[Any, int, str] | None  # linked list: earlier assignments, group number, parameter name
-_MAX_SEARCH_NODES = 20_000  # more mean that too many parameters are alike to be told apart
+_MAX_SEARCH_NODES = 20_000  # with more, too many parameters are alike
 
 
 class UnnamedGroup(Protocol):
@@ -84,7 +84,7 @@ def assign_names(names: Sequence[str], groups: Sequence[UnnamedGroup]) -> list[l
 
     Raises `ValueError` with the reason if no assignment fits, or more than one.
     """
-    # Dynamic programming over names: how many assignments of the names so far fill the groups thus far.
+    # Dynamic programming over names: the positions reached, and how many assignments lead to each.
     reached: dict[_Positions, tuple[int, _Assignments]] = {(0,) * len(groups): (1, None)}
     num_left = sum(groups[0].num_positions(name) for name in names) if groups else 0
     for name in names:

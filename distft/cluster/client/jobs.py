@@ -29,7 +29,7 @@ _MAX_SILENCE_S = 480.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a cluster reports about a submitted job. Times are in seconds since 1970."""
+    """A submitted job, as the cluster reports it. Times are in seconds since 1970."""
 
     job_id: str
     status: str  # PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED
@@ -46,8 +46,8 @@ class Job:
 class JobClient:
     """The jobs of the cluster at `address`.
 
-    Every method repeats its request for `retry_s` if the cluster does not answer, or answers that it cannot
-    do it yet; then it raises `ClusterUnreachableError`.
+    Every method repeats its request for `retry_s` while the cluster does not answer or cannot serve it yet;
+    then it raises `ClusterUnreachableError`.
     """
 
     def __init__(self, address: str, environ: MutableMapping[str, str], *, retry_s: float) -> None:
@@ -68,7 +68,7 @@ class JobClient:
             ) from None
 
     def session_name(self) -> str:
-        """The cluster's session, which its head names when it starts; also a directory on the head's disk."""
+        """The name of the cluster's session; the head's disk has a directory of this name."""
         return self._retry(lambda: session_name(self._client))
 
     def submit(
@@ -118,7 +118,7 @@ class JobClient:
         if job is None:
             raise LaunchError(
                 f"The cluster at {self.address} no longer knows {job_id}, because its head was restarted. "
-                "Submit the run again: it resumes from its last commit."
+                "Submit the run again: it resumes from its last checkpoint."
             )
         return job
 

@@ -14,14 +14,15 @@ from distft.errors import ConfigError, LaunchError
 
 T = TypeVar("T")
 
-CLIENT_ERRORS = (OSError, RuntimeError, aiohttp.ClientError)  # all that Ray's client raises, lasting ones too
+# All errors that Ray's client raises, permanent ones too.
+CLIENT_ERRORS = (OSError, RuntimeError, aiohttp.ClientError)
 
 _PAUSE_S = 1.0
 _MAX_REASON_CHARS = 200
 
 
 class ClusterUnreachableError(LaunchError):
-    """The cluster does not answer, or cannot do what it is asked. The status of its jobs is unknown."""
+    """The cluster does not answer, or cannot serve the request. The status of its jobs is unknown."""
 
 
 def retry(call: Callable[[], T], *, address: str, timeout_s: float) -> T:
@@ -63,7 +64,7 @@ def short_reason(error: BaseException) -> str:
 
 
 def print_to_stderr(text: str) -> None:
-    """Print beside the log of a run, which has stdout to itself."""
+    """Print a message to stderr; stdout is for a run's log only."""
     print(text, file=sys.stderr, flush=True)
 
 

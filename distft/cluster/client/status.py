@@ -27,7 +27,7 @@ def is_distft_run(job: Job) -> bool:
 
 
 def require_job(client: JobClient, job_id: str) -> Job:
-    """The job with that id. Raises `ConfigError`, which lists the known ones, if the cluster has none."""
+    """The job with that id. Raises `ConfigError` that lists the known runs if the cluster has no such job."""
     job = client.find(job_id)
     if job is None:
         known = [job.job_id for job in client.submitted() if is_distft_run(job)]

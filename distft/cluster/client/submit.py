@@ -28,7 +28,7 @@ _MAX_NAME_CHARS = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobRequest:
-    """What is sent to a cluster to start a job, apart from the files of the working directory."""
+    """A request to start a job, without the files of the working directory."""
 
     job_id: str
     entrypoint: str
@@ -52,8 +52,8 @@ def submit(
 
     Raises `ConfigError` with all errors that can be found without the cluster before anything is sent. If the
     cluster's head is this machine, also checks the run's files before the job is made (`DataError`,
-    `CheckpointError`). Raises `LaunchError` if the cluster does not take the job within `retry_s`, or the job
-    ends without an exit code. `environ` is this process's environment; Ray's address is put into it.
+    `CheckpointError`). Raises `LaunchError` if the cluster does not accept the job within `retry_s`, or the
+    job ends without an exit code. `environ` is this process's environment; Ray's address is put into it.
     """
     errors = ErrorCollector()
     with errors.collect():
@@ -92,7 +92,7 @@ def check_no_secrets(overrides: Sequence[str]) -> None:
 
 
 def is_this_machine(session_name: str, environ: Mapping[str, str]) -> bool:
-    """Whether the head of that session runs here: its directory exists. An address would not do: tunnels."""
+    """Whether the session's directory exists here. The address cannot show it: it may be that of a tunnel."""
     folders = {environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")} | {"/tmp"}  # as Ray chooses
     return bool(session_name) and any(
         Path(folder, "ray", session_name).is_dir() for folder in folders if folder
@@ -102,7 +102,7 @@ def is_this_machine(session_name: str, environ: Mapping[str, str]) -> bool:
 def make_job_request(
     config_path: str, overrides: Sequence[str], run_dir: str, *, root: str | None, cwd: Path, is_local: bool
 ) -> JobRequest:
-    """The request for a run. It contains nothing of the caller's environment but `root`.
+    """The request for a run. Of the caller's environment it contains only `root`.
 
     Raises `ConfigError` for a configuration outside of `cwd`, unless the cluster's head is this machine.
     """
@@ -195,7 +195,7 @@ def exit_code(job: Job) -> int:
         problem = "it was stopped"
     else:
         problem = f"it {job.status.lower()}: {job.message.strip()}"
-    raise LaunchError(f"{job.job_id}: {problem}. Submit the run again: it resumes from its last commit.")
+    raise LaunchError(f"{job.job_id}: {problem}. Submit the run again: it resumes from its last checkpoint.")
 
 
 def _check_run(config: RunConfig, root: str | None, cwd: Path) -> Path:

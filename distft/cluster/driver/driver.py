@@ -41,13 +41,13 @@ from distft.run.cluster_config import ClusterConfig
 from distft.run.config import RunConfig, load_run_config
 from distft.run.train import RunResult, run_training
 
-# For a while Ray still counts the resources of a node that has died: start again soon, with what is left.
+# For a while Ray still counts the resources of a dead node, so an attempt may wait for it in vain: end the
+# attempt early, and start again on the remaining nodes.
 _ELASTIC_START_ATTEMPT_S = 10.0
 _NEVER_S = 1e9
 _HANG_REPORT_S = 20.0  # the time that ranks need to report a hang and to end
-_OBJECT_STORE_BYTES = (
-    100_000_000  # only a configuration and some text pass through it; Ray's minimum is 75 MB
-)
+# Only a configuration and some text pass through the object store; Ray's minimum is 75 MB.
+_OBJECT_STORE_BYTES = 100_000_000
 
 
 def run_on_ray(
@@ -57,7 +57,7 @@ def run_on_ray(
     environ: MutableMapping[str, str],
     train: TrainFn = run_training,
 ) -> RunResult:
-    """Train on the cluster at `RAY_ADDRESS`, or on a Ray of this machine that lives as long as the run.
+    """Train on the cluster at `RAY_ADDRESS`, or on a local Ray that starts and ends with the run.
 
     `environ` is this process's environment; Ray's own settings are put into it. Rank 0's output is printed
     here. Raises `ConfigError`, `DataError` or `CheckpointError` before anything is scheduled, for errors that
@@ -117,13 +117,13 @@ def _ray_connection(config: RunConfig, environ: MutableMapping[str, str]) -> Ite
             f"RAY_ADDRESS={address} is the URL of a dashboard, which is for `distft submit`. A driver needs "
             "the address of the cluster itself, such as head:6379, or auto on one of its nodes."
         )
-    print(f"Connecting to Ray at {address}." if address else "Starting a Ray for this run.", flush=True)
+    print(f"Connecting to Ray at {address}." if address else "Starting a local Ray for this run.", flush=True)
     set_ray_environment(
         environ,
         start_attempt_s=min(
             cluster.start_timeout_s, _ELASTIC_START_ATTEMPT_S if cluster.is_elastic else math.inf
         ),
-        # Ranks watch each other and report more; this is for a single rank, and for all hanging at once.
+        # Ranks watch each other and report more; this is for a single rank, and if all ranks hang at once.
         health_check_timeout_s=config.hang_timeout_s + _HANG_REPORT_S,
     )
     if not address:
@@ -154,7 +154,7 @@ def _ray_connection(config: RunConfig, environ: MutableMapping[str, str]) -> Ite
 
 @contextlib.contextmanager
 def _storage_marker(config: RunConfig) -> Iterator[Path | None]:
-    """A file in the checkpoint directory by which workers see that they share it; None for a URL."""
+    """A file in the checkpoint directory; workers that see it share that directory. None for a URL."""
     directory = storage.local_path(config.checkpoint.directory or config.run_dir)
     if directory is None:
         yield None
@@ -237,7 +237,7 @@ def _scaling_config(cluster: ClusterConfig) -> ScalingConfig:
 
 
 def _check_capacity(cluster: ClusterConfig, *, is_local: bool) -> None:
-    """Report at once if the run must wait for nodes. Raises `LaunchError` on a local Ray, which gets none."""
+    """Report at once if the run must wait for nodes. Raises `LaunchError` on a local Ray: it gets no more."""
     total, free = node_resources()
     each, num_needed = resources_per_worker(cluster), cluster.min_workers
     if num_workers_that_fit(each, free) >= num_needed:

@@ -46,7 +46,7 @@ class RankFailure:
             return 0
         first_line = str(self.error).partition("\n")[0]
         if HUNG_RANK.match(first_line):
-            return 1  # from a rank that saw another one hang, and killed it
+            return 1  # the report of a rank that saw another one hang and killed it
         if isinstance(self.error, RayError):
             return 2
         return 4 if _LOST_PEER.search(first_line) else 3
@@ -80,7 +80,7 @@ def _describe_death(error: RayError) -> str:
 
 
 def root_cause(errors: Mapping[int, BaseException]) -> RankFailure:
-    """Of the ranks that failed together, the one that made the others fail."""
+    """The failure that made the other ranks fail, of those that failed together."""
     failures = [
         RankFailure(rank=rank, error=health_check_cause(error)) for rank, error in sorted(errors.items())
     ]
@@ -107,10 +107,10 @@ def explain(error: TrainingFailedError, request: str) -> DistftError:
 
 
 class FailureCallback(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Runs in Ray Train's controller: logs restarts, and ends the run where another one would not help.
+    """Runs in Ray Train's controller: logs restarts, and ends a run that another restart would not help.
 
-    That is after an error that is not retryable, or after more than `max_failures` failures without a new
-    checkpoint in `checkpoints` between them.
+    It ends the run after an error that is not retryable, or after more than `max_failures` failures without a
+    new checkpoint in `checkpoints` between them.
     """
 
     def __init__(self, mailbox: Any, *, max_failures: int, run_dir: str, checkpoints: str) -> None:

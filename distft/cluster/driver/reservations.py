@@ -26,7 +26,7 @@ def record_reservation(run_dir: str) -> None:
 
 @contextlib.contextmanager
 def stale_reservation_released(run_dir: str) -> Iterator[None]:
-    """Cancel what a killed driver of this run has reserved; the block's end deletes this driver's record."""
+    """Cancel the reservation of a killed driver of this run; delete this driver's record after the block."""
     path = Path(run_dir) / _FILE
     if path.exists():
         with contextlib.suppress(ValueError, ray.exceptions.RayError):  # nothing is reserved

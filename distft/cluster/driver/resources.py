@@ -1,4 +1,4 @@
-"""The resources that a run requests and that a cluster has: counted per node, and described in words."""
+"""The resources that a run requests and those that a cluster has: counted per node, described in words."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

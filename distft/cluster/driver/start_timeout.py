@@ -21,7 +21,7 @@ _INTERRUPT_TIMEOUT_S = 5.0
 class StartTimeout:
     """Interrupts the main thread's `fit()` once no workers have run for `start_timeout_s`.
 
-    `error` then says why; it is None as long as nothing was interrupted.
+    `error` is then the reason; it is None until then.
     """
 
     def __init__(self, mailbox: Any, cluster: ClusterConfig) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's layout has every element exactly once, for any sizes and numbers of ranks; parameter names."""
+"""DeepSpeed's layout has every element exactly once, for any sizes and ranks; names of its parameters."""
 
 from collections.abc import Sequence
 
@@ -87,9 +87,9 @@ class ShapesOnly:
         self._model, self._shapes = model, shapes
         self.end = len(shapes)
 
-    def next_position(self, place: int, name: str) -> int | None:
-        fits = place < self.end and self._shapes[place] in (self._model[name], None)
-        return place + 1 if fits else None
+    def next_position(self, position: int, name: str) -> int | None:
+        fits = position < self.end and self._shapes[position] in (self._model[name], None)
+        return position + 1 if fits else None
 
     def num_positions(self, name: str) -> int:  # noqa: ARG002
         return 1
