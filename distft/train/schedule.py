@@ -41,7 +41,7 @@ class TrainingSchedule:
     lr_at: Callable[[int], float]  # learning rate of the step after this many
     log_every_steps: int
     max_skipped_in_a_row: int
-    save_every_steps: int | None  # in addition to the last step; None: only there
+    save_every_steps: int | None  # in addition to the last step; None: no others
     evaluate_every_steps: int | None  # None: not during training
     evaluate_at_end: bool
 
