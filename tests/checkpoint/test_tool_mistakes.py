@@ -219,4 +219,4 @@ def test_prune_uses_singular_and_plural(copied_run: Path, capsys: pytest.Capture
     for keep in (2, 1):
         assert cli("prune", copied_run, "--keep-last", keep) == 0
         printed.append(capsys.readouterr().out.partition(": ")[2])
-    assert printed == ["no step is gone; steps 2, 4 stay.\n", "step 2 is gone; step 4 stays.\n"]
+    assert printed == ["deleted no step; kept steps 2, 4.\n", "deleted step 2; kept step 4.\n"]
