@@ -32,10 +32,10 @@ def test_a_shipped_configuration_parses_and_its_model_builds_on_the_meta_device(
     config = load_run_config(path)
     model = model_config(config)
     labels = LABELS if config.objective.type == "classification" else None
-    head = config.objective.head(labels)
-    module = build_module(model, head)
+    heads = config.objective.heads(labels)
+    module = build_module(model, heads)
     assert all(param.is_meta for param in module.parameters())
-    assert sum(param.numel() for param in module.parameters()) == num_parameters(model, head)
+    assert sum(param.numel() for param in module.parameters()) == num_parameters(model, heads)
     assert select_trainable((name for name, _ in module.named_parameters()), config.trainable)
     assert config.batch.seq_len <= model.max_seq_len
 

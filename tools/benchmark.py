@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from distft.checkpoint.sources import InitialSource
-from distft.collectives import ProcessGroup
-from distft.data.batch import Batch
+from distft.collectives import ProcessGroup, SingleProcess
+from distft.data.batch import NEXT_TOKEN, Batch
 from distft.engine.interface import DTYPES, Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.engine.memory import allocate
-from distft.model.config import LanguageModelHead, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, ModelConfig
 from distft.model.counts import num_parameters, training_flops_per_token
 from distft.model.initialisation import initial_fragment
+from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import CausalLM
 from distft.optim.adamw import AdamWConfig, parameter_groups
 from distft.run.environment import configure_environment
@@ -92,14 +93,18 @@ def make_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.devi
     batches = []
     for _ in range(4):
         ids = torch.randint(0, model.vocab_size, (rows, seq_len + 1), generator=generator)
-        batch = Batch(input_ids=ids[:, :-1], labels=ids[:, 1:], num_target_tokens=rows * seq_len)
+        batch = Batch(
+            input_ids=ids[:, :-1],
+            targets={NEXT_TOKEN: ids[:, 1:]},
+            num_targets={NEXT_TOKEN: rows * seq_len},
+        )
         batches.append(batch.to(device))
     return batches
 
 
 def distft_step(setup: Setup, zero_stage: int | None) -> Step:
     """A step of distft on ZeRO at `zero_stage`, or on the local engine if it is None."""
-    module = build_module(setup.model, LanguageModelHead())
+    module = build_module(setup.model, LANGUAGE_MODEL)
     if setup.compile:
         module.compile_blocks()
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
@@ -140,23 +145,32 @@ def distft_step(setup: Setup, zero_stage: int | None) -> Step:
         )
     )
     objective = CausalLM()
+    assert model.vocab_size is not None
+    context = ObjectiveContext(model.vocab_size, SingleProcess())
     batches = _cycle(setup.batches)
 
     def step() -> None:
-        train_step(engine, objective, [next(batches)], lr=1e-4)
+        train_step(
+            engine,
+            [next(batches)],
+            loss_sums=lambda model, batch: objective.loss_sums(model, batch, context),
+            num_targets=objective.num_targets,
+            weights=objective.term_weights(0),
+            group_lr=lambda _: 1e-4,
+        )
 
     return step
 
 
 def bare_step(setup: Setup) -> Step:
     """A step of a minimal torch loop over the same model: torch's loss, clipping and AdamW."""
-    module = build_module(setup.model, LanguageModelHead())
+    module = build_module(setup.model, LANGUAGE_MODEL)
     allocate(module, setup.device, torch.float32)
     with torch.no_grad():
         for name, param in module.named_parameters():
             values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=0, config=setup.model)
             param.copy_(values.view(param.shape))
-    return _torch_step(module, setup, lambda batch: module(batch.input_ids))
+    return _torch_step(module, setup, lambda batch: module.logits(batch.input_ids))
 
 
 def transformers_step(setup: Setup) -> Step | None:
@@ -190,7 +204,7 @@ def _torch_step(module: nn.Module, setup: Setup, logits_of: Callable[[Batch], Te
     def step() -> None:
         batch = next(batches)
         logits = logits_of(batch)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets[NEXT_TOKEN].flatten())
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
@@ -263,7 +277,7 @@ def train(arguments: argparse.Namespace) -> None:
 def _print_table(rates: dict[str, float], setup: Setup, peak_flops_per_s: float) -> None:
     flops = training_flops_per_token(setup.model, setup.seq_len)
     baseline = rates.get("transformers Llama", rates["bare torch loop"])
-    num = num_parameters(setup.model, LanguageModelHead())
+    num = num_parameters(setup.model, LANGUAGE_MODEL)
     print(
         f"\n{num / 1e6:.1f}M parameters, {setup.precision}, compile {setup.compile}, "
         f"{setup.micro_batch_size} x {setup.seq_len} tokens, {_machine(setup.device)}; "

@@ -37,7 +37,7 @@ from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMet
 from distft.checkpoint.sources import read_state
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
-from distft.model.config import LanguageModelHead, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, ModelConfig
 from distft.run.model import parameter_shapes
 
 SHAPES = {
@@ -66,7 +66,7 @@ class RandomCheckpoint:
             written_by={"param_dtype": "fp32"},
             parameters={
                 name: ParameterRecord(shape=shape, trainable=True, updates=100, states=states)
-                for name, shape in parameter_shapes(model, LanguageModelHead()).items()
+                for name, shape in parameter_shapes(model, LANGUAGE_MODEL).items()
             },
             files=[],
         )
@@ -195,7 +195,7 @@ def candidates(distft_source: str, deepspeed_sources: dict[int, str], out: Path)
 
 def measure_stall(model: ModelConfig, folder: Path) -> dict[str, float]:
     """Seconds that training stands still for a save, in the background and not: the best of three."""
-    shapes = parameter_shapes(model, LanguageModelHead())
+    shapes = parameter_shapes(model, LANGUAGE_MODEL)
     fragments = [
         Fragment(name, state, 0, torch.rand(prod(shape)))
         for name, shape in shapes.items()

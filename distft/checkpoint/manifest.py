@@ -73,8 +73,9 @@ class Progress(Settings):
     used: tuple[tuple[int, int], ...] = ()  # [start, stop) of the run's data order that ranks have used
     used_again: tuple[tuple[int, int], ...] = ()  # those that were used twice; empty unless there is a bug
     tokens_seen: int = 0  # targets: tokens, or the rows of a classification
-    skipped_steps: int = 0
+    skipped_steps: int = 0  # gradients were not finite
     skipped_in_a_row: int = 0
+    steps_without_targets: int = 0  # steps whose whole batch had no target, so they updated nothing
     loss_scale: dict[str, float] | None = None  # fp16 only
 
 

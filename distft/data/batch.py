@@ -1,6 +1,6 @@
 """Micro-batches of token rows: the type that model and objective take, padding and merging."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,20 +12,22 @@ from torch.nn.functional import pad
 
 from distft.data.sampler import Indices
 
-IGNORE_INDEX = -100  # label of a position or row without a loss
+IGNORE_INDEX = -100  # a target that has no loss
+NEXT_TOKEN = "next_token"  # name of the targets [B, T]: the token that follows each position
+LABEL = "label"  # name of the targets [B]: the class of each row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """B rows of T tokens with their labels.
+    """B rows of T tokens with their targets, which are tensors by name.
 
-    `labels` is [B, T] (the next token at each position) or [B] (the class of each row). Labels equal to
-    `IGNORE_INDEX` have no loss; `num_target_tokens` counts the others.
+    Targets equal to `IGNORE_INDEX` have no loss; `num_targets` counts the others, by the same names.
     """
 
     input_ids: Tensor  # int64 [B, T]
-    labels: Tensor  # int64 [B, T] or [B]
-    num_target_tokens: int
+    targets: Mapping[str, Tensor]  # int64 [B, T] or [B]
+    num_targets: Mapping[str, int]
+    sequence_numbers: Tensor | None = None  # int64 [B]: each row's number in the run's order; None: unknown
     position_ids: Tensor | None = None  # int64 [B, T]; None: 0, 1, 2, ... in each row
     document_ids: Tensor | None = None  # int64 [B, T]; attention stays within one id; None: one id per row
     lengths: Tensor | None = None  # int64 [B]: tokens before the right padding; None: no padding
@@ -33,12 +35,20 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from which copies to a GPU do not wait."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {
+            f.name: function(value)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        targets = {name: function(target) for name, target in self.targets.items()}
+        return replace(self, **changed, targets=targets)
 
 
 class RaggedArray:
@@ -85,8 +95,8 @@ def count_target_bytes(labels: NDArray[np.int64], token_bytes: NDArray[np.int64]
 def merge_batches(batches: Sequence[Batch], row_positions: Sequence[Indices]) -> Batch:
     """Merge batches into one: row `i` of batch `b` becomes row `row_positions[b][i]`.
 
-    Shorter rows are padded on the right; `lengths` excludes the padding. A field that any batch lacks is
-    None in the result.
+    Shorter rows are padded on the right; `lengths` excludes the padding. A field or a target that some
+    batches lack gets, for their rows, the value that its absence means.
     """
     if len(batches) == 1:
         return batches[0]
@@ -97,16 +107,49 @@ def merge_batches(batches: Sequence[Batch], row_positions: Sequence[Indices]) ->
         rows = [t if t.ndim == 1 else pad(t, (0, width - t.shape[1]), value=fill) for t in tensors]
         return torch.cat(rows)[order]
 
-    def concatenate_optional(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        return concatenate(present, 0) if len(present) == len(tensors) else None
+    def concatenate_optional(name: str, default: Callable[[Batch], Tensor]) -> Tensor | None:
+        tensors = [getattr(batch, name) for batch in batches]
+        if all(tensor is None for tensor in tensors):
+            return None
+        filled = [default(b) if t is None else t for b, t in zip(batches, tensors, strict=True)]
+        return concatenate(filled, 0)
 
+    def target(name: str) -> Tensor:
+        like = next(batch.targets[name] for batch in batches if name in batch.targets)
+        return concatenate(
+            [batch.targets[name] if name in batch.targets else _no_targets(batch, like) for batch in batches],
+            IGNORE_INDEX,
+        )
+
+    names = list(dict.fromkeys(name for batch in batches for name in batch.targets))
+    is_padded = len({batch.input_ids.shape[1] for batch in batches}) > 1
     return Batch(
         input_ids=concatenate([batch.input_ids for batch in batches], 0),
-        labels=concatenate([batch.labels for batch in batches], IGNORE_INDEX),
-        num_target_tokens=sum(batch.num_target_tokens for batch in batches),
-        position_ids=concatenate_optional([batch.position_ids for batch in batches]),
-        document_ids=concatenate_optional([batch.document_ids for batch in batches]),
-        lengths=concatenate_optional([batch.lengths for batch in batches]),
+        targets={name: target(name) for name in names},
+        num_targets={name: sum(batch.num_targets.get(name, 0) for batch in batches) for name in names},
+        sequence_numbers=concatenate_optional("sequence_numbers", _unknown_numbers),
+        position_ids=concatenate_optional("position_ids", _positions),
+        document_ids=concatenate_optional("document_ids", lambda batch: torch.zeros_like(batch.input_ids)),
+        lengths=concatenate([_lengths(batch) for batch in batches], 0)
+        if is_padded
+        else concatenate_optional("lengths", _lengths),
         num_target_bytes=sum(batch.num_target_bytes for batch in batches),
     )
+
+
+def _no_targets(batch: Batch, like: Tensor) -> Tensor:
+    shape = batch.input_ids.shape if like.ndim > 1 else batch.input_ids.shape[:1]
+    return like.new_full(shape, IGNORE_INDEX)
+
+
+def _positions(batch: Batch) -> Tensor:
+    return torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape)
+
+
+def _lengths(batch: Batch) -> Tensor:
+    num_rows, width = batch.input_ids.shape
+    return torch.full((num_rows,), width) if batch.lengths is None else batch.lengths
+
+
+def _unknown_numbers(batch: Batch) -> Tensor:
+    raise AssertionError(f"a batch of {len(batch.input_ids)} rows without sequence numbers")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from distft.config import Settings
-from distft.data.batch import IGNORE_INDEX, Batch, RaggedArray, count_target_bytes
+from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN, Batch, RaggedArray, count_target_bytes
 from distft.data.dataset import DataContext, check_vocabulary
 from distft.data.feed import Feed
 from distft.data.records import Record, RowErrors, read_records
@@ -53,8 +53,8 @@ class CompletionRows:
         inputs[columns >= lengths[:, None]] = self._pad_id  # removes the last token of shorter rows
         return Batch(
             input_ids=torch.from_numpy(inputs),
-            labels=torch.from_numpy(labels),
-            num_target_tokens=int(np.count_nonzero(labels != IGNORE_INDEX)),
+            targets={NEXT_TOKEN: torch.from_numpy(labels)},
+            num_targets={NEXT_TOKEN: int(np.count_nonzero(labels != IGNORE_INDEX))},
             lengths=torch.from_numpy(lengths),
             num_target_bytes=count_target_bytes(labels, self._token_bytes),
         )

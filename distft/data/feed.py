@@ -2,18 +2,24 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
+import torch
 
 from distft.data.batch import Batch, merge_batches
 from distft.data.dataset import SequenceDataset
 from distft.data.mixture import MixtureSampler, Sampler, SequentialSampler
 from distft.data.sampler import Indices
 from distft.topology import MicroBatch
+
+# Changes a batch: masks tokens, for instance. Each row must depend on the row and its entry in `sequence_numbers`
+# alone: then it is another one in each epoch, and the same however a batch is split.
+Transform: TypeAlias = Callable[[Batch], Batch]
 
 
 class Feed:
@@ -25,9 +31,11 @@ class Feed:
         sampler: Sampler,
         *,
         label_names: tuple[str, ...] | None = None,
+        transforms: Sequence[Transform] = (),
     ) -> None:
         self._datasets = tuple(datasets)
         self._sampler = sampler
+        self._transforms = tuple(transforms)
         self.label_names = label_names  # class names by id; None: not a classification
         self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
 
@@ -39,16 +47,23 @@ class Feed:
         seed: int,
         shuffle: bool,
         label_names: tuple[str, ...] | None = None,
+        transforms: Sequence[Transform] = (),
     ) -> "Feed":
         """Infinitely many epochs, each in another order; datasets are mixed by `weights`."""
         weighted = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
-        return cls(datasets, MixtureSampler(weighted, seed, shuffle=shuffle), label_names=label_names)
+        sampler = MixtureSampler(weighted, seed, shuffle=shuffle)
+        return cls(datasets, sampler, label_names=label_names, transforms=transforms)
 
     @classmethod
-    def for_evaluation(cls, *datasets: SequenceDataset, label_names: tuple[str, ...] | None = None) -> "Feed":
+    def for_evaluation(
+        cls,
+        *datasets: SequenceDataset,
+        label_names: tuple[str, ...] | None = None,
+        transforms: Sequence[Transform] = (),
+    ) -> "Feed":
         """Every row once in file order, as sequences [0, num_sequences)."""
         sampler = SequentialSampler([dataset.num_sequences for dataset in datasets])
-        return cls(datasets, sampler, label_names=label_names)
+        return cls(datasets, sampler, label_names=label_names, transforms=transforms)
 
     @property
     def summary(self) -> str:
@@ -68,7 +83,15 @@ class Feed:
         """Sequences [start, stop); for an empty range, one row without targets."""
         dataset_ids, rows = self._sampler.lookup(start, stop)
         if not len(rows):
-            return self._datasets[0].batch(rows)
+            batch, numbers = self._datasets[0].batch(rows), np.array([start])
+        else:
+            batch, numbers = self._merged_batch(dataset_ids, rows), np.arange(start, stop)
+        batch = replace(batch, sequence_numbers=torch.from_numpy(numbers))
+        for transform in self._transforms:
+            batch = transform(batch)
+        return batch
+
+    def _merged_batch(self, dataset_ids: Indices, rows: Indices) -> Batch:
         used = np.unique(dataset_ids)
         row_positions = [np.flatnonzero(dataset_ids == dataset) for dataset in used]
         batches = [

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from distft.config import Settings
-from distft.data.batch import IGNORE_INDEX, Batch, RaggedArray
+from distft.data.batch import IGNORE_INDEX, LABEL, Batch, RaggedArray
 from distft.data.dataset import DataContext, check_vocabulary
 from distft.data.feed import Feed
 from distft.data.records import Record, RowErrors, read_records
@@ -55,7 +55,7 @@ class LabelNames:
 class LabelledRows:
     """One text and one label per row, encoded once and kept in memory.
 
-    Batches are padded on the right to their longest row; `labels` is [B], and every row is one target.
+    Batches are padded on the right to their longest row; every row has one target, `label`.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class LabelledRows:
         labels = self._label_ids[rows] if len(indices) else np.full(1, IGNORE_INDEX, np.int64)
         return Batch(
             input_ids=torch.from_numpy(self._rows.padded(rows, self._pad_id)),
-            labels=torch.from_numpy(labels),
-            num_target_tokens=len(indices),
+            targets={LABEL: torch.from_numpy(labels)},
+            num_targets={LABEL: len(indices)},
             lengths=torch.from_numpy(self._rows.lengths(rows)),
         )
 

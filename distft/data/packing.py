@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distft.data.batch import IGNORE_INDEX, Batch, count_target_bytes
+from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN, Batch, count_target_bytes
 from distft.data.sampler import Indices
 from distft.errors import DataError
 
@@ -83,8 +83,8 @@ class PackedRows:
             labels[:] = IGNORE_INDEX
         return Batch(
             input_ids=torch.from_numpy(inputs),
-            labels=torch.from_numpy(labels),
-            num_target_tokens=int(np.count_nonzero(labels != IGNORE_INDEX)),
+            targets={NEXT_TOKEN: torch.from_numpy(labels)},
+            num_targets={NEXT_TOKEN: int(np.count_nonzero(labels != IGNORE_INDEX))},
             position_ids=None if position_ids is None else torch.from_numpy(position_ids),
             document_ids=None if document_ids is None else torch.from_numpy(document_ids),
             num_target_bytes=count_target_bytes(labels, self._token_bytes),

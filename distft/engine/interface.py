@@ -1,9 +1,8 @@
 """The `Engine` interface that the training loop uses, and the settings that all engines share."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,9 +10,16 @@ from torch import Tensor
 from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.sources import StateSource
 from distft.config import Settings
+from distft.data.batch import Batch
+from distft.optim.adamw import ParameterGroup
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# (model, micro-batch) -> loss terms [K], each already divided by what it is a mean over
+LossTermsFn: TypeAlias = Callable[[Callable[..., Mapping[str, Tensor]], Batch], Tensor]
+GroupLr: TypeAlias = Callable[[ParameterGroup], float]  # a group's learning rate in this step
 
 
 class EngineSettings(Settings):
@@ -48,17 +54,18 @@ class Engine(Protocol):
     def model(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass."""
 
-    def micro_step(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Context of one forward and backward; if `is_last`, gradients are reduced over ranks."""
+    def forward_backward(self, micro_batches: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
+        """Accumulate the gradients of this rank's micro-batches of one step; return their terms [K], added.
 
-    def backward(self, loss: Tensor) -> Tensor:
-        """Accumulate gradients of `loss`; return it detached, still on the device."""
+        The loss is the sum of all terms of all micro-batches and ranks. The terms are detached, still on the
+        device, and those of this rank alone. Every rank passes the same number of micro-batches.
+        """
 
-    def step(self, lr: float) -> UpdateResult:
-        """Clip, update with `lr` times each group's `lr_scale`, clear; skip if a gradient is not finite."""
+    def step(self, group_lr: GroupLr) -> UpdateResult:
+        """Clip, update, clear the gradients; change nothing if a gradient is not finite."""
 
     def set_loss_scale(self, scale: float) -> None:
-        """fp16 only: `backward` multiplies the loss by this factor, `step` divides the gradients by it."""
+        """fp16 only: the factor of the loss in `forward_backward`, by which `step` divides gradients."""
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""

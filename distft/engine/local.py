@@ -1,7 +1,6 @@
 """The single-process engine in plain torch: for laptops and tests, and the reference for ZeRO."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 
 from distft.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from distft.checkpoint.sources import StateSource, read_state
-from distft.engine.interface import DTYPES, EngineSettings, UpdateResult
+from distft.data.batch import Batch
+from distft.engine.interface import DTYPES, EngineSettings, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
 
@@ -44,6 +44,7 @@ class LocalEngine:
         self._loss_scale = 1.0
         allocate(module, device, self._dtype)
         self._params = dict(module.named_parameters())
+        self._groups = list(groups)
         self._masters = {name: self._make_master(name) for group in groups for name in group.names}
         self._optimizer = build_adamw(self._masters, groups, optim)
 
@@ -69,18 +70,20 @@ class LocalEngine:
     def model(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def micro_step(self, *, is_last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> Tensor:
-        scaled = loss * self._loss_scale if self._loss_scale != 1.0 else loss
-        torch.autograd.backward(scaled)
-        return loss.detach()
+    def forward_backward(self, micro_batches: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
+        total = None
+        for batch in micro_batches:
+            terms = loss_terms(self.model, batch.to(self.device))
+            loss = terms.sum()
+            torch.autograd.backward(loss * self._loss_scale if self._loss_scale != 1.0 else loss)
+            total = terms.detach() if total is None else total + terms.detach()
+        assert total is not None
+        return total
 
     def set_loss_scale(self, scale: float) -> None:
         self._loss_scale = scale
 
-    def step(self, lr: float) -> UpdateResult:
+    def step(self, group_lr: GroupLr) -> UpdateResult:
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients) / self._loss_scale
         divisor = torch.full_like(grad_norm, self._loss_scale)
@@ -91,8 +94,8 @@ class LocalEngine:
         # clipping needs no pass over the gradients, and a skip no synchronization with the device.
         self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
         self._optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        for group, settings in zip(self._groups, self._optimizer.param_groups, strict=True):
+            settings["lr"] = group_lr(group)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._copy_masters_to_model()

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from distft.checkpoint.fragments import WEIGHT, Fragment, even_slice
 from distft.checkpoint.sources import StateSource, read_state
 from distft.collectives import Collectives
+from distft.data.batch import Batch
 from distft.engine import zero_layout
 from distft.engine.deepspeed_config import ZeroConfig, deepspeed_config
-from distft.engine.interface import DTYPES, UpdateResult
+from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
 from distft.topology import BatchPlan
@@ -67,24 +68,26 @@ class ZeroEngine:
     def model(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
-    @contextmanager
-    def micro_step(self, *, is_last: bool) -> Iterator[None]:
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        yield
-
-    def backward(self, loss: Tensor) -> Tensor:
-        # ZeRO averages gradients over ranks; the Engine contract is that they add.
-        self._engine.backward(loss * self._collectives.world_size, scale_wrt_gas=False)
-        return loss.detach()
+    def forward_backward(self, micro_batches: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
+        total = None
+        for index, batch in enumerate(micro_batches):
+            # DeepSpeed reduces gradients over ranks in the backward of the last micro-batch.
+            self._engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
+            terms = loss_terms(self.model, batch.to(self.device))
+            # ZeRO averages gradients over ranks; the Engine contract is that they add.
+            self._engine.backward(terms.sum() * self._collectives.world_size, scale_wrt_gas=False)
+            total = terms.detach() if total is None else total + terms.detach()
+        assert total is not None
+        return total
 
     def set_loss_scale(self, scale: float) -> None:
         self._loss_scale = scale
         zero_layout.set_loss_scale(self._engine, self._stage, scale)
 
-    def step(self, lr: float) -> UpdateResult:
+    def step(self, group_lr: GroupLr) -> UpdateResult:
         optimizer = self._engine.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        for group, settings in zip(self._groups, optimizer.param_groups, strict=True):
+            settings["lr"] = group_lr(group)
         if optimizer is zero_layout.inner_optimizer(self._engine):
             return self._step_without_wrapper()
         self._engine.step()

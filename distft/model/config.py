@@ -1,5 +1,6 @@
 """Sizes and variants of a Transformer: covers Llama, Mistral, Qwen 2 and 3, and GPT-2."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias
 
@@ -117,15 +118,17 @@ class ModelConfig(Settings):
 
 @dataclass(frozen=True, slots=True)
 class LanguageModelHead:
-    """Logits over the vocabulary at every position: module `lm_head`."""
+    """Logits over the vocabulary at every position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassificationHead:
-    """Logits over the classes, once per row: module `classifier`."""
+    """Logits over the classes, once per row."""
 
     num_labels: int
     pooling: Literal["last", "mean", "first"] = "last"  # over the row's real tokens
 
 
 Head: TypeAlias = LanguageModelHead | ClassificationHead
+Heads: TypeAlias = Mapping[str, Head]  # by the name of the head's module
+LANGUAGE_MODEL: Heads = {"lm_head": LanguageModelHead()}

@@ -1,20 +1,20 @@
 """Number of parameters and FLOPs per token, computed from the configuration alone."""
 
-from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 
 
-def num_parameters(config: ModelConfig, head: Head | None = None) -> int:
+def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
     """Elements of all parameters; tied embeddings count once."""
-    head = head if head is not None else LanguageModelHead()
     norm = config.d_model * (2 if config.norm == "layernorm" else 1)
     total = config.padded_vocab_size * config.d_model + norm
     total += config.num_layers * _num_block_parameters(config, norm)
     if config.positions == "learned":
         total += config.max_seq_len * config.d_model
-    if isinstance(head, ClassificationHead):
-        total += config.d_model * head.num_labels
-    elif not config.tie_embeddings:
-        total += config.padded_vocab_size * config.d_model
+    for head in heads.values():
+        if isinstance(head, ClassificationHead):
+            total += config.d_model * head.num_labels
+        elif not config.tie_embeddings:
+            total += config.padded_vocab_size * config.d_model
     return total
 
 
@@ -34,7 +34,7 @@ def _num_block_parameters(config: ModelConfig, norm: int) -> int:
     return attention + mlp + 2 * norm
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int, head: Head | None = None) -> float:
+def forward_flops_per_token(config: ModelConfig, seq_len: int, heads: Heads = LANGUAGE_MODEL) -> float:
     """FLOPs of the forward pass's matrix products per token of a row of `seq_len`; a multiply-add counts 2.
 
     Causal attention counts all seq_len ** 2 scores, although kernels skip the upper half: so does the usual
@@ -44,12 +44,15 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, head: Head | None
     num_matrices = 3 if config.mlp == "swiglu" else 2
     projections = config.d_model * (2 * q_size + 2 * kv_size) + num_matrices * config.d_model * config.d_ff
     attention = 2 * seq_len * q_size  # scores, and weighted sums of values
-    total = config.num_layers * (projections + attention)
-    if isinstance(head, ClassificationHead):
-        return 2 * (total + config.d_model * head.num_labels / seq_len)
-    return 2 * (total + config.d_model * config.padded_vocab_size)
+    total: float = config.num_layers * (projections + attention)
+    for head in heads.values():
+        if isinstance(head, ClassificationHead):
+            total += config.d_model * head.num_labels / seq_len  # once per row
+        else:
+            total += config.d_model * config.padded_vocab_size
+    return 2 * total
 
 
-def training_flops_per_token(config: ModelConfig, seq_len: int, head: Head | None = None) -> float:
+def training_flops_per_token(config: ModelConfig, seq_len: int, heads: Heads = LANGUAGE_MODEL) -> float:
     """FLOPs of forward and backward, which computes a gradient for each of a product's two operands."""
-    return 3 * forward_flops_per_token(config, seq_len, head)
+    return 3 * forward_flops_per_token(config, seq_len, heads)

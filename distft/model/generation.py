@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from distft.errors import ConfigError
-from distft.model.config import LanguageModelHead
 from distft.model.transformer import Transformer
 
 
@@ -167,7 +166,7 @@ def _check_request(
 ) -> None:
     config = model.config
     errors = []
-    if not isinstance(model.head, LanguageModelHead):
+    if "lm_head" not in model.heads:
         errors.append("The model is a classifier: it has no logits over the vocabulary to generate from.")
     if not config.is_causal:
         errors.append(

@@ -1,9 +1,9 @@
-"""The Transformer: embedding, blocks and head; it knows nothing of ranks, freezing or the optimizer.
+"""The Transformer: embedding, blocks and heads; it knows nothing of ranks, freezing or the optimizer.
 
 Shape letters: B rows, T positions, N = B * T, C = d_model, V = padded_vocab_size, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -20,11 +20,11 @@ from distft.model.attention import (
     make_attention_mask,
     rotary_cos_sin,
 )
-from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Head, Heads, ModelConfig
 from distft.model.layers import GELU, Linear, SwiGLU, make_embedding, make_norm
 
-# (hidden [N, C], weight [V, C], labels [N]) -> the summed loss, or other sums over the rows
-HiddenLossFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (hidden [N, C], weight [V, C]) -> what the caller computes from them, such as a summed loss
+HiddenLossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
@@ -53,45 +53,36 @@ class Block(nn.Module):
 class OutputProjection(Linear):
     """Logits over the vocabulary, or the result of a `HiddenLossFn`, which never needs all logits at once."""
 
-    def forward(
-        self,
-        x_BTC: Tensor,
-        labels_BT: Tensor | None = None,
-        loss_from_hidden: HiddenLossFn | None = None,
-    ) -> Tensor:
-        if loss_from_hidden is None or labels_BT is None:
+    def forward(self, x_BTC: Tensor, loss_from_hidden: HiddenLossFn | None = None) -> Tensor:
+        if loss_from_hidden is None:
             return super().forward(x_BTC)
         # The loss is computed here and not in the objective, because ZeRO 3 gathers a weight only during the
         # forward of the module that owns it.
         dtype = self.matmul_dtype(x_BTC)
-        return loss_from_hidden(x_BTC.flatten(0, -2).to(dtype), self.weight.to(dtype), labels_BT.flatten())
+        return loss_from_hidden(x_BTC.flatten(0, -2).to(dtype), self.weight.to(dtype))
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm and head. It has parameters only, no buffers.
+    """Embedding, blocks, norm and one or more heads, by name. It has parameters only, no buffers.
 
     Build it under `torch.device("meta")` and fill it by name (`distft.model.initialisation`): on a real
     device its layers would draw their own weights, which the run's seed does not determine.
     """
 
-    __call__: Callable[..., Tensor]
+    __call__: Callable[..., dict[str, Tensor]]
 
-    def __init__(self, config: ModelConfig, head: Head | None = None) -> None:
+    def __init__(self, config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> None:
         super().__init__()
         self.config = config
-        self.head = head if head is not None else LanguageModelHead()
+        self.heads = dict(heads)
         self.activation_checkpointing = False  # recompute each block in the backward pass
         self.embed = make_embedding(config.padded_vocab_size, config.d_model)
         if config.positions == "learned":
             self.position_embed = make_embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = make_norm(config)
-        if isinstance(self.head, ClassificationHead):
-            self.classifier = Linear(config.d_model, self.head.num_labels, bias=False)
-        else:
-            self.lm_head = OutputProjection(config.d_model, config.padded_vocab_size, bias=False)
-            if config.tie_embeddings:
-                self.lm_head.weight = self.embed.weight
+        for name, head in self.heads.items():
+            self.add_module(name, self._make_head(head))
 
     def forward(
         self,
@@ -100,15 +91,14 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         lengths: Tensor | None = None,
         *,
-        labels: Tensor | None = None,
-        loss_from_hidden: HiddenLossFn | None = None,
-    ) -> Tensor:
-        """Logits [B, T, V] of a language model, or [B, K] of a classifier.
+        losses_from_hidden: Mapping[str, HiddenLossFn] | None = None,
+    ) -> dict[str, Tensor]:
+        """The output of each head by name: logits [B, T, V] of a language model, [B, K] of a classifier.
 
         `input_ids`, `position_ids` (None: 0, 1, 2, ...) and `document_ids` (tokens attend only to tokens with
         the same id) are int64 [B, T]; `lengths` is int64 [B], the number of real tokens at each row's start.
-        With `labels` [B, T] and `loss_from_hidden`, a language model returns
-        `loss_from_hidden(hidden [N, C], weight [V, C], labels [N])` in place of the logits.
+        A language model's head `name` in `losses_from_hidden` returns
+        `losses_from_hidden[name](hidden [N, C], weight [V, C])` in place of its logits.
 
         Raises `ConfigError` for rows longer than `max_seq_len`.
         """
@@ -123,9 +113,19 @@ class Transformer(nn.Module):
         mask = make_attention_mask(self.config, input_ids.shape, document_ids, lengths)
         x_BTC, rope = self._embed(input_ids, position_ids)
         x_BTC = self.norm(self._run_blocks(x_BTC, rope, mask))
-        if isinstance(self.head, ClassificationHead):
-            return self.classifier(_pool(x_BTC, lengths, self.head.pooling))
-        return self.lm_head(x_BTC, labels, loss_from_hidden)
+        outputs = {}
+        for name, head in self.heads.items():
+            module = self.get_submodule(name)
+            if isinstance(head, ClassificationHead):
+                outputs[name] = module(_pool(x_BTC, lengths, head.pooling))
+            else:
+                outputs[name] = module(x_BTC, (losses_from_hidden or {}).get(name))
+        return outputs
+
+    def logits(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+        """The logits of a model with one head; the arguments are those of `forward`."""
+        (logits,) = self(*args, **kwargs).values()
+        return logits
 
     def forward_cached(
         self, input_ids: Tensor, position_ids: Tensor, kv_caches: Sequence[KVCache], mask: Tensor | None
@@ -139,7 +139,16 @@ class Transformer(nn.Module):
         for block, kv_cache in zip(self.blocks, kv_caches, strict=True):
             x_BTC = block(x_BTC, rope, mask, kv_cache)
         # Only the last position is sampled from, so a whole prompt needs V logits per row and not T * V.
-        return self.lm_head(self.norm(x_BTC[:, -1:]))
+        lm_head: OutputProjection = self.get_submodule("lm_head")  # type: ignore[assignment]
+        return lm_head(self.norm(x_BTC[:, -1:]))
+
+    def _make_head(self, head: Head) -> Linear:
+        if isinstance(head, ClassificationHead):
+            return Linear(self.config.d_model, head.num_labels, bias=False)
+        projection = OutputProjection(self.config.d_model, self.config.padded_vocab_size, bias=False)
+        if self.config.tie_embeddings:
+            projection.weight = self.embed.weight
+        return projection
 
     def compile_blocks(self) -> None:
         """Compile each block with torch.compile, at its first call.

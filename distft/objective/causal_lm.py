@@ -1,19 +1,20 @@
 """Next-token prediction; the labels decide which tokens count: whole documents or completions only."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from distft.config import Settings
-from distft.data.batch import Batch
+from distft.data.batch import NEXT_TOKEN, Batch
 from distft.errors import ConfigError
-from distft.model.config import Head, LanguageModelHead
-from distft.model.transformer import HiddenLossFn
+from distft.model.config import LANGUAGE_MODEL, Heads
 from distft.objective.cross_entropy import FusedLinearCrossEntropy, LossAndNumCorrect
+from distft.objective.interface import Model, ObjectiveContext
 
 
 class CausalLM(Settings):
@@ -23,24 +24,29 @@ class CausalLM(Settings):
     z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)  # weight of logsumexp**2, against drifting logits
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
-    def head(self, label_names: tuple[str, ...] | None) -> Head:
-        """The head that this objective trains. Raises `ConfigError` for labelled data."""
+    def heads(self, label_names: tuple[str, ...] | None) -> Heads:
+        """`lm_head`. Raises `ConfigError` for labelled data."""
         if label_names is not None:
             raise ConfigError(
                 "objective.type=causal_lm cannot learn labels: set objective.type=classification."
             )
-        return LanguageModelHead()
+        return LANGUAGE_MODEL
 
-    def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """The loss summed over the batch's target tokens, an fp32 scalar."""
-        loss_fn = FusedLinearCrossEntropy(_vocab_size(model), self.z_loss, self.label_smoothing)
-        return _forward(model, batch, loss_fn)
+    def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
+        return {NEXT_TOKEN: 1.0}
+
+    def num_targets(self, batch: Batch) -> Mapping[str, int]:
+        return batch.num_targets
+
+    def loss_sums(self, model: Model, batch: Batch, context: ObjectiveContext) -> Mapping[str, Tensor]:
+        loss_fn = FusedLinearCrossEntropy(context.vocab_size, self.z_loss, self.label_smoothing)
+        return {NEXT_TOKEN: _forward(model, batch, loss_fn)}
 
     @torch.no_grad()
-    def evaluate(self, model: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, model: Model, batch: Batch, context: ObjectiveContext) -> dict[str, Tensor]:
         """`sums`, float64 [4]: loss, correct predictions, target tokens and target bytes of the batch."""
-        sums = _forward(model, batch, LossAndNumCorrect(_vocab_size(model)))
-        counts = torch.tensor([batch.num_target_tokens, batch.num_target_bytes], dtype=torch.float64)
+        sums = _forward(model, batch, LossAndNumCorrect(context.vocab_size))
+        counts = torch.tensor([batch.num_targets[NEXT_TOKEN], batch.num_target_bytes], dtype=torch.float64)
         return {"sums": torch.cat([sums, counts.to(sums.device)])}
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -57,19 +63,12 @@ class CausalLM(Settings):
         return metrics
 
 
-def _forward(model: Callable[..., Tensor], batch: Batch, loss_from_hidden: HiddenLossFn) -> Tensor:
-    return model(
+def _forward(model: Model, batch: Batch, loss_fn: FusedLinearCrossEntropy | LossAndNumCorrect) -> Tensor:
+    outputs = model(
         batch.input_ids,
         batch.position_ids,
         batch.document_ids,
         batch.lengths,
-        labels=batch.labels,
-        loss_from_hidden=loss_from_hidden,
+        losses_from_hidden={"lm_head": partial(loss_fn, labels_N=batch.targets[NEXT_TOKEN].flatten())},
     )
-
-
-def _vocab_size(model: Any) -> int:
-    """`model` is a Transformer, or an engine's bound method `model`, whose engine has it as `module`."""
-    owner = getattr(model, "__self__", model)
-    module = getattr(owner, "module", owner)
-    return int(module.config.vocab_size)
+    return outputs["lm_head"]

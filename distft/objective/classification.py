@@ -1,6 +1,6 @@
 """Classification: one label per row."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from distft.config import Settings
-from distft.data.batch import IGNORE_INDEX, Batch
+from distft.data.batch import IGNORE_INDEX, LABEL, Batch
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, Head
+from distft.model.config import ClassificationHead, Heads
+from distft.objective.interface import Model, ObjectiveContext
 
 
 class Classification(Settings):
@@ -21,30 +22,36 @@ class Classification(Settings):
     pooling: Literal["last", "mean", "first"] = "last"  # of a row's hidden states, for the head
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
-    def head(self, label_names: tuple[str, ...] | None) -> Head:
-        """The head that this objective trains. Raises `ConfigError` for data without labels."""
+    def heads(self, label_names: tuple[str, ...] | None) -> Heads:
+        """`classifier`. Raises `ConfigError` for data without labels."""
         if label_names is None:
             raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
-        return ClassificationHead(num_labels=len(label_names), pooling=self.pooling)
+        return {"classifier": ClassificationHead(num_labels=len(label_names), pooling=self.pooling)}
 
-    def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """The loss summed over the batch's rows, an fp32 scalar."""
-        return cross_entropy(
+    def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
+        return {LABEL: 1.0}
+
+    def num_targets(self, batch: Batch) -> Mapping[str, int]:
+        return batch.num_targets
+
+    def loss_sums(self, model: Model, batch: Batch, context: ObjectiveContext) -> Mapping[str, Tensor]:  # noqa: ARG002
+        loss_sum = cross_entropy(
             _logits(model, batch).float(),
-            batch.labels,
+            batch.targets[LABEL],
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
             reduction="sum",
         )
+        return {LABEL: loss_sum}
 
     @torch.no_grad()
-    def evaluate(self, model: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, model: Model, batch: Batch, context: ObjectiveContext) -> dict[str, Tensor]:  # noqa: ARG002
         """The summed loss, float64, and the confusion matrix [label, prediction], int64."""
-        logits = _logits(model, batch).float()
-        counts = batch.labels != IGNORE_INDEX
-        loss_sum = cross_entropy(logits[counts].double(), batch.labels[counts], reduction="sum")
+        logits, labels = _logits(model, batch).float(), batch.targets[LABEL]
+        counts = labels != IGNORE_INDEX
+        loss_sum = cross_entropy(logits[counts].double(), labels[counts], reduction="sum")
         num_labels = logits.shape[1]
-        cells = batch.labels[counts] * num_labels + logits[counts].argmax(dim=1)
+        cells = labels[counts] * num_labels + logits[counts].argmax(dim=1)
         confusion = torch.bincount(cells, minlength=num_labels**2).view(num_labels, num_labels)
         return {"loss_sum": loss_sum, "confusion": confusion}
 
@@ -62,5 +69,5 @@ class Classification(Settings):
         }
 
 
-def _logits(model: Callable[..., Tensor], batch: Batch) -> Tensor:
-    return model(batch.input_ids, batch.position_ids, batch.document_ids, batch.lengths)
+def _logits(model: Model, batch: Batch) -> Tensor:
+    return model(batch.input_ids, batch.position_ids, batch.document_ids, batch.lengths)["classifier"]

@@ -80,12 +80,11 @@ def parameter_groups(
 def build_adamw(
     tensors: Mapping[str, Tensor], groups: Sequence[ParameterGroup], config: AdamWConfig
 ) -> torch.optim.AdamW:
-    """torch's AdamW over the tensors that `groups` name; its param_groups have a further key, `lr_scale`."""
+    """torch's AdamW over the tensors that `groups` name, with one param_group for each."""
     param_groups = [
         {
             "params": [tensors[name] for name in group.names],
             "weight_decay": group.weight_decay,
-            "lr_scale": group.lr_scale,
         }
         for group in groups
     ]

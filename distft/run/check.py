@@ -46,7 +46,7 @@ def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
     )
     epochs = num_steps * plan.global_batch_size / inputs.train.num_sequences
     flops = (
-        training_flops_per_token(inputs.model, plan.seq_len, inputs.head)
+        training_flops_per_token(inputs.model, plan.seq_len, inputs.heads)
         * plan.global_batch_tokens
         * num_steps
     )

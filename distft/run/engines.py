@@ -67,7 +67,7 @@ def build_engine(
     config = inputs.config
     source = _state_source(inputs, resumed)
     module = build_module(
-        inputs.model, inputs.head, activation_checkpointing=config.engine.activation_checkpointing
+        inputs.model, inputs.heads, activation_checkpointing=config.engine.activation_checkpointing
     )
     for name, param in module.named_parameters():
         param.requires_grad_(name in inputs.trainable)

@@ -13,7 +13,7 @@ from distft.data.dataset import DataContext
 from distft.data.feed import Feed
 from distft.data.tokens import TokensConfig
 from distft.errors import CheckpointError, ConfigError, DataError, ErrorCollector
-from distft.model.config import Head, ModelConfig
+from distft.model.config import Heads, ModelConfig
 from distft.optim.adamw import parameter_groups
 from distft.optim.patterns import select_trainable
 from distft.run.config import DataConfig, RunConfig
@@ -39,7 +39,7 @@ class RunInputs:
     train: Feed
     validation: Feed | None
     label_names: tuple[str, ...] | None  # of a classification
-    head: Head
+    heads: Heads
     shapes: dict[str, tuple[int, ...]]  # of every parameter
     trainable: set[str]
     init_from: CheckpointSource | None
@@ -77,8 +77,8 @@ def read_inputs(config: RunConfig) -> RunInputs:
         if config.validation is not None:
             validation = config.validation.build_for_evaluation(replace(context, label_names=label_names))
     with errors.collect():
-        head = _placeholder_head(config) if train is None else config.objective.head(label_names)
-        shapes = parameter_shapes(model, head)
+        heads = _placeholder_heads(config) if train is None else config.objective.heads(label_names)
+        shapes = parameter_shapes(model, heads)
         trainable = _check_parameters(config, shapes, init_from, label_names)
     if train is not None:
         with errors.collect():
@@ -92,7 +92,7 @@ def read_inputs(config: RunConfig) -> RunInputs:
         train=train,
         validation=validation,
         label_names=label_names,
-        head=head,
+        heads=heads,
         shapes=shapes,
         trainable=trainable,
         init_from=init_from,
@@ -183,12 +183,12 @@ def data_context(
     )
 
 
-def _placeholder_head(config: RunConfig) -> Head:
-    """A head that the objective accepts, when the data with the label names could not be read."""
+def _placeholder_heads(config: RunConfig) -> Heads:
+    """Heads that the objective accepts, when the data with the label names could not be read."""
     try:
-        return config.objective.head(None)
+        return config.objective.heads(None)
     except ConfigError:
-        return config.objective.head(_PLACEHOLDER_LABELS)
+        return config.objective.heads(_PLACEHOLDER_LABELS)
 
 
 def _check_parameters(

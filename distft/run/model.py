@@ -6,24 +6,24 @@ import torch
 
 from distft.checkpoint.sources import CheckpointSource
 from distft.errors import ConfigError, suggest_name
-from distft.model.config import Head, ModelConfig
+from distft.model.config import Heads, ModelConfig
 from distft.model.transformer import Transformer
 
 _CLASSIFIER = "classifier."
 HEAD_PREFIXES = (_CLASSIFIER, "lm_head.")  # `init_from` may lack these: a new task has a new head
 
 
-def build_module(model: ModelConfig, head: Head, *, activation_checkpointing: bool = False) -> Transformer:
+def build_module(model: ModelConfig, heads: Heads, *, activation_checkpointing: bool = False) -> Transformer:
     """The model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        module = Transformer(model, head)
+        module = Transformer(model, heads)
     module.activation_checkpointing = activation_checkpointing
     return module
 
 
-def parameter_shapes(model: ModelConfig, head: Head) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ModelConfig, heads: Heads) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by name; tied parameters appear once."""
-    return {name: tuple(param.shape) for name, param in build_module(model, head).named_parameters()}
+    return {name: tuple(param.shape) for name, param in build_module(model, heads).named_parameters()}
 
 
 def require_parameters(

@@ -19,9 +19,9 @@ from distft.data.feed import Feed
 from distft.engine.interface import DTYPES
 from distft.engine.memory import allocate
 from distft.errors import ConfigError
-from distft.model.config import LanguageModelHead
 from distft.model.generation import generate
 from distft.model.transformer import Transformer
+from distft.objective.interface import ObjectiveContext
 from distft.run.config import RunConfig
 from distft.run.engines import choose_device
 from distft.run.inputs import TOKENIZER_FILE, data_context
@@ -62,8 +62,8 @@ def load_model(checkpoint: Checkpoint, config: RunConfig, device: torch.device) 
     """The whole model on `device`, in the run's `param_dtype` and in evaluation mode."""
     assert config.model is not None  # checkpoints contain the resolved configuration
     label_names = checkpoint.manifest.label_names
-    head = config.objective.head(None if label_names is None else tuple(label_names))
-    module = build_module(config.model, head)
+    heads = config.objective.heads(None if label_names is None else tuple(label_names))
+    module = build_module(config.model, heads)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     require_parameters(checkpoint, shapes)
     allocate(module, device, DTYPES[config.engine.param_dtype])
@@ -106,9 +106,9 @@ def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology)
                 module,
                 config.objective,
                 feed,
+                context=ObjectiveContext(config.model.vocab_size or 0, collectives),
                 micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
                 seq_len=config.batch.seq_len,
-                collectives=collectives,
                 device=device,
                 max_sequences=config.evaluation.max_sequences,
                 on_progress=None
@@ -134,7 +134,7 @@ def generate_text(
     checkpoint, config, tokenizer = open_checkpoint(path)
     device = choose_device(config, Topology())
     module = load_model(checkpoint, config, device)
-    if not isinstance(module.head, LanguageModelHead):
+    if "lm_head" not in module.heads:
         raise ConfigError(f"{checkpoint.path} is a classifier, which cannot generate text.")
     encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
     continuations = generate(

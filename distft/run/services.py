@@ -10,9 +10,9 @@ import distft
 from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.manifest import GroupRecord, ProbeRecord, Progress, TokenizerRecord
 from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
-from distft.collectives import Collectives
 from distft.config import redact
 from distft.engine.interface import Engine
+from distft.objective.interface import ObjectiveContext
 from distft.optim.adamw import parameter_groups
 from distft.run.inputs import TOKENIZER_FILE, RunInputs
 from distft.run.run_dir import RunRecord, ledger_fields
@@ -37,7 +37,7 @@ class RunServices(TrainerServices):
         loss_probe: LossProbe,
         record: RunRecord,
         watchdog: Watchdog,
-        collectives: Collectives,
+        context: ObjectiveContext,
         stop_requested: StopRequested,
     ) -> None:
         self.heartbeat = watchdog.heartbeat
@@ -51,7 +51,7 @@ class RunServices(TrainerServices):
         self._run_id = record.run_id
         self._trackers = record.trackers
         self._watchdog = watchdog
-        self._collectives = collectives
+        self._context = context
         self._stop_requested = stop_requested
         self._saving: dict[int, Progress] = {}  # by step, of saves that are not known to be committed
 
@@ -77,9 +77,9 @@ class RunServices(TrainerServices):
             self._engine.module,
             self._config.objective,
             self._inputs.validation,
+            context=self._context,
             micro_batch_size=settings.micro_batch_size or batch.micro_batch_size,
             seq_len=batch.seq_len,
-            collectives=self._collectives,
             device=self._engine.device,
             max_sequences=settings.max_sequences,
         )
@@ -157,7 +157,7 @@ class RunServices(TrainerServices):
             "engine": engine.type,
             "zero_stage": getattr(engine, "zero_stage", None),
             "param_dtype": engine.param_dtype,
-            "world_size": self._collectives.world_size,
+            "world_size": self._context.collectives.world_size,
         }
 
 

@@ -18,6 +18,7 @@ from distft.collectives import Collectives, ProcessGroup
 from distft.engine.interface import DTYPES
 from distft.errors import Preempted, SupersededError
 from distft.model.counts import training_flops_per_token
+from distft.objective.interface import ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
 from distft.run.config import RunConfig
@@ -141,7 +142,11 @@ class TrainingRun:
     def _train_from(self, checkpoint: Checkpoint | None, progress: Progress, record: RunRecord) -> RunResult:
         config, inputs = self._config, self._inputs
         engine = build_engine(inputs, checkpoint, self._plan, self._collectives, self._device)
-        loss_probe = LossProbe(inputs.train, config.objective, config.engine.param_dtype)
+        assert inputs.model.vocab_size is not None  # RunInputs has filled it in
+        context = ObjectiveContext(inputs.model.vocab_size, self._collectives)
+        loss_probe = LossProbe(
+            inputs.train, config.objective, config.engine.param_dtype, vocab_size=context.vocab_size
+        )
         if checkpoint is not None:
             loss_probe.check(engine, checkpoint.manifest, checkpoint.path, self._collectives)
         with stop_on_sigterm(self._stop_requested) as stop_requested:
@@ -152,18 +157,18 @@ class TrainingRun:
                 loss_probe=loss_probe,
                 record=record,
                 watchdog=self._watchdog,
-                collectives=self._collectives,
+                context=context,
                 stop_requested=stop_requested,
             )
             trainer = Trainer(
                 engine=engine,
                 objective=config.objective,
+                context=context,
                 feed=inputs.train,
                 plan=self._plan,
                 schedule=self._schedule,
                 progress=progress,
                 services=services,
-                collectives=self._collectives,
                 throughput=self._build_throughput(),
                 loss_scale=self._build_loss_scale(progress),
                 dropout_seed=config.seed if inputs.model.dropout > 0 else None,
@@ -196,7 +201,7 @@ class TrainingRun:
         dtype = DTYPES[self._config.engine.param_dtype]
         return Throughput(
             flops_per_token=training_flops_per_token(
-                self._inputs.model, self._plan.seq_len, self._inputs.head
+                self._inputs.model, self._plan.seq_len, self._inputs.heads
             ),
             peak_flops_per_s=peak_flops_per_s(self._device, dtype),
             world_size=self._collectives.world_size,

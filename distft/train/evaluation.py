@@ -1,13 +1,13 @@
 """Metrics on validation data; they do not depend on the number of ranks."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distft.collectives import Collectives
 from distft.data.batch import Batch
+from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.topology import BatchPlan, split_among_ranks
 
 
@@ -20,26 +20,16 @@ class EvaluationFeed(Protocol):
         """Sequences [start, stop); an empty range gives a batch without targets."""
 
 
-class EvaluationObjective(Protocol):
-    """Objective interface used by `evaluate`."""
-
-    def evaluate(self, model: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch, which may be added over batches and ranks."""
-
-    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics from the sums over a whole data set."""
-
-
 @torch.no_grad()
 def evaluate(
-    model: Callable[..., Any],
+    model: Model,
     module: nn.Module,
-    objective: EvaluationObjective,
+    objective: Objective,
     feed: EvaluationFeed,
     *,
+    context: ObjectiveContext,
     micro_batch_size: int,
     seq_len: int,
-    collectives: Collectives,
     device: torch.device,
     max_sequences: int | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -49,6 +39,7 @@ def evaluate(
     Each rank takes a contiguous share. All ranks run the same number of batches, since a stage-3 forward is a
     collective: if the sequences do not divide evenly, some batches are empty and add zeros to the sums.
     """
+    collectives = context.collectives
     num_sequences = feed.num_sequences if max_sequences is None else min(feed.num_sequences, max_sequences)
     plan = BatchPlan(
         global_batch_size=max(num_sequences, collectives.world_size),
@@ -62,7 +53,7 @@ def evaluate(
     try:
         for micro_batch in split_among_ranks(0, num_sequences, plan, collectives.rank):
             batch = feed.batch(micro_batch.start, micro_batch.stop).to(device)
-            for name, value in objective.evaluate(model, batch).items():
+            for name, value in objective.evaluate(model, batch, context).items():
                 sums[name] = sums[name] + value if name in sums else value
             if on_progress is not None:
                 on_progress(len(micro_batch))

@@ -1,24 +1,24 @@
 """The training loop: pretraining and fine-tuning run the same one with different configurations."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from distft.checkpoint.manifest import Progress
-from distft.collectives import Collectives
 from distft.data.batch import Batch
 from distft.data.feed import Feed, Prefetcher
 from distft.engine.interface import Engine
 from distft.errors import Preempted, Resized, TrainingError
+from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
+from distft.train.deferred_read import DeferredRead
 from distft.train.progress import ProgressCounter
 from distft.train.schedule import TrainingSchedule
-from distft.train.services import TrainerServices
-from distft.train.step import StepResult, SummedLossFn, train_step
+from distft.train.services import STOP_REASONS, TrainerServices
+from distft.train.step import StepResult, train_step
 from distft.train.throughput import Throughput, peak_memory_bytes
 
 _PREFETCH_DEPTH = 8
@@ -31,26 +31,27 @@ class Trainer:
         self,
         *,
         engine: Engine,
-        objective: SummedLossFn,
+        objective: Objective,
+        context: ObjectiveContext,
         feed: Feed,
         plan: BatchPlan,
         schedule: TrainingSchedule,
         progress: Progress,
         services: TrainerServices,
-        collectives: Collectives,
         throughput: Throughput,
         loss_scale: DynamicLossScale | None = None,
         dropout_seed: int | None = None,
     ) -> None:
         self._engine = engine
         self._objective = objective
+        self._context = context
         self._feed = feed
         self._plan = plan
         self._schedule = schedule
         self._progress = ProgressCounter(progress, engine.device)
         self._services = services
         self._heartbeat = services.heartbeat
-        self._collectives = collectives
+        self._collectives = context.collectives
         self._throughput = throughput
         self._loss_scale = loss_scale
         self._dropout_seed = dropout_seed
@@ -72,13 +73,13 @@ class Trainer:
         with Prefetcher(self._feed, self._remaining_micro_batches(), depth=_PREFETCH_DEPTH) as batches:
             self._throughput.restart()
             while self.step < self._schedule.total_steps:
-                self._run_step(batches)
+                signals = self._run_step(batches)
                 if self._schedule.is_evaluation_due(self.step):
                     self._evaluate()
                 if self._schedule.is_save_due(self.step):
                     self._save()
-                if self._schedule.is_stop_check_due(self.step):
-                    self._stop_if_requested()
+                if not self._schedule.is_last(self.step):
+                    self._stop_if_signalled(signals)
         self._wait_for_saves()
         return self._current_progress()
 
@@ -86,7 +87,8 @@ class Trainer:
         for step in range(self.step, self._schedule.total_steps):
             yield from self._plan.micro_batches(step, self._collectives.rank)
 
-    def _run_step(self, batches: Prefetcher) -> None:
+    def _run_step(self, batches: Prefetcher) -> DeferredRead:
+        """Returns the sums over ranks of `_local_signals`."""
         micro_batches = self._plan.micro_batches(self.step, self._collectives.rank)
         lr = self._schedule.lr_at(self.step)
         wait_s_before = batches.wait_s
@@ -95,10 +97,12 @@ class Trainer:
         with self._heartbeat.phase("backward and update"):
             result = train_step(
                 self._engine,
-                self._forward,
                 loaded,
-                lr=lr,
-                before_forward=lambda index: self._seed_dropout(micro_batches[index]),
+                loss_sums=self._loss_sums,
+                num_targets=self._objective.num_targets,
+                weights=self._objective.term_weights(self.step),
+                group_lr=lambda group: lr * group.lr_scale,
+                signals=self._local_signals(),
             )
         self._heartbeat.finish_step()
         self._progress.add_step(result)
@@ -109,27 +113,31 @@ class Trainer:
             self._check_skipped_steps(result)
         if self._schedule.is_log_due(self.step):
             self._services.log(self._metrics(result, lr), self.step)
+        return DeferredRead(result.signals)
 
     def _next_batch(self, batches: Prefetcher) -> Batch:
         batch = next(batches)
         self._progress.ledger.add(batches.last_micro_batch)
         return batch
 
-    def _forward(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """The objective's loss. Ranks wait for each other in the backward; at stage 3 also in the forward."""
+    def _loss_sums(self, model: Model, batch: Batch) -> Mapping[str, Tensor]:
+        """The loss terms. Ranks wait for each other in the backward; at stage 3 also in the forward."""
+        self._seed_dropout(batch)
         with self._heartbeat.phase("forward"), self._heartbeat.own_work(batch.input_ids.numel()):
-            return self._objective(model, batch)
+            return self._objective.loss_sums(model, batch, self._context)
 
-    def _seed_dropout(self, micro_batch: MicroBatch) -> None:
+    def _seed_dropout(self, batch: Batch) -> None:
         """Random draws depend only on the sequences that they apply to, so a resume repeats them."""
         if self._dropout_seed is not None:
-            key = f"{self._dropout_seed}/{micro_batch.start}".encode()
+            assert batch.sequence_numbers is not None
+            key = f"{self._dropout_seed}/{int(batch.sequence_numbers[0])}".encode()
             digest = hashlib.blake2b(key, digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little", signed=True))
 
     def _update_loss_scale(self, result: StepResult) -> None:
         if self._loss_scale is not None:
-            self._loss_scale.update(is_overflow=bool(result.is_skipped))
+            is_overflow = bool(result.is_skipped) and int(result.num_targets.sum()) > 0
+            self._loss_scale.update(is_overflow=is_overflow)
             self._engine.set_loss_scale(self._loss_scale.scale)
 
     def _check_skipped_steps(self, result: StepResult) -> None:
@@ -150,11 +158,21 @@ class Trainer:
             "tokens_seen": self._progress.tokens_seen,
             "epoch": self.step * self._plan.global_batch_size / self._feed.num_sequences,
             "skipped_steps": self._progress.skipped_steps,
+            **self._optional_metrics(result),
             "peak_memory_bytes": peak_memory_bytes(self._engine.device),
             **self._throughput.read(),
         }
         if self._loss_scale is not None:
             metrics["loss_scale"] = self._loss_scale.scale
+        return metrics
+
+    def _optional_metrics(self, result: StepResult) -> dict[str, float | int]:
+        metrics: dict[str, float | int] = {}
+        names = list(self._objective.term_weights(self.step - 1))
+        if len(names) > 1:
+            metrics |= {f"loss/{name}": float(term) for name, term in zip(names, result.terms, strict=True)}
+        if self._progress.steps_without_targets:
+            metrics["steps_without_targets"] = self._progress.steps_without_targets
         return metrics
 
     def _evaluate(self) -> None:
@@ -175,14 +193,17 @@ class Trainer:
     def _current_progress(self) -> Progress:
         return self._progress.to_progress(self._plan, self._collectives, self._loss_scale)
 
-    def _stop_if_requested(self) -> None:
+    def _local_signals(self) -> list[int]:
+        """1 for each of `STOP_REASONS` that holds on this rank, and for a failed save."""
+        reason = self._services.stop_requested()
+        return [*(int(reason == known) for known in STOP_REASONS), int(self._services.has_failed_save())]
+
+    def _stop_if_signalled(self, signals: DeferredRead) -> None:
         """Save and stop on all ranks if any rank was asked to; raise if a save failed on any rank."""
-        answers = self._collectives.all_gather(
-            (self._services.stop_requested(), self._services.has_failed_save())
-        )
-        if any(has_failed for _, has_failed in answers):
+        *stop_counts, num_failed_saves = signals.get()
+        if num_failed_saves:
             self._wait_for_saves()
-        reasons = {reason for reason, _ in answers if reason is not None}
+        reasons = {reason for reason, count in zip(STOP_REASONS, stop_counts, strict=True) if count}
         if not reasons:
             return
         if not self._schedule.is_save_due(self.step):

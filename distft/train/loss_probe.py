@@ -8,10 +8,11 @@ import torch
 from distft.checkpoint.fingerprint import fragment_digests, merge_digests
 from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.manifest import Manifest, ProbeRecord
-from distft.collectives import Collectives, all_or_none
+from distft.collectives import Collectives, SingleProcess, all_or_none
 from distft.engine.interface import Engine, Precision
 from distft.errors import CheckpointError
-from distft.train.evaluation import EvaluationFeed, EvaluationObjective
+from distft.objective.interface import Objective, ObjectiveContext
+from distft.train.evaluation import EvaluationFeed
 
 # How far two losses of the same weights may differ, relative to the larger of 1 and the loss. In fp32 the
 # order of summation differs: 2e-6 between engines and world sizes. bf16 and fp16 have 8 and 11 bits a weight.
@@ -21,9 +22,18 @@ _TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2}
 class LossProbe:
     """The loss on the first sequences of the training data; every rank computes all of it."""
 
-    def __init__(self, feed: EvaluationFeed, objective: EvaluationObjective, param_dtype: Precision) -> None:
+    def __init__(
+        self,
+        feed: EvaluationFeed,
+        objective: Objective,
+        param_dtype: Precision,
+        *,
+        vocab_size: int,
+    ) -> None:
         self._feed = feed
         self._objective = objective
+        # Every rank computes the loss of all sequences; sums over ranks would count them repeatedly.
+        self._context = ObjectiveContext(vocab_size, SingleProcess())
         self._param_dtype = param_dtype
 
     @torch.no_grad()
@@ -33,7 +43,8 @@ class LossProbe:
         was_training = engine.module.training
         engine.module.eval()
         try:
-            metrics = self._objective.metrics(self._objective.evaluate(engine.model, batch))
+            sums = self._objective.evaluate(engine.model, batch, self._context)
+            metrics = self._objective.metrics(sums)
         finally:
             engine.module.train(was_training)
         return ProbeRecord(loss=metrics["loss"], num_sequences=num_sequences, param_dtype=self._param_dtype)

@@ -23,12 +23,17 @@ class ProgressCounter:
         self._tokens_seen = torch.tensor(progress.tokens_seen, device=device)
         self._skipped = torch.tensor(float(progress.skipped_steps), device=device)
         self._skipped_in_a_row = torch.tensor(float(progress.skipped_in_a_row), device=device)
+        self._without_targets = torch.tensor(float(progress.steps_without_targets), device=device)
 
     def add_step(self, result: StepResult) -> None:
         self.step += 1
-        self._tokens_seen += result.num_tokens
-        self._skipped += result.is_skipped
-        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * result.is_skipped
+        num_targets = result.num_targets.sum()
+        is_empty = (num_targets == 0).float()
+        is_skipped = result.is_skipped * (1 - is_empty)
+        self._tokens_seen += num_targets
+        self._skipped += is_skipped
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1 - is_empty) * (is_skipped + is_empty)
+        self._without_targets += is_empty
 
     @property
     def tokens_seen(self) -> int:
@@ -41,6 +46,10 @@ class ProgressCounter:
     @property
     def skipped_in_a_row(self) -> int:
         return int(self._skipped_in_a_row)
+
+    @property
+    def steps_without_targets(self) -> int:
+        return int(self._without_targets)
 
     def to_progress(
         self, plan: BatchPlan, collectives: Collectives, loss_scale: DynamicLossScale | None
@@ -58,5 +67,6 @@ class ProgressCounter:
             tokens_seen=self.tokens_seen,
             skipped_steps=self.skipped_steps,
             skipped_in_a_row=self.skipped_in_a_row,
+            steps_without_targets=self.steps_without_targets,
             loss_scale=None if loss_scale is None else loss_scale.state_dict(),
         )

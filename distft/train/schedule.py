@@ -38,7 +38,7 @@ class TrainingSchedule:
     """When things happen, by number of completed optimizer steps."""
 
     total_steps: int
-    lr_at: Callable[[int], float]  # learning rate of the step after this many
+    lr_at: Callable[[int], float]  # learning rate of the step after this many, before a group's scale
     log_every_steps: int
     max_skipped_in_a_row: int
     save_every_steps: int | None  # in addition to the last step; None: no others
@@ -60,10 +60,6 @@ class TrainingSchedule:
 
     def is_evaluation_due(self, step: int) -> bool:
         return _is_multiple(step, self.evaluate_every_steps) or (self.evaluate_at_end and self.is_last(step))
-
-    def is_stop_check_due(self, step: int) -> bool:
-        """Whether the ranks ask each other about stop requests and failed saves, which costs a collective."""
-        return step % self.log_every_steps == 0 and not self.is_last(step)
 
 
 def _is_multiple(step: int, every_steps: int | None) -> bool:

@@ -1,7 +1,7 @@
 """The services that the training loop needs from its run: log, evaluate, save, stop."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from distft.checkpoint.manifest import Progress
 from distft.watch.heartbeat import HeartbeatRecorder
@@ -9,6 +9,7 @@ from distft.watch.heartbeat import HeartbeatRecorder
 Metrics = Mapping[str, float | int]
 # Why to save and stop: a user or scheduler requested it, workers can be added, a node is about to leave.
 StopReason = Literal["requested", "resize", "drain"]
+STOP_REASONS: tuple[StopReason, ...] = get_args(StopReason)
 StopRequested = Callable[[], StopReason | None]
 
 

@@ -1,54 +1,56 @@
 """One optimizer step, for any model, objective and engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distft.data.batch import Batch
-from distft.engine.interface import Engine
-
-
-class SummedLossFn(Protocol):
-    """Loss interface used by `train_step`."""
-
-    def __call__(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """The loss summed over the batch's targets, as a differentiable scalar."""
+from distft.engine.interface import Engine, GroupLr
+from distft.objective.interface import Model
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Scalars on the device: reading one waits for the device."""
+    """Results of a step on the device: reading one waits for the device."""
 
-    loss: Tensor  # mean over every target token of the global batch
+    loss: Tensor  # weighted sum of the terms
+    terms: Tensor  # [K] mean of each term over its targets in the global batch
+    num_targets: Tensor  # int64 [K], in the global batch
     grad_norm: Tensor  # before clipping
-    num_tokens: Tensor  # targets in the global batch
-    is_skipped: Tensor  # 1.0 if gradients were not finite
+    is_skipped: Tensor  # 1.0 if gradients were not finite, or the batch had no targets
+    signals: Tensor  # int64 [S], summed over ranks
 
 
 def train_step(
     engine: Engine,
-    objective: SummedLossFn,
     micro_batches: Sequence[Batch],
     *,
-    lr: float,
-    before_forward: Callable[[int], None] | None = None,
+    loss_sums: Callable[[Model, Batch], Mapping[str, Tensor]],
+    num_targets: Callable[[Batch], Mapping[str, int]],
+    weights: Mapping[str, float],
+    group_lr: GroupLr,
+    signals: Sequence[int] = (),
 ) -> StepResult:
     """Forward, backward and update over this rank's share of one global batch.
 
-    The loss is divided by the number of targets in the *global* batch, so that loss and gradient do not
-    depend on how the batch is split. `before_forward` is called with each micro-batch's index.
+    Each term is divided by the number of its targets in the *global* batch, so that loss and gradient do not
+    depend on how the batch is split. `signals` are summed over ranks along with these counts.
     """
-    num_local_tokens = sum(batch.num_target_tokens for batch in micro_batches)
-    num_tokens = engine.all_reduce_sum(torch.tensor(num_local_tokens, device=engine.device))
-    loss = torch.zeros((), device=engine.device)
-    for index, batch in enumerate(micro_batches):
-        if before_forward is not None:
-            before_forward(index)
-        with engine.micro_step(is_last=index + 1 == len(micro_batches)):
-            loss_sum = objective(engine.model, batch.to(engine.device))
-            loss = loss + engine.backward(loss_sum / num_tokens)
-    update = engine.step(lr)
-    return StepResult(engine.all_reduce_sum(loss), update.grad_norm, num_tokens, update.is_skipped)
+    local = [sum(num_targets(batch).get(name, 0) for batch in micro_batches) for name in weights]
+    totals = engine.all_reduce_sum(torch.tensor([*local, *signals]).to(engine.device, non_blocking=True))
+    counts = totals[: len(weights)]
+    # A step without any target divides by zero on purpose: no engine applies a gradient that is not finite.
+    divisors = counts.clamp(min=(counts.sum() > 0).long())
+    scale = torch.tensor(list(weights.values())).to(engine.device, non_blocking=True)
+
+    def loss_terms(model: Model, batch: Batch) -> Tensor:
+        sums = loss_sums(model, batch)
+        return torch.stack([sums[name] for name in weights]) * scale / divisors
+
+    terms = engine.all_reduce_sum(engine.forward_backward(micro_batches, loss_terms))
+    update = engine.step(group_lr)
+    return StepResult(
+        terms.sum(), terms / scale, counts, update.grad_norm, update.is_skipped, totals[len(weights) :]
+    )

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distft.data.batch import IGNORE_INDEX
+from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN
 from distft.data.completion import CompletionConfig
 from distft.data.dataset import DataContext
 from distft.errors import DataError
@@ -47,7 +47,7 @@ def test_targets_are_the_tokens_of_the_completion_that_fit(
     num_targets = num_bytes = 0
     for i, (prompt, completion) in enumerate(pairs):
         length = int(batch.lengths[i])
-        inputs, labels = batch.input_ids[i].tolist(), batch.labels[i].tolist()
+        inputs, labels = batch.input_ids[i].tolist(), batch.targets[NEXT_TOKEN][i].tolist()
         full_completion = [ord(letter) for letter in completion] + ([] if eos_id is None else [eos_id])
         targets = full_completion[:seq_len]
         kept_prompt = [ord(letter) for letter in prompt][-(seq_len + 1 - len(targets)) :]
@@ -58,7 +58,7 @@ def test_targets_are_the_tokens_of_the_completion_that_fit(
         assert labels[length - len(targets) : length] == targets
         num_targets += len(targets)
         num_bytes += sum(targets)
-    assert batch.num_target_tokens == num_targets
+    assert batch.num_targets[NEXT_TOKEN] == num_targets
     assert batch.num_target_bytes == num_bytes
 
 
@@ -75,7 +75,10 @@ def test_a_template_builds_the_prompt_from_columns(tmp_path: Path) -> None:
     config = CompletionConfig(path=path, prompt="q", completion="a", template="{context}: {q} {{}}=")
     batch = config.build_for_evaluation(CONTEXT).batch(0, 1)
     assert "".join(map(chr, batch.input_ids[0].tolist())) == "sums: 1+1 {}=2"
-    assert [label for label in batch.labels[0].tolist() if label != IGNORE_INDEX] == [ord("2"), EOS]
+    assert [label for label in batch.targets[NEXT_TOKEN][0].tolist() if label != IGNORE_INDEX] == [
+        ord("2"),
+        EOS,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,6 @@ def test_a_missing_column_of_the_template_is_an_error(tmp_path: Path) -> None:
 def test_a_batch_without_rows_is_one_row_without_targets(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
     batch = CompletionConfig(path=path).build(CONTEXT).batch(7, 7)
-    assert batch.input_ids.shape == batch.labels.shape == (1, 2)
-    assert (batch.labels == IGNORE_INDEX).all()
-    assert batch.num_target_tokens == batch.num_target_bytes == 0
+    assert batch.input_ids.shape == batch.targets[NEXT_TOKEN].shape == (1, 2)
+    assert (batch.targets[NEXT_TOKEN] == IGNORE_INDEX).all()
+    assert batch.num_targets[NEXT_TOKEN] == batch.num_target_bytes == 0

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX, Batch, RaggedArray, merge_batches
+from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN, Batch, RaggedArray, merge_batches
 from distft.data.feed import Feed, Prefetcher
 from distft.data.labelled import LabelledRows
 from distft.data.sampler import Indices
@@ -28,11 +28,16 @@ class Numbers:
         rows = indices if len(indices) else np.zeros(1, np.int64)
         ids = torch.from_numpy(rows + self._first)[:, None].repeat(1, 3)
         labels = ids if len(indices) else torch.full_like(ids, IGNORE_INDEX)
-        return Batch(input_ids=ids, labels=labels, num_target_tokens=3 * len(indices), num_target_bytes=5)
+        return Batch(
+            input_ids=ids,
+            targets={NEXT_TOKEN: labels},
+            num_targets={NEXT_TOKEN: 3 * len(indices)},
+            num_target_bytes=5,
+        )
 
 
 def numbers_of(batch: Batch) -> list[int]:
-    return batch.input_ids[:, 0].tolist() if batch.num_target_tokens else []
+    return batch.input_ids[:, 0].tolist() if batch.num_targets[NEXT_TOKEN] else []
 
 
 @given(
@@ -74,8 +79,8 @@ def test_a_resumed_run_reads_exactly_the_remaining_sequences() -> None:
 
 def test_an_empty_range_gives_a_batch_without_targets() -> None:
     batch = Feed.for_evaluation(Numbers(4), Numbers(3)).batch(5, 5)
-    assert batch.num_target_tokens == 0
-    assert (batch.labels == IGNORE_INDEX).all()
+    assert batch.num_targets[NEXT_TOKEN] == 0
+    assert (batch.targets[NEXT_TOKEN] == IGNORE_INDEX).all()
 
 
 @given(data=st.data())
@@ -95,8 +100,8 @@ def test_merging_batches_of_different_widths_keeps_the_rows_and_pads_them(data: 
         for label, (row, position) in enumerate(zip(rows, positions.tolist(), strict=True)):
             length = int(merged.lengths[position])
             assert merged.input_ids[position, :length].tolist() == row
-            assert merged.labels[position] == label
-    assert merged.num_target_tokens == num_rows
+            assert merged.targets[NEXT_TOKEN][position] == label
+    assert merged.num_targets[NEXT_TOKEN] == num_rows
 
 
 def micro_batches(count: int) -> Iterator[MicroBatch]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX, RaggedArray
+from distft.data.batch import IGNORE_INDEX, LABEL, RaggedArray
 from distft.data.dataset import DataContext
 from distft.data.labelled import LabelledConfig, LabelledRows, LabelNames, truncate_pair
 from distft.errors import DataError
@@ -35,8 +35,8 @@ def test_texts_and_labels_are_encoded_and_long_texts_truncated_at_the_end(tmp_pa
     feed = LabelledConfig(path=write(tmp_path / "a.jsonl", ROWS)).build_for_evaluation(CONTEXT)
     batch = feed.batch(0, 4)
     assert feed.label_names == ("DESC", "HUM", "NUM")
-    assert batch.labels.tolist() == [2, 1, 0, 2]
-    assert batch.num_target_tokens == 4
+    assert batch.targets[LABEL].tolist() == [2, 1, 0, 2]
+    assert batch.num_targets[LABEL] == 4
     assert batch.lengths.tolist() == [7, 3, 8, 4]
     found = [text_of(ids[:n]) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
     assert found == ["how far", "who", "what is ", "when"]
@@ -47,7 +47,7 @@ def test_evaluation_uses_the_label_ids_of_training(tmp_path: Path) -> None:
     train = LabelledConfig(path=write(tmp_path / "a.jsonl", ROWS)).build(CONTEXT)
     names = replace(CONTEXT, label_names=train.label_names)
     validation = LabelledConfig(path=write(tmp_path / "b.jsonl", [("when", "NUM"), ("who", "HUM")]))
-    assert validation.build_for_evaluation(names).batch(0, 2).labels.tolist() == [2, 1]
+    assert validation.build_for_evaluation(names).batch(0, 2).targets[LABEL].tolist() == [2, 1]
 
 
 def test_one_error_names_file_and_line_of_every_unusable_label_and_text(tmp_path: Path) -> None:
@@ -100,14 +100,14 @@ def test_batches_are_padded_on_the_right_to_their_longest_row(
     width = max(len(rows[i]) for i in indices)
     assert batch.input_ids.tolist() == [rows[i] + [pad_id] * (width - len(rows[i])) for i in indices]
     assert batch.lengths.tolist() == [len(rows[i]) for i in indices]
-    assert batch.labels.tolist() == indices
+    assert batch.targets[LABEL].tolist() == indices
 
 
 def test_a_batch_without_rows_is_one_row_without_targets() -> None:
     batch = LabelledRows(RaggedArray([[5, 6]]), np.array([0])).batch(np.array([], np.int64))
     assert batch.input_ids.tolist() == [[5, 6]]
-    assert batch.labels.tolist() == [IGNORE_INDEX]
-    assert batch.num_target_tokens == 0
+    assert batch.targets[LABEL].tolist() == [IGNORE_INDEX]
+    assert batch.num_targets[LABEL] == 0
 
 
 @given(first=st.lists(st.integers()), second=st.lists(st.integers()), max_tokens=st.integers(0, 20))

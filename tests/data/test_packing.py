@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX
+from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN
 from distft.data.packing import PackedRows
 from distft.data.shard_writer import ShardLayout, ShardWriter
 from distft.data.shards import TokenShards
@@ -61,10 +61,15 @@ def test_separate_documents_match_a_token_by_token_reference(
     indices = np.array(data.draw(st.lists(st.integers(0, num_sequences - 1), min_size=1, max_size=6)))
     batch = rows.batch(indices)
     for i, row in enumerate(indices.tolist()):
-        columns = (batch.input_ids[i], batch.labels[i], batch.position_ids[i], batch.document_ids[i])
+        columns = (
+            batch.input_ids[i],
+            batch.targets[NEXT_TOKEN][i],
+            batch.position_ids[i],
+            batch.document_ids[i],
+        )
         found = list(zip(*(column.tolist() for column in columns), strict=True))
         assert found == expected_row(stream, row, seq_len)
-    assert batch.num_target_tokens == int((batch.labels != IGNORE_INDEX).sum())
+    assert batch.num_targets[NEXT_TOKEN] == int((batch.targets[NEXT_TOKEN] != IGNORE_INDEX).sum())
 
 
 def test_joined_documents_are_rows_of_the_plain_stream() -> None:
@@ -74,15 +79,15 @@ def test_joined_documents_are_rows_of_the_plain_stream() -> None:
     assert batch.document_ids is None
     for i, begin in enumerate((60, 0)):
         assert batch.input_ids[i].tolist() == stream.tokens(begin, begin + 20).tolist()
-        assert batch.labels[i].tolist() == stream.tokens(begin + 1, begin + 21).tolist()
-    assert batch.num_target_tokens == 40
-    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+        assert batch.targets[NEXT_TOKEN][i].tolist() == stream.tokens(begin + 1, begin + 21).tolist()
+    assert batch.num_targets[NEXT_TOKEN] == 40
+    assert batch.input_ids.dtype == batch.targets[NEXT_TOKEN].dtype == torch.int64
 
 
 def test_with_joined_documents_every_token_but_the_first_is_a_target_once() -> None:
     stream = Stream([50, 51])
     rows = PackedRows(stream, 10, documents="joined")
-    labels = rows.batch(np.arange(rows.num_sequences)).labels
+    labels = rows.batch(np.arange(rows.num_sequences)).targets[NEXT_TOKEN]
     assert labels.flatten().tolist() == stream.tokens(1, 101).tolist()
 
 
@@ -92,8 +97,8 @@ def test_a_batch_without_rows_is_one_row_without_targets(documents) -> None:
     rows = PackedRows(stream, 8, documents=documents, token_bytes=np.ones(VOCAB_SIZE, np.int64))
     full, empty = rows.batch(np.array([0])), rows.batch(np.array([], np.int64))
     assert empty.input_ids.shape == (1, 8)
-    assert (empty.labels == IGNORE_INDEX).all()
-    assert empty.num_target_tokens == empty.num_target_bytes == 0
+    assert (empty.targets[NEXT_TOKEN] == IGNORE_INDEX).all()
+    assert empty.num_targets[NEXT_TOKEN] == empty.num_target_bytes == 0
     for name in ("position_ids", "document_ids"):
         assert (getattr(empty, name) is None) == (getattr(full, name) is None)
 
@@ -106,7 +111,7 @@ def test_num_target_bytes_is_the_sum_over_target_tokens(document_lengths: list[i
     token_bytes = np.random.default_rng(1).integers(0, 9, VOCAB_SIZE)
     rows = PackedRows(Stream(document_lengths), 5, token_bytes=token_bytes)
     batch = rows.batch(np.arange(rows.num_sequences))
-    targets = [label for label in batch.labels.flatten().tolist() if label != IGNORE_INDEX]
+    targets = [label for label in batch.targets[NEXT_TOKEN].flatten().tolist() if label != IGNORE_INDEX]
     assert batch.num_target_bytes == sum(int(token_bytes[label]) for label in targets)
 
 

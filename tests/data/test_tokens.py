@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from distft.data.batch import NEXT_TOKEN
 from distft.data.dataset import DataContext
 from distft.data.shard_writer import ShardLayout, ShardWriter
 from distft.data.tokens import TokensConfig
@@ -45,7 +46,7 @@ def test_a_batch_mixes_sources_by_weight(two_sources: list[str]) -> None:
     for i in range(16):
         single = feed.batch(i, i + 1)
         assert torch.equal(single.input_ids[0], batch.input_ids[i])
-        assert torch.equal(single.labels[0], batch.labels[i])
+        assert torch.equal(single.targets[NEXT_TOKEN][0], batch.targets[NEXT_TOKEN][i])
 
 
 def test_an_evaluation_reads_every_row_once_and_ignores_weights(two_sources: list[str]) -> None:

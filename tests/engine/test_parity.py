@@ -7,6 +7,7 @@ import torch
 from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
 from support.rank_pool import run_ranks
 
+from distft.data.batch import NEXT_TOKEN
 from distft.topology import Topology
 
 NUM_STEPS = 20
@@ -103,7 +104,9 @@ def test_the_local_engine_equals_plain_torch() -> None:
         begin = step * plan.global_batch_size
         batch = training._batch(begin, begin + plan.global_batch_size)
         loss = torch.nn.functional.cross_entropy(
-            module(batch.input_ids).flatten(0, 1), batch.labels.flatten(), ignore_index=-100
+            module.logits(batch.input_ids).flatten(0, 1),
+            batch.targets[NEXT_TOKEN].flatten(),
+            ignore_index=-100,
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)

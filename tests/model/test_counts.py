@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 from distft.model.counts import forward_flops_per_token, num_parameters, training_flops_per_token
 from distft.model.transformer import Transformer
 
@@ -38,34 +38,35 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-HEADS = st.sampled_from([LanguageModelHead(), ClassificationHead(num_labels=3)])
+CLASSIFIER = {"classifier": ClassificationHead(num_labels=3)}
+HEADS = st.sampled_from([LANGUAGE_MODEL, CLASSIFIER, {**LANGUAGE_MODEL, **CLASSIFIER}])
 
 
 @settings(max_examples=20)
 @given(configs(), HEADS)
-def test_parameters_are_counted_exactly(config: ModelConfig, head: Head) -> None:
+def test_parameters_are_counted_exactly(config: ModelConfig, heads: Heads) -> None:
     with torch.device("meta"):
-        model = Transformer(config, head)
-    assert num_parameters(config, head) == sum(param.numel() for param in model.parameters())
+        model = Transformer(config, heads)
+    assert num_parameters(config, heads) == sum(param.numel() for param in model.parameters())
 
 
 @settings(max_examples=8)
 @given(configs(), HEADS, st.integers(1, 16))
-def test_flops_equal_those_that_torch_counts(config: ModelConfig, head: Head, seq_len: int) -> None:
+def test_flops_equal_those_that_torch_counts(config: ModelConfig, heads: Heads, seq_len: int) -> None:
     with torch.device("meta"):
-        model = Transformer(config, head)
+        model = Transformer(config, heads)
     ids = torch.zeros(2, seq_len, dtype=torch.int64, device="meta")
     num_tokens = 2 * seq_len
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             model(ids)
         with FlopCounterMode(display=False) as training:
-            model(ids).sum().backward()
+            sum(output.sum() for output in model(ids).values()).backward()
     assert forward.get_total_flops() == pytest.approx(
-        num_tokens * forward_flops_per_token(config, seq_len, head), rel=1e-12
+        num_tokens * forward_flops_per_token(config, seq_len, heads), rel=1e-12
     )
     assert training.get_total_flops() == pytest.approx(
-        num_tokens * training_flops_per_token(config, seq_len, head), rel=1e-12
+        num_tokens * training_flops_per_token(config, seq_len, heads), rel=1e-12
     )
 
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from support.tiny_models import build
 
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, Head, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 from distft.model.generation import Decoder, generate, sample
 from distft.model.transformer import Transformer
 
 VOCAB_SIZE, MAX_SEQ_LEN = 23, 16
 
 
-def model_with(head: Head | None = None, **changes: Any) -> Transformer:
+def model_with(heads: Heads = LANGUAGE_MODEL, **changes: Any) -> Transformer:
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "pad_vocab_to": 8,
@@ -27,7 +27,7 @@ def model_with(head: Head | None = None, **changes: Any) -> Transformer:
         "num_kv_heads": 2,
         "init_std": 0.5,
     }
-    return build(ModelConfig(**sizes | changes), head)
+    return build(ModelConfig(**sizes | changes), heads)
 
 
 def uncached_greedy(model: Transformer, prompt: list[int], max_new_tokens: int, eos_id: int) -> list[int]:
@@ -35,7 +35,7 @@ def uncached_greedy(model: Transformer, prompt: list[int], max_new_tokens: int, 
     while len(ids) < min(len(prompt) + max_new_tokens, MAX_SEQ_LEN) and (
         ids[-1] != eos_id or len(ids) == len(prompt)
     ):
-        ids.append(int(model(torch.tensor([ids]))[0, -1, :VOCAB_SIZE].float().argmax()))
+        ids.append(int(model.logits(torch.tensor([ids]))[0, -1, :VOCAB_SIZE].float().argmax()))
     return ids[len(prompt) :]
 
 
@@ -64,7 +64,7 @@ def test_cached_logits_equal_uncached_ones(prompts: list[list[int]]) -> None:
     rows = [list(prompt) for prompt in prompts]
     logits = decoder.prefill()
     for token in (5, 0, 7):
-        uncached = torch.cat([model(torch.tensor([row]))[:, -1, :VOCAB_SIZE] for row in rows])
+        uncached = torch.cat([model.logits(torch.tensor([row]))[:, -1, :VOCAB_SIZE] for row in rows])
         torch.testing.assert_close(logits, uncached, rtol=0, atol=1e-5)
         rows = [[*row, token] for row in rows]
         logits = decoder.decode(torch.full((len(rows),), token))
@@ -120,7 +120,7 @@ def test_no_prompts_give_no_rows() -> None:
 
 
 def test_one_error_lists_every_invalid_argument() -> None:
-    model = model_with(ClassificationHead(num_labels=2), attention="bidirectional")
+    model = model_with({"classifier": ClassificationHead(num_labels=2)}, attention="bidirectional")
     with pytest.raises(ConfigError) as raised:
         generate(model, [[], [1] * 17, [23]], max_new_tokens=-1, temperature=-1, top_k=0, top_p=1.5)
     errors = str(raised.value).splitlines()

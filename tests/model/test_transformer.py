@@ -96,7 +96,7 @@ def test_logits_equal_those_of_transformers(family: str, tied: bool, num_kv_head
     copy_llama_weights(reference, model)
     ids = random_ids(3, 20)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.logits(ids), reference(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_logits_equal_those_of_gpt2() -> None:
@@ -147,7 +147,7 @@ def test_logits_equal_those_of_gpt2() -> None:
         param.data.copy_(value.T if transposed and value.ndim == 2 else value)
     ids = random_ids(3, 20)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.logits(ids), reference(ids).logits, rtol=0, atol=1e-5)
 
 
 def packed_row(cuts: list[int]) -> tuple[Tensor, Tensor]:
@@ -168,8 +168,8 @@ def test_a_packed_document_is_computed_as_if_it_were_alone(
     ids = random_ids(1, sum(cuts))
     documents, restarting = packed_row(cuts)
     with torch.no_grad():
-        packed_logits = model(ids, restarting, documents)
-        alone = torch.cat([model(document) for document in ids.split(cuts, dim=1)], dim=1)
+        packed_logits = model.logits(ids, restarting, documents)
+        alone = torch.cat([model.logits(document) for document in ids.split(cuts, dim=1)], dim=1)
     torch.testing.assert_close(packed_logits, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -198,12 +198,13 @@ def test_flex_attention_equals_the_masked_kernel(attention: Any) -> None:
 )
 def test_right_padding_does_not_change_a_row(lengths: list[int], attention: Any, pooling: Any) -> None:
     model = build(
-        ModelConfig(**SIZES, attention=attention), ClassificationHead(num_labels=5, pooling=pooling)
+        ModelConfig(**SIZES, attention=attention),
+        {"classifier": ClassificationHead(num_labels=5, pooling=pooling)},
     )
     ids = random_ids(len(lengths), 9)
     with torch.no_grad():
-        padded = model(ids, lengths=torch.tensor(lengths))
-        alone = torch.cat([model(row[None, :n]) for row, n in zip(ids, lengths, strict=True)])
+        padded = model.logits(ids, lengths=torch.tensor(lengths))
+        alone = torch.cat([model.logits(row[None, :n]) for row, n in zip(ids, lengths, strict=True)])
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -223,15 +224,16 @@ def test_every_position_attends_to_itself_so_that_no_softmax_is_over_no_keys(
 @pytest.mark.parametrize("pooling", ["last", "mean", "first"])
 def test_a_row_of_padding_alone_gives_finite_logits(attention: Any, pooling: Any) -> None:
     model = build(
-        ModelConfig(**SIZES, attention=attention), ClassificationHead(num_labels=3, pooling=pooling)
+        ModelConfig(**SIZES, attention=attention),
+        {"classifier": ClassificationHead(num_labels=3, pooling=pooling)},
     )
-    assert model(random_ids(2, 4), lengths=torch.tensor([0, 4])).isfinite().all()
+    assert model.logits(random_ids(2, 4), lengths=torch.tensor([0, 4])).isfinite().all()
 
 
 @pytest.mark.parametrize("lengths", [None, torch.empty(0, dtype=torch.int64)])
 def test_no_rows_give_no_logits_and_zero_gradients(lengths: Tensor | None) -> None:
     model = build(ModelConfig(**SIZES, attention="bidirectional"))
-    logits = model(torch.empty(0, 6, dtype=torch.int64), lengths=lengths)
+    logits = model.logits(torch.empty(0, 6, dtype=torch.int64), lengths=lengths)
     logits.sum().backward()
     assert logits.shape == (0, 6, 61)
     assert all(param.grad is not None and not param.grad.any() for param in model.parameters())
@@ -245,7 +247,7 @@ def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
         model.activation_checkpointing = recompute
         model.zero_grad()
         torch.manual_seed(0)
-        model(random_ids(2, 8)).square().sum().backward()
+        model.logits(random_ids(2, 8)).square().sum().backward()
         gradients.append([param.grad for param in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -253,9 +255,9 @@ def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
 def test_dropout_acts_only_in_training_mode() -> None:
     model = build(ModelConfig(**SIZES, dropout=0.5))
     ids = random_ids(2, 8)
-    assert torch.equal(model(ids), model(ids))
+    assert torch.equal(model.logits(ids), model.logits(ids))
     model.train()
-    assert not torch.equal(model(ids), model(ids))
+    assert not torch.equal(model.logits(ids), model.logits(ids))
 
 
 def test_parameters_have_the_documented_names_and_there_are_no_buffers() -> None:
@@ -291,8 +293,8 @@ def test_a_widened_half_precision_product_is_rounded_once(dtype: torch.dtype, bi
 def test_half_precision_logits_are_close_to_fp32_logits(dtype: torch.dtype) -> None:
     model = build(ModelConfig(**SIZES, num_kv_heads=2, qk_norm=True))
     documents, restarting = packed_row([5, 9])
-    full = model(random_ids(1, 14), restarting, documents)
-    half = model.to(dtype)(random_ids(1, 14), restarting, documents)
+    full = model.logits(random_ids(1, 14), restarting, documents)
+    half = model.to(dtype).logits(random_ids(1, 14), restarting, documents)
     assert half.dtype == dtype
     assert (half - full).norm() < 0.03 * full.norm()
 
@@ -300,4 +302,4 @@ def test_half_precision_logits_are_close_to_fp32_logits(dtype: torch.dtype) -> N
 def test_a_row_longer_than_max_seq_len_is_refused() -> None:
     model = build(ModelConfig(**SIZES))
     with pytest.raises(ConfigError, match=r"25 tokens is longer than model\.max_seq_len=24"):
-        model(random_ids(1, 25))
+        model.logits(random_ids(1, 25))

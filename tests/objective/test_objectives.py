@@ -12,13 +12,16 @@ from support.tiny_models import SIZES, build
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from distft.collectives import SingleProcess
 from distft.config import parse
-from distft.data.batch import IGNORE_INDEX, Batch
+from distft.data.batch import IGNORE_INDEX, LABEL, NEXT_TOKEN, Batch
 from distft.errors import ConfigError
 from distft.model.config import ClassificationHead, LanguageModelHead, ModelConfig
+from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.objective.settings import CausalLM, Classification, ObjectiveConfig
 
 NAMES = ("a", "b", "c", "d")
+CONTEXT = ObjectiveContext(61, SingleProcess())
 
 
 def token_batch(rows: int, seed: int = 0, num_bytes: int = 0) -> Batch:
@@ -27,8 +30,8 @@ def token_batch(rows: int, seed: int = 0, num_bytes: int = 0) -> Batch:
     labels[torch.rand(rows, 9, generator=generator) < 0.3] = IGNORE_INDEX
     return Batch(
         input_ids=torch.randint(0, 61, (rows, 9), generator=generator),
-        labels=labels,
-        num_target_tokens=int((labels != IGNORE_INDEX).sum()),
+        targets={NEXT_TOKEN: labels},
+        num_targets={NEXT_TOKEN: int((labels != IGNORE_INDEX).sum())},
         num_target_bytes=num_bytes,
     )
 
@@ -37,34 +40,44 @@ def row_batch(rows: int, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(
         input_ids=torch.randint(0, 61, (rows, 9), generator=generator),
-        labels=torch.randint(0, 4, (rows,), generator=generator),
+        targets={LABEL: torch.randint(0, 4, (rows,), generator=generator)},
         lengths=torch.randint(1, 10, (rows,), generator=generator),
-        num_target_tokens=rows,
+        num_targets={LABEL: rows},
     )
 
 
 def cut(batch: Batch, start: int, stop: int) -> Batch:
-    labels = batch.labels[start:stop]
+    targets = {name: values[start:stop] for name, values in batch.targets.items()}
     return Batch(
         input_ids=batch.input_ids[start:stop],
-        labels=labels,
+        targets=targets,
         lengths=None if batch.lengths is None else batch.lengths[start:stop],
-        num_target_tokens=int((labels != IGNORE_INDEX).sum()),
+        num_targets={name: int((values != IGNORE_INDEX).sum()) for name, values in targets.items()},
     )
+
+
+def loss_sum(objective: Objective, model: Model, batch: Batch) -> Tensor:
+    """The only term of the objective."""
+    (term,) = objective.loss_sums(model, batch, CONTEXT).values()
+    return term
+
+
+def metrics(objective: Objective, model: Model, batch: Batch) -> dict[str, float]:
+    return objective.metrics(objective.evaluate(model, batch, CONTEXT))
 
 
 @pytest.mark.parametrize("padding", [1, 64])
 @pytest.mark.parametrize("tied", [True, False])
 def test_causal_loss_and_gradients_equal_those_computed_from_the_logits(padding: int, tied: bool) -> None:
     objective = CausalLM(label_smoothing=0.1)
-    model = build(ModelConfig(**SIZES, pad_vocab_to=padding, tie_embeddings=tied), objective.head(None))
+    model = build(ModelConfig(**SIZES, pad_vocab_to=padding, tie_embeddings=tied), objective.heads(None))
     batch = token_batch(3)
-    objective(model, batch).backward()
+    loss_sum(objective, model, batch).backward()
     fused_gradients = [param.grad for param in model.parameters()]
     model.zero_grad()
-    logits = model(batch.input_ids)[..., :61]
+    logits = model.logits(batch.input_ids)[..., :61]
     cross_entropy(
-        logits.flatten(0, 1), batch.labels.flatten(), label_smoothing=0.1, reduction="sum"
+        logits.flatten(0, 1), batch.targets[NEXT_TOKEN].flatten(), label_smoothing=0.1, reduction="sum"
     ).backward()
     for gradient, param in zip(fused_gradients, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, param.grad, rtol=1e-4, atol=1e-4)
@@ -74,14 +87,14 @@ def test_causal_loss_and_gradients_equal_those_computed_from_the_logits(padding:
 @pytest.mark.parametrize("objective", [CausalLM(z_loss=0.01), Classification(pooling="mean")])
 def test_losses_and_sums_do_not_depend_on_how_a_batch_is_cut(objective: Any, cuts: list[int]) -> None:
     is_causal = isinstance(objective, CausalLM)
-    model = build(ModelConfig(**SIZES), objective.head(None if is_causal else NAMES))
+    model = build(ModelConfig(**SIZES), objective.heads(None if is_causal else NAMES))
     batch = token_batch(6) if is_causal else row_batch(6)
     bounds = sorted([0, *cuts, 6])
     micro_batches = [cut(batch, a, b) for a, b in pairwise(bounds)]
-    loss = sum(objective(model, micro_batch) for micro_batch in micro_batches)
-    torch.testing.assert_close(loss, objective(model, batch))
-    whole = objective.evaluate(model, batch)
-    partial_sums = [objective.evaluate(model, micro_batch) for micro_batch in micro_batches]
+    loss = sum(loss_sum(objective, model, micro_batch) for micro_batch in micro_batches)
+    torch.testing.assert_close(loss, loss_sum(objective, model, batch))
+    whole = objective.evaluate(model, batch, CONTEXT)
+    partial_sums = [objective.evaluate(model, micro_batch, CONTEXT) for micro_batch in micro_batches]
     for name, value in whole.items():
         assert not value.requires_grad
         torch.testing.assert_close(
@@ -93,32 +106,34 @@ def test_losses_and_sums_do_not_depend_on_how_a_batch_is_cut(objective: Any, cut
 @pytest.mark.parametrize("rows", [0, 2])
 def test_a_batch_without_targets_adds_nothing(objective: Any, rows: int) -> None:
     is_causal = isinstance(objective, CausalLM)
-    model = build(ModelConfig(**SIZES), objective.head(None if is_causal else NAMES))
+    model = build(ModelConfig(**SIZES), objective.heads(None if is_causal else NAMES))
     batch = Batch(
         input_ids=torch.zeros(rows, 5, dtype=torch.int64),
-        labels=torch.full((rows, 5) if is_causal else (rows,), IGNORE_INDEX),
-        num_target_tokens=0,
+        targets={NEXT_TOKEN: torch.full((rows, 5), IGNORE_INDEX)}
+        if is_causal
+        else {LABEL: torch.full((rows,), IGNORE_INDEX)},
+        num_targets={NEXT_TOKEN: 0, LABEL: 0},
     )
-    loss = objective(model, batch)
+    loss = loss_sum(objective, model, batch)
     loss.backward()
     assert loss.item() == 0
     assert all(param.grad is not None and not param.grad.any() for param in model.parameters())
-    assert objective.metrics(objective.evaluate(model, batch))["loss"] == 0
+    assert metrics(objective, model, batch)["loss"] == 0
 
 
 def test_causal_metrics_equal_those_computed_from_the_logits() -> None:
     objective = CausalLM(z_loss=0.1, label_smoothing=0.1)
-    model = build(ModelConfig(**SIZES, pad_vocab_to=64), objective.head(None))
+    model = build(ModelConfig(**SIZES, pad_vocab_to=64), objective.heads(None))
     batch = token_batch(5, num_bytes=70)
-    counts = batch.labels != IGNORE_INDEX
-    logits, labels = model(batch.input_ids)[..., :61][counts], batch.labels[counts]
+    counts = batch.targets[NEXT_TOKEN] != IGNORE_INDEX
+    logits, labels = model.logits(batch.input_ids)[..., :61][counts], batch.targets[NEXT_TOKEN][counts]
     loss = cross_entropy(logits, labels).item()
-    assert objective.metrics(objective.evaluate(model, batch)) == pytest.approx(
+    assert metrics(objective, model, batch) == pytest.approx(
         {
             "loss": loss,
             "perplexity": math.exp(loss),
             "accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
-            "bits_per_byte": loss * batch.num_target_tokens / 70 / math.log(2),
+            "bits_per_byte": loss * batch.num_targets[NEXT_TOKEN] / 70 / math.log(2),
         },
         rel=1e-5,
     )
@@ -126,7 +141,7 @@ def test_causal_metrics_equal_those_computed_from_the_logits() -> None:
 
 def test_bits_per_byte_need_a_known_number_of_bytes() -> None:
     objective = CausalLM()
-    sums = objective.evaluate(build(ModelConfig(**SIZES)), token_batch(2))
+    sums = objective.evaluate(build(ModelConfig(**SIZES)), token_batch(2), CONTEXT)
     assert "bits_per_byte" not in objective.metrics(sums)
 
 
@@ -136,28 +151,30 @@ def test_classification_metrics_equal_those_of_scikit_learn(pairs: list[tuple[in
 
     labels, predictions = zip(*pairs, strict=True)
 
-    def model(*_: object) -> Tensor:
-        return torch.eye(4)[list(predictions)]
+    def model(*_: object) -> dict[str, Tensor]:
+        return {"classifier": torch.eye(4)[list(predictions)]}
 
     batch = Batch(
         input_ids=torch.zeros(len(pairs), 1, dtype=torch.int64),
-        labels=torch.tensor(labels),
-        num_target_tokens=len(pairs),
+        targets={LABEL: torch.tensor(labels)},
+        num_targets={LABEL: len(pairs)},
     )
     objective = Classification()
-    metrics = objective.metrics(objective.evaluate(model, batch))
-    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
-    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
-    assert metrics["loss"] == pytest.approx(cross_entropy(model(), batch.labels).item())
+    found = metrics(objective, model, batch)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert found["loss"] == pytest.approx(cross_entropy(model()["classifier"], batch.targets[LABEL]).item())
 
 
 def test_each_objective_chooses_its_head_by_the_data() -> None:
-    assert CausalLM().head(None) == LanguageModelHead()
-    assert Classification(pooling="first").head(NAMES) == ClassificationHead(num_labels=4, pooling="first")
+    assert CausalLM().heads(None) == {"lm_head": LanguageModelHead()}
+    assert Classification(pooling="first").heads(NAMES) == {
+        "classifier": ClassificationHead(num_labels=4, pooling="first")
+    }
     with pytest.raises(ConfigError, match=r"objective\.type=classification needs labels"):
-        Classification().head(None)
+        Classification().heads(None)
     with pytest.raises(ConfigError, match="cannot learn labels"):
-        CausalLM().head(NAMES)
+        CausalLM().heads(NAMES)
 
 
 def test_the_type_chooses_the_objective() -> None:

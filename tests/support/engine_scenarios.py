@@ -17,7 +17,7 @@ from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMet
 from distft.checkpoint.sources import InitialSource, StateSource
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
-from distft.data.batch import Batch
+from distft.data.batch import NEXT_TOKEN, Batch
 from distft.engine.interface import Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.model.config import ModelConfig
@@ -139,9 +139,13 @@ class Training:
             lr = 3e-3 * (1 - self.step / 100)
             result = train_step(
                 self.engine,
-                lambda model, batch, factor=factor: summed_loss(model, batch) * factor,
                 batches,
-                lr=lr,
+                loss_sums=lambda model, batch, factor=factor: {
+                    NEXT_TOKEN: summed_loss(model, batch) * factor
+                },
+                num_targets=lambda batch: batch.num_targets,
+                weights={NEXT_TOKEN: 1.0},
+                group_lr=lambda group, lr=lr: lr * group.lr_scale,
             )
             losses.append(float(result.loss))
             self.last = result
@@ -158,7 +162,11 @@ class Training:
         labels[:, 0] = torch.where(rows[:, 0] % 3 == 0, -100, labels[:, 0])
         if stop == start:
             labels[:] = -100
-        return Batch(input_ids=rows[:, :-1], labels=labels, num_target_tokens=int((labels != -100).sum()))
+        return Batch(
+            input_ids=rows[:, :-1],
+            targets={NEXT_TOKEN: labels},
+            num_targets={NEXT_TOKEN: int((labels != -100).sum())},
+        )
 
     def take_snapshot(self) -> CheckpointSnapshot:
         updates = self.engine.updates()
@@ -203,9 +211,9 @@ def _copy(fragment: Fragment) -> Tensor:
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
-    logits = model(batch.input_ids)
+    logits = model(batch.input_ids)["lm_head"]
     return cross_entropy(
-        logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum", ignore_index=-100
+        logits.flatten(0, 1).float(), batch.targets[NEXT_TOKEN].flatten(), reduction="sum", ignore_index=-100
     )
 
 

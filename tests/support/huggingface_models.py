@@ -16,7 +16,7 @@ from distft.checkpoint.sources import StateSource, read_state
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
 from distft.engine.memory import allocate
-from distft.model.config import ClassificationHead, Head, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 from distft.model.transformer import Transformer
 from distft.tokenizer import Tokenizer
 
@@ -88,10 +88,10 @@ def random_ids() -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (3, MAX_SEQ_LEN), generator=torch.Generator().manual_seed(5))
 
 
-def build_model(config: ModelConfig, source: StateSource, head: Head | None = None) -> Transformer:
+def build_model(config: ModelConfig, source: StateSource, heads: Heads = LANGUAGE_MODEL) -> Transformer:
     """A distft model with the source's weights, loaded as an engine loads them."""
     with torch.device("meta"):
-        module = Transformer(config, head)
+        module = Transformer(config, heads)
     allocate(module, torch.device("cpu"), torch.float32)
     for name, param in module.named_parameters():
         read_state(source, name, WEIGHT, param.detach().view(-1), 0)
@@ -104,14 +104,16 @@ def load_from_hf(path: Path | str) -> tuple[HuggingFaceCheckpoint, Transformer]:
     config = ModelConfig.model_validate(source.manifest.config["model"])
     labels = source.manifest.label_names
     return source, build_model(
-        config, source, None if labels is None else ClassificationHead(num_labels=len(labels))
+        config,
+        source,
+        LANGUAGE_MODEL if labels is None else {"classifier": ClassificationHead(num_labels=len(labels))},
     )
 
 
-def make_distft_model(config: ModelConfig, head: Head | None = None) -> Transformer:
+def make_distft_model(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> Transformer:
     """A distft model with random weights."""
     with torch.device("meta"):
-        module = Transformer(config, head)
+        module = Transformer(config, heads)
     allocate(module, torch.device("cpu"), torch.float32)
     randomize(module)
     return module.eval()
@@ -129,7 +131,7 @@ def save_model(
     """Save `module` as a distft checkpoint; `change` is applied to each weight before."""
     params = dict(module.named_parameters())
     config: dict[str, Any] = {"model": module.config.model_dump(mode="json")}
-    if isinstance(module.head, ClassificationHead):
+    if "classifier" in module.heads:
         config["objective"] = {"type": "classification", "pooling": pooling}
     snapshot = CheckpointSnapshot(
         progress=Progress(step=1),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from distft.engine.memory import allocate
-from distft.model.config import Head, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
 from distft.model.initialisation import initial_fragment
 from distft.model.transformer import Transformer
 
@@ -20,9 +20,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def build(config: ModelConfig, head: Head | None = None) -> Transformer:
+def build(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(config, head)
+        model = Transformer(config, heads)
     allocate(model, torch.device("cpu"), torch.float32)
     for name, param in model.named_parameters():
         values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=3, config=config)

@@ -1,13 +1,12 @@
 """Maps distft's parameters to transformers' tensors: names, shapes, and rows of joined tensors."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from distft.checkpoint.formats.huggingface_architecture import Architecture, HeadKind
-from distft.model.config import ClassificationHead, Head, LanguageModelHead, ModelConfig
+from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 from distft.model.transformer import Transformer
 
 _LLAMA_MODULES = {
@@ -123,13 +122,14 @@ def parameter_shapes(
     config: ModelConfig, head: HeadKind, *, num_labels: int = 0
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of distft's parameters, tied ones once; without the head if `head` is `none`."""
-    model_head: Head = (
-        LanguageModelHead() if head == "language_model" else ClassificationHead(num_labels=max(num_labels, 1))
-    )
+    heads: dict[HeadKind, Heads] = {
+        "language_model": LANGUAGE_MODEL,
+        "classifier": {"classifier": ClassificationHead(num_labels=max(num_labels, 1))},
+        "none": {},
+    }
     with torch.device("meta"):
-        module = Transformer(config, model_head)
-    shapes: Mapping[str, tuple[int, ...]] = {n: tuple(p.shape) for n, p in module.named_parameters()}
-    return {name: shape for name, shape in shapes.items() if head != "none" or name != "classifier.weight"}
+        module = Transformer(config, heads[head])
+    return {name: tuple(param.shape) for name, param in module.named_parameters()}
 
 
 def huggingface_name(parameter: str, architecture: Architecture) -> str:

@@ -212,7 +212,9 @@ def test_values_beyond_the_range_of_fp16_are_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_a_classifier_that_pools_the_last_token_computes_the_same_logits(tmp_path: Path, kind: str) -> None:
-    model = make_distft_model(model_config(**DISTFT_MODELS[kind][1]), ClassificationHead(num_labels=3))
+    model = make_distft_model(
+        model_config(**DISTFT_MODELS[kind][1]), {"classifier": ClassificationHead(num_labels=3)}
+    )
     source = save_model(model, tmp_path / "distft", label_names=["cat", "dog", "bird"])
     notes = write_huggingface(source, str(tmp_path / "exported"))
     exported = loaded(tmp_path / "exported", "AutoModelForSequenceClassification")
@@ -221,13 +223,13 @@ def test_a_classifier_that_pools_the_last_token_computes_the_same_logits(tmp_pat
     assert any("no pad id" in note for note in notes)
     with torch.no_grad():
         for row in (random_ids()[:1], random_ids()[1:2, :5]):
-            torch.testing.assert_close(exported(row).logits, model(row), rtol=0, atol=1e-5)
+            torch.testing.assert_close(exported(row).logits, model.logits(row), rtol=0, atol=1e-5)
 
 
 def test_an_exported_classifier_finds_the_last_token_before_padding(tmp_path: Path) -> None:
     config = TokenizerTrainConfig(algorithm="char", unk_id=1, bos_id=None, eos_id=2, pad_id=0)
     tokenizer = train_tokenizer(["any text will do"], config, tmp_path / "tokenizer.model")
-    model = make_distft_model(model_config(), ClassificationHead(num_labels=2))
+    model = make_distft_model(model_config(), {"classifier": ClassificationHead(num_labels=2)})
     source = save_model(model, tmp_path / "distft", label_names=["a", "b"], tokenizer=tokenizer)
     assert write_huggingface(source, str(tmp_path / "exported")) == []
     exported = loaded(tmp_path / "exported", "AutoModelForSequenceClassification")
@@ -235,7 +237,7 @@ def test_an_exported_classifier_finds_the_last_token_before_padding(tmp_path: Pa
     is_real = torch.arange(MAX_SEQ_LEN) < lengths[:, None]
     ids = torch.where(is_real, random_ids().clamp_min(1), 0)
     with torch.no_grad():
-        expected = model(ids, None, None, lengths)
+        expected = model.logits(ids, None, None, lengths)
         found = exported(ids, attention_mask=is_real.long()).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -252,7 +254,9 @@ def test_an_exported_classifier_finds_the_last_token_before_padding(tmp_path: Pa
 def test_an_unsupported_classifier_is_left_out_with_a_note(
     tmp_path: Path, pooling: str, label_names: list[str] | None, note: str, kind: str
 ) -> None:
-    model = make_distft_model(model_config(**DISTFT_MODELS[kind][1]), ClassificationHead(num_labels=2))
+    model = make_distft_model(
+        model_config(**DISTFT_MODELS[kind][1]), {"classifier": ClassificationHead(num_labels=2)}
+    )
     source = save_model(model, tmp_path / "distft", label_names=label_names, pooling=pooling)
     notes = write_huggingface(source, str(tmp_path / "exported"))
     assert sum(note in found for found in notes) == 1
