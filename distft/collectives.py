@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,17 @@ class Collectives(Protocol):
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """The sum over ranks of a tensor on the rank's own device; the argument does not change."""
 
+    def differentiable_sum(self, value: Tensor) -> Tensor:
+        """As `all_reduce_sum`, with a gradient, for a loss that is the sum of the ranks' losses."""
+
+    def differentiable_gather(self, rows: Tensor) -> Tensor:
+        """The rows [N, ...] of all ranks in rank order, [sum of N, ...], with a gradient; N may differ.
+
+        For a loss that is the sum of the ranks' losses: the gradient of a row is the sum of the gradients that
+        all ranks' losses have in it. Averaging them instead, as many libraries do, shrinks it by the number of
+        ranks.
+        """
+
     def with_new_group(self) -> "Collectives":
         """The same ranks over a new process group, so that another thread can exchange small values."""
 
@@ -62,6 +73,12 @@ class SingleProcess:
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return value.clone()
+
+    def differentiable_sum(self, value: Tensor) -> Tensor:
+        return value
+
+    def differentiable_gather(self, rows: Tensor) -> Tensor:
+        return rows
 
     def with_new_group(self) -> "SingleProcess":
         return self
@@ -111,6 +128,12 @@ class ProcessGroup:
         dist.all_reduce(total)
         return total
 
+    def differentiable_sum(self, value: Tensor) -> Tensor:
+        return _DifferentiableSum.apply(value)  # type: ignore[no-any-return, no-untyped-call]
+
+    def differentiable_gather(self, rows: Tensor) -> Tensor:
+        return _DifferentiableGather.apply(rows, self.rank, self.world_size)  # type: ignore[no-any-return, no-untyped-call]
+
     def with_new_group(self) -> "ProcessGroup":
         other = copy(self)
         other._object_group = dist.new_group(backend="gloo", timeout=self._timeout)
@@ -127,6 +150,43 @@ class ProcessGroup:
     def close(self) -> None:
         """Destroy the process group. Ranks need not call it at the same time."""
         dist.destroy_process_group()
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    """y = sum of all x_r on every rank. The loss is a sum over ranks, so dL/dx_r = sum over s of dL_s/dy."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # noqa: ARG004
+        total = value.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _DifferentiableGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, world_size: int) -> Tensor:
+        sizes = torch.zeros(world_size, dtype=torch.int64, device=rows.device)
+        sizes[rank] = len(rows)
+        dist.all_reduce(sizes)
+        num_rows = sizes.tolist()
+        padded = rows.new_zeros(max(num_rows), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in num_rows]
+        dist.all_gather(gathered, padded)
+        ctx.own_rows = slice(sum(num_rows[:rank]), sum(num_rows[: rank + 1]))
+        return torch.cat([part[:size] for part, size in zip(gathered, num_rows, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.own_rows], None, None
 
 
 # Errors about the environment, not about a file: all_or_none must not turn them into a damaged file's error.
