@@ -30,7 +30,7 @@ from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.convert import ConvertConfig, convert
-from distft.checkpoint.fragments import MOMENTS, STATES, WEIGHT, Fragment
+from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
 from distft.checkpoint.reshard import contiguous_layout, write_distft
 from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
@@ -38,7 +38,10 @@ from distft.checkpoint.sources import read_state
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
 from distft.model.config import LANGUAGE_MODEL, ModelConfig
+from distft.optim.adamw import ADAMW_MOMENTS
 from distft.run.model import parameter_shapes
+
+_STATES = (WEIGHT, *ADAMW_MOMENTS)
 
 SHAPES = {
     "tiny": ModelConfig(vocab_size=512, max_seq_len=128, d_model=64, num_layers=2, num_heads=4),
@@ -58,7 +61,7 @@ class RandomCheckpoint:
     path = "random"
 
     def __init__(self, model: ModelConfig) -> None:
-        states = {state: StateRecord(dtype="float32") for state in STATES}
+        states = {state: StateRecord(dtype="float32") for state in _STATES}
         self.manifest = Manifest(
             run_id="benchmark",
             progress=Progress(step=100),
@@ -72,7 +75,7 @@ class RandomCheckpoint:
         )
 
     def has(self, parameter: str, state: str) -> bool:
-        return parameter in self.manifest.parameters and state in STATES
+        return parameter in self.manifest.parameters and state in _STATES
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         return self.manifest.parameters[parameter].shape
@@ -99,7 +102,7 @@ def load_as_rank(source: str, rank: int) -> None:
     assert not checkpoint.find_damage(list(numbers))
     numels = {name: prod(record.shape) for name, record in checkpoint.manifest.parameters.items()}
     for name, (start, stop) in contiguous_layout(numels, LOADING_RANKS)[rank].items():
-        for state in STATES:
+        for state in _STATES:
             read_state(checkpoint, name, state, torch.empty(stop - start), start)
 
 
@@ -199,7 +202,7 @@ def measure_stall(model: ModelConfig, folder: Path) -> dict[str, float]:
     fragments = [
         Fragment(name, state, 0, torch.rand(prod(shape)))
         for name, shape in shapes.items()
-        for state in (WEIGHT, *MOMENTS)
+        for state in (WEIGHT, *ADAMW_MOMENTS)
     ]
     stalls = {}
     for in_background in (False, True):

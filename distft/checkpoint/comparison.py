@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from distft.checkpoint.fragments import STATES
 from distft.checkpoint.sources import CheckpointSource, read_chunks, stored_states
 
 ProgressCallback = Callable[[int], None]
@@ -28,13 +27,16 @@ class StateDifference:
 def differences(
     first: CheckpointSource,
     second: CheckpointSource,
-    states: Sequence[str] = STATES,
+    states: Sequence[str] | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Iterator[StateDifference]:
-    """Compare state by state in the order of `first`; then list the states that only `second` has."""
+    """Compare state by state in the order of `first`; then list the states that only `second` has.
+
+    `states` are the names to compare; None: all.
+    """
     in_first, in_second = first.manifest.parameters, second.manifest.parameters
     for name, record in in_first.items():
-        for state in (s for s in stored_states(first, name) if s in states):
+        for state in (s for s in stored_states(first, name) if states is None or s in states):
             if name not in in_second or state not in in_second[name].states:
                 yield StateDifference(name, state, "missing")
             elif in_second[name].shape != record.shape:
@@ -42,7 +44,7 @@ def differences(
             else:
                 yield _compare(first, second, name, state, on_progress)
     for name in in_second:
-        for state in (s for s in stored_states(second, name) if s in states):
+        for state in (s for s in stored_states(second, name) if states is None or s in states):
             if name not in in_first or state not in in_first[name].states:
                 yield StateDifference(name, state, "added")
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 WEIGHT = "weight"  # of a trainable parameter the optimizer's fp32 value, of a frozen one the model's
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATES = (WEIGHT, *MOMENTS)
+EMA = "ema"  # exponential moving average of the weight, fp32
+
+# Further states have the names that the optimizer gives them, such as exp_avg. Only `WEIGHT` is special here.
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.checkpoint.fragments import STATES, Fragment
+from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.manifest import (
     FileRecord,
     GroupRecord,
@@ -70,7 +70,7 @@ class CheckpointSnapshot:
                     shape=info.shape,
                     trainable=info.trainable,
                     updates=info.updates,
-                    states={state: records[name][state] for state in STATES if state in records[name]},
+                    states=dict(sorted(records[name].items(), key=lambda item: item[0] != WEIGHT)),
                 )
                 for name, info in self.parameters.items()
             },

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distft.checkpoint.fragments import STATES, WEIGHT
+from distft.checkpoint.fragments import EMA, WEIGHT
 from distft.checkpoint.manifest import Manifest
 from distft.errors import CheckpointError
 
@@ -120,7 +120,10 @@ class FirstOf:
 
 
 def read_state(source: StateSource, parameter: str, state: str, out: Tensor, start: int) -> None:
-    """Fill the 1-D tensor `out` with elements from `start` on; with zeros if a moment does not exist yet."""
+    """Fill the 1-D tensor `out` with elements from `start` on.
+
+    A state that does not exist yet begins as zeros; an average of weights begins as the weight.
+    """
     if not out.numel():
         return
     with torch.no_grad():
@@ -128,6 +131,8 @@ def read_state(source: StateSource, parameter: str, state: str, out: Tensor, sta
             for chunk in torch.split(out, _READ_NUMEL):
                 chunk.copy_(source.read(parameter, state, start, start + chunk.numel()))
                 start += chunk.numel()
+        elif state == EMA:
+            read_state(source, parameter, WEIGHT, out, start)
         elif state == WEIGHT:
             raise CheckpointError(f"No source has the weight of {parameter!r}.")
         else:
@@ -135,8 +140,8 @@ def read_state(source: StateSource, parameter: str, state: str, out: Tensor, sta
 
 
 def stored_states(source: CheckpointSource, parameter: str) -> list[str]:
-    """The states that a checkpoint has of a parameter, in the order of `STATES`."""
-    return [state for state in STATES if state in source.manifest.parameters[parameter].states]
+    """The states that a checkpoint has of a parameter, the weight first."""
+    return list(source.manifest.parameters[parameter].states)
 
 
 def num_state_bytes(source: CheckpointSource) -> int:

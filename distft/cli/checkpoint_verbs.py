@@ -111,7 +111,7 @@ def diff(
     first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint of any format.")],
     second: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with A.")],
     state: Annotated[
-        list[str] | None, typer.Option(help="weight, exp_avg or exp_avg_sq; repeatable; default: all.")
+        list[str] | None, typer.Option(help="weight, exp_avg, exp_avg_sq or ema; repeatable; default: all.")
     ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Accept a difference up to this norm, relative to the norm of A.")
@@ -124,19 +124,23 @@ def diff(
 
     from distft.checkpoint.comparison import differences
     from distft.checkpoint.formats.detect import open_source
-    from distft.checkpoint.fragments import STATES
-    from distft.checkpoint.sources import num_state_bytes
+    from distft.checkpoint.sources import num_state_bytes, stored_states
     from distft.errors import CheckpointError
     from distft.tracker import progress
 
-    for name in state or ():
-        _check_choice("--state", name, STATES)
     a, b = open_source(first, trust=trust), open_source(second, trust=trust)
+    known = list(
+        dict.fromkeys(
+            s for source in (a, b) for name in source.manifest.parameters for s in stored_states(source, name)
+        )
+    )
+    for name in state or ():
+        _check_choice("--state", name, known)
     with progress(num_state_bytes(a), "comparing", "bytes") as display:
-        found = list(differences(a, b, state or STATES, display.advance))
+        found = list(differences(a, b, state, display.advance))
     if not found:
         raise CheckpointError(
-            f"Nothing was compared: neither {a.path} nor {b.path} has {' or '.join(state or STATES)}."
+            f"Nothing was compared: neither {a.path} nor {b.path} has {' or '.join(state or known)}."
         )
     unequal = [d for d in found if d.kind != "identical"]
     beyond_tolerance = [d for d in unequal if d.kind != "differs" or not d.relative <= tolerance]

@@ -6,11 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distft.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.sources import StateSource, read_state
 from distft.data.batch import Batch
 from distft.engine.interface import DTYPES, EngineSettings, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
+from distft.engine.weight_average import WeightAverage, WeightSlice
 from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
 
 
@@ -47,6 +48,13 @@ class LocalEngine:
         self._groups = list(groups)
         self._masters = {name: self._make_master(name) for group in groups for name in group.names}
         self._optimizer = build_adamw(self._masters, groups, optim)
+        self._moments = optim.moments
+        self._average: WeightAverage | None = None
+        if optim.ema_decay is not None:
+            slices = [
+                WeightSlice(name, 0, master.detach().view(-1)) for name, master in self._masters.items()
+            ]
+            self._average = WeightAverage(optim.ema_decay, slices)
 
     def _make_master(self, name: str) -> Tensor:
         param = self._params[name]
@@ -99,6 +107,8 @@ class LocalEngine:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._copy_masters_to_model()
+        if self._average is not None:
+            self._average.update(is_skipped)
         return UpdateResult(grad_norm, is_skipped)
 
     def _copy_masters_to_model(self) -> None:
@@ -117,8 +127,10 @@ class LocalEngine:
             yield Fragment(name, WEIGHT, 0, (param if master is None else master).detach().view(-1))
             if master is not None:
                 state = self._optimizer.state[master]
-                for moment in MOMENTS:
+                for moment in self._moments:
                     yield Fragment(name, moment, 0, state[moment].view(-1))
+        if self._average is not None:
+            yield from self._average.fragments()
 
     def updates(self) -> dict[str, int]:
         return {name: int(self._optimizer.state[master]["step"]) for name, master in self._masters.items()}
@@ -131,9 +143,11 @@ class LocalEngine:
             read_state(source, name, WEIGHT, master.detach().view(-1), 0)
             state = self._optimizer.state[master]
             state["step"] = torch.tensor(float(source.updates(name)), device=self.device)
-            for moment in MOMENTS:
+            for moment in self._moments:
                 state[moment] = torch.empty_like(master, requires_grad=False)
                 read_state(source, name, moment, state[moment].view(-1), 0)
+        if self._average is not None:
+            self._average.load(source)
         self._copy_masters_to_model()
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from distft.engine import zero_layout
 from distft.engine.deepspeed_config import ZeroConfig, deepspeed_config
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
+from distft.engine.weight_average import WeightAverage, WeightSlice
 from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
 from distft.topology import BatchPlan
 
@@ -49,6 +50,9 @@ class ZeroEngine:
         self._collectives = collectives
         self._groups = list(groups)
         self._max_grad_norm = optim.max_grad_norm
+        self._moments = optim.moments
+        self._ema_decay = optim.ema_decay
+        self._average: WeightAverage | None = None
         self._loss_scale = 1.0
         config = deepspeed_config(settings, plan, max_grad_norm=optim.max_grad_norm)
         dtype = DTYPES[settings.param_dtype]
@@ -89,7 +93,14 @@ class ZeroEngine:
         for group, settings in zip(self._groups, optimizer.param_groups, strict=True):
             settings["lr"] = group_lr(group)
         if optimizer is zero_layout.inner_optimizer(self._engine):
-            return self._step_without_wrapper()
+            update = self._step_without_wrapper()
+        else:
+            update = self._step_wrapper(optimizer)
+        if self._average is not None:
+            self._average.update(update.is_skipped)
+        return update
+
+    def _step_wrapper(self, optimizer: Any) -> UpdateResult:
         self._engine.step()
         grad_norm = zero_layout.last_grad_norm(self._engine)
         grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.device)
@@ -125,6 +136,9 @@ class ZeroEngine:
             yield Fragment(partition.parameter, WEIGHT, start, partition.master_weights[begin:end])
             for moment, values in partition.moments.items():
                 yield Fragment(partition.parameter, moment, start, values[begin:end])
+        for whole in () if self._average is None else self._average.fragments():
+            begin, end = self._even_slice(whole.values.numel()) if self._stage == 0 else (0, None)
+            yield Fragment(whole.parameter, whole.state, whole.start + begin, whole.values[begin:end])
         for name, param in self._params.items():
             if param.requires_grad:
                 continue
@@ -148,7 +162,9 @@ class ZeroEngine:
 
     def load_fragments(self, source: StateSource) -> None:
         # Parameters of one group have the same update count, because parameter_groups groups by it.
-        zero_layout.create_optimizer_state(self._engine, self._stage, [g.updates for g in self._groups])
+        zero_layout.create_optimizer_state(
+            self._engine, self._stage, [g.updates for g in self._groups], self._moments
+        )
         # First the weights that the model computes with, trainable and frozen, in param_dtype.
         for name, param in self._params.items():
             if self._stage == 3:
@@ -163,6 +179,11 @@ class ZeroEngine:
             read_state(source, partition.parameter, WEIGHT, partition.master_weights, partition.start)
             for moment, values in partition.moments.items():
                 read_state(source, partition.parameter, moment, values, partition.start)
+        if self._ema_decay is not None:
+            partitions = zero_layout.local_partitions(self._engine, self._stage, self._params)
+            slices = [WeightSlice(p.parameter, p.start, p.master_weights) for p in partitions]
+            self._average = WeightAverage(self._ema_decay, slices)
+            self._average.load(source)
 
     def close(self) -> None:
         self._engine.destroy()

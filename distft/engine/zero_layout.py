@@ -13,7 +13,6 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from distft.checkpoint.fragments import MOMENTS
 from distft.engine.memory import replace_parameters
 from distft.errors import ConfigError
 
@@ -51,13 +50,15 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
-def create_optimizer_state(engine: Any, zero_stage: int, updates_by_group: Sequence[int]) -> None:
+def create_optimizer_state(
+    engine: Any, zero_stage: int, updates_by_group: Sequence[int], moments: Sequence[str]
+) -> None:
     """Create moments (zeros) and update counts; DeepSpeed would create them only at its first step."""
     inner = inner_optimizer(engine)
     for flat, group in _flat_parameters(engine, zero_stage):
         inner.state[flat] = {
             "step": torch.tensor(float(updates_by_group[group]), device=flat.device),
-            **{moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS},
+            **{moment: torch.zeros_like(flat, requires_grad=False) for moment in moments},
         }
 
 
@@ -97,7 +98,7 @@ def local_partitions(
 
 
 def _moments(state: Mapping[str, Tensor], start: int, numel: int) -> dict[str, Tensor]:
-    return {moment: state[moment].view(-1).narrow(0, start, numel) for moment in MOMENTS}
+    return {name: values.view(-1).narrow(0, start, numel) for name, values in state.items() if name != "step"}
 
 
 def _partitions_stage0(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[ParameterPartition]:

@@ -14,6 +14,7 @@ from distft.errors import ConfigError
 from distft.optim.patterns import matching_names, no_match_message
 from distft.optim.schedules import CosineConfig, ScheduleConfig
 
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # multiple of the learning rate
 
@@ -30,6 +31,12 @@ class AdamWConfig(Settings):
     max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)  # global norm; null: no clipping
     schedule: ScheduleConfig = CosineConfig()
     lr_scales: dict[str, Scale] = Field(default_factory=dict)  # by glob pattern; the last match counts
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # of a moving average of the weights; null: none
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the optimizer's own per-element states."""
+        return ADAMW_MOMENTS
 
     def lr(self, step: int, total_steps: int) -> float:
         """The learning rate of update `step` (from 0), before any `lr_scales`."""

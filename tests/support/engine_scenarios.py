@@ -58,7 +58,7 @@ class Scenario:
 
     @property
     def optim(self) -> AdamWConfig:
-        return AdamWConfig(peak_lr=3e-3, max_grad_norm=0.5, lr_scales={"blocks.1.*": 0.5})
+        return AdamWConfig(peak_lr=3e-3, max_grad_norm=0.5, lr_scales={"blocks.1.*": 0.5}, ema_decay=0.9)
 
 
 def collectives_for(scenario: Scenario, topology: Topology) -> Collectives:

@@ -23,10 +23,11 @@ from distft.checkpoint.formats.segments import SegmentedSource, SegmentTable
 from distft.checkpoint.formats.torch_file import find_torch_file_damage, read_torch_file, write_torch_file
 from distft.checkpoint.formats.torch_pickle import can_pickle
 from distft.checkpoint.formats.torch_values import StoredTensor
-from distft.checkpoint.fragments import MOMENTS, WEIGHT
+from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest
 from distft.checkpoint.sources import CheckpointSource
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
+from distft.optim.adamw import ADAMW_MOMENTS
 
 _ZERO = "zero"
 _OPTIMIZER_STATE = "optimizer_state.pt"
@@ -200,7 +201,7 @@ def write_universal(
     common = _common_state(builder)
     for group in builder.groups:
         updates = builder.updates(group.parameters)
-        moments = dict.fromkeys([*MOMENTS, *builder.moments(group.parameters)])
+        moments = dict.fromkeys([*ADAMW_MOMENTS, *builder.moments(group.parameters)])
         for name in group.parameters:
             folder = storage.join(directory, _ZERO, name)
             for state in (*moments, WEIGHT):

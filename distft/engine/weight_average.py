@@ -1,0 +1,43 @@
+"""An exponential moving average of the weights: one more per-element state that every engine keeps."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distft.checkpoint.fragments import EMA, Fragment
+from distft.checkpoint.sources import StateSource, read_state
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlice:
+    """Master weights of a parameter on this rank, from flat element `start` on: a 1-D view of live memory."""
+
+    parameter: str
+    start: int
+    values: Tensor
+
+
+class WeightAverage:
+    """Averages the rank's own master weights, in fp32 and in the same layout: ema = d * ema + (1 - d) * w."""
+
+    def __init__(self, decay: float, slices: Sequence[WeightSlice]) -> None:
+        self._decay = decay
+        self._slices = list(slices)
+        self._averages = [torch.empty_like(weights.values) for weights in slices]
+
+    @torch.no_grad()
+    def update(self, is_skipped: Tensor) -> None:
+        """After an optimizer update; a skipped one (1.0) changes nothing, without waiting for the device."""
+        share = (1 - self._decay) * (1 - is_skipped)
+        for average, weights in zip(self._averages, self._slices, strict=True):
+            average.lerp_(weights.values, share.to(average.device))
+
+    def load(self, source: StateSource) -> None:
+        for average, weights in zip(self._averages, self._slices, strict=True):
+            read_state(source, weights.parameter, EMA, average, weights.start)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for average, weights in zip(self._averages, self._slices, strict=True):
+            yield Fragment(weights.parameter, EMA, weights.start, average)
