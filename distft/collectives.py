@@ -43,9 +43,8 @@ class Collectives(Protocol):
     def differentiable_gather(self, rows: Tensor) -> Tensor:
         """The rows [N, ...] of all ranks in rank order, [sum of N, ...], with a gradient; N may differ.
 
-        For a loss that is the sum of the ranks' losses: the gradient of a row is the sum of the gradients that
-        all ranks' losses have in it. Averaging them instead, as many libraries do, shrinks it by the number of
-        ranks.
+        For a loss that is the sum of the ranks' losses: a row's gradient is the sum of its gradients in all
+        ranks' losses. Averaging them instead, as many libraries do, shrinks it by the number of ranks.
         """
 
     def with_new_group(self) -> "Collectives":

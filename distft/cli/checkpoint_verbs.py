@@ -124,16 +124,13 @@ def diff(
 
     from distft.checkpoint.comparison import differences
     from distft.checkpoint.formats.detect import open_source
-    from distft.checkpoint.sources import num_state_bytes, stored_states
+    from distft.checkpoint.sources import num_state_bytes
     from distft.errors import CheckpointError
     from distft.tracker import progress
 
     a, b = open_source(first, trust=trust), open_source(second, trust=trust)
-    known = list(
-        dict.fromkeys(
-            s for source in (a, b) for name in source.manifest.parameters for s in stored_states(source, name)
-        )
-    )
+    records = [record for source in (a, b) for record in source.manifest.parameters.values()]
+    known = list(dict.fromkeys(name for record in records for name in record.states))
     for name in state or ():
         _check_choice("--state", name, known)
     with progress(num_state_bytes(a), "comparing", "bytes") as display:

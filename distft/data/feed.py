@@ -17,7 +17,7 @@ from distft.data.mixture import MixtureSampler, Sampler, SequentialSampler
 from distft.data.sampler import Indices
 from distft.topology import MicroBatch
 
-# Changes a batch: masks tokens, for instance. Each row must depend on the row and its entry in `sequence_numbers`
+# Changes a batch: masks tokens, for instance. Each row must depend on the row and its `sequence_numbers` entry
 # alone: then it is another one in each epoch, and the same however a batch is split.
 Transform: TypeAlias = Callable[[Batch], Batch]
 

@@ -51,9 +51,8 @@ class LocalEngine:
         self._moments = optim.moments
         self._average: WeightAverage | None = None
         if optim.ema_decay is not None:
-            slices = [
-                WeightSlice(name, 0, master.detach().view(-1)) for name, master in self._masters.items()
-            ]
+            masters = self._masters.items()
+            slices = [WeightSlice(name, 0, master.detach().view(-1)) for name, master in masters]
             self._average = WeightAverage(optim.ema_decay, slices)
 
     def _make_master(self, name: str) -> Tensor:

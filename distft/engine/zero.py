@@ -137,7 +137,8 @@ class ZeroEngine:
             for moment, values in partition.moments.items():
                 yield Fragment(partition.parameter, moment, start, values[begin:end])
         for whole in () if self._average is None else self._average.fragments():
-            begin, end = self._even_slice(whole.values.numel()) if self._stage == 0 else (0, None)
+            numel = whole.values.numel()
+            begin, end = self._even_slice(numel) if self._stage == 0 else (0, numel)
             yield Fragment(whole.parameter, whole.state, whole.start + begin, whole.values[begin:end])
         for name, param in self._params.items():
             if param.requires_grad:

@@ -19,7 +19,7 @@ NUM_STEPS = 6
 
 
 def contrastive_loss(model: Any, batch: Batch, collectives: Collectives) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018) between each row and itself reversed, against the rows of all ranks."""
+    """InfoNCE (van den Oord et al. 2018): each row and its reverse, against the rows of all ranks."""
     first = normalize(model(batch.input_ids)["lm_head"].mean(dim=1), dim=1)
     second = normalize(model(batch.input_ids.flip(1))["lm_head"].mean(dim=1), dim=1)
     gathered = collectives.differentiable_gather(second)
