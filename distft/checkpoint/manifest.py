@@ -10,7 +10,7 @@ from distft.errors import CheckpointError, UnsupportedFormatError
 from distft.storage import checksum_of_bytes
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class StateRecord(Settings):
@@ -94,6 +94,7 @@ class Manifest(Settings):
     tied: dict[str, str] = Field({})  # further name of a parameter -> the name it is saved under
     groups: list[GroupRecord] = Field([])  # of trainable parameters; empty: grouped by config's optim
     probe: ProbeRecord | None = None
+    data_fingerprint: str | None = None  # of the training data's content; None: unknown
     files: list[FileRecord]
 
     def to_bytes(self) -> bytes:

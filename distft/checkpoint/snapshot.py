@@ -38,6 +38,7 @@ class RunMetadata:
     groups: list[GroupRecord]
     tied: dict[str, str]
     probe: ProbeRecord | None
+    data_fingerprint: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,7 @@ class CheckpointSnapshot:
             groups=run.groups,
             tied=run.tied,
             probe=run.probe,
+            data_fingerprint=run.data_fingerprint,
             parameters={
                 name: ParameterRecord(
                     shape=info.shape,

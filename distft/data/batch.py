@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
+from xxhash import xxh3_64_hexdigest
 
 from distft.data.sampler import Indices
 
@@ -32,6 +33,13 @@ class Batch:
     document_ids: Tensor | None = None  # int64 [B, T]; attention stays within one id; None: one id per row
     lengths: Tensor | None = None  # int64 [B]: tokens before the right padding; None: no padding
     num_target_bytes: int = 0  # UTF-8 bytes of the target tokens; 0 if unknown
+    dropout_keys: Tensor | None = None  # int64 [B]: what dropout draws in each row; None: at random
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """The arguments of `Transformer.forward`."""
+        names = ("input_ids", "position_ids", "document_ids", "lengths", "dropout_keys")
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with every tensor on `device`."""
@@ -60,6 +68,11 @@ class RaggedArray:
         self._values = np.empty(self._offsets[-1], np.int32)
         for row, offset in zip(rows, self._offsets, strict=False):
             self._values[offset : offset + len(row)] = row
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all rows."""
+        return xxh3_64_hexdigest(self._offsets.tobytes() + self._values.tobytes())
 
     @property
     def max_value(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from xxhash import xxh3_64_hexdigest
 
 from distft.config import Settings
 from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN, Batch, RaggedArray, count_target_bytes
@@ -40,6 +41,7 @@ class CompletionRows:
         self._token_bytes = token_bytes
         self.num_sequences = len(rows)
         self.summary = summary
+        self.fingerprint = f"{rows.fingerprint}-{xxh3_64_hexdigest(prompt_lengths.tobytes())}"
 
     def batch(self, indices: Indices) -> Batch:
         """Rows `indices`; for empty `indices`, row 0 without targets."""

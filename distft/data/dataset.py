@@ -39,6 +39,10 @@ class SequenceDataset(Protocol):
     def summary(self) -> str:
         """One line for the log: rows read, rows truncated."""
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Equal for two datasets with the same content, wherever it lies; None: unknown."""
+
     def batch(self, indices: Indices) -> Batch:
         """Rows `indices`, in that order.
 

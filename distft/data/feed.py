@@ -17,8 +17,8 @@ from distft.data.mixture import MixtureSampler, Sampler, SequentialSampler
 from distft.data.sampler import Indices
 from distft.topology import MicroBatch
 
-# Changes a batch: masks tokens, for instance. Each row must depend on the row and its `sequence_numbers` entry
-# alone: then it is another one in each epoch, and the same however a batch is split.
+# Changes a batch: masks tokens, for instance. Each row must depend on the row and its `sequence_numbers`
+# entry alone: then it is another one in each epoch, and the same however a batch is split.
 Transform: TypeAlias = Callable[[Batch], Batch]
 
 
@@ -74,6 +74,12 @@ class Feed:
     def dataset_sizes(self) -> list[int]:
         """Number of rows of each dataset."""
         return [dataset.num_sequences for dataset in self._datasets]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Equal for two feeds whose datasets have the same content in the same order; None: unknown."""
+        fingerprints = [dataset.fingerprint for dataset in self._datasets]
+        return None if None in fingerprints else "+".join(map(str, fingerprints))
 
     def lookup(self, start: int, stop: int) -> tuple[Indices, Indices]:
         """Dataset index and row of each of the sequences [start, stop)."""

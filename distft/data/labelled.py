@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
+from xxhash import xxh3_64_hexdigest
 
 from distft.config import Settings
 from distft.data.batch import IGNORE_INDEX, LABEL, Batch, RaggedArray
@@ -66,6 +67,7 @@ class LabelledRows:
         self._pad_id = pad_id
         self.num_sequences = len(rows)
         self.summary = summary
+        self.fingerprint = f"{rows.fingerprint}-{xxh3_64_hexdigest(label_ids.tobytes())}"
 
     def batch(self, indices: Indices) -> Batch:
         """Rows `indices`; for empty `indices`, row 0 without targets."""

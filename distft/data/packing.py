@@ -20,6 +20,9 @@ class TokenStream(Protocol):
     def num_tokens(self) -> int: ...
 
     @property
+    def fingerprint(self) -> str | None: ...
+
+    @property
     def document_starts(self) -> NDArray[np.int64]:
         """Ascending positions of the first token of each document."""
 
@@ -57,6 +60,10 @@ class PackedRows:
                 f"{name} has {stream.num_tokens:,} tokens, but one row takes {seq_len + 1:,} "
                 f"(seq_len={seq_len} and the next token): add text, or lower seq_len."
             )
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self._stream.fingerprint
 
     @property
     def summary(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_hexdigest
 
 from distft.errors import ConfigError, DataError
 
@@ -84,6 +85,12 @@ class TokenShards:
         self.document_starts: NDArray[np.int64] = np.memmap(
             directory / DOCUMENT_STARTS, dtype="<i8", mode="r"
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the checksums of all files, so equal for a copy of the directory."""
+        checksums = json.dumps([[file["name"], file["crc32"]] for file in self._files])
+        return xxh3_64_hexdigest(checksums.encode())
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenShards":

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from distft.model.config import ModelConfig
+from distft.model.dropout import dropout
 from distft.model.layers import Linear, MatmulDtype
 
 # bool [B or 1, 1, T, S] (True: the query attends to the key), flex attention's block mask, or None: every
@@ -116,8 +117,9 @@ class Attention(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dropout_site: int) -> None:
         super().__init__()
+        self.dropout_site = dropout_site
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.is_causal, self.dropout = config.head_dim, config.is_causal, config.dropout
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -130,8 +132,14 @@ class Attention(nn.Module):
         self.matmul_dtype = MatmulDtype()
 
     def forward(
-        self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask, kv_cache: KVCache | None = None
+        self,
+        x_BTC: Tensor,
+        rope: RotaryCosSin | None,
+        mask: AttentionMask,
+        dropout_keys_B: Tensor | None = None,
+        kv_cache: KVCache | None = None,
     ) -> Tensor:
+        """`dropout_keys_B` is given in training with dropout only, `kv_cache` in generation only."""
         num_rows, num_positions, _ = x_BTC.shape
         q_BTHD = self.q(x_BTC).view(num_rows, num_positions, self.num_heads, self.head_dim)
         k_BTGD = self.k(x_BTC).view(num_rows, num_positions, self.num_kv_heads, self.head_dim)
@@ -143,28 +151,52 @@ class Attention(nn.Module):
             q_BTHD, k_BTGD = apply_rotary(q_BTHD, rope), apply_rotary(k_BTGD, rope)
         if kv_cache is not None:  # generation only; keys are cached after rotation, so each is rotated once
             k_BTGD, v_BTGD = kv_cache.update(k_BTGD, v_BTGD)
-        return self.o(self._attend(q_BTHD, k_BTGD, v_BTGD, mask).flatten(2))
+        return self.o(self._attend(q_BTHD, k_BTGD, v_BTGD, mask, dropout_keys_B).flatten(2))
 
-    def _attend(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: AttentionMask) -> Tensor:
+    def _attend(
+        self,
+        q_BTHD: Tensor,
+        k_BSGD: Tensor,
+        v_BSGD: Tensor,
+        mask: AttentionMask,
+        dropout_keys_B: Tensor | None,
+    ) -> Tensor:
         """Weighted sums of the values, [B, T, H, D]."""
         dtype = self.matmul_dtype(q_BTHD)
         # Transposed views, no copies: the kernels accept any strides. They return memory laid out as
         # [B, T, H, D], so flatten(2) in forward copies nothing either.
         q_BHTD, k_BGSD, v_BGSD = (x.to(dtype).transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
         is_grouped = self.num_heads != self.num_kv_heads
-        if isinstance(mask, BlockMask):
+        if dropout_keys_B is not None:
+            y_BHTD = self._attend_with_dropout(q_BHTD, k_BGSD, v_BGSD, mask, dropout_keys_B)
+        elif isinstance(mask, BlockMask):
             # Flex skips blocks of keys that no query of a block attends to, so packed documents cost little
             # more than the sum of their squared lengths. SDPA with a dense mask computes all T x S scores.
             flex = _compiled_flex_attention() if _compiles_flex(q_BTHD) else flex_attention
-            y_BHTD: Tensor = flex(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)
+            y_BHTD = flex(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)
         else:
             y_BHTD = functional.scaled_dot_product_attention(
                 q_BHTD,
                 k_BGSD,
                 v_BGSD,
                 attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
                 is_causal=self.is_causal and mask is None,  # SDPA refuses both a mask and is_causal
                 enable_gqa=is_grouped,
             )
         return y_BHTD.transpose(1, 2).to(q_BTHD.dtype)
+
+    def _attend_with_dropout(
+        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: AttentionMask, keys_B: Tensor
+    ) -> Tensor:
+        """Attention written out, with all T x S weights in memory: no kernel takes a mask per weight."""
+        assert not isinstance(mask, BlockMask)  # `uses_flex_attention` rules it out
+        num_groups = self.num_heads // self.num_kv_heads
+        k_BHSD, v_BHSD = (x.repeat_interleave(num_groups, dim=1) for x in (k_BGSD, v_BGSD))
+        scores_BHTS = q_BHTD @ k_BHSD.transpose(2, 3) * self.head_dim**-0.5
+        if mask is None and self.is_causal:
+            mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=scores_BHTS.device).tril()
+        if mask is not None:
+            scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
+        weights_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=torch.float32)
+        weights_BHTS = dropout(weights_BHTS, self.dropout, keys_B, self.dropout_site)
+        return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD

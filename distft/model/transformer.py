@@ -8,7 +8,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distft.errors import ConfigError
@@ -21,6 +20,7 @@ from distft.model.attention import (
     rotary_cos_sin,
 )
 from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Head, Heads, ModelConfig
+from distft.model.dropout import dropout, random_row_keys
 from distft.model.layers import GELU, Linear, SwiGLU, make_embedding, make_norm
 
 # (hidden [N, C], weight [V, C]) -> what the caller computes from them, such as a summed loss
@@ -32,22 +32,31 @@ class Block(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
+        self.dropout_site = 3 * index + 1  # of its three places of dropout; 0 is that of the embeddings
         self.attn_norm = make_norm(config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, self.dropout_site)
         self.mlp_norm = make_norm(config)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
         self.dropout = config.dropout
 
     def forward(
-        self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask, kv_cache: KVCache | None = None
+        self,
+        x_BTC: Tensor,
+        rope: RotaryCosSin | None,
+        mask: AttentionMask,
+        dropout_keys_B: Tensor | None = None,
+        kv_cache: KVCache | None = None,
     ) -> Tensor:
-        x_BTC = x_BTC + self._drop(self.attn(self.attn_norm(x_BTC), rope, mask, kv_cache))
-        return x_BTC + self._drop(self.mlp(self.mlp_norm(x_BTC)))
-
-    def _drop(self, x_BTC: Tensor) -> Tensor:
-        return functional.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
+        y_BTC = self.attn(self.attn_norm(x_BTC), rope, mask, dropout_keys_B, kv_cache)
+        if dropout_keys_B is not None:
+            y_BTC = dropout(y_BTC, self.dropout, dropout_keys_B, self.dropout_site + 1)
+        x_BTC = x_BTC + y_BTC
+        y_BTC = self.mlp(self.mlp_norm(x_BTC))
+        if dropout_keys_B is not None:
+            y_BTC = dropout(y_BTC, self.dropout, dropout_keys_B, self.dropout_site + 2)
+        return x_BTC + y_BTC
 
 
 class OutputProjection(Linear):
@@ -79,7 +88,7 @@ class Transformer(nn.Module):
         self.embed = make_embedding(config.padded_vocab_size, config.d_model)
         if config.positions == "learned":
             self.position_embed = make_embedding(config.max_seq_len, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = make_norm(config)
         for name, head in self.heads.items():
             self.add_module(name, self._make_head(head))
@@ -90,6 +99,7 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         lengths: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
         *,
         losses_from_hidden: Mapping[str, HiddenLossFn] | None = None,
     ) -> dict[str, Tensor]:
@@ -97,6 +107,7 @@ class Transformer(nn.Module):
 
         `input_ids`, `position_ids` (None: 0, 1, 2, ...) and `document_ids` (tokens attend only to tokens with
         the same id) are int64 [B, T]; `lengths` is int64 [B], the number of real tokens at each row's start.
+        `dropout_keys` int64 [B] determine what training drops in each row; None: drawn at random.
         A language model's head `name` in `losses_from_hidden` returns
         `losses_from_hidden[name](hidden [N, C], weight [V, C])` in place of its logits.
 
@@ -111,8 +122,14 @@ class Transformer(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         # Mask and rotation angles are the same for all blocks, so they are computed once.
         mask = make_attention_mask(self.config, input_ids.shape, document_ids, lengths)
+        if not self.training or not self.config.dropout:
+            dropout_keys = None
+        elif dropout_keys is None:
+            dropout_keys = random_row_keys(len(input_ids), input_ids.device)
         x_BTC, rope = self._embed(input_ids, position_ids)
-        x_BTC = self.norm(self._run_blocks(x_BTC, rope, mask))
+        if dropout_keys is not None:
+            x_BTC = dropout(x_BTC, self.config.dropout, dropout_keys, site=0)
+        x_BTC = self.norm(self._run_blocks(x_BTC, rope, mask, dropout_keys))
         outputs = {}
         for name, head in self.heads.items():
             module = self.get_submodule(name)
@@ -137,7 +154,7 @@ class Transformer(nn.Module):
         """
         x_BTC, rope = self._embed(input_ids, position_ids)
         for block, kv_cache in zip(self.blocks, kv_caches, strict=True):
-            x_BTC = block(x_BTC, rope, mask, kv_cache)
+            x_BTC = block(x_BTC, rope, mask, kv_cache=kv_cache)
         # Only the last position is sampled from, so a whole prompt needs V logits per row and not T * V.
         lm_head: OutputProjection = self.get_submodule("lm_head")  # type: ignore[assignment]
         return lm_head(self.norm(x_BTC[:, -1:]))
@@ -166,21 +183,20 @@ class Transformer(nn.Module):
             x_BTC = x_BTC + self.position_embed(position_ids)
         else:
             rope = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
-        if self.config.dropout:
-            x_BTC = functional.dropout(x_BTC, self.config.dropout, self.training)
         return x_BTC, rope
 
-    def _run_blocks(self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask) -> Tensor:
+    def _run_blocks(
+        self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask, dropout_keys_B: Tensor | None
+    ) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
-                # Without dropout a block draws no random numbers, so the generators' states need no copy.
-                preserve_rng_state = self.config.dropout > 0
+                # Dropout depends on its keys alone, so the generators' states need no copy.
                 x_BTC = checkpoint(
-                    block, x_BTC, rope, mask, use_reentrant=False, preserve_rng_state=preserve_rng_state
+                    block, x_BTC, rope, mask, dropout_keys_B, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_BTC = block(x_BTC, rope, mask)
+                x_BTC = block(x_BTC, rope, mask, dropout_keys_B)
         return x_BTC
 
 

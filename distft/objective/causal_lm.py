@@ -65,10 +65,7 @@ class CausalLM(Settings):
 
 def _forward(model: Model, batch: Batch, loss_fn: FusedLinearCrossEntropy | LossAndNumCorrect) -> Tensor:
     outputs = model(
-        batch.input_ids,
-        batch.position_ids,
-        batch.document_ids,
-        batch.lengths,
+        **batch.model_inputs,
         losses_from_hidden={"lm_head": partial(loss_fn, labels_N=batch.targets[NEXT_TOKEN].flatten())},
     )
     return outputs["lm_head"]

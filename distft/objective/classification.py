@@ -70,4 +70,4 @@ class Classification(Settings):
 
 
 def _logits(model: Model, batch: Batch) -> Tensor:
-    return model(batch.input_ids, batch.position_ids, batch.document_ids, batch.lengths)["classifier"]
+    return model(**batch.model_inputs)["classifier"]

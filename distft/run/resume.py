@@ -1,13 +1,17 @@
 """Where a run starts: its latest valid checkpoint, or the beginning."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.damage import require_undamaged
+from distft.checkpoint.manifest import Manifest
 from distft.checkpoint.store import CheckpointStore, LatestValid
 from distft.collectives import Collectives, all_or_none
-from distft.config import redact
+from distft.config import Settings, redact
 from distft.errors import CheckpointError, ConfigError
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
@@ -48,7 +52,7 @@ def find_resume_checkpoint(
             f"checkpoint.resume is false, but {store.root} contains a run at step {found.checkpoint.step}: "
             "choose another run_dir, delete this one, or set checkpoint.resume=true."
         )
-    require_resumable(found.checkpoint.manifest.config, config)
+    require_resumable(found.checkpoint.manifest, config, inputs.train.fingerprint)
     store.resume_from(found)
     return found
 
@@ -64,12 +68,19 @@ def _verify_init_from(inputs: RunInputs, collectives: Collectives) -> None:
                 require_undamaged(source)
 
 
-def require_resumable(saved: Mapping[str, Any], config: RunConfig) -> None:
-    """Raise one `ConfigError` with all settings that changed since the checkpoint but may not."""
+def require_resumable(saved: Manifest, config: RunConfig, data_fingerprint: str | None) -> None:
+    """Raise one `ConfigError` with all settings that changed since the checkpoint but may not.
+
+    A setting that this version added is no change as long as it has its default. Data with the same content
+    (`data_fingerprint`) may have moved.
+    """
+    before = _with_new_defaults(saved.config, config)
     now = config.model_dump(mode="json")
+    if saved.data_fingerprint is not None and saved.data_fingerprint == data_fingerprint:
+        before["data"], now["data"] = _without_paths(before.get("data")), _without_paths(now["data"])
     changes = []
     for keys in _FIXED_ON_RESUME:
-        changes += _describe_changes(".".join(keys), _lookup(saved, keys), _lookup(now, keys))
+        changes += _describe_changes(".".join(keys), _lookup(before, keys), _lookup(now, keys))
     if changes:
         changes.append(
             f"{config.run_dir} contains checkpoints of another run. Restore the old values, choose another "
@@ -78,9 +89,29 @@ def require_resumable(saved: Mapping[str, Any], config: RunConfig) -> None:
         raise ConfigError("\n".join(changes))
 
 
+def _with_new_defaults(saved: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """`saved` with the defaults of settings that did not exist when it was written.
+
+    A section is read by the class that it has in `config`, so no name in `saved` is imported.
+    """
+    completed = dict(saved)
+    for section in ("data", "objective", "model", *_SECTIONS_TO_COMPARE):
+        now, before = getattr(config, section), saved.get(section)
+        if isinstance(now, Settings) and isinstance(before, Mapping):
+            with contextlib.suppress(ValidationError):  # another type, or a setting that no longer exists
+                completed[section] = type(now).model_validate(before).model_dump(mode="json")
+    return completed
+
+
+def _without_paths(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _without_paths(value) for key, value in data.items() if key != "path"}
+    return [_without_paths(item) for item in data] if isinstance(data, list) else data
+
+
 def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Dotted keys of the settings that may change on resume and did, for the `resume` event."""
-    now = redact(config.model_dump(mode="json"))
+    saved, now = _with_new_defaults(saved, config), redact(config.model_dump(mode="json"))
     return sorted(
         f"{section}.{key}"
         for section in _SECTIONS_TO_COMPARE

@@ -144,6 +144,7 @@ class RunServices(TrainerServices):
                 groups=_group_records(inputs, updates),
                 tied=_tied_names(self._engine.module),
                 probe=probe,
+                data_fingerprint=inputs.train.fingerprint,
             ),
             attachments={TOKENIZER_FILE: inputs.tokenizer.to_bytes()},
         )

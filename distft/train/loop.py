@@ -1,9 +1,8 @@
 """The training loop: pretraining and fine-tuning run the same one with different configurations."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from distft.checkpoint.manifest import Progress
@@ -11,6 +10,7 @@ from distft.data.batch import Batch
 from distft.data.feed import Feed, Prefetcher
 from distft.engine.interface import Engine
 from distft.errors import Preempted, Resized, TrainingError
+from distft.model.dropout import row_keys
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
@@ -118,21 +118,15 @@ class Trainer:
     def _next_batch(self, batches: Prefetcher) -> Batch:
         batch = next(batches)
         self._progress.ledger.add(batches.last_micro_batch)
-        return batch
+        if self._dropout_seed is None:
+            return batch
+        assert batch.sequence_numbers is not None
+        return replace(batch, dropout_keys=row_keys(self._dropout_seed, batch.sequence_numbers))
 
     def _loss_sums(self, model: Model, batch: Batch) -> Mapping[str, Tensor]:
         """The loss terms. Ranks wait for each other in the backward; at stage 3 also in the forward."""
-        self._seed_dropout(batch)
         with self._heartbeat.phase("forward"), self._heartbeat.own_work(batch.input_ids.numel()):
             return self._objective.loss_sums(model, batch, self._context)
-
-    def _seed_dropout(self, batch: Batch) -> None:
-        """Random draws depend only on the sequences that they apply to, so a resume repeats them."""
-        if self._dropout_seed is not None:
-            assert batch.sequence_numbers is not None
-            key = f"{self._dropout_seed}/{int(batch.sequence_numbers[0])}".encode()
-            digest = hashlib.blake2b(key, digest_size=8).digest()
-            torch.manual_seed(int.from_bytes(digest, "little", signed=True))
 
     def _update_loss_scale(self, result: StepResult) -> None:
         if self._loss_scale is not None:

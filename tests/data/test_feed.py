@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN, Batch, RaggedArray, merge_batches
+from distft.data.batch import IGNORE_INDEX, LABEL, NEXT_TOKEN, Batch, RaggedArray, merge_batches
 from distft.data.feed import Feed, Prefetcher
 from distft.data.labelled import LabelledRows
 from distft.data.sampler import Indices
@@ -100,8 +101,48 @@ def test_merging_batches_of_different_widths_keeps_the_rows_and_pads_them(data: 
         for label, (row, position) in enumerate(zip(rows, positions.tolist(), strict=True)):
             length = int(merged.lengths[position])
             assert merged.input_ids[position, :length].tolist() == row
-            assert merged.targets[NEXT_TOKEN][position] == label
-    assert merged.num_targets[NEXT_TOKEN] == num_rows
+            assert merged.targets[LABEL][position] == label
+    assert merged.num_targets[LABEL] == num_rows
+
+
+def test_merging_keeps_a_field_that_one_batch_lacks() -> None:
+    tokens = Batch(
+        input_ids=torch.tensor([[1, 2, 3]]),
+        targets={NEXT_TOKEN: torch.tensor([[2, 3, 4]])},
+        num_targets={NEXT_TOKEN: 3},
+        position_ids=torch.tensor([[0, 1, 0]]),
+        document_ids=torch.tensor([[0, 0, 1]]),
+    )
+    labelled = Batch(
+        input_ids=torch.tensor([[7, 8]]),
+        targets={LABEL: torch.tensor([5])},
+        num_targets={LABEL: 1},
+    )
+    merged = merge_batches([tokens, labelled], [np.array([1]), np.array([0])])
+    assert merged.input_ids.tolist() == [[7, 8, 0], [1, 2, 3]]
+    assert merged.targets[NEXT_TOKEN].tolist() == [[IGNORE_INDEX] * 3, [2, 3, 4]]
+    assert merged.targets[LABEL].tolist() == [5, IGNORE_INDEX]
+    assert merged.num_targets == {NEXT_TOKEN: 3, LABEL: 1}
+    assert merged.lengths is not None
+    assert merged.lengths.tolist() == [2, 3]
+    assert merged.position_ids is not None
+    assert merged.position_ids[:, :2].tolist() == [[0, 1], [0, 1]]
+    assert merged.document_ids is not None
+    assert merged.document_ids.tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
+def test_a_transform_draws_anew_in_each_epoch_and_the_same_in_every_cut() -> None:
+    def mark(batch: Batch) -> Batch:
+        assert batch.sequence_numbers is not None
+        return replace(batch, input_ids=batch.input_ids + 1000 * batch.sequence_numbers[:, None])
+
+    feed = Feed.for_training(
+        Numbers(10), Numbers(6, 100), weights=(1.0, 2.0), seed=1, shuffle=True, transforms=[mark]
+    )
+    whole = feed.batch(0, 64).input_ids[:, 0]
+    assert (whole // 1000).tolist() == list(range(64))
+    cut = torch.cat([feed.batch(start, min(start + 7, 64)).input_ids[:, 0] for start in range(0, 64, 7)])
+    assert torch.equal(cut, whole)
 
 
 def micro_batches(count: int) -> Iterator[MicroBatch]:

@@ -90,6 +90,23 @@ def test_loss_does_not_depend_on_accumulation(micro_batch_size: int) -> None:
     assert losses == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_dropout_does_not_depend_on_ranks_or_accumulation(world_size: int) -> None:
+    expected = run_alone(Scenario(dropout=0.3, micro_batch_size=8), NUM_STEPS).losses
+    without = run_alone(Scenario(micro_batch_size=8), NUM_STEPS).losses
+    assert expected != pytest.approx(without, abs=1e-3)
+    accumulated = run_alone(Scenario(dropout=0.3, micro_batch_size=1), NUM_STEPS).losses
+    assert accumulated == pytest.approx(expected, abs=2e-6)
+    scenarios = [
+        Scenario(stage=stage, dropout=0.3, micro_batch_size=size, activation_checkpointing=size == 2)
+        for stage, size in ((0, 1), (1, 2), (3, 2))
+    ]
+    for results in run_ranks(_train_all, world_size, scenarios, timeout_s=240):
+        for losses, _, _ in results:
+            assert losses == pytest.approx(expected, abs=2e-6)
+
+
 def test_the_local_engine_equals_plain_torch() -> None:
     """AdamW, clipping and mean loss written out in torch; only the model is distft's."""
     training = run_alone(Scenario(), 0)

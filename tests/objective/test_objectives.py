@@ -151,7 +151,7 @@ def test_classification_metrics_equal_those_of_scikit_learn(pairs: list[tuple[in
 
     labels, predictions = zip(*pairs, strict=True)
 
-    def model(*_: object) -> dict[str, Tensor]:
+    def model(**_: object) -> dict[str, Tensor]:
         return {"classifier": torch.eye(4)[list(predictions)]}
 
     batch = Batch(

@@ -21,6 +21,7 @@ from distft.data.batch import NEXT_TOKEN, Batch
 from distft.engine.interface import Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.model.config import ModelConfig
+from distft.model.dropout import row_keys
 from distft.model.transformer import Transformer
 from distft.optim.adamw import AdamWConfig, parameter_groups
 from distft.optim.patterns import select_trainable
@@ -41,6 +42,7 @@ class Scenario:
     tie_embeddings: bool = True
     activation_checkpointing: bool = False
     micro_batch_size: int = 2
+    dropout: float = 0.0
     zero: Mapping[str, Any] = field(default_factory=dict)  # further settings of ZeroConfig
 
     @property
@@ -54,6 +56,7 @@ class Scenario:
             num_kv_heads=1,
             d_ff=29,
             tie_embeddings=self.tie_embeddings,
+            dropout=self.dropout,
         )
 
     @property
@@ -162,8 +165,10 @@ class Training:
         labels[:, 0] = torch.where(rows[:, 0] % 3 == 0, -100, labels[:, 0])
         if stop == start:
             labels[:] = -100
+        numbers = torch.arange(start, max(stop, start + 1))
         return Batch(
             input_ids=rows[:, :-1],
+            dropout_keys=row_keys(3, numbers),
             targets={NEXT_TOKEN: labels},
             num_targets={NEXT_TOKEN: int((labels != -100).sum())},
         )
@@ -211,7 +216,7 @@ def _copy(fragment: Fragment) -> Tensor:
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
-    logits = model(batch.input_ids)["lm_head"]
+    logits = model(**batch.model_inputs)["lm_head"]
     return cross_entropy(
         logits.flatten(0, 1).float(), batch.targets[NEXT_TOKEN].flatten(), reduction="sum", ignore_index=-100
     )
