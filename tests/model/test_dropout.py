@@ -29,9 +29,7 @@ def test_elements_are_dropped_with_the_given_probability_and_the_mean_is_kept(p:
 
 
 @given(start=st.integers(0, 3), stop=st.integers(1, 4), width=st.integers(1, 9), height=st.integers(1, 7))
-def test_neither_other_rows_nor_padding_change_draws(
-    start: int, stop: int, width: int, height: int
-) -> None:
+def test_neither_other_rows_nor_padding_change_draws(start: int, stop: int, width: int, height: int) -> None:
     keys = row_keys(5, ROWS)
     whole = dropout(torch.ones(4, 7, 9), 0.5, keys, site=3)
     part = dropout(torch.ones(4, height, width)[start:stop], 0.5, keys[start:stop], site=3)

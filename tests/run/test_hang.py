@@ -64,12 +64,12 @@ def _hang_before(
 
 
 def stop_in_forward(topology: Topology, raw: dict[str, Any], hung_rank: int) -> None:
-    _hang_before(CausalLM, "__call__", topology, hung_rank, stops_process=True)
+    _hang_before(CausalLM, "loss_sums", topology, hung_rank, stops_process=True)
     run(topology, raw)
 
 
 def sleep_in_forward(topology: Topology, raw: dict[str, Any], hung_rank: int) -> None:
-    _hang_before(CausalLM, "__call__", topology, hung_rank, stops_process=False)
+    _hang_before(CausalLM, "loss_sums", topology, hung_rank, stops_process=False)
     run(topology, raw)
 
 
@@ -173,7 +173,7 @@ def test_a_run_whose_ranks_are_all_suspended_for_a_while_does_not_hang(
 def _run_slowly(topology: Topology, raw: dict[str, Any], slow_rank: int | None = None) -> None:
     """Train with a slow forward on `slow_rank`, or on all ranks."""
     delay_s = 0.03 if slow_rank in {None, topology.rank} else 0.0
-    _before_each_call(CausalLM, "__call__", lambda _: time.sleep(delay_s))
+    _before_each_call(CausalLM, "loss_sums", lambda _: time.sleep(delay_s))
     run(topology, raw)
 
 

@@ -72,7 +72,7 @@ def test_a_stopped_run_resumes_at_another_stage_and_world_size(
     # A smaller max_steps would change the learning rate schedule, so a stop request ends the first half.
     raw = pretraining(data, tmp_path, engine={"type": "zero", "zero_stage": 3})
     run_ranks(_stop_after, 2, raw, 7)
-    assert max(logged(tmp_path)) == 7
+    assert max(logged(tmp_path)) == 8
     run(Topology(), {**raw, "engine": {"type": "local"}})
     assert logged(tmp_path) == pytest.approx(logged(pretrained), abs=1e-5)
     kinds = [event["kind"] for event in events(tmp_path)]
@@ -83,14 +83,15 @@ def _stop_after(topology: Topology, raw: dict[str, Any], step: int) -> None:
     """Send SIGTERM to one rank, as a scheduler does, once `step` steps are complete."""
     run_step = Trainer._run_step
 
-    def run_step_and_signal(trainer: Trainer, *arguments: Any) -> None:
-        run_step(trainer, *arguments)
+    def run_step_and_signal(trainer: Trainer, *arguments: Any) -> Any:
+        signals = run_step(trainer, *arguments)
         if trainer.step == step and topology.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        return signals
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_run_step", run_step_and_signal)
-        with pytest.raises(Preempted, match=f"step {step}"):
+        with pytest.raises(Preempted, match=f"step {step + 1}"):  # the next step tells all ranks
             run(topology, raw)
 
 
@@ -246,14 +247,15 @@ def test_consecutive_steps_with_non_finite_gradients_end_the_run_and_keep_the_la
 ) -> None:
     from distft.objective.causal_lm import CausalLM
 
-    loss = CausalLM.__call__
+    loss_sums = CausalLM.loss_sums
     calls = {"left": 4 * 4 + 2}  # four good steps of four micro-batches, and half of the fifth
 
-    def loss_or_nan(self: CausalLM, *arguments: Any, **options: Any) -> Any:
+    def loss_or_nan(self: CausalLM, *arguments: Any) -> Any:
         calls["left"] -= 1
-        return loss(self, *arguments, **options) * (1.0 if calls["left"] >= 0 else float("nan"))
+        factor = 1.0 if calls["left"] >= 0 else float("nan")
+        return {name: value * factor for name, value in loss_sums(self, *arguments).items()}
 
-    monkeypatch.setattr(CausalLM, "__call__", loss_or_nan)
+    monkeypatch.setattr(CausalLM, "loss_sums", loss_or_nan)
     raw = pretraining(
         data, tmp_path, train={"max_steps": 12, "log_every_steps": 1, "max_skipped_in_a_row": 3}
     )

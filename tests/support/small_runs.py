@@ -100,10 +100,10 @@ def run_until_power_cut(raw: dict[str, Any], step: int) -> None:
     """Run until `step` steps are complete, then fail without saving."""
     run_step = Trainer._run_step
 
-    def run_step_or_fail(trainer: Trainer, *arguments: Any) -> None:
+    def run_step_or_fail(trainer: Trainer, *arguments: Any) -> Any:
         if trainer.step == step:
             raise RuntimeError("power cut")
-        run_step(trainer, *arguments)
+        return run_step(trainer, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_run_step", run_step_or_fail)
