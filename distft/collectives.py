@@ -1,7 +1,7 @@
 """Collectives outside the engine: small objects, sums, and errors that every rank must see."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from datetime import timedelta
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from distft.errors import DistftError, SupersededError, UnreachableError
+from distft.errors import ConfigError, DistftError, SupersededError, UnreachableError
 from distft.rendezvous import fresh_store
 from distft.topology import Topology
 
@@ -95,9 +95,14 @@ class ProcessGroup:
             backend = "nccl" if device.type == "cuda" else "gloo"
             if topology.is_distributed:
                 store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+                store = fresh_store(store, rank, world_size, timeout_s)
+                # Before the group exists: ranks of different backends would wait for each other.
+                store.set(f"device/{rank}", device.type)
+                kinds = [store.get(f"device/{other}").decode() for other in range(world_size)]
+                require_same_device(kinds)
                 dist.init_process_group(
                     backend,
-                    store=fresh_store(store, rank, world_size, timeout_s),
+                    store=store,
                     rank=rank,
                     world_size=world_size,
                     timeout=timeout,
@@ -186,6 +191,17 @@ class _DifferentiableGather(torch.autograd.Function):
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.own_rows], None, None
+
+
+def require_same_device(kinds: Sequence[str]) -> None:
+    """Raise `ConfigError` if the ranks chose different kinds of device; `kinds` by rank."""
+    if len(set(kinds)) > 1:
+        usual = max(set(kinds), key=list(kinds).count)
+        odd = ", ".join(f"rank {rank} ({kind})" for rank, kind in enumerate(kinds) if kind != usual)
+        raise ConfigError(
+            f"Ranks chose different devices: {odd}, the others {usual}. torch finds no CUDA device on some "
+            "nodes: check the driver there, take them out of the job, or set device=cpu."
+        )
 
 
 # Errors about the environment, not about a file: all_or_none must not turn them into a damaged file's error.

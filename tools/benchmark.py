@@ -25,7 +25,7 @@ from distft.engine.interface import DTYPES, Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.engine.memory import allocate
 from distft.model.config import LANGUAGE_MODEL, ModelConfig
-from distft.model.counts import num_parameters, training_flops_per_token
+from distft.model.counts import num_parameters, training_flops
 from distft.model.initialisation import initial_fragment
 from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import CausalLM
@@ -275,7 +275,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def _print_table(rates: dict[str, float], setup: Setup, peak_flops_per_s: float) -> None:
-    flops = training_flops_per_token(setup.model, setup.seq_len)
+    flops = training_flops(setup.model, setup.seq_len).of(setup.seq_len, setup.seq_len**2) / setup.seq_len
     baseline = rates.get("transformers Llama", rates["bare torch loop"])
     num = num_parameters(setup.model, LANGUAGE_MODEL)
     print(

@@ -36,6 +36,14 @@ class Batch:
     dropout_keys: Tensor | None = None  # int64 [B]: what dropout draws in each row; None: at random
 
     @property
+    def num_attention_pairs(self) -> int:
+        """The sum of the squared lengths of all documents, each of which attends only to itself."""
+        num_rows, width = self.input_ids.shape
+        if self.document_ids is None or self.position_ids is None:
+            return num_rows * width**2
+        return int((2 * self.position_ids + 1).sum())  # 1 + 3 + 5 + ... over a document of L tokens is L ** 2
+
+    @property
     def model_inputs(self) -> dict[str, Tensor | None]:
         """The arguments of `Transformer.forward`."""
         names = ("input_ids", "position_ids", "document_ids", "lengths", "dropout_keys")

@@ -1,4 +1,7 @@
-"""Number of parameters and FLOPs per token, computed from the configuration alone."""
+"""Number of parameters and FLOPs, computed from the configuration alone."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 
@@ -34,25 +37,99 @@ def _num_block_parameters(config: ModelConfig, norm: int) -> int:
     return attention + mlp + 2 * norm
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int, heads: Heads = LANGUAGE_MODEL) -> float:
-    """FLOPs of the forward pass's matrix products per token of a row of `seq_len`; a multiply-add counts 2.
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOPs of matrix products; a multiply-add counts 2.
 
-    Causal attention counts all seq_len ** 2 scores, although kernels skip the upper half: so does the usual
-    definition of MFU (PaLM, Chowdhery et al. 2022, appendix B).
+    `per_token` is the cost of a token in the linear layers, `per_pair` that of a query and a key of the same
+    document in attention. A document of L tokens has L ** 2 pairs. Causal attention counts all of
+    them, although kernels skip half: so does the usual definition of MFU (PaLM, Chowdhery et al. 2022, appendix B).
     """
+
+    per_token: float
+    per_pair: float
+
+    def of(self, num_tokens: int, num_pairs: int) -> float:
+        return self.per_token * num_tokens + self.per_pair * num_pairs
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.per_token + other.per_token, self.per_pair + other.per_pair)
+
+
+def forward_flops(config: ModelConfig, seq_len: int, heads: Heads = LANGUAGE_MODEL) -> Flops:
+    """FLOPs of the forward pass over rows of `seq_len` tokens; a classifier's head runs once per row."""
+    per_token = 2 * sum(product.numel for product in _linear_products(config, seq_len, heads))
+    return Flops(per_token, _forward_flops_per_pair(config) * config.num_layers)
+
+
+def training_flops(
+    config: ModelConfig,
+    seq_len: int,
+    heads: Heads = LANGUAGE_MODEL,
+    trainable: Collection[str] | None = None,
+) -> Flops:
+    """FLOPs of forward and backward; `trainable` are the names of the parameters that train, None: all.
+
+    The backward computes the gradient of a product's weight if that trains, and of its input if anything
+    before it trains. So a fine-tune of the last blocks costs little more than a forward.
+    """
+    names = None if trainable is None else tuple(trainable)
+
+    def trains(*prefixes: str) -> bool:
+        return names is None or any(name.startswith(prefixes) for name in names)
+
+    per_token, per_pair = 0.0, 0.0
+    has_trainable_before = trains("embed.", "position_embed.")
+    for product in _linear_products(config, seq_len, heads):
+        has_trainable_before = has_trainable_before or trains(*product.before)
+        per_token += 2 * product.numel * (has_trainable_before + trains(product.name))
+        if product.is_followed_by_attention:
+            has_trainable_before = has_trainable_before or trains(
+                *_attention_inputs(product.name[: -len("v.")])
+            )
+            per_pair += 2 * _forward_flops_per_pair(config) * has_trainable_before
+    return forward_flops(config, seq_len, heads) + Flops(per_token, per_pair)
+
+
+def _attention_inputs(attention: str) -> tuple[str, ...]:
+    return tuple(f"{attention}{name}." for name in ("q", "k", "v", "q_norm", "k_norm"))
+
+
+def _forward_flops_per_pair(config: ModelConfig) -> int:
+    """Of one layer: a score, and its share of the weighted sum of values."""
+    return 4 * config.num_heads * config.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A matrix product per token: `name` begins the weight's name, `before` those of parameters before it."""
+
+    name: str
+    numel: float
+    before: tuple[str, ...] = ()
+    is_followed_by_attention: bool = False
+
+
+def _linear_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[_Product]:
+    """The products of the linear layers in the order of the forward pass."""
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    num_matrices = 3 if config.mlp == "swiglu" else 2
-    projections = config.d_model * (2 * q_size + 2 * kv_size) + num_matrices * config.d_model * config.d_ff
-    attention = 2 * seq_len * q_size  # scores, and weighted sums of values
-    total: float = config.num_layers * (projections + attention)
-    for head in heads.values():
+    width, hidden = config.d_model, config.d_ff
+    for index in range(config.num_layers):
+        block = f"blocks.{index}"
+        norm = (f"{block}.attn_norm.",)
+        yield _Product(f"{block}.attn.q.", width * q_size, norm)
+        yield _Product(f"{block}.attn.k.", width * kv_size)
+        yield _Product(f"{block}.attn.v.", width * kv_size, is_followed_by_attention=True)
+        yield _Product(f"{block}.attn.o.", width * q_size)
+        after_attention = (f"{block}.attn.", f"{block}.mlp_norm.")
+        if config.mlp == "swiglu":
+            yield _Product(f"{block}.mlp.gate.", width * hidden, after_attention)
+        yield _Product(f"{block}.mlp.up.", width * hidden, after_attention)
+        yield _Product(f"{block}.mlp.down.", width * hidden, (f"{block}.mlp.gate.", f"{block}.mlp.up."))
+    before_heads = ("blocks.", "norm.")
+    for name, head in heads.items():
         if isinstance(head, ClassificationHead):
-            total += config.d_model * head.num_labels / seq_len  # once per row
+            yield _Product(f"{name}.", width * head.num_labels / seq_len, before_heads)
         else:
-            total += config.d_model * config.padded_vocab_size
-    return 2 * total
-
-
-def training_flops_per_token(config: ModelConfig, seq_len: int, heads: Heads = LANGUAGE_MODEL) -> float:
-    """FLOPs of forward and backward, which computes a gradient for each of a product's two operands."""
-    return 3 * forward_flops_per_token(config, seq_len, heads)
+            weight = "embed." if config.tie_embeddings else f"{name}."
+            yield _Product(weight, width * config.padded_vocab_size, before_heads)

@@ -12,7 +12,7 @@ from torch import Tensor
 from distft.config import Settings
 from distft.data.batch import NEXT_TOKEN, Batch
 from distft.errors import ConfigError
-from distft.model.config import LANGUAGE_MODEL, Heads
+from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
 from distft.objective.cross_entropy import FusedLinearCrossEntropy, LossAndNumCorrect
 from distft.objective.interface import Model, ObjectiveContext
 
@@ -31,6 +31,13 @@ class CausalLM(Settings):
                 "objective.type=causal_lm cannot learn labels: set objective.type=classification."
             )
         return LANGUAGE_MODEL
+
+    def check_model(self, model: ModelConfig) -> None:
+        if not model.is_causal:
+            raise ConfigError(
+                "model.attention=bidirectional with objective.type=causal_lm: every token attends to the "
+                "token that it has to predict. Set model.attention=causal, or another objective."
+            )
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {NEXT_TOKEN: 1.0}

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from distft.config import Settings
 from distft.data.batch import IGNORE_INDEX, LABEL, Batch
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, Heads
+from distft.model.config import ClassificationHead, Heads, ModelConfig
 from distft.objective.interface import Model, ObjectiveContext
 
 
@@ -27,6 +27,13 @@ class Classification(Settings):
         if label_names is None:
             raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
         return {"classifier": ClassificationHead(num_labels=len(label_names), pooling=self.pooling)}
+
+    def check_model(self, model: ModelConfig) -> None:
+        if self.pooling == "first" and model.is_causal:
+            raise ConfigError(
+                "objective.pooling=first with model.attention=causal: the first token attends only to "
+                "itself, so the rest of the text has no effect. Set objective.pooling=last or mean."
+            )
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {LABEL: 1.0}

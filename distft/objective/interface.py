@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distft.collectives import Collectives
 from distft.data.batch import Batch
-from distft.model.config import Heads
+from distft.model.config import Heads, ModelConfig
 
 # A Transformer, or an engine around it: the arguments of `Transformer.forward`, and the outputs by head.
 Model: TypeAlias = Callable[..., Mapping[str, Tensor]]
@@ -31,6 +31,9 @@ class Objective(Protocol):
 
     def heads(self, label_names: tuple[str, ...] | None) -> Heads:
         """The heads that this objective trains. Raises `ConfigError` if the data has no such labels."""
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise `ConfigError` if this objective makes no sense for the model."""
 
     def term_weights(self, step: int) -> Mapping[str, float]:
         """The weight of each term in the loss of optimizer step `step` (from 0); the names do not change."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from math import prod
 
 from distft.errors import ErrorCollector
-from distft.model.counts import training_flops_per_token
+from distft.model.counts import training_flops
 from distft.run.config import RunConfig
 from distft.run.engines import check_engine
 from distft.run.inputs import RunInputs, read_inputs
@@ -45,9 +45,8 @@ def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
         f"{plan.micro_batch_size}"
     )
     epochs = num_steps * plan.global_batch_size / inputs.train.num_sequences
-    flops = (
-        training_flops_per_token(inputs.model, plan.seq_len, inputs.heads)
-        * plan.global_batch_tokens
-        * num_steps
+    flops_of_a_row = training_flops(inputs.model, plan.seq_len, inputs.heads, inputs.trainable).of(
+        plan.seq_len, plan.seq_len**2
     )
+    flops = flops_of_a_row * plan.global_batch_size * num_steps
     yield f"length      {num_steps:,} steps, {epochs:.2f} epochs, {flops:.2e} FLOPs"

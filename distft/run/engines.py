@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import torch
 
 from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
-from distft.collectives import Collectives, ProcessGroup, SingleProcess
+from distft.collectives import Collectives, ProcessGroup, SingleProcess, all_or_none
 from distft.engine.interface import Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.errors import ConfigError
@@ -91,6 +92,8 @@ def build_engine(
             device=device,
         )
     engine.load_fragments(source)
+    if config.engine.param_dtype == "fp16":
+        _require_range_of_fp16(engine, collectives)
     return engine
 
 
@@ -107,3 +110,20 @@ def _state_source(inputs: RunInputs, resumed: Checkpoint | None) -> StateSource:
         return initial
     new = new_parameter_prefixes(inputs.init_from, inputs.label_names)
     return FirstOf([WeightsOnly(inputs.init_from, without=new), initial])
+
+
+def _require_range_of_fp16(engine: Engine, collectives: Collectives) -> None:
+    """Raise `ConfigError` on all ranks for weights that are infinite in fp16: every step would be skipped."""
+    limit = torch.finfo(torch.float16).max
+    with all_or_none(collectives, ConfigError):
+        largest = {
+            fragment.parameter: float(fragment.values.abs().max())
+            for fragment in engine.fragments()
+            if fragment.state == WEIGHT and fragment.values.numel()
+        }
+        problems = [f"{name} ({value:g})" for name, value in largest.items() if not value <= limit]
+        if problems:
+            raise ConfigError(
+                f"engine.param_dtype=fp16 holds numbers up to {limit:g}, but these weights are larger: "
+                f"{', '.join(problems[:5])}. Set engine.param_dtype=bf16."
+            )

@@ -67,6 +67,8 @@ def read_inputs(config: RunConfig) -> RunInputs:
     model = _model_config(config, init_from, tokenizer)
     with errors.collect():
         _check_seq_len(config, model)
+    with errors.collect():
+        config.objective.check_model(model)
     context = data_context(tokenizer, model, config.batch.seq_len)
     train = None
     with errors.collect():

@@ -17,7 +17,7 @@ from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
 from distft.engine.interface import DTYPES
 from distft.errors import Preempted, SupersededError
-from distft.model.counts import training_flops_per_token
+from distft.model.counts import training_flops
 from distft.objective.interface import ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
@@ -192,6 +192,7 @@ class TrainingRun:
             lr_at=lambda step: config.optim.lr(step, total_steps),
             log_every_steps=config.train.log_every_steps,
             max_skipped_in_a_row=config.train.max_skipped_in_a_row,
+            max_skipped_share=config.train.max_skipped_share,
             save_every_steps=config.checkpoint.every_steps,
             evaluate_every_steps=config.evaluation.every_steps,
             evaluate_at_end=self._inputs.validation is not None,
@@ -200,8 +201,8 @@ class TrainingRun:
     def _build_throughput(self) -> Throughput:
         dtype = DTYPES[self._config.engine.param_dtype]
         return Throughput(
-            flops_per_token=training_flops_per_token(
-                self._inputs.model, self._plan.seq_len, self._inputs.heads
+            flops=training_flops(
+                self._inputs.model, self._plan.seq_len, self._inputs.heads, self._inputs.trainable
             ),
             peak_flops_per_s=peak_flops_per_s(self._device, dtype),
             world_size=self._collectives.world_size,

@@ -13,7 +13,7 @@ from distft.tracker.interface import LEDGER_EVENT, Metrics, plain_number
 from distft.tracker.number_format import duration, number, step_line
 
 _WIDE_COLUMNS = 120  # a narrower terminal shows fewer metrics beside the bar
-_NARROW_METRICS = ("loss", "tokens_per_s")
+_NARROW_METRICS = ("loss", "tokens_per_s", "skipped_steps", "steps_without_targets")
 
 
 class ConsoleTracker:

@@ -45,4 +45,7 @@ def step_line(metrics: dict[str, float | int]) -> str:
     if "step_s" in metrics:
         step_s = metrics["step_s"]
         texts.append(f"{step_s:.1f} s/step" if step_s >= 1 else f"{step_s:.2g} s/step")
+    for name, text in (("skipped_steps", "skipped"), ("steps_without_targets", "without targets")):
+        if metrics.get(name):
+            texts.append(f"{metrics[name]:,.0f} steps {text}")
     return " | ".join(texts)

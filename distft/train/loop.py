@@ -22,6 +22,7 @@ from distft.train.step import StepResult, train_step
 from distft.train.throughput import Throughput, peak_memory_bytes
 
 _PREFETCH_DEPTH = 8
+_MAX_SKIPPED_AT_END = 3  # consecutive steps; one or two are normal in fp16, whose loss scale has to adapt
 
 
 class Trainer:
@@ -107,8 +108,12 @@ class Trainer:
         self._heartbeat.finish_step()
         self._progress.add_step(result)
         self._update_loss_scale(result)
-        num_tokens = sum(batch.input_ids.numel() for batch in loaded) * self._collectives.world_size
-        self._throughput.add_step(num_tokens, batches.wait_s - wait_s_before)
+        world_size = self._collectives.world_size
+        self._throughput.add_step(
+            sum(batch.input_ids.numel() for batch in loaded) * world_size,
+            sum(batch.num_attention_pairs for batch in loaded) * world_size,
+            batches.wait_s - wait_s_before,
+        )
         if self._schedule.is_skip_check_due(self.step):
             self._check_skipped_steps(result)
         if self._schedule.is_log_due(self.step):
@@ -135,13 +140,25 @@ class Trainer:
             self._engine.set_loss_scale(self._loss_scale.scale)
 
     def _check_skipped_steps(self, result: StepResult) -> None:
-        skipped_in_a_row = self._progress.skipped_in_a_row
-        if skipped_in_a_row >= self._schedule.max_skipped_in_a_row:
+        """Raise `TrainingError` if too many steps updated nothing, so that no failure counts as completed."""
+        in_a_row, skipped = self._progress.skipped_in_a_row, self._progress.skipped_steps
+        is_last = self._schedule.is_last(self.step)
+        remedy = (
+            f"The last loss is {float(result.loss)}. Lower optim.peak_lr, lengthen the warm-up, or inspect "
+            "the data of these steps."
+        )
+        if in_a_row >= self._schedule.max_skipped_in_a_row or (is_last and in_a_row >= _MAX_SKIPPED_AT_END):
+            limit = f"the limit is train.max_skipped_in_a_row={self._schedule.max_skipped_in_a_row}"
+            at_end = f"at the end of the run it is {_MAX_SKIPPED_AT_END - 1}"
             raise TrainingError(
-                f"Steps {self.step - skipped_in_a_row + 1} to {self.step} all had gradients that are not "
-                f"finite (the last loss is {float(result.loss)}), so they updated no weights. "
-                "Lower optim.peak_lr, lengthen the warm-up, or inspect the data of these steps; "
-                "the last checkpoint is unaffected. The limit is train.max_skipped_in_a_row."
+                f"Steps {self.step - in_a_row + 1} to {self.step} all had gradients that are not finite, so "
+                f"the weights are still those of step {self.step - in_a_row} ({limit}; {at_end}). {remedy}"
+            )
+        if is_last and skipped > self._schedule.max_skipped_share * self._schedule.total_steps:
+            raise TrainingError(
+                f"{skipped} of {self._schedule.total_steps} steps had gradients that are not finite and "
+                f"updated nothing, more than train.max_skipped_share={self._schedule.max_skipped_share}. "
+                f"{remedy}"
             )
 
     def _metrics(self, result: StepResult, lr: float) -> dict[str, float | int]:

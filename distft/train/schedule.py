@@ -16,6 +16,7 @@ class TrainConfig(Settings):
     num_epochs: float | None = Field(default=None, gt=0)  # passes over the training sequences
     log_every_steps: int = Field(default=10, ge=1)
     max_skipped_in_a_row: int = Field(default=20, ge=1)  # steps with non-finite gradients that end the run
+    max_skipped_share: float = Field(default=0.5, ge=0, le=1)  # of all steps; more fails the run at its end
 
     @model_validator(mode="after")
     def _require_one_length(self) -> Self:
@@ -41,6 +42,7 @@ class TrainingSchedule:
     lr_at: Callable[[int], float]  # learning rate of the step after this many, before a group's scale
     log_every_steps: int
     max_skipped_in_a_row: int
+    max_skipped_share: float
     save_every_steps: int | None  # in addition to the last step; None: no others
     evaluate_every_steps: int | None  # None: not during training
     evaluate_at_end: bool

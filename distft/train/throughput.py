@@ -6,28 +6,36 @@ from collections.abc import Mapping
 
 import torch
 
+from distft.model.counts import Flops
 from distft.model.layers import MatmulDtype
 
-# Dense bf16/fp16 matrix products on the tensor cores, in FLOP/s, from the vendors' data sheets.
-_KNOWN_PEAKS: Mapping[str, float] = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "B200": 2250e12,
+# Dense bf16/fp16 matrix products on the tensor cores, in FLOP/s, from the vendors' data sheets. By the
+# exact name that the driver gives: an L40 is no L4, and an H100 NVL is slower than an H100.
+_DATA_SHEET_PEAKS: Mapping[str, float] = {
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
 }
 
 
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """The device's matrix-product rate in FLOP/s: from its data sheet if known, else measured."""
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        for known, flops_per_s in _KNOWN_PEAKS.items():
-            if known in name:
-                return flops_per_s
+        known = _DATA_SHEET_PEAKS.get(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
     return measured_flops_per_s(device, dtype)
 
 
@@ -64,31 +72,37 @@ def _synchronize(device: torch.device) -> None:
 class Throughput:
     """Measures rates between calls of `read`."""
 
-    def __init__(self, *, flops_per_token: float, peak_flops_per_s: float, world_size: int) -> None:
-        self._flops_per_token = flops_per_token
+    def __init__(self, *, flops: Flops, peak_flops_per_s: float, world_size: int) -> None:
+        self._flops = flops
         self._peak_flops_per_s = peak_flops_per_s
         self._world_size = world_size
         self._started = time.perf_counter()
         self._num_steps = 0
         self._num_tokens = 0
+        self._num_pairs = 0
         self._data_wait_s = 0.0
 
-    def add_step(self, num_tokens: int, data_wait_s: float) -> None:
-        """Count one optimizer step over `num_tokens` computed tokens, summed over ranks."""
+    def add_step(self, num_tokens: int, num_pairs: int, data_wait_s: float) -> None:
+        """Count one optimizer step over `num_tokens` computed tokens, summed over ranks.
+
+        `num_pairs` is the sum of the squared lengths of their documents: what attention costs.
+        """
         self._num_steps += 1
         self._num_tokens += num_tokens
+        self._num_pairs += num_pairs
         self._data_wait_s += data_wait_s
 
     def restart(self) -> None:
         """Start a new interval now, so that no evaluation or save counts as training."""
         self._started = time.perf_counter()
-        self._num_steps = self._num_tokens = 0
+        self._num_steps = self._num_tokens = self._num_pairs = 0
         self._data_wait_s = 0.0
 
     def read(self) -> dict[str, float]:
         """Rates since the interval started, and start the next one. Empty if it had no step."""
         elapsed_s = time.perf_counter() - self._started
         num_steps, num_tokens, data_wait_s = self._num_steps, self._num_tokens, self._data_wait_s
+        flops = self._flops.of(num_tokens, self._num_pairs)
         self.restart()
         if not num_steps:
             return {}
@@ -97,7 +111,7 @@ class Throughput:
         return {
             "tokens_per_s": tokens_per_s,
             "tokens_per_s_per_rank": tokens_per_s / self._world_size,
-            "mfu": tokens_per_s * self._flops_per_token / available,
+            "mfu": flops / elapsed_s / available,
             "step_s": elapsed_s / num_steps,
             "data_wait_s": data_wait_s / num_steps,
         }

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
-from distft.model.counts import forward_flops_per_token, num_parameters, training_flops_per_token
+from distft.model.counts import forward_flops, num_parameters, training_flops
 from distft.model.transformer import Transformer
 
 BOOLEANS = ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_embeddings")
@@ -39,6 +39,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 
 CLASSIFIER = {"classifier": ClassificationHead(num_labels=3)}
+MODULES = ("embed", "blocks.0", "blocks.1", "blocks.2", "norm", "lm_head", "classifier")
 HEADS = st.sampled_from([LANGUAGE_MODEL, CLASSIFIER, {**LANGUAGE_MODEL, **CLASSIFIER}])
 
 
@@ -52,22 +53,42 @@ def test_parameters_are_counted_exactly(config: ModelConfig, heads: Heads) -> No
 
 @settings(max_examples=8)
 @given(configs(), HEADS, st.integers(1, 16))
-def test_flops_equal_those_that_torch_counts(config: ModelConfig, heads: Heads, seq_len: int) -> None:
+def test_flops_of_the_forward_equal_those_that_torch_counts(
+    config: ModelConfig, heads: Heads, seq_len: int
+) -> None:
     with torch.device("meta"):
         model = Transformer(config, heads)
     ids = torch.zeros(2, seq_len, dtype=torch.int64, device="meta")
-    num_tokens = 2 * seq_len
-    with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
-            model(ids)
-        with FlopCounterMode(display=False) as training:
-            sum(output.sum() for output in model(ids).values()).backward()
-    assert forward.get_total_flops() == pytest.approx(
-        num_tokens * forward_flops_per_token(config, seq_len, heads), rel=1e-12
-    )
-    assert training.get_total_flops() == pytest.approx(
-        num_tokens * training_flops_per_token(config, seq_len, heads), rel=1e-12
-    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    expected = forward_flops(config, seq_len, heads).of(2 * seq_len, 2 * seq_len**2)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=20)
+@given(
+    configs(),
+    HEADS,
+    st.integers(1, 16),
+    st.sets(st.sampled_from(MODULES)),
+)
+def test_flops_of_training_equal_those_that_torch_counts_whatever_is_frozen(
+    config: ModelConfig, heads: Heads, seq_len: int, modules: set[str]
+) -> None:
+    with torch.device("meta"):
+        model = Transformer(config, heads)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.startswith(tuple(f"{module}." for module in modules)))
+    trainable = {name for name, param in model.named_parameters() if param.requires_grad}
+    ids = torch.zeros(2, seq_len, dtype=torch.int64, device="meta")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        total = sum(output.sum() for output in model(ids).values())
+        if total.requires_grad:
+            total.backward()
+    expected = training_flops(config, seq_len, heads, trainable).of(2 * seq_len, 2 * seq_len**2)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
+    if len(trainable) == len(list(model.parameters())):
+        assert training_flops(config, seq_len, heads) == training_flops(config, seq_len, heads, trainable)
 
 
 def test_llama_3_70b_has_its_published_size() -> None:
