@@ -43,7 +43,7 @@ class Flops:
 
     `per_token` is the cost of a token in the linear layers, `per_pair` that of a query and a key of the same
     document in attention. A document of L tokens has L ** 2 pairs. Causal attention counts all of
-    them, although kernels skip half: so does the usual definition of MFU (PaLM, Chowdhery et al. 2022, appendix B).
+    them, although kernels skip half: so does the usual definition of MFU (PaLM, Chowdhery et al. 2022, B).
     """
 
     per_token: float

@@ -1,18 +1,20 @@
 """The configuration of a run: one YAML file for one process, a launcher or a cluster."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from distft.checkpoint.config import CheckpointConfig
+from distft.checkpoint.formats.detect import open_source
 from distft.config import Component, Settings, apply_overrides, load_yaml, parse
 from distft.data.completion import CompletionConfig
 from distft.data.labelled import LabelledConfig
 from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.local import LocalConfig
+from distft.errors import DistftError, suggest_name
 from distft.model.config import ModelConfig
 from distft.objective.settings import CausalLM, ObjectiveConfig
 from distft.optim.adamw import AdamWConfig
@@ -52,6 +54,7 @@ class RunConfig(Settings):
     heartbeat_s: float = Field(default=5.0, ge=0)  # between heartbeats of a rank; 0: no heartbeats
     tokenizer: str | None = None  # a .model file; null: the one of the data or the checkpoint
     init_from: str | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
+    allow_model_changes: tuple[str, ...] = ()  # fields of model that may differ from init_from's
     model: ModelConfig | None = None  # null: that of init_from
     trainable: tuple[str, ...] = ("*",)  # patterns of parameter names; "!pattern" excludes
     data: DataConfig
@@ -71,6 +74,12 @@ class RunConfig(Settings):
         problems = []
         if self.model is None and self.init_from is None:
             problems.append("model is missing: set model, or set init_from to a checkpoint")
+        known = list(ModelConfig.model_fields)
+        problems += [
+            f"allow_model_changes: {name!r} is not a setting of model.{suggest_name(name, known)}"
+            for name in self.allow_model_changes
+            if name not in known
+        ]
         if self.batch.micro_batch_size > self.batch.global_batch_size:
             problems.append(
                 f"batch.micro_batch_size={self.batch.micro_batch_size} is more than "
@@ -93,7 +102,24 @@ class RunConfig(Settings):
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply `key=value` overrides. Raises one `ConfigError` with all problems."""
-    raw = apply_overrides(load_yaml(path), overrides)
+    """Read a YAML file and apply `key=value` overrides. Raises one `ConfigError` with all problems.
+
+    Next to `init_from`, `model` may give single fields: the others are those of the checkpoint.
+    """
+    raw = _complete_model(apply_overrides(load_yaml(path), overrides))
     config: RunConfig = parse(RunConfig, raw)
     return config
+
+
+def _complete_model(raw: dict[str, Any]) -> dict[str, Any]:
+    model, init_from = raw.get("model"), raw.get("init_from")
+    if not isinstance(model, Mapping) or not isinstance(init_from, str):
+        return raw
+    required = {name for name, info in ModelConfig.model_fields.items() if info.is_required()}
+    if required <= model.keys():
+        return raw
+    try:
+        saved = open_source(init_from).manifest.config.get("model")
+    except DistftError:
+        return raw  # `read_inputs` reports it
+    return {**raw, "model": {**saved, **model}} if isinstance(saved, Mapping) else raw

@@ -19,9 +19,11 @@ from distft.optim.patterns import select_trainable
 from distft.run.config import DataConfig, RunConfig
 from distft.run.model import (
     HEAD_PREFIXES,
+    added_block_prefixes,
     new_parameter_prefixes,
     parameter_shapes,
     require_parameters,
+    require_same_model,
 )
 from distft.tokenizer import Tokenizer
 
@@ -69,6 +71,9 @@ def read_inputs(config: RunConfig) -> RunInputs:
         _check_seq_len(config, model)
     with errors.collect():
         config.objective.check_model(model)
+    if init_from is not None:
+        with errors.collect():
+            require_same_model(init_from, model, config.allow_model_changes)
     context = data_context(tokenizer, model, config.batch.seq_len)
     train = None
     with errors.collect():
@@ -209,7 +214,8 @@ def _check_parameters(
         with errors.collect():
             new = new_parameter_prefixes(init_from, label_names)
             inherited = {name: shape for name, shape in shapes.items() if not name.startswith(new)}
-            require_parameters(init_from, inherited, may_lack=HEAD_PREFIXES)
+            may_lack = (*HEAD_PREFIXES, *added_block_prefixes(init_from, config))
+            require_parameters(init_from, inherited, may_lack=may_lack)
     errors.raise_if_any()
     return trainable
 

@@ -1,6 +1,6 @@
 """The model of a run on the meta device, and whether a checkpoint has its parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -8,6 +8,7 @@ from distft.checkpoint.sources import CheckpointSource
 from distft.errors import ConfigError, suggest_name
 from distft.model.config import Heads, ModelConfig
 from distft.model.transformer import Transformer
+from distft.run.config import RunConfig
 
 _CLASSIFIER = "classifier."
 HEAD_PREFIXES = (_CLASSIFIER, "lm_head.")  # `init_from` may lack these: a new task has a new head
@@ -54,3 +55,40 @@ def new_parameter_prefixes(
     saved = init_from.manifest.label_names
     has_same_labels = saved is not None and label_names is not None and tuple(saved) == label_names
     return () if has_same_labels else (_CLASSIFIER,)
+
+
+# Fields of a model that say nothing about what its weights mean.
+_FREE_FIELDS = {"dropout", "attention_kernel", "init_std", "max_seq_len"}
+
+
+def require_same_model(init_from: CheckpointSource, model: ModelConfig, allowed: Collection[str]) -> None:
+    """Raise `ConfigError` with every field in which `model` differs from that of the checkpoint.
+
+    Otherwise weights would get another meaning, be dropped, or start anew, without a word. `allowed` are the
+    fields that may differ.
+    """
+    if "model" not in init_from.manifest.config:
+        return  # of plain DeepSpeed: only names and shapes are known
+    before = ModelConfig.model_validate(init_from.manifest.config["model"]).model_dump()
+    after = model.model_dump()
+    changed = [
+        name
+        for name in after
+        if after[name] != before[name] and name not in _FREE_FIELDS and name not in allowed
+    ]
+    if changed:
+        lines = [f"model.{n} is {before[n]!r} in {init_from.path} and {after[n]!r} here." for n in changed]
+        raise ConfigError(
+            "\n".join(lines)
+            + "\nThe checkpoint's weights were trained with its values. Leave these settings "
+            f"out, or allow the changes: allow_model_changes=[{', '.join(changed)}]."
+        )
+
+
+def added_block_prefixes(init_from: CheckpointSource, config: RunConfig) -> tuple[str, ...]:
+    """Name prefixes of blocks that `init_from` lacks, if the configuration allows it to."""
+    if "num_layers" not in config.allow_model_changes or config.model is None:
+        return ()
+    names = init_from.manifest.parameters
+    blocks = [f"blocks.{index}." for index in range(config.model.num_layers)]
+    return tuple(block for block in blocks if not any(name.startswith(block) for name in names))

@@ -9,11 +9,13 @@ import torch
 
 from distft import storage
 from distft.checkpoint.manifest import Progress
+from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.store import LatestValid
 from distft.collectives import Collectives, all_or_none
 from distft.config import dump_yaml
 from distft.errors import ConfigError
 from distft.run.inputs import RunInputs
+from distft.run.model import new_parameter_prefixes
 from distft.run.resume import changed_settings
 from distft.tracker import LEDGER_EVENT, Trackers, build_trackers
 
@@ -83,6 +85,20 @@ def ledger_fields(progress: Progress) -> dict[str, Any]:
 def _origin(inputs: RunInputs, latest: LatestValid) -> dict[str, str]:
     """Event fields: the source of a new run's weights, or the settings that a resume changed."""
     if latest.checkpoint is None:
-        return {} if inputs.init_from is None else {"init_from": inputs.init_from.path}
+        return {} if inputs.init_from is None else _origin_in_checkpoint(inputs, inputs.init_from)
     changed = changed_settings(latest.checkpoint.manifest.config, inputs.config)
     return {"changed": ", ".join(changed)} if changed else {}
+
+
+def _origin_in_checkpoint(inputs: RunInputs, init_from: CheckpointSource) -> dict[str, str]:
+    """The checkpoint, the model's parameters that it does not give, and its own that the model lacks."""
+    new_prefixes = new_parameter_prefixes(init_from, inputs.label_names)
+    parameters = init_from.manifest.parameters
+    new = [name for name in inputs.shapes if name.startswith(new_prefixes) or name not in parameters]
+    unused = [name for name in parameters if name not in inputs.shapes and not parameters[name].is_buffer]
+    fields = {
+        "init_from": init_from.path,
+        "new_parameters": ", ".join(new),
+        "unused_parameters": ", ".join(unused),
+    }
+    return {name: text for name, text in fields.items() if text}

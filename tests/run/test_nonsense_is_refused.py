@@ -1,0 +1,127 @@
+"""Runs that would train nonsense, or nothing, are refused or fail; they never end as completed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.small_runs import events, fine_tuning, logged, pretraining, run
+
+from distft.collectives import require_same_device
+from distft.config import dump_yaml, parse
+from distft.errors import ConfigError, TrainingError
+from distft.objective.causal_lm import CausalLM
+from distft.run.config import RunConfig, load_run_config
+from distft.topology import Topology
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"rope_theta": 5000.0}, r"model\.rope_theta is 10000\.0 in .* and 5000\.0 here"),
+        ({"tie_embeddings": False}, r"model\.tie_embeddings is True"),
+        ({"num_layers": 1}, r"model\.num_layers is 2"),
+        ({"attention": "bidirectional"}, r"model\.attention is 'causal'"),
+    ],
+)
+def test_a_model_that_differs_from_the_checkpoint_is_refused_unless_the_change_is_named(
+    data: Path, pretrained: Path, tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    model = {**pretraining(data, tmp_path)["model"], **change}
+    raw = fine_tuning(data, tmp_path / "run", pretrained, model=model, trainable=["classifier.*"])
+    with pytest.raises(ConfigError, match=problem) as caught:
+        run(Topology(), raw)
+    (name,) = change
+    assert f"allow_model_changes=[{name}]" in str(caught.value)
+    run(Topology(), {**raw, "allow_model_changes": [name]})
+
+
+def test_new_and_unused_parameters_of_a_start_are_recorded(
+    data: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    model = {**pretraining(data, tmp_path)["model"], "num_layers": 1, "tie_embeddings": False}
+    raw = pretraining(
+        data,
+        tmp_path / "run",
+        model=model,
+        init_from=str(pretrained),
+        allow_model_changes=["num_layers", "tie_embeddings"],
+    )
+    run(Topology(), raw)
+    start = events(tmp_path / "run")[0]
+    assert start["new_parameters"] == "lm_head.weight"
+    assert start["unused_parameters"].startswith("blocks.1.attn_norm.weight, blocks.1.attn.q.weight")
+
+
+def test_single_fields_of_the_checkpoints_model_can_be_set(
+    data: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    raw = fine_tuning(data, tmp_path / "run", pretrained)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(parse(RunConfig, raw)))
+    config = load_run_config(path, ["model={dropout: 0.25}"])
+    saved = load_run_config(pretrained / "config.yaml").model
+    assert config.model is not None
+    assert saved is not None
+    assert config.model.dropout == 0.25
+    assert config.model.model_copy(update={"dropout": saved.dropout, "vocab_size": None}) == saved.model_copy(
+        update={"vocab_size": None}
+    )
+
+
+def test_a_language_model_that_sees_its_targets_is_refused(data: Path, tmp_path: Path) -> None:
+    model = {**pretraining(data, tmp_path)["model"], "attention": "bidirectional"}
+    with pytest.raises(ConfigError, match="every token attends to the token that it has to predict"):
+        run(Topology(), pretraining(data, tmp_path / "run", model=model))
+
+
+def test_pooling_the_first_token_of_a_causal_model_is_refused(
+    data: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    objective = {"type": "classification", "pooling": "first"}
+    with pytest.raises(ConfigError, match="the rest of the text has no effect"):
+        run(Topology(), fine_tuning(data, tmp_path / "run", pretrained, objective=objective))
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, *, first: int, last: int) -> None:
+    """Losses of steps [first, last] are NaN; a step has four micro-batches."""
+    loss_sums = CausalLM.loss_sums
+    calls = {"made": 0}
+
+    def loss_or_nan(self: CausalLM, *arguments: Any) -> Any:
+        step = calls["made"] // 4 + 1
+        calls["made"] += 1
+        factor = float("nan") if first <= step <= last else 1.0
+        return {name: value * factor for name, value in loss_sums(self, *arguments).items()}
+
+    monkeypatch.setattr(CausalLM, "loss_sums", loss_or_nan)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        (1, 12, r"Steps 1 to 12 all had gradients that are not finite, so the weights are still those of step 0"),
+        (10, 12, r"Steps 10 to 12 all had .* still those of step 9"),
+        (2, 9, r"8 of 12 steps had gradients that are not finite .* train\.max_skipped_share=0\.5"),
+    ],
+)
+def test_a_run_whose_steps_were_skipped_fails_instead_of_completing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, last: int, message: str
+) -> None:
+    _poison(monkeypatch, first=first, last=last)
+    with pytest.raises(TrainingError, match=message):
+        run(Topology(), pretraining(data, tmp_path))
+    assert events(tmp_path)[-1] == {**events(tmp_path)[-1], "kind": "finish", "status": "failed"}
+
+
+def test_a_few_skipped_steps_let_a_run_complete_and_are_counted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, first=5, last=6)
+    run(Topology(), pretraining(data, tmp_path))
+    assert logged(tmp_path, "skipped_steps")[12] == 2
+
+
+def test_ranks_on_different_devices_are_named() -> None:
+    require_same_device(["cuda"] * 4)
+    with pytest.raises(ConfigError, match=r"rank 2 \(cpu\), the others cuda"):
+        require_same_device(["cuda", "cuda", "cpu", "cuda"])
