@@ -99,7 +99,11 @@ def _poison(monkeypatch: pytest.MonkeyPatch, *, first: int, last: int) -> None:
 @pytest.mark.parametrize(
     ("first", "last", "message"),
     [
-        (1, 12, r"Steps 1 to 12 all had gradients that are not finite, so the weights are still those of step 0"),
+        (
+            1,
+            12,
+            r"Steps 1 to 12 all had gradients that are not finite, so the weights are still those of step 0",
+        ),
         (10, 12, r"Steps 10 to 12 all had .* still those of step 9"),
         (2, 9, r"8 of 12 steps had gradients that are not finite .* train\.max_skipped_share=0\.5"),
     ],
