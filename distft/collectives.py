@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from distft.errors import ConfigError, DistftError, SupersededError, UnreachableError
 from distft.rendezvous import fresh_store
-from distft.topology import Topology
+from distft.topology import RankAxes, Topology
 
 T = TypeVar("T")
 # When a store's time-out expires, torch only warns and blocks again, so we choose one that never expires.
@@ -23,10 +23,16 @@ _NO_TIMEOUT = timedelta(days=365)
 
 
 class Collectives(Protocol):
-    """Calls that every rank must make in the same order."""
+    """Calls that every rank must make in the same order.
+
+    `rank` and `world_size` count all ranks, for files, votes and processes; `dp_rank` and `dp_world_size`
+    those of the data axis, for the split of a batch.
+    """
 
     rank: int
     world_size: int
+    dp_rank: int
+    dp_world_size: int
 
     def all_gather(self, value: T) -> list[T]:
         """All ranks' values in rank order, on every rank. For small values: they are pickled."""
@@ -61,8 +67,8 @@ class Collectives(Protocol):
 class SingleProcess:
     """Collectives of a single process: each returns its argument."""
 
-    rank = 0
-    world_size = 1
+    rank = dp_rank = 0
+    world_size = dp_world_size = 1
 
     def all_gather(self, value: T) -> list[T]:
         return [value]
@@ -93,6 +99,8 @@ class ProcessGroup:
         timeout = timedelta(seconds=timeout_s)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
+            # Named, NCCL connects the ranks now and not in the first collective, and barriers need not guess.
+            device_id = device if device.type == "cuda" else None
             if topology.is_distributed:
                 store, rank, world_size = next(rendezvous("env://", timeout=timeout))
                 store = fresh_store(store, rank, world_size, timeout_s)
@@ -106,13 +114,20 @@ class ProcessGroup:
                     rank=rank,
                     world_size=world_size,
                     timeout=timeout,
+                    device_id=device_id,
                 )
             else:  # no launcher, one process; DeepSpeed needs a process group all the same
                 dist.init_process_group(
-                    backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+                    backend,
+                    store=torch._C._distributed_c10d.HashStore(),
+                    rank=0,
+                    world_size=1,
+                    device_id=device_id,
                 )
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        axes = RankAxes(data=self.world_size)
+        self.dp_rank, self.dp_world_size = axes.position("data", self.rank), axes.data
         # gloo ignores the timeout of init_process_group, but not that of new_group.
         self._timeout = timeout
         self._object_group = dist.new_group(backend="gloo", timeout=timeout)

@@ -3,10 +3,41 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
 from distft.errors import ConfigError
 
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+Axis = Literal["pipeline", "data", "sequence", "tensor"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankAxes:
+    """Sizes of the axes along which ranks divide the work; their product is the world size.
+
+    Ranks are numbered with the tensor axis innermost: its ranks communicate most, so they are neighbours.
+    """
+
+    pipeline: int = 1  # blocks of the model
+    data: int = 1  # sequences of the global batch
+    sequence: int = 1  # positions within a sequence
+    tensor: int = 1  # rows or columns of weights
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data * self.sequence * self.tensor
+
+    def position(self, axis: Axis, rank: int) -> int:
+        """Where `rank` is on `axis`, from 0."""
+        inner = 1
+        for name in reversed(get_args(Axis)):
+            size: int = getattr(self, name)
+            if name == axis:
+                return rank // inner % size
+            inner *= size
+        raise ValueError(f"{axis!r} is not one of {get_args(Axis)}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +75,11 @@ class Topology:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def axes(self) -> RankAxes:
+        """All ranks are data-parallel: no engine uses another axis yet."""
+        return RankAxes(data=self.world_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ def deepspeed_config(settings: ZeroConfig, plan: BatchPlan, *, max_grad_norm: fl
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on a CPU without a JIT build
         "communication_data_type": settings.reduce_dtype,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every micro-batch
     }
     if not (settings.zero_stage == 0 and settings.param_dtype == "fp32"):
         # Otherwise ZeroEngine clips, because DeepSpeed would not report the norm.

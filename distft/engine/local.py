@@ -12,7 +12,7 @@ from distft.data.batch import Batch
 from distft.engine.interface import DTYPES, EngineSettings, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.weight_average import WeightAverage, WeightSlice
-from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
+from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
 
 
 class LocalConfig(EngineSettings):
@@ -93,14 +93,9 @@ class LocalEngine:
     def step(self, group_lr: GroupLr) -> UpdateResult:
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients) / self._loss_scale
-        divisor = torch.full_like(grad_norm, self._loss_scale)
-        if self._max_grad_norm is not None:  # as torch's clip_grad_norm_ does, its 1e-6 included
-            divisor = divisor * ((grad_norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
-        is_skipped = (~torch.isfinite(grad_norm)).float()
-        # The fused kernel divides gradients by `grad_scale` and changes nothing if `found_inf` is 1. So
-        # clipping needs no pass over the gradients, and a skip no synchronization with the device.
-        self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-        self._optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
+        is_skipped = set_clip_and_skip(
+            self._optimizer, grad_norm, loss_scale=self._loss_scale, max_grad_norm=self._max_grad_norm
+        )
         for group, settings in zip(self._groups, self._optimizer.param_groups, strict=True):
             settings["lr"] = group_lr(group)
         self._optimizer.step()

@@ -98,6 +98,24 @@ def build_adamw(
     return torch.optim.AdamW(param_groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
+def set_clip_and_skip(
+    optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, loss_scale: float, max_grad_norm: float | None
+) -> Tensor:
+    """Have the next update divide gradients by `loss_scale`, clip them, and skip if they are not finite.
+
+    `grad_norm` is that of the unscaled gradients. Returns 1.0 for a skipped update. The fused kernel divides
+    gradients by `grad_scale` and changes nothing if `found_inf` is 1, so clipping needs no pass over the
+    gradients, and neither waits for the device.
+    """
+    divisor = torch.full_like(grad_norm, loss_scale)
+    if max_grad_norm is not None:  # as torch's clip_grad_norm_ does, its 1e-6 included
+        divisor = divisor * ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
+    is_skipped = (~torch.isfinite(grad_norm)).float()
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+    optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
+    return is_skipped
+
+
 def has_weight_decay(name: str, shape: tuple[int, ...], config: AdamWConfig) -> bool:
     return len(shape) >= 2 and (config.decay_embeddings or "embed" not in name.lower())
 

@@ -17,7 +17,7 @@ def check_run(config: RunConfig, topology: Topology) -> tuple[BatchPlan, RunInpu
     with errors.collect():
         check_engine(config, topology)
     with errors.collect():
-        plan = BatchPlan(dp_world_size=topology.world_size, **config.batch.model_dump())
+        plan = BatchPlan(dp_world_size=topology.axes.data, **config.batch.model_dump())
     with errors.collect():
         inputs = read_inputs(config)
     errors.raise_if_any()

@@ -113,7 +113,7 @@ def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology)
                 max_sequences=config.evaluation.max_sequences,
                 on_progress=None
                 if display is None
-                else lambda n: display.advance(n * collectives.world_size),
+                else lambda n: display.advance(n * collectives.dp_world_size),
             )
     finally:
         if isinstance(collectives, ProcessGroup):

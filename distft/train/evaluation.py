@@ -42,16 +42,16 @@ def evaluate(
     collectives = context.collectives
     num_sequences = feed.num_sequences if max_sequences is None else min(feed.num_sequences, max_sequences)
     plan = BatchPlan(
-        global_batch_size=max(num_sequences, collectives.world_size),
+        global_batch_size=max(num_sequences, collectives.dp_world_size),
         micro_batch_size=min(micro_batch_size, max(num_sequences, 1)),
         seq_len=seq_len,
-        dp_world_size=collectives.world_size,
+        dp_world_size=collectives.dp_world_size,
     )
     was_training = module.training
     module.eval()
     sums: dict[str, Tensor] = {}
     try:
-        for micro_batch in split_among_ranks(0, num_sequences, plan, collectives.rank):
+        for micro_batch in split_among_ranks(0, num_sequences, plan, collectives.dp_rank):
             batch = feed.batch(micro_batch.start, micro_batch.stop).to(device)
             for name, value in objective.evaluate(model, batch, context).items():
                 sums[name] = sums[name] + value if name in sums else value

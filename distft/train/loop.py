@@ -86,11 +86,11 @@ class Trainer:
 
     def _remaining_micro_batches(self) -> Iterator[MicroBatch]:
         for step in range(self.step, self._schedule.total_steps):
-            yield from self._plan.micro_batches(step, self._collectives.rank)
+            yield from self._plan.micro_batches(step, self._collectives.dp_rank)
 
     def _run_step(self, batches: Prefetcher) -> DeferredRead:
         """Returns the sums over ranks of `_local_signals`."""
-        micro_batches = self._plan.micro_batches(self.step, self._collectives.rank)
+        micro_batches = self._plan.micro_batches(self.step, self._collectives.dp_rank)
         lr = self._schedule.lr_at(self.step)
         wait_s_before = batches.wait_s
         with self._heartbeat.phase("data", step=self.step + 1), self._heartbeat.own_work():
@@ -108,10 +108,10 @@ class Trainer:
         self._heartbeat.finish_step()
         self._progress.add_step(result)
         self._update_loss_scale(result)
-        world_size = self._collectives.world_size
+        dp_world_size = self._collectives.dp_world_size
         self._throughput.add_step(
-            sum(batch.input_ids.numel() for batch in loaded) * world_size,
-            sum(batch.num_attention_pairs for batch in loaded) * world_size,
+            sum(batch.input_ids.numel() for batch in loaded) * dp_world_size,
+            sum(batch.num_attention_pairs for batch in loaded) * dp_world_size,
             batches.wait_s - wait_s_before,
         )
         if self._schedule.is_skip_check_due(self.step):

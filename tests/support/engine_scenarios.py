@@ -137,23 +137,26 @@ class Training:
         """Train up to step `to_step`; return the losses. At `poison_step` loss and gradients are infinite."""
         losses = []
         while self.step < to_step:
-            batches = [self._batch(micro.start, micro.stop) for micro in self._micro_batches()]
-            factor = float("inf") if self.step == poison_step else 1.0
-            lr = 3e-3 * (1 - self.step / 100)
-            result = train_step(
-                self.engine,
-                batches,
-                loss_sums=lambda model, batch, factor=factor: {
-                    NEXT_TOKEN: summed_loss(model, batch) * factor
-                },
-                num_targets=lambda batch: batch.num_targets,
-                weights={NEXT_TOKEN: 1.0},
-                group_lr=lambda group, lr=lr: lr * group.lr_scale,
-            )
-            losses.append(float(result.loss))
-            self.last = result
-            self.step += 1
+            self.run_step(self.batches(), float("inf") if self.step == poison_step else 1.0)
+            losses.append(float(self.last.loss))
         return losses
+
+    def batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
+        return [self._batch(micro.start, micro.stop) for micro in self._micro_batches()]
+
+    def run_step(self, batches: list[Batch], factor: float = 1.0) -> None:
+        """One step, whose result is in `last`; reads nothing of it."""
+        lr = 3e-3 * (1 - self.step / 100)
+        self.last = train_step(
+            self.engine,
+            batches,
+            loss_sums=lambda model, batch: {NEXT_TOKEN: summed_loss(model, batch) * factor},
+            num_targets=lambda batch: batch.num_targets,
+            weights={NEXT_TOKEN: 1.0},
+            group_lr=lambda group: lr * group.lr_scale,
+        )
+        self.step += 1
 
     def _micro_batches(self) -> list[Any]:
         return self.plan.micro_batches(self.step, self.collectives.rank)

@@ -1,0 +1,108 @@
+"""The step, run by a fake engine: its arithmetic, without a model or a backend."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distft.data.batch import Batch
+from distft.engine.interface import GroupLr, LossTermsFn, UpdateResult
+from distft.optim.adamw import ParameterGroup
+from distft.train.step import StepResult, train_step
+
+GROUPS = (ParameterGroup(("a",), 0.0, 1.0, 0), ParameterGroup(("b",), 0.0, 0.5, 0))
+
+
+class FakeEngine:
+    """Adds up terms; records in which order it was called, and with which rates."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *, reverse: bool = False) -> None:
+        self.reverse = reverse
+        self.calls: list[str] = []
+        self.lrs: list[float] = []
+
+    def forward_backward(self, micro_batches: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
+        self.calls.append(f"forward_backward of {len(micro_batches)}")
+        order = reversed(micro_batches) if self.reverse else micro_batches
+        return torch.stack([loss_terms(lambda **_: {}, batch) for batch in order]).sum(0)
+
+    def step(self, group_lr: GroupLr) -> UpdateResult:
+        self.calls.append("step")
+        self.lrs = [group_lr(group) for group in GROUPS]
+        return UpdateResult(torch.tensor(1.0), torch.tensor(0.0))
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        return value.clone()
+
+
+def batch_of(values: Any, num_pairs: int = 0) -> Batch:
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    return Batch(input_ids=numbers, targets={}, num_targets={"squares": len(numbers), "pairs": num_pairs})
+
+
+def sums(_: Any, batch: Batch) -> Mapping[str, Tensor]:
+    return {
+        "squares": batch.input_ids.square().sum(),
+        "pairs": 10.0 * torch.tensor(batch.num_targets["pairs"]),
+    }
+
+
+def step(engine: Any, batches: Sequence[Batch], weights: Mapping[str, float], **options: Any) -> StepResult:
+    return train_step(
+        engine,
+        batches,
+        loss_sums=sums,
+        num_targets=lambda batch: batch.num_targets,
+        weights=weights,
+        group_lr=lambda group: 0.1 * group.lr_scale,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 6])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_loss_does_not_depend_on_how_the_batch_is_cut_or_ordered(
+    num_micro_batches: int, reverse: bool
+) -> None:
+    values = np.arange(13.0)
+    engine = FakeEngine(reverse=reverse)
+    cut = [batch_of(part) for part in np.array_split(values, num_micro_batches)]
+    result = step(engine, cut, {"squares": 1.0})
+    assert result.loss.item() == pytest.approx((values**2).mean())
+    assert result.num_targets.tolist() == [13]
+    assert engine.calls == [f"forward_backward of {num_micro_batches}", "step"]
+
+
+def test_each_term_is_divided_by_its_own_count_and_weighted() -> None:
+    batches = [batch_of([1.0, 2.0], num_pairs=3), batch_of([3.0], num_pairs=1)]
+    result = step(FakeEngine(), batches, {"squares": 0.5, "pairs": 2.0})
+    assert result.terms.tolist() == pytest.approx([14 / 3, 10.0])
+    assert result.loss.item() == pytest.approx(0.5 * 14 / 3 + 2.0 * 10.0)
+    assert result.num_targets.tolist() == [3, 4]
+
+
+def test_a_term_without_targets_adds_nothing_while_another_has_some() -> None:
+    result = step(FakeEngine(), [batch_of([2.0])], {"squares": 1.0, "pairs": 1.0})
+    assert result.loss.item() == 4.0
+
+
+def test_a_batch_without_any_target_has_no_finite_loss_so_that_engines_skip_it() -> None:
+    result = step(FakeEngine(), [batch_of([])], {"squares": 1.0, "pairs": 1.0})
+    assert not result.loss.isfinite()
+    assert result.num_targets.sum().item() == 0
+
+
+def test_rates_are_asked_for_each_group() -> None:
+    engine = FakeEngine()
+    step(engine, [batch_of([1.0])], {"squares": 1.0})
+    assert engine.lrs == [0.1, 0.05]
+
+
+def test_signals_come_back_summed_beside_the_counts() -> None:
+    result = step(FakeEngine(), [batch_of([1.0])], {"squares": 1.0}, signals=[0, 1, 0, 1])
+    assert result.signals.tolist() == [0, 1, 0, 1]
