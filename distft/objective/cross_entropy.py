@@ -76,22 +76,24 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, loss_fn: FusedLinearCrossEntropy
     ) -> Tensor:
-        weight_KC = weight_VC[: loss_fn.vocab_size]
         needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden_NC) if needs_hidden_grad else None
         # Chunks add up in the weight's gradient, so it is fp32; padding rows of the vocabulary stay 0.
         weight_grad = torch.zeros_like(weight_VC, dtype=torch.float32) if needs_weight_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
-        for rows in _row_chunks(hidden_NC, loss_fn.vocab_size):
+        for rows in _row_chunks(hidden_NC, weight_VC.shape[0]):
             hidden_MC = hidden_NC[rows]
-            chunk_loss, grad_MK, counts_M = _loss_and_grad(hidden_MC @ weight_KC.T, labels_N[rows], loss_fn)
+            # With all padded rows: tensor cores are fast on multiples of 8 or 64, which K may not be.
+            logits_MV = hidden_MC @ weight_VC.T
+            logits_MV[:, loss_fn.vocab_size :] = -torch.inf
+            chunk_loss, grad_MV, counts_M = _loss_and_grad(logits_MV, labels_N[rows], loss_fn)
             loss += chunk_loss
             if hidden_grad is not None:
-                hidden_grad[rows] = (grad_MK @ weight_KC) * counts_M[:, None]
+                hidden_grad[rows] = (grad_MV @ weight_VC) * counts_M[:, None]
             if weight_grad is not None:
-                # Zero the ignored rows here: a hidden row has C elements to clear, a row of grad_MK has K.
+                # Zero the ignored rows here: a hidden row has C elements to clear, a row of grad_MV has V.
                 hidden_MC = hidden_MC * counts_M[:, None]
-                _add_matmul(weight_grad[: loss_fn.vocab_size], grad_MK.T, hidden_MC)
+                _add_matmul(weight_grad, grad_MV.T, hidden_MC)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight_VC.dtype
         return loss
@@ -108,27 +110,27 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_grad(
-    logits_MK: Tensor, labels_M: Tensor, loss_fn: FusedLinearCrossEntropy
+    logits_MV: Tensor, labels_M: Tensor, loss_fn: FusedLinearCrossEntropy
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, gradient by the logits (also of ignored rows), and whether each row counts (0 or 1)."""
     counts_M = labels_M != IGNORE_INDEX
     target_M1 = labels_M.clamp_min(0)[:, None]
-    smoothing, vocab_size = loss_fn.label_smoothing, logits_MK.shape[1]
+    smoothing, vocab_size = loss_fn.label_smoothing, loss_fn.vocab_size
     # The gradient of nll by the logits is softmax(logits) - one_hot(target): we start from the softmax.
-    grad_MK = torch.softmax(logits_MK, dim=-1, dtype=torch.float32)
+    grad_MV = torch.softmax(logits_MV, dim=-1, dtype=torch.float32)
     # logsumexp without a second exponential per element: log p of the most likely token is its logit minus
     # logsumexp, and p is at least 1 / K, so its logarithm is accurate.
-    logsumexp_M = logits_MK.amax(dim=-1).float() - grad_MK.amax(dim=-1).log()
-    loss_M = logsumexp_M - (1 - smoothing) * logits_MK.gather(1, target_M1)[:, 0]
+    logsumexp_M = logits_MV.amax(dim=-1).float() - grad_MV.amax(dim=-1).log()
+    loss_M = logsumexp_M - (1 - smoothing) * logits_MV.gather(1, target_M1)[:, 0]
     if smoothing:
-        loss_M = loss_M - smoothing * logits_MK.mean(dim=-1, dtype=torch.float32)
+        loss_M = loss_M - smoothing * logits_MV[:, :vocab_size].mean(dim=-1, dtype=torch.float32)
     if loss_fn.z_loss:
         loss_M = loss_M + loss_fn.z_loss * logsumexp_M.square()
-        grad_MK = grad_MK * (1 + 2 * loss_fn.z_loss * logsumexp_M)[:, None]
+        grad_MV = grad_MV * (1 + 2 * loss_fn.z_loss * logsumexp_M)[:, None]
     if smoothing:
-        grad_MK = grad_MK - smoothing / vocab_size
-    grad_MK.scatter_add_(1, target_M1, torch.full_like(target_M1, smoothing - 1, dtype=torch.float32))
-    return loss_M.where(counts_M, 0.0).sum(), grad_MK.to(logits_MK.dtype), counts_M.to(logits_MK.dtype)
+        grad_MV[:, :vocab_size] -= smoothing / vocab_size
+    grad_MV.scatter_add_(1, target_M1, torch.full_like(target_M1, smoothing - 1, dtype=torch.float32))
+    return loss_M.where(counts_M, 0.0).sum(), grad_MV.to(logits_MV.dtype), counts_M.to(logits_MV.dtype)
 
 
 def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -71,7 +71,13 @@ class Trainer:
         if self._loss_scale is not None:
             self._engine.set_loss_scale(self._loss_scale.scale)
         self._engine.module.train()
-        with Prefetcher(self._feed, self._remaining_micro_batches(), depth=_PREFETCH_DEPTH) as batches:
+        batches = Prefetcher(
+            self._feed,
+            self._remaining_micro_batches(),
+            depth=_PREFETCH_DEPTH,
+            pin_memory=self._engine.device.type == "cuda",
+        )
+        with batches:
             self._throughput.restart()
             while self.step < self._schedule.total_steps:
                 signals = self._run_step(batches)

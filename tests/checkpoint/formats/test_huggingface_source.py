@@ -66,7 +66,7 @@ def test_the_model_read_computes_the_same_logits(saved: Path, kind: str) -> None
     assert source.manifest.written_by["architecture"] == HF_MODELS[kind][0]
     with torch.no_grad():
         expected = make_hf_model(kind)(random_ids()).logits
-        torch.testing.assert_close(model(random_ids()), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.logits(random_ids()), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -117,7 +117,7 @@ def test_a_classifier_read_computes_the_same_logits(
     ids = random_ids().clamp_min(1)
     with torch.no_grad():
         for row in (ids[:1], ids[1:2, :7]):
-            torch.testing.assert_close(model(row), hf_model(row).logits, rtol=0, atol=1e-5)
+            torch.testing.assert_close(model.logits(row), hf_model(row).logits, rtol=0, atol=1e-5)
 
 
 def test_two_unnamed_labels_get_transformers_default_names(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_openais_gpt2_files_without_prefix_are_read(saved: Path, tmp_path: Path)
     assert source.find_damage() == []
     with torch.no_grad():
         torch.testing.assert_close(
-            model(random_ids()), make_hf_model("gpt2")(random_ids()).logits, rtol=0, atol=1e-5
+            model.logits(random_ids()), make_hf_model("gpt2")(random_ids()).logits, rtol=0, atol=1e-5
         )
 
 
