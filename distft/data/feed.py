@@ -110,9 +110,9 @@ class Feed:
 class Prefetcher:
     """Iterator over the batches of `micro_batches`, made by a thread that runs at most `depth` ahead.
 
-    With `pin_memory` the batches are in page-locked memory. Leaving the context ends the thread. An exception in
-    the thread is raised by the `next` that would have returned the batch. `wait_s` is the total time that `next`
-    has waited for data.
+    With `pin_memory` the batches are in page-locked memory. Leaving the context ends the thread. An exception
+    in the thread is raised by the `next` that would have returned the batch. `wait_s` is the total time that
+    `next` has waited for data.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def test_a_step_of_the_local_engine_reads_nothing(precision: str) -> None:
 
 @pytest.mark.ranks
 def test_steps_under_zero_read_only_what_deepspeed_itself_reads() -> None:
-    """DeepSpeed decides on the host about clipping and overflow: 5 reads a step at stages 1 and 2, 1 at stage 3.
+    """DeepSpeed decides on the host about clipping and overflow: 5 reads a step at stages 1 and 2, 1 at 3.
 
     Its throughput timer, which is off, would add some for each micro-batch.
     """
