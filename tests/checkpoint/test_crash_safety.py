@@ -27,7 +27,6 @@ from distft.checkpoint.committed import Checkpoint, committed_steps
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.store import CheckpointStore
-from distft.cli.main import main
 from distft.collectives import SingleProcess
 from distft.errors import DistftError
 from distft.storage.local import TEMPORARY_MARK
@@ -319,45 +318,6 @@ def test_the_faulty_disk_counts_every_change_that_the_interpreter_audits(tmp_pat
     ((counted, seen),) = run_ranks(_audited_operations, 1, str(tmp_path))
     assert counted == seen
     assert {"mkdir", "open", "replace", "unlink", "rmdir"} <= seen.keys()
-
-
-def _with_a_damaged_commit(root: Path) -> CheckpointStore:
-    """Commits of steps 2 and 4, of which the newer one is damaged."""
-    store = CheckpointStore(str(root), SingleProcess())
-    training = run_alone(ALL, 0)
-    for step in (2, 4):
-        training.run(step)
-        store.save(training.take_snapshot())
-    Path(store.path(4), "rank_00000.safetensors").write_bytes(b"")
-    return store
-
-
-def test_a_damaged_commit_does_not_count_among_those_to_keep(tmp_path: Path) -> None:
-    store = _with_a_damaged_commit(tmp_path)
-    found = store.find_latest_valid()
-    store.resume_from(found)
-    training = Training(ALL, Topology(), SingleProcess(), found.checkpoint)
-    for step, pruned, left in ((3, [2], {3, 4}), (5, [3], {5})):
-        training.run(step)
-        store.save(training.take_snapshot())
-        assert store.prune(KEEP_ONE) == pruned
-        assert {int(path.name[-1]) for path in tmp_path.iterdir()} == left
-        newest = CheckpointStore(str(tmp_path), SingleProcess()).find_latest_valid().checkpoint
-        assert newest is not None
-        assert newest.step == step
-
-
-@pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_the_command_prune_keeps_the_newest_valid_commit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
-) -> None:
-    _with_a_damaged_commit(tmp_path)
-    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1", *options]) == 0
-    printed = capsys.readouterr()
-    assert "delete no step; would keep" in printed.out or "deleted no step; kept" in printed.out
-    assert printed.out.rstrip().endswith("step 2.")
-    assert "step 4: " in printed.err
-    assert Checkpoint.open(str(tmp_path / "step_00000002")).find_damage() == []
 
 
 def _save_and_be_killed(topology: Topology, root: str, rank: int, fraction: float) -> None:
