@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from support.engine_scenarios import Scenario, run_alone
+from support.engine_scenarios import Scenario, Training, run_alone
 
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.store import CheckpointStore
 from distft.cli.main import main
 from distft.collectives import SingleProcess
+from distft.topology import Topology
 
 ALL = Scenario(micro_batch_size=8)
 KEEP_ONE = CheckpointConfig(keep_last=1)
