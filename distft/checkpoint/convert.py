@@ -11,10 +11,12 @@ from distft.checkpoint.formats.deepspeed_target import write_deepspeed
 from distft.checkpoint.formats.huggingface_architecture import Architecture
 from distft.checkpoint.formats.huggingface_target import write_huggingface
 from distft.checkpoint.formats.universal import write_universal
+from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.reshard import write_distft
 from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.target import target_directory
 from distft.config import Settings
+from distft.optim.adamw import ADAMW_MOMENTS
 
 Format = Literal["distft", "deepspeed", "universal", "huggingface"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -69,7 +71,7 @@ def convert(
     with target_directory(target, source.path):
         if config.to == "universal":
             write_universal(source, target, on_progress=on_progress)
-            return []
+            return _notes_on_lost_states(source, config.to)
         if config.to == "deepspeed":
             write_deepspeed(
                 source,
@@ -80,7 +82,7 @@ def convert(
                 tag=f"global_step{source.manifest.progress.step}",
                 on_progress=on_progress,
             )
-            return []
+            return _notes_on_lost_states(source, config.to)
         return write_huggingface(
             source,
             target,
@@ -89,3 +91,10 @@ def convert(
             architecture=config.architecture,
             on_progress=on_progress,
         )
+
+
+def _notes_on_lost_states(source: CheckpointSource, to: Format) -> list[str]:
+    """A note if the source has states that only distft's own format can store."""
+    states = {state for record in source.manifest.parameters.values() for state in record.states}
+    lost = sorted(states - {WEIGHT, *ADAMW_MOMENTS})
+    return [f"{', '.join(lost)} left out: the {to} format has no place for it."] if lost else []

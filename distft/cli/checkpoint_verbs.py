@@ -124,13 +124,16 @@ def diff(
 
     from distft.checkpoint.comparison import differences
     from distft.checkpoint.formats.detect import open_source
+    from distft.checkpoint.fragments import EMA, WEIGHT
     from distft.checkpoint.sources import num_state_bytes
     from distft.errors import CheckpointError
+    from distft.optim.adamw import ADAMW_MOMENTS
     from distft.tracker import progress
 
     a, b = open_source(first, trust=trust), open_source(second, trust=trust)
     records = [record for source in (a, b) for record in source.manifest.parameters.values()]
-    known = list(dict.fromkeys(name for record in records for name in record.states))
+    usual = (WEIGHT, *ADAMW_MOMENTS, EMA)
+    known = list(dict.fromkeys([*usual, *(name for record in records for name in record.states)]))
     for name in state or ():
         _check_choice("--state", name, known)
     with progress(num_state_bytes(a), "comparing", "bytes") as display:

@@ -26,7 +26,7 @@ def test_diff_refuses_states_that_neither_checkpoint_has(
     saved: SavedTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli("diff", saved.path, saved.path, "--state", "wieght") == 2
-    assert "--state must be one of weight, exp_avg, exp_avg_sq, not wieght." in capsys.readouterr().err
+    assert "--state must be one of weight, exp_avg, exp_avg_sq, ema, not wieght." in capsys.readouterr().err
     assert cli("convert", saved.path, tmp_path / "hf", "--to", "huggingface") == 0
     assert cli("diff", tmp_path / "hf", tmp_path / "hf", "--state", "exp_avg") == 2
     assert "Nothing was compared: neither " in capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_verify_exits_with_2_for_an_unsupported_format(
     assert cli("convert", saved.path, tmp_path / "ds", "--to", "deepspeed") == 0
     (tmp_path / "ds" / "global_step3" / "layer_00-model_states.pt").touch()
     assert cli("convert", saved.path, tmp_path / "newer", "--to", "distft") == 0
-    (tmp_path / "newer" / "manifest.json").write_text(json.dumps({"format_version": 2}))
+    (tmp_path / "newer" / "manifest.json").write_text(json.dumps({"format_version": 3}))
     capsys.readouterr()
     for path, message in {
         "nowhere": "does not exist",

@@ -104,17 +104,17 @@ def test_verify_names_the_damaged_tensor(
     assert "undamaged" in capsys.readouterr().out
     shutil.copytree(saved.path.parent, tmp_path / "copy")
     file = tmp_path / "copy" / "step_00000003" / "rank_00000.safetensors"
-    flip_bit(file, -2)  # in the last moment of the last trainable parameter
+    flip_bit(file, -2)  # in the last fragment of the file
     assert cli("verify", tmp_path / "copy", "--json") == 1
     damage = json.loads(capsys.readouterr().out)["faults"]
     assert len(damage) == 2
     assert "rank_00000.safetensors is damaged" in damage[0]
-    assert damage[1] == "exp_avg_sq of norm.weight differs from what was saved."
+    assert damage[1] == "ema of blocks.1.mlp.down.weight differs from what was saved."
     assert cli("reshard", tmp_path / "copy", tmp_path / "out") == 2
-    assert "exp_avg_sq of norm.weight" in capsys.readouterr().err
+    assert "ema of blocks.1.mlp.down.weight" in capsys.readouterr().err
     for to in ("huggingface", "deepspeed", "universal"):
         assert cli("convert", tmp_path / "copy", tmp_path / "out", "--to", to) == 2
-        assert "exp_avg_sq of norm.weight" in capsys.readouterr().err
+        assert "ema of blocks.1.mlp.down.weight" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     file.unlink()
     assert cli("verify", tmp_path / "copy", "--json") == 1
@@ -258,7 +258,8 @@ def test_diff_reports_a_state_that_one_checkpoint_lacks_throughout_in_one_line(
     parameters = Checkpoint.open(str(saved.path)).manifest.parameters
     count = sum(record.trainable for record in parameters.values())
     assert [line for line in lines if "is not in B" in line] == [
-        f"{state} of all {count} parameters that have it is not in B" for state in ("exp_avg", "exp_avg_sq")
+        f"{state} of all {count} parameters that have it is not in B"
+        for state in ("exp_avg", "exp_avg_sq", "ema")
     ]
 
 
