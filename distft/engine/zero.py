@@ -19,7 +19,7 @@ from distft.engine.deepspeed_config import ZeroConfig, deepspeed_config
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.weight_average import WeightAverage, WeightSlice
-from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
+from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
 from distft.topology import BatchPlan
 
 
@@ -112,11 +112,17 @@ class ZeroEngine:
         """Stage 0 in fp32: DeepSpeed only sums the gradients, so clipping and skipping are done here."""
         gradients = [p.grad for p in self._params.values() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
-        is_skipped = set_clip_and_skip(
-            self._engine.optimizer, grad_norm, loss_scale=1.0, max_grad_norm=self._max_grad_norm
-        )
-        self._engine.step()
-        return UpdateResult(grad_norm, is_skipped)
+        is_skipped = not bool(torch.isfinite(grad_norm))
+        if is_skipped:
+            self._engine.zero_grad()
+            for param in self._params.values():
+                param.grad = None
+        else:
+            if self._max_grad_norm is not None:
+                factor = (self._max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_(gradients, factor)
+            self._engine.step()
+        return UpdateResult(grad_norm, torch.tensor(float(is_skipped), device=self.device))
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return self._collectives.all_reduce_sum(value)
