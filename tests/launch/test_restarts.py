@@ -126,9 +126,9 @@ def test_torchrun_restarts_a_run_after_a_killed_and_after_a_hung_rank(
         assert launch.wait() == 0, (tmp_path / "output.txt").read_text()
     assert logged(tmp_path) == pytest.approx(undisturbed, abs=1e-5)
     kinds = [event["kind"] for event in events(tmp_path)]
-    starts_and_hangs = [
-        kind for kind in kinds if kind in {"start", "resume", "resize", "hang", "damaged_checkpoint"}
-    ]
+    # A busy machine may also make a rank slow for a while, which ends nothing.
+    expected_kinds = {"save", "ledger", "finish", "straggler"}
+    starts_and_hangs = [kind for kind in kinds if kind not in expected_kinds]
     assert starts_and_hangs == ["start", "resume", "hang", "resume"]
 
 
