@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from distft.checkpoint.fragments import Fragment
@@ -22,12 +23,25 @@ LossTermsFn: TypeAlias = Callable[[Callable[..., Mapping[str, Tensor]], Batch], 
 GroupLr: TypeAlias = Callable[[ParameterGroup], float]  # a group's learning rate in this step
 
 
+# What the backward recomputes to save memory: nothing, all but products and attention, or whole blocks.
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+
+def _from_bool(value: Any) -> Any:
+    """Until format version 2 the setting was a boolean, and so it is in older files."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class EngineSettings(Settings):
     """Settings common to all engines."""
 
     param_dtype: Precision = "fp32"  # of weights and activations; updates are fp32
-    activation_checkpointing: bool = False  # recompute blocks in the backward to save memory
-    compile: bool = False  # torch.compile each block: slower to start, then faster
+    activation_checkpointing: Annotated[ActivationCheckpointing, BeforeValidator(_from_bool)] = "none"
+    compile: bool | Literal["auto"] = "auto"  # torch.compile each block: slower to start, then faster
+    fp8: Literal["none", "tensorwise", "rowwise"] = (
+        "none"  # scaling of FP8 matrix products
+    )
+    allow_tf32: bool = False  # on a GPU, multiply fp32 matrices with 10 bits of mantissa: faster
 
 
 @dataclass(frozen=True, slots=True)

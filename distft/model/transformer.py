@@ -4,7 +4,7 @@ Shape letters: B rows, T positions, N = B * T, C = d_model, V = padded_vocab_siz
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.heads = dict(heads)
-        self.activation_checkpointing = False  # recompute each block in the backward pass
+        self.activation_checkpointing: Literal["none", "selective", "full"] = "none"
         self.embed = make_embedding(config.padded_vocab_size, config.d_model)
         if config.positions == "learned":
             self.position_embed = make_embedding(config.max_seq_len, config.d_model)
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
     def _run_blocks(
         self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask, dropout_keys_B: Tensor | None
     ) -> Tensor:
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing != "none" and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
                 # Dropout depends on its keys alone, so the generators' states need no copy.

@@ -67,12 +67,11 @@ def build_engine(
     """The engine with its state from `resumed`; for a new run from `init_from`, else initial weights."""
     config = inputs.config
     source = _state_source(inputs, resumed)
-    module = build_module(
-        inputs.model, inputs.heads, activation_checkpointing=config.engine.activation_checkpointing
-    )
+    module = build_module(inputs.model, inputs.heads)
+    module.activation_checkpointing = config.engine.activation_checkpointing
     for name, param in module.named_parameters():
         param.requires_grad_(name in inputs.trainable)
-    if config.engine.compile:
+    if config.engine.compile is True:
         module.compile_blocks()
     updates = {name: source.updates(name) for name in inputs.trainable}
     groups = parameter_groups(inputs.shapes, inputs.trainable, config.optim, updates)

@@ -14,12 +14,10 @@ _CLASSIFIER = "classifier."
 HEAD_PREFIXES = (_CLASSIFIER, "lm_head.")  # `init_from` may lack these: a new task has a new head
 
 
-def build_module(model: ModelConfig, heads: Heads, *, activation_checkpointing: bool = False) -> Transformer:
+def build_module(model: ModelConfig, heads: Heads) -> Transformer:
     """The model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        module = Transformer(model, heads)
-    module.activation_checkpointing = activation_checkpointing
-    return module
+        return Transformer(model, heads)
 
 
 def parameter_shapes(model: ModelConfig, heads: Heads) -> dict[str, tuple[int, ...]]:

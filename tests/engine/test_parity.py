@@ -19,7 +19,7 @@ FP32 = [
     *(
         Scenario(
             stage=stage,
-            activation_checkpointing=True,
+            activation_checkpointing="full",
             tie_embeddings=False,
             zero={"offload_optimizer": "cpu", **({"offload_param": "cpu"} if stage == 3 else {})},
         )
@@ -99,7 +99,12 @@ def test_dropout_does_not_depend_on_ranks_or_accumulation(world_size: int) -> No
     accumulated = run_alone(Scenario(dropout=0.3, micro_batch_size=1), NUM_STEPS).losses
     assert accumulated == pytest.approx(expected, abs=2e-6)
     scenarios = [
-        Scenario(stage=stage, dropout=0.3, micro_batch_size=size, activation_checkpointing=size == 2)
+        Scenario(
+            stage=stage,
+            dropout=0.3,
+            micro_batch_size=size,
+            activation_checkpointing="full" if size == 2 else "none",
+        )
         for stage, size in ((0, 1), (1, 2), (3, 2))
     ]
     for results in run_ranks(_train_all, world_size, scenarios, timeout_s=240):

@@ -18,7 +18,7 @@ from distft.checkpoint.sources import InitialSource, StateSource
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
 from distft.data.batch import NEXT_TOKEN, Batch
-from distft.engine.interface import Engine
+from distft.engine.interface import ActivationCheckpointing, Engine
 from distft.engine.local import LocalConfig, LocalEngine
 from distft.model.config import ModelConfig
 from distft.model.dropout import row_keys
@@ -40,7 +40,7 @@ class Scenario:
     precision: str = "fp32"
     trainable: tuple[str, ...] = ("*",)
     tie_embeddings: bool = True
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = "none"
     micro_batch_size: int = 2
     dropout: float = 0.0
     zero: Mapping[str, Any] = field(default_factory=dict)  # further settings of ZeroConfig
