@@ -31,7 +31,7 @@ check: $(INSTALLED_DEV)
 	@$(BIN)/python -m ruff check --quiet .
 	@$(BIN)/python -m mypy
 	@$(BIN)/python -m codespell_lib
-	@$(BIN)/shellcheck launch/*.sh .ci/run
+	@$(BIN)/shellcheck launch/*.sh tools/*.sh .ci/run
 	@echo "Format, lint, types, spelling and shell scripts are in order."
 
 venv: $(INSTALLED)

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
+from distft.cli.main import app
 from distft.config import dump_yaml, json_schema, parse, parse_yaml
 from distft.run.config import RunConfig
 
@@ -56,15 +59,116 @@ def _distft(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["submit", "--help"]])
-def test_help_imports_no_heavy_package(arguments: list[str]) -> None:
+HEAVY = {
+    "torch",
+    "deepspeed",
+    "ray",
+    "sentencepiece",
+    "wandb",
+    "pyarrow",
+    "pandas",
+    "transformers",
+    "aiohttp",
+}
+
+
+def _imported_by(*arguments: str, entry: str = "distft.cli.main") -> tuple[int, set[str]]:
+    """Exit code of a command, and the heavy packages that its process imported."""
     code = (
-        f"import sys; from distft.cli.main import main; main({arguments}); "
-        "heavy = {'torch', 'deepspeed', 'ray', 'numpy', 'wandb', 'sentencepiece'} & set(sys.modules); "
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
+        f"import sys; from {entry} import main; code = main({list(arguments)}); "
+        f"print(code, *sorted({HEAVY | {'numpy'}} & set(sys.modules)), file=sys.__stdout__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    exit_code, *imported = done.stdout.splitlines()[-1].split()
+    return int(exit_code), set(imported)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["submit", "--help"]])
+def test_help_imports_no_heavy_package(arguments: list[str]) -> None:
+    assert _imported_by(*arguments) == (0, set())
+
+
+# A command with a mistake that must be told at once, for every command that distft has. `{shakespeare}` is a
+# configuration that parses, and `{nowhere}` a path at which nothing is.
+MISTAKES = (
+    "train {shakespeare} train.max_step=5",
+    "train {nowhere}",
+    "train {shakespeare} data.sources.0.path={nowhere}",
+    "train {shakespeare} tokenizer={nowhere}",
+    "train {shakespeare} init_from={nowhere}",
+    "train {shakespeare} init_from={nowhere} model={{d_model:128}} model.max_seq_len=512",
+    "config check {shakespeare} engine.type=zero engine.zero_stage=4",
+    "config check {shakespeare} tokenizer={nowhere}",
+    "config show {shakespeare} objective.type=classificatio",
+    "submit {shakespeare} data.type=labelled",
+    "submit {shakespeare} --address nonsense",
+    "status --address nonsense",
+    "logs job --address nonsense",
+    "evaluate {nowhere}",
+    "generate {nowhere}",
+    "audit {nowhere}",
+    "checkpoint inspect {nowhere}",
+    "checkpoint verify {nowhere}",
+    "checkpoint diff {nowhere} {nowhere}",
+    "checkpoint plan {nowhere}",
+    "checkpoint reshard {nowhere} {nowhere}",
+    "checkpoint convert {nowhere} {nowhere} --to distft",
+    "checkpoint convert {exists} {nowhere} --to tensorflow",
+    "checkpoint average {nowhere} {nowhere} -o {nowhere}",
+    "checkpoint prune {nowhere} --keep-last 1",
+    "tokenizer train {nowhere} -o {nowhere} --algorithm wordpiece",
+    "tokenizer train {nowhere} -o {nowhere} --set foo=1",
+    "tokenizer import {nowhere} -o {nowhere}",
+    "tokenize {shakespeare} -t {nowhere} -o {nowhere}",
+    "tokenize stdlib -t {nowhere} -o {nowhere} --set foo=1",
+    "task",
+)
+_WITHOUT_MISTAKES = {"config schema"}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_before_heavy_packages_are_imported(tmp_path: Path, mistake: str) -> None:
+    (tmp_path / "exists").mkdir()
+    (tmp_path / "exists/manifest.json").touch()
+    names = {
+        "shakespeare": str(ROOT / "configs" / "shakespeare_char.yaml"),
+        "nowhere": str(tmp_path / "nowhere"),
+        "exists": str(tmp_path / "exists"),
+    }
+    code, imported = _imported_by(*(word.format(**names) for word in mistake.split()))
+    assert code == 2
+    assert not imported & HEAVY
+
+
+def test_a_driver_on_ray_tells_a_mistake_before_it_imports_ray() -> None:
+    config = str(ROOT / "configs" / "shakespeare_char.yaml")
+    code, imported = _imported_by(config, "train.max_step=5", entry="distft.cli.ray_driver")
+    assert code == 2
+    assert not imported & HEAVY
+
+
+def test_the_schema_is_printed_without_heavy_packages() -> None:
+    code, imported = _imported_by("config", "schema")
+    assert code == 0
+    assert not imported & HEAVY
+
+
+def _commands(group: TyperGroup) -> Iterator[str]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from (f"{name} {inner}" for inner in _commands(command))
+        else:
+            yield name
+
+
+def test_every_command_has_a_mistake_that_is_told_at_once() -> None:
+    tested = {" ".join(word for word in mistake.split()[:2] if "{" not in word) for mistake in MISTAKES}
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    commands = set(_commands(group))
+    untested = {name for name in commands if not any(f"{words} ".startswith(f"{name} ") for words in tested)}
+    assert untested == _WITHOUT_MISTAKES
 
 
 @pytest.mark.parametrize(

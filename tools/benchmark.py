@@ -1,4 +1,4 @@
-"""Compares distft's speed with that of other tools: `python tools/benchmark.py train|checkpoint|tokenize`.
+"""Measures distft's speed, beside other tools: `python tools/benchmark.py train|checkpoint|tokenize|start`.
 
 The implementations take turns of a few steps, so that other load on the machine slows all of them alike. The
 best turn of each counts.
@@ -14,16 +14,22 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import checkpoint_benchmark
+import numpy as np
+import start_benchmark
 import tokenize_benchmark
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distft.checkpoint.sources import InitialSource
 from distft.collectives import ProcessGroup, SingleProcess
-from distft.data.batch import NEXT_TOKEN, Batch
+from distft.data.batch import Batch
+from distft.data.packing import PackedRows
+from distft.data.targets import NEXT_TOKEN
 from distft.engine.interface import DTYPES, Engine
-from distft.engine.local import LocalConfig, LocalEngine
+from distft.engine.local import LocalEngine
 from distft.engine.memory import allocate
+from distft.engine.settings import LocalConfig
 from distft.model.config import LANGUAGE_MODEL, ModelConfig
 from distft.model.counts import num_parameters, training_flops
 from distft.model.initialisation import initial_fragment
@@ -102,6 +108,33 @@ def make_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.devi
     return batches
 
 
+@dataclass(frozen=True)
+class RandomDocuments:
+    """A `TokenStream` of random tokens in documents of 1 to twice `mean_length` tokens."""
+
+    num_tokens: int
+    vocab_size: int
+    mean_length: int
+    fingerprint: str | None = None
+
+    @property
+    def document_starts(self) -> NDArray[np.int64]:
+        lengths = np.random.default_rng(0).integers(1, 2 * self.mean_length, self.num_tokens)
+        starts = np.cumsum(lengths) - lengths
+        return starts[starts < self.num_tokens]
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.generic]:
+        return np.random.default_rng(start).integers(0, self.vocab_size, stop - start)
+
+
+def make_packed_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
+    """Batches as a run gets them: rows packed with documents that do not see each other."""
+    assert model.vocab_size is not None
+    documents = RandomDocuments(4 * rows * seq_len + 1, model.vocab_size, mean_length=seq_len)
+    packed = PackedRows(documents, seq_len)
+    return [packed.batch(np.arange(rows) + start).to(device) for start in range(0, 4 * rows, rows)]
+
+
 def distft_step(setup: Setup, zero_stage: int | None) -> Step:
     """A step of distft on ZeRO at `zero_stage`, or on the local engine if it is None."""
     module = build_module(setup.model, LANGUAGE_MODEL)
@@ -162,18 +195,21 @@ def distft_step(setup: Setup, zero_stage: int | None) -> Step:
     return step
 
 
-def bare_step(setup: Setup) -> Step:
+def bare_step(setup: Setup, *, compiled: bool = False) -> Step:
     """A step of a minimal torch loop over the same model: torch's loss, clipping and AdamW."""
     module = build_module(setup.model, LANGUAGE_MODEL)
     allocate(module, setup.device, torch.float32)
-    with torch.no_grad():
-        for name, param in module.named_parameters():
-            values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=0, config=setup.model)
-            param.copy_(values.view(param.shape))
+    for param in module.parameters():
+        if param.ndim > 1:
+            nn.init.normal_(param, std=0.02)
+        else:
+            nn.init.ones_(param)
+    if compiled:
+        module.compile_blocks()
     return _torch_step(module, setup, lambda batch: module.logits(batch.input_ids))
 
 
-def transformers_step(setup: Setup) -> Step | None:
+def transformers_step(setup: Setup, *, compiled: bool = False) -> Step | None:
     """A step of the same loop over transformers' Llama of the same shape; None if it is not installed."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -191,7 +227,11 @@ def transformers_step(setup: Setup) -> Step | None:
         tie_word_embeddings=model.tie_embeddings,
         use_cache=False,
     )
-    module = LlamaForCausalLM(config).to(setup.device)
+    with setup.device:  # on a GPU, drawing 1.3e9 weights takes no time
+        module = LlamaForCausalLM(config)
+    if compiled:  # block by block, as distft does it: 24 blocks at once take a minute
+        for block in module.model.layers:
+            block.compile()
     return _torch_step(module, setup, lambda batch: module(batch.input_ids).logits)
 
 
@@ -250,7 +290,8 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SHAPES[arguments.shape]
     rows, seq_len = arguments.micro_batch_size, arguments.seq_len
-    batches = make_batches(model, rows, seq_len, device)
+    make = make_packed_batches if arguments.packed else make_batches
+    batches = make(model, rows, seq_len, device)
     for precision in arguments.precision:
         setup = Setup(
             model=model,
@@ -331,6 +372,9 @@ def main() -> None:
     verb.add_argument("--micro-batch-size", type=int, default=8)
     verb.add_argument("--seq-len", type=int, default=256)
     verb.add_argument("--compile", action="store_true")
+    verb.add_argument(
+        "--packed", action="store_true", help="distft's rows hold several documents, which are kept apart"
+    )
     verb.add_argument("--zero-stage", type=int, nargs="*", default=[1])
     verb.add_argument("--turns", type=int, default=5)
     verb.add_argument("--steps", type=int, default=3)
@@ -348,6 +392,9 @@ def main() -> None:
     verb.add_argument("--turns", type=int, default=3)
     verb.add_argument("--directory", help="for temporary files")
     verb.set_defaults(act=tokenize_benchmark.tokenize_benchmark)
+    verb = verbs.add_parser("start", help="seconds until a mistake is told, and until the first step")
+    verb.add_argument("--turns", type=int, default=3)
+    verb.set_defaults(act=start_benchmark.start)
     arguments = parser.parse_args()
     arguments.act(arguments)
 

@@ -34,14 +34,14 @@ def train_slowly(
 
 def leave_restarts_to_ray() -> None:
     """Undo what distft changes about Ray Train's restarts."""
-    from distft.cluster.driver import driver
+    from distft.cluster.driver import ray_run
 
     os.environ.update(
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="2",
         RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
         RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="1",
     )
-    module = vars(driver)
+    module = vars(ray_run)
     module.update(
         make_torch_trainer=module["TorchTrainer"], stale_reservation_released=contextlib.nullcontext
     )

@@ -29,7 +29,8 @@ from torch import Tensor
 from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.config import CheckpointConfig
-from distft.checkpoint.convert import ConvertConfig, convert
+from distft.checkpoint.convert import convert
+from distft.checkpoint.convert_config import ConvertConfig
 from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
 from distft.checkpoint.reshard import contiguous_layout, write_distft

@@ -2,15 +2,11 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from distft.checkpoint.config import CheckpointConfig
-from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.snapshot import CheckpointSnapshot
+from distft.checkpoint.staging import Copier, HostCopier, StagingArena
 from distft.checkpoint.store import CheckpointStore
 
 
@@ -24,41 +20,6 @@ class SaveResult:
     write_s: float  # how long writing and pruning took; in the background, training goes on meanwhile
 
 
-class StagingBuffers:
-    """Host memory for copies of fragments: reused from save to save, and pinned for fragments on a GPU."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], Tensor] = {}
-
-    def stage(self, fragments: Iterable[Fragment], is_constant: Callable[[Fragment], bool]) -> list[Fragment]:
-        """Copy fragments so that training can go on; `is_constant` ones are returned without a copy.
-
-        The copies are valid until the next call.
-        """
-        staged = []
-        is_on_gpu = False
-        for fragment in fragments:
-            if is_constant(fragment):
-                staged.append(fragment)
-                continue
-            values = fragment.values.detach()
-            buffer = self._buffer(fragment, values)
-            buffer.copy_(values, non_blocking=True)
-            is_on_gpu |= values.is_cuda
-            staged.append(replace(fragment, values=buffer))
-        if is_on_gpu:
-            torch.cuda.current_stream().synchronize()
-        return staged
-
-    def _buffer(self, fragment: Fragment, values: Tensor) -> Tensor:
-        key = (fragment.parameter, fragment.state)
-        found = self._buffers.get(key)
-        if found is None or found.shape != values.shape or found.dtype != values.dtype:
-            found = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-            self._buffers[key] = found
-        return found
-
-
 class CheckpointSaver:
     """Saves snapshots to a store, at most one at a time. All ranks call `save` and `wait` together.
 
@@ -66,10 +27,13 @@ class CheckpointSaver:
     communicate with each other while the engines do.
     """
 
-    def __init__(self, store: CheckpointStore, config: CheckpointConfig) -> None:
+    def __init__(
+        self, store: CheckpointStore, config: CheckpointConfig, copier: Copier | None = None
+    ) -> None:
+        """`copier` copies from the engine's device; None: from the CPU."""
         self._store = store
         self._config = config
-        self._buffers = StagingBuffers()
+        self._arena = StagingArena(HostCopier() if copier is None else copier)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._results: list[SaveResult] = []
@@ -77,7 +41,7 @@ class CheckpointSaver:
     def save(self, snapshot: CheckpointSnapshot) -> None:
         """Copy the snapshot and let a thread write it; without `in_background`, write it before returning.
 
-        First waits for the previous save, and raises its failure.
+        First waits for the previous save, and raises its failure. Call `hold_update` before the next update.
         """
         began = time.perf_counter()
         self.wait()
@@ -85,7 +49,7 @@ class CheckpointSaver:
             self._write(snapshot, began, None)
             self._raise_failure()
             return
-        fragments = self._buffers.stage(
+        fragments = self._arena.stage(
             snapshot.fragments, is_constant=lambda f: not snapshot.parameters[f.parameter].trainable
         )
         staged = replace(snapshot, fragments=fragments)
@@ -95,8 +59,14 @@ class CheckpointSaver:
         )
         self._thread.start()
 
+    def hold_update(self) -> None:
+        """Have the device copy the state that is being saved before it changes it. The host does not wait."""
+        self._arena.hold_update()
+
     def _write(self, snapshot: CheckpointSnapshot, began: float, stall_s: float | None) -> None:
         try:
+            if stall_s is not None:
+                self._arena.wait()
             path = self._store.save(snapshot)
             self._store.prune(self._config)
         except BaseException as error:  # raised again in the training thread, by `wait`

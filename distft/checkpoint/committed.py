@@ -1,7 +1,7 @@
 """Committed distft checkpoints: find, read and verify them."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -9,12 +9,12 @@ import torch
 from distft import storage
 from distft.checkpoint.fragments import Interval, cover
 from distft.checkpoint.manifest import MANIFEST, Manifest
-from distft.checkpoint.rank_file import FragmentLocation, is_rank_file, read_header, read_values
+from distft.checkpoint.rank_file import FragmentLocation, read_header, read_values
+from distft.checkpoint.steps import STEP_PREFIX, find_checkpoint_directory
 from distft.collectives import Collectives, all_or_none
 from distft.errors import CheckpointError, DataError, StorageError, UnreachableError
 from distft.tokenizer import Tokenizer
 
-STEP_PREFIX = "step_"
 SIBLING_PREFIX = "../"  # begins the name of a file in another directory of the same store
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -140,58 +140,9 @@ class Checkpoint:
                 raise CheckpointError("\n".join(found))
 
 
-def step_name(step: int) -> str:
-    """Name of the directory of a step's checkpoint."""
-    return f"{STEP_PREFIX}{step:08d}"
-
-
-def list_steps(root: str) -> list[int]:
-    """Steps that have a directory, committed or not, ascending."""
-    names = (n.removeprefix(STEP_PREFIX) for n in storage.list_names(root) if n.startswith(STEP_PREFIX))
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def committed_steps(root: str) -> list[int]:
-    """Steps that have a manifest, ascending."""
-    steps = list_steps(root)
-    return [step for step in steps if storage.exists(storage.join(root, step_name(step), MANIFEST))]
-
-
-def uncommitted_notes(root: str, *, after: int = -1) -> list[str]:
-    """A sentence for each step later than `after` that has a directory but no manifest."""
-    committed = set(committed_steps(root))
-    return [
-        f"{storage.join(root, step_name(step))} is uncommitted: it has no {MANIFEST}."
-        for step in list_steps(root)
-        if step > after and step not in committed
-    ]
-
-
-def looks_uncommitted(path: str, names: Iterable[str]) -> bool:
-    """Whether a directory without a manifest is named like a step, or contains a rank's file."""
-    own_name = path.rstrip("/").rpartition("/")[2]
-    is_step = own_name.startswith(STEP_PREFIX) and own_name.removeprefix(STEP_PREFIX).isdecimal()
-    return is_step or any(is_rank_file(name) for name in names)
-
-
 def find_checkpoint(path: str) -> Checkpoint:
     """The checkpoint at `path`, or the newest commit of the run or `checkpoints` directory there.
 
     Raises `CheckpointError` if there is none.
     """
-    if storage.exists(storage.join(path, MANIFEST)):
-        return Checkpoint.open(path)
-    for root in (storage.join(path, "checkpoints"), path):
-        steps = committed_steps(root)
-        if steps:
-            return Checkpoint.open(storage.join(root, step_name(steps[-1])))
-    raise CheckpointError(
-        f"No committed checkpoint at {path} (looked for {MANIFEST}, {STEP_PREFIX}*/ and "
-        f"checkpoints/{STEP_PREFIX}*/).{sibling_steps_hint(path)}"
-    )
-
-
-def sibling_steps_hint(path: str) -> str:
-    """A sentence that lists the commits beside `path`; empty if there are none."""
-    siblings = [step_name(step) for step in committed_steps(storage.parent(path))]
-    return f" Beside it: {', '.join(siblings)}." if siblings else ""
+    return Checkpoint.open(find_checkpoint_directory(path))

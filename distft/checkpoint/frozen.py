@@ -7,11 +7,12 @@ frozen_00000500/{rank_00000.safetensors, ...}                  frozen ones, unch
 from collections.abc import Sequence
 
 from distft import storage
-from distft.checkpoint.committed import SIBLING_PREFIX, Checkpoint, step_name
+from distft.checkpoint.committed import SIBLING_PREFIX, Checkpoint
 from distft.checkpoint.fingerprint import DigestsByState, fragment_digests, merge_digests
 from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.manifest import FileRecord, Manifest, StateRecord
-from distft.checkpoint.rank_file import LazyFragment, rank_file_name, write_rank_file
+from distft.checkpoint.rank_file import LazyFragment, write_rank_file
+from distft.checkpoint.steps import rank_file_name, step_name
 from distft.collectives import Collectives, all_or_none
 from distft.errors import CheckpointError, StorageError
 

@@ -69,16 +69,6 @@ class LazyFragment:
         )
 
 
-def rank_file_name(rank: int) -> str:
-    """Name of the file that `rank` writes."""
-    return f"rank_{rank:05d}.safetensors"
-
-
-def is_rank_file(name: str) -> bool:
-    """Whether `name` is that of a file that a rank wrote."""
-    return name.startswith("rank_") and name.endswith(".safetensors")
-
-
 def write_rank_file(
     path: str, fragments: Sequence[LazyFragment], *, name: str, durable: bool = True
 ) -> FileRecord:

@@ -19,8 +19,9 @@ from distft import storage
 from distft.checkpoint.damage import require_undamaged
 from distft.checkpoint.fingerprint import fingerprint, fingerprint_text
 from distft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, ParameterRecord, StateRecord
-from distft.checkpoint.rank_file import LazyFragment, rank_file_name, write_rank_file
+from distft.checkpoint.rank_file import LazyFragment, write_rank_file
 from distft.checkpoint.sources import CheckpointSource, stored_states
+from distft.checkpoint.steps import rank_file_name
 from distft.checkpoint.target import target_directory
 from distft.storage import checksum_of_bytes
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from distft import storage
-from distft.checkpoint.committed import list_steps, step_name
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.frozen import FROZEN_PREFIX, FrozenWeights
 from distft.checkpoint.manifest import MANIFEST
+from distft.checkpoint.steps import list_steps, step_name
 
 
 def steps_to_prune(steps: Sequence[int], config: CheckpointConfig) -> list[int]:

@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 
 from distft import storage
-from distft.checkpoint.committed import Checkpoint, committed_steps, step_name
+from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.fingerprint import fragment_digests, merge_digests
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.frozen import FrozenWeights
 from distft.checkpoint.manifest import MANIFEST
-from distft.checkpoint.rank_file import LazyFragment, rank_file_name, write_rank_file
+from distft.checkpoint.rank_file import LazyFragment, write_rank_file
 from distft.checkpoint.retention import delete_unneeded, steps_to_prune
 from distft.checkpoint.snapshot import CheckpointSnapshot
+from distft.checkpoint.steps import committed_steps, rank_file_name, step_name
 from distft.checkpoint.writer_fence import WriterFence
 from distft.collectives import Collectives, all_or_none
 from distft.errors import CheckpointError, StorageError

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distft.cli.arguments import existing_checkpoint, existing_checkpoints
+
 if TYPE_CHECKING:
     from distft.checkpoint.comparison import StateDifference
     from distft.checkpoint.sources import CheckpointSource
@@ -20,6 +22,7 @@ Path = Annotated[
     typer.Argument(
         metavar="CHECKPOINT",
         help="A run's directory (its newest checkpoint), or one checkpoint, of any format.",
+        callback=existing_checkpoint,
     ),
 ]
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A new directory, or a URL.")]
@@ -108,8 +111,13 @@ def verify(checkpoint: Path, as_json: AsJson = False, trust: Trust = False) -> N
 
 @checkpoint_app.command("diff")
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint of any format.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with A.")],
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="A checkpoint of any format.", callback=existing_checkpoint)
+    ],
+    second: Annotated[
+        str,
+        typer.Argument(metavar="B", help="The checkpoint to compare with A.", callback=existing_checkpoint),
+    ],
     state: Annotated[
         list[str] | None, typer.Option(help="weight, exp_avg, exp_avg_sq or ema; repeatable; default: all.")
     ] = None,
@@ -177,8 +185,8 @@ def _print_differences(
 def plan(checkpoint: Path, ranks: Ranks = 1, as_json: AsJson = False, trust: Trust = False) -> None:
     """Show how much `reshard` would read and write, and estimate its time; changes nothing."""
     from distft.checkpoint.formats.detect import open_source
-    from distft.checkpoint.rank_file import rank_file_name
     from distft.checkpoint.reshard import estimate_seconds, plan_reshard
+    from distft.checkpoint.steps import rank_file_name
 
     source = open_source(checkpoint, trust=trust)
     planned = plan_reshard(source, ranks)
@@ -229,12 +237,11 @@ def convert(
     trust: Trust = False,
 ) -> None:
     """Write a checkpoint in another format; the source does not change."""
-    from distft.checkpoint.convert import ARCHITECTURES, FORMATS
-    from distft.checkpoint.formats.deepspeed_model import PARAM_DTYPES
+    from distft.checkpoint.convert_config import ARCHITECTURES, FORMATS, PRECISIONS
 
     for option, value, choices in (
         ("--to", to, FORMATS),
-        ("--dtype", dtype, tuple(PARAM_DTYPES)),
+        ("--dtype", dtype, PRECISIONS),
         ("--architecture", architecture, ARCHITECTURES),
     ):
         if value is not None:
@@ -253,7 +260,12 @@ def convert(
 @checkpoint_app.command("average")
 def average(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more checkpoints of the same model.")
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Two or more checkpoints of the same model.",
+            callback=existing_checkpoints,
+        ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="A new directory.")],
     weight: Annotated[
@@ -287,19 +299,20 @@ def prune(
     The newest valid checkpoint is always kept.
     """
     from distft import storage
-    from distft.checkpoint.committed import find_checkpoint
     from distft.checkpoint.config import CheckpointConfig
     from distft.checkpoint.manifest import MANIFEST
-    from distft.checkpoint.retention import steps_to_prune
-    from distft.checkpoint.store import CheckpointStore
-    from distft.collectives import SingleProcess
+    from distft.checkpoint.steps import find_checkpoint_directory
     from distft.errors import ConfigError
 
     if storage.exists(storage.join(run, MANIFEST)):
         raise ConfigError(
             f"{run} is a single checkpoint: give its run's directory, or the directory of its checkpoints."
         )
-    root = storage.parent(find_checkpoint(run).path)
+    root = storage.parent(find_checkpoint_directory(run))
+    from distft.checkpoint.retention import steps_to_prune
+    from distft.checkpoint.store import CheckpointStore
+    from distft.collectives import SingleProcess
+
     config = CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps)
     store = CheckpointStore(root, SingleProcess())
     found = store.find_latest_valid()
@@ -319,7 +332,8 @@ def _list_steps(steps: list[int]) -> str:
 def _note_uncommitted(source: "CheckpointSource", given: str) -> None:
     """If a run was given, print a note on each uncommitted step newer than its latest checkpoint."""
     from distft import storage
-    from distft.checkpoint.committed import Checkpoint, uncommitted_notes
+    from distft.checkpoint.committed import Checkpoint
+    from distft.checkpoint.steps import uncommitted_notes
 
     if isinstance(source, Checkpoint) and source.path != given:
         for note in uncommitted_notes(storage.parent(source.path), after=source.step):
@@ -360,7 +374,8 @@ def _write(
     source: "CheckpointSource", target: str, settings: dict[str, Any], given: list[str], summary: str
 ) -> None:
     """Convert `source`, which reads the checkpoints at the paths `given`; print notes and `summary`."""
-    from distft.checkpoint.convert import ConvertConfig, convert
+    from distft.checkpoint.convert import convert
+    from distft.checkpoint.convert_config import ConvertConfig
     from distft.checkpoint.sources import num_state_bytes
     from distft.checkpoint.target import require_outside
     from distft.config import parse

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distft.cli.config_verbs import ConfigPath, Overrides
+from distft.cli.arguments import ConfigPath, Overrides
 
 if TYPE_CHECKING:
     from distft.cluster.client.jobs import JobClient
@@ -75,9 +75,9 @@ def status(
     allow_clear_text_token: AllowClearText = False,
 ) -> None:
     """List the runs of a cluster, newest first, or show the status of one."""
+    client = _connect(address, allow_clear_text_token)
     from distft.cluster.client import status as job_status
 
-    client = _connect(address, allow_clear_text_token)
     now = time.time()
     if job is None:
         rows = [
@@ -103,10 +103,10 @@ def logs(
     allow_clear_text_token: AllowClearText = False,
 ) -> None:
     """Print the output of a submitted run."""
+    client = _connect(address, allow_clear_text_token)
     from distft.cluster.client import status as job_status
     from distft.cluster.client.submit import follow_job
 
-    client = _connect(address, allow_clear_text_token)
     job_status.require_job(client, job)
     if follow:
         raise typer.Exit(follow_job(client, job))
@@ -115,9 +115,10 @@ def logs(
 
 def _connect(address: str | None, allow_clear_text: bool) -> "JobClient":
     from distft.cluster.client.address import check_clear_text, choose_address
-    from distft.cluster.client.jobs import JobClient
 
     url = choose_address(address, os.environ)
     if not allow_clear_text:
         check_clear_text(url, os.environ)
+    from distft.cluster.client.jobs import JobClient
+
     return JobClient(url, os.environ, retry_s=_RETRY_S)

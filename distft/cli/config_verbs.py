@@ -5,15 +5,11 @@ from typing import Annotated
 
 import typer
 
+from distft.cli.arguments import ConfigPath, Overrides
+
 config_app = typer.Typer(
     help="Check a configuration, print it with defaults, or print its JSON schema.", no_args_is_help=True
 )
-
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override settings of the file, by dotted key."),
-]
 
 
 @config_app.command("schema")

@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
-from distft.cli.config_verbs import ConfigPath, Overrides
+from distft.cli.arguments import ConfigPath, Overrides, existing_checkpoint
+from distft.topology import Topology
 
 CheckpointPath = Annotated[
     str,
     typer.Argument(
-        metavar="CHECKPOINT", help="A run's directory (its newest checkpoint), or one checkpoint."
+        metavar="CHECKPOINT",
+        help="A run's directory (its newest checkpoint), or one checkpoint.",
+        callback=existing_checkpoint,
     ),
 ]
 
@@ -21,11 +24,15 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Runs in this process, or as one rank of torchrun, deepspeed or Ray.
     """
+    from distft.run.check import check_before_torch
     from distft.run.config import load_run_config
-    from distft.run.environment import configure_environment
-    from distft.run.train import run_training
+    from distft.run.environment import collector_paused, configure_environment
 
     settings = load_run_config(config, overrides or ())
+    check_before_torch(settings, Topology.from_env(os.environ))
+    with collector_paused():
+        from distft.run.train import run_training
+
     run_training(settings, configure_environment(settings.device))
 
 
@@ -43,7 +50,6 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on its run's validation data, or on other data."""
     from distft.run.pretrained import evaluate_checkpoint
-    from distft.topology import Topology
 
     topology = Topology.from_env(os.environ)
     metrics = evaluate_checkpoint(checkpoint, overrides or (), topology)

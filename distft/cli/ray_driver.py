@@ -27,10 +27,9 @@ def main(arguments: Sequence[str], train: "TrainFn | None" = None) -> int:
     from distft.cli.main import report
     from distft.cluster.driver.driver import run_on_ray
     from distft.errors import DistftError
-    from distft.run.train import run_training
 
     try:
-        run_on_ray(arguments[0], arguments[1:], environ=os.environ, train=train or run_training)
+        run_on_ray(arguments[0], arguments[1:], environ=os.environ, train=train)
     except DistftError as error:
         report(error, rank=0)
         return error.exit_code

@@ -17,6 +17,7 @@ from distft.cluster.paths import RUN_ROOT
 from distft.cluster.stop_monitor import StopMonitor
 from distft.errors import ConfigError, DistftError, StorageError, TrainingError
 from distft.run.config import RunConfig
+from distft.run.environment import resume_collector
 from distft.run.train import RunResult
 from distft.topology import Topology
 from distft.train.services import StopRequested, never_stop
@@ -40,6 +41,7 @@ def run_worker(task: WorkerTask) -> RunResult:
 
     Raises `DistftError` only: other classes may not unpickle on the driver, and would lose their traceback.
     """
+    resume_collector()
     context = ray.train.get_context()
     topology = Topology(
         rank=context.get_world_rank(),

@@ -12,10 +12,7 @@ from torch.nn.functional import pad
 from xxhash import xxh3_64_hexdigest
 
 from distft.data.sampler import Indices
-
-IGNORE_INDEX = -100  # a target that has no loss
-NEXT_TOKEN = "next_token"  # name of the targets [B, T]: the token that follows each position
-LABEL = "label"  # name of the targets [B]: the class of each row
+from distft.data.targets import IGNORE_INDEX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +31,16 @@ class Batch:
     lengths: Tensor | None = None  # int64 [B]: tokens before the right padding; None: no padding
     num_target_bytes: int = 0  # UTF-8 bytes of the target tokens; 0 if unknown
     dropout_keys: Tensor | None = None  # int64 [B]: what dropout draws in each row; None: at random
+    counted_pairs: int | None = None  # `num_attention_pairs`, once counted
 
     @property
     def num_attention_pairs(self) -> int:
-        """The sum of the squared lengths of all documents, each of which attends only to itself."""
+        """The sum of the squared lengths of all documents, each of which attends only to itself.
+
+        Unless `counted_pairs` has it, this reads the batch: on a GPU it would wait.
+        """
+        if self.counted_pairs is not None:
+            return self.counted_pairs
         num_rows, width = self.input_ids.shape
         if self.document_ids is None or self.position_ids is None:
             return num_rows * width**2

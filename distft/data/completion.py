@@ -1,65 +1,20 @@
-"""Prompt and completion pairs: only the tokens of the completion have a loss."""
+"""Settings of prompt and completion pairs: only the tokens of the completion have a loss."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from string import Formatter
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from xxhash import xxh3_64_hexdigest
 
 from distft.config import Settings
-from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN, Batch, RaggedArray, count_target_bytes
 from distft.data.dataset import DataContext, check_vocabulary
-from distft.data.feed import Feed
-from distft.data.records import Record, RowErrors, read_records
-from distft.data.sampler import Indices
 
-
-class CompletionRows:
-    """One prompt and its completion per row, encoded once and kept in memory.
-
-    Batches are padded on the right to their longest row. The label of a position is the next token if that
-    belongs to the completion, else `IGNORE_INDEX`.
-    """
-
-    def __init__(
-        self,
-        rows: RaggedArray,
-        prompt_lengths: Indices,
-        *,
-        pad_id: int = 0,
-        token_bytes: NDArray[np.int64] | None = None,
-        summary: str = "completions",
-    ) -> None:
-        """`rows`: prompt followed by completion, at least one token of each."""
-        self._rows = rows
-        self._prompt_lengths = prompt_lengths
-        self._pad_id = pad_id
-        self._token_bytes = token_bytes
-        self.num_sequences = len(rows)
-        self.summary = summary
-        self.fingerprint = f"{rows.fingerprint}-{xxh3_64_hexdigest(prompt_lengths.tobytes())}"
-
-    def batch(self, indices: Indices) -> Batch:
-        """Rows `indices`; for empty `indices`, row 0 without targets."""
-        rows = indices if len(indices) else np.zeros(1, np.int64)
-        tokens = self._rows.padded(rows, self._pad_id)
-        inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        lengths = self._rows.lengths(rows) - 1  # without the last token, which is a label only
-        columns = np.arange(labels.shape[1])
-        is_target = (columns >= self._prompt_lengths[rows][:, None] - 1) & (columns < lengths[:, None])
-        labels[~is_target | (not len(indices))] = IGNORE_INDEX
-        inputs[columns >= lengths[:, None]] = self._pad_id  # removes the last token of shorter rows
-        return Batch(
-            input_ids=torch.from_numpy(inputs),
-            targets={NEXT_TOKEN: torch.from_numpy(labels)},
-            num_targets={NEXT_TOKEN: int(np.count_nonzero(labels != IGNORE_INDEX))},
-            lengths=torch.from_numpy(lengths),
-            num_target_bytes=count_target_bytes(labels, self._token_bytes),
-        )
+if TYPE_CHECKING:
+    from distft.data.completion_rows import CompletionRows
+    from distft.data.feed import Feed
+    from distft.data.records import Record
 
 
 class CompletionConfig(Settings):
@@ -106,14 +61,20 @@ class CompletionConfig(Settings):
 
     def build(self, context: DataContext) -> Feed:
         """Infinite epochs for training."""
+        from distft.data.feed import Feed
+
         return Feed.for_training(self.open(context), seed=self.data_seed, shuffle=self.shuffle)
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
         """Every row once, in file order."""
+        from distft.data.feed import Feed
+
         return Feed.for_evaluation(self.open(context))
 
     def open(self, context: DataContext) -> CompletionRows:
         """Read and encode the file. Raises `DataError` with file and line of every problem."""
+        from distft.data.records import read_records
+
         columns = self._prompt_columns()
         texts = list(dict.fromkeys([*columns, self.completion]))
         records = read_records(self.path, texts=texts, max_rows=self.max_rows)
@@ -121,6 +82,12 @@ class CompletionConfig(Settings):
 
     def _encode_records(self, records: Sequence[Record], context: DataContext) -> CompletionRows:
         """Truncate completions at the end to `seq_len`, then prompts at the front to the rest of the row."""
+        import numpy as np
+
+        from distft.data.batch import RaggedArray
+        from distft.data.completion_rows import CompletionRows
+        from distft.data.records import RowErrors
+
         eos = [] if context.eos_id is None else [context.eos_id]
         errors = RowErrors(self.path)
         rows, prompt_lengths = [], []

@@ -1,17 +1,22 @@
-"""The interface of datasets, and the run context from which they are built."""
+"""The interface of datasets, and the run context from which they are built. Imports no torch or NumPy."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from distft.data.batch import Batch
-from distft.data.sampler import Indices
 from distft.errors import DataError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from distft.data.batch import Batch
+    from distft.data.sampler import Indices
+
 Encode = Callable[[str], list[int]]
+DocumentMode = Literal["separate", "joined"]  # whether a row's documents see each other
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

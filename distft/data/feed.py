@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
 
 from distft.data.batch import Batch, merge_batches
 from distft.data.dataset import SequenceDataset
+from distft.data.device_copy import BatchCopier, HostBatches
 from distft.data.mixture import MixtureSampler, Sampler, SequentialSampler
 from distft.data.sampler import Indices
 from distft.topology import MicroBatch
@@ -110,18 +111,25 @@ class Feed:
 class Prefetcher:
     """Iterator over the batches of `micro_batches`, made by a thread that runs at most `depth` ahead.
 
-    With `pin_memory` the batches are in page-locked memory. Leaving the context ends the thread. An exception
-    in the thread is raised by the `next` that would have returned the batch. `wait_s` is the total time that
-    `next` has waited for data.
+    The thread also applies `prepare` to each batch and starts its copy to the device. Leaving the context
+    ends the thread. An exception in the thread is raised by the `next` that would have returned the batch.
+    `wait_s` is the total time that `next` has waited for data.
     """
 
     def __init__(
-        self, feed: Feed, micro_batches: Iterable[MicroBatch], *, depth: int = 4, pin_memory: bool = False
+        self,
+        feed: Feed,
+        micro_batches: Iterable[MicroBatch],
+        *,
+        depth: int = 4,
+        prepare: Transform | None = None,
+        copier: BatchCopier | None = None,
     ) -> None:
-        self._pin_memory = pin_memory
+        self._prepare = prepare
+        self._copier = HostBatches() if copier is None else copier
         self.wait_s = 0.0
         self.last_micro_batch = MicroBatch(0, 0)  # sequences of the batch that `next` returned last
-        self._queue: queue.Queue[tuple[MicroBatch, Batch] | BaseException | None] = queue.Queue(depth)
+        self._queue: queue.Queue[tuple[MicroBatch, Batch, Any] | BaseException | None] = queue.Queue(depth)
         self._is_closed = threading.Event()
         self._thread = threading.Thread(
             target=self._produce, args=(feed, iter(micro_batches)), name="distft-prefetch", daemon=True
@@ -139,7 +147,8 @@ class Prefetcher:
         item = self._queue.get()
         self.wait_s += perf_counter() - started
         if isinstance(item, tuple):
-            self.last_micro_batch, batch = item
+            self.last_micro_batch, batch, copied = item
+            self._copier.receive(batch, copied)
             return batch
         self.close()
         if item is None:
@@ -175,7 +184,9 @@ class Prefetcher:
                 if self._is_closed.is_set():
                     return
                 batch = feed.batch(micro_batch.start, micro_batch.stop)
-                self._queue.put((micro_batch, batch.pin_memory() if self._pin_memory else batch))
+                if self._prepare is not None:
+                    batch = self._prepare(batch)
+                self._queue.put((micro_batch, *self._copier.start(batch)))
         except BaseException as error:  # `__next__` raises it in the consumer's thread
             self._queue.put(error)
         else:

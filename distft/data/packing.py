@@ -1,16 +1,16 @@
 """Packs a token stream into rows of equal length, within or across document boundaries."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN, Batch, count_target_bytes
+from distft.data.batch import Batch, count_target_bytes
+from distft.data.dataset import DocumentMode
 from distft.data.sampler import Indices
+from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import DataError
-
-DocumentMode = Literal["separate", "joined"]
 
 
 class TokenStream(Protocol):

@@ -1,16 +1,19 @@
 """Token shards as training data: one source or a weighted mixture."""
 
-from typing import Literal, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from distft.config import Settings
-from distft.data.dataset import DataContext, check_vocabulary
-from distft.data.feed import Feed
-from distft.data.mixture import integer_shares
-from distft.data.packing import DocumentMode, PackedRows
-from distft.data.shards import TokenShards
+from distft.data.dataset import DataContext, DocumentMode, check_vocabulary
+from distft.data.shares import integer_shares
 from distft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from distft.data.feed import Feed
+    from distft.data.packing import PackedRows
 
 
 class TokenSourceConfig(Settings):
@@ -39,6 +42,8 @@ class TokensConfig(Settings):
 
     def build(self, context: DataContext) -> Feed:
         """Infinite epochs for training, sources mixed by weight."""
+        from distft.data.feed import Feed
+
         weights = [source.weight for source in self.sources]
         return Feed.for_training(
             *self.open(context), weights=weights, seed=self.data_seed, shuffle=self.shuffle
@@ -46,6 +51,8 @@ class TokensConfig(Settings):
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
         """Every row of every source once, regardless of the weights."""
+        from distft.data.feed import Feed
+
         return Feed.for_evaluation(*self.open(context))
 
     def open(self, context: DataContext) -> list[PackedRows]:
@@ -61,6 +68,9 @@ class TokensConfig(Settings):
         return opened
 
     def _open_source(self, path: str, context: DataContext) -> PackedRows:
+        from distft.data.packing import PackedRows
+        from distft.data.shards import TokenShards
+
         shards = TokenShards.open(path)
         if shards.tokenizer_fingerprint != context.tokenizer_fingerprint:
             raise DataError(

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from distft.engine.interface import EngineSettings, Precision
+from distft.engine.settings import EngineSettings, Precision
 from distft.topology import BatchPlan
 
 # Keys that distft's own settings determine, so `engine.deepspeed` must not set them.
@@ -21,7 +21,7 @@ _RESERVED_KEYS = {
     "communication_data_type",
     "zero_force_ds_cpu_optimizer",
 }
-_RESERVED_ZERO_KEYS = {"stage", "offload_optimizer", "offload_param"}
+_RESERVED_ZERO_KEYS = {"stage", "offload_optimizer", "offload_param", "compute_grad_norm"}
 
 Offload = Literal["none", "cpu"]
 
@@ -35,7 +35,7 @@ class ZeroConfig(EngineSettings):
     offload_optimizer: Offload = "none"  # where master weights and moments are stored
     offload_param: Offload = "none"  # where stage 3 stores a rank's partition of the weights
     reduce_bucket_size: int = Field(default=50_000_000, gt=0)  # elements per reduction
-    overlap_comm: bool = False  # reduce during the backward; for NCCL
+    overlap_comm: bool | Literal["auto"] = "auto"  # reduce during the backward; auto: on a GPU
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # further keys of DeepSpeed's configuration
 
     @model_validator(mode="after")
@@ -47,10 +47,6 @@ class ZeroConfig(EngineSettings):
             )
         if self.offload_param != "none" and self.zero_stage != 3:
             errors.append(f"offload_param needs zero_stage 3, not {self.zero_stage}")
-        if self.compile and self.zero_stage == 3:
-            errors.append(
-                "compile does not work with zero_stage 3, which gathers and frees weights; use stage 1 or 2"
-            )
         reserved = sorted(_RESERVED_KEYS & self.deepspeed.keys())
         zero_section = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero_section, dict):
@@ -65,13 +61,27 @@ class ZeroConfig(EngineSettings):
         return self
 
 
-def deepspeed_config(settings: ZeroConfig, plan: BatchPlan, *, max_grad_norm: float | None) -> dict[str, Any]:
+def clips_in_kernel(settings: ZeroConfig) -> bool:
+    """Whether the optimizer's kernel clips and skips; otherwise DeepSpeed does, on the host.
+
+    It does so at stage 3, for offloaded states, and in bf16 and fp16 at stage 0.
+    """
+    if settings.offload_optimizer != "none" or settings.zero_stage == 3:
+        return False
+    return settings.zero_stage > 0 or settings.param_dtype == "fp32"
+
+
+def deepspeed_config(
+    settings: ZeroConfig, plan: BatchPlan, *, is_cuda: bool, max_grad_norm: float | None
+) -> dict[str, Any]:
     """DeepSpeed's configuration, as the JSON object that users of plain DeepSpeed write themselves."""
+    overlap_comm = is_cuda if settings.overlap_comm == "auto" else settings.overlap_comm
+    in_kernel = clips_in_kernel(settings)
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
         "reduce_bucket_size": settings.reduce_bucket_size,
         "allgather_bucket_size": settings.reduce_bucket_size,
-        "overlap_comm": settings.overlap_comm,
+        "overlap_comm": overlap_comm and plan.dp_world_size > 1,
         # Staging buffers speed up reductions over ranks; on one rank they only cost copies.
         "contiguous_gradients": plan.dp_world_size > 1,
         "reduce_scatter": plan.dp_world_size > 1,
@@ -81,6 +91,9 @@ def deepspeed_config(settings: ZeroConfig, plan: BatchPlan, *, max_grad_norm: fl
         zero["offload_optimizer"] = {"device": settings.offload_optimizer}
     if settings.offload_param != "none":
         zero["offload_param"] = {"device": settings.offload_param}
+    if in_kernel and settings.zero_stage > 0:
+        # ZeroEngine computes it before the step. DeepSpeed's optimizer for bf16 at stage 1 cannot omit it.
+        zero["compute_grad_norm"] = settings.zero_stage == 1 and settings.param_dtype == "bf16"
     config: dict[str, Any] = {
         # DeepSpeed uses these two only for the accumulation count: ranks may have batches of unequal size.
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -89,13 +102,17 @@ def deepspeed_config(settings: ZeroConfig, plan: BatchPlan, *, max_grad_norm: fl
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on a CPU without a JIT build
         "communication_data_type": settings.reduce_dtype,
         "steps_per_print": None,
+        "gradient_clipping": 0.0 if in_kernel else max_grad_norm or 0.0,  # without this key it is 1.0
         "timers": {"throughput": {"enabled": False}},  # it waits for the device at every micro-batch
     }
-    if not (settings.zero_stage == 0 and settings.param_dtype == "fp32"):
-        # Otherwise ZeroEngine clips, because DeepSpeed would not report the norm.
-        config["gradient_clipping"] = max_grad_norm or 0.0
     if settings.param_dtype == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # `immediate_grad_update`: at stage 1 each gradient is added to its fp32 sum as soon as it is there,
+        # which takes 4 bytes per parameter and not 6; at other stages it changes nothing.
+        config["bf16"] = {
+            "enabled": True,
+            "check_grad_overflow": not in_kernel,
+            "immediate_grad_update": True,
+        }
     if settings.param_dtype == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # ZeroEngine.set_loss_scale overrides it
     if settings.zero_stage > 0:  # stage 0 can only accumulate in the model's own dtype

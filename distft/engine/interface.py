@@ -1,47 +1,24 @@
-"""The `Engine` interface that the training loop uses, and the settings that all engines share."""
+"""The `Engine` interface that the training loop uses."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 
 from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.sources import StateSource
-from distft.config import Settings
 from distft.data.batch import Batch
+from distft.engine.settings import Precision
 from distft.optim.adamw import ParameterGroup
 
-Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # (model, micro-batch) -> loss terms [K], each already divided by what it is a mean over
 LossTermsFn: TypeAlias = Callable[[Callable[..., Mapping[str, Tensor]], Batch], Tensor]
 GroupLr: TypeAlias = Callable[[ParameterGroup], float]  # a group's learning rate in this step
-
-
-# What the backward recomputes to save memory: nothing, all but products and attention, or whole blocks.
-ActivationCheckpointing = Literal["none", "selective", "full"]
-
-
-def _from_bool(value: Any) -> Any:
-    """Until format version 2 the setting was a boolean, and so it is in older files."""
-    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
-
-
-class EngineSettings(Settings):
-    """Settings common to all engines."""
-
-    param_dtype: Precision = "fp32"  # of weights and activations; updates are fp32
-    activation_checkpointing: Annotated[ActivationCheckpointing, BeforeValidator(_from_bool)] = "none"
-    compile: bool | Literal["auto"] = "auto"  # torch.compile each block: slower to start, then faster
-    fp8: Literal["none", "tensorwise", "rowwise"] = (
-        "none"  # scaling of FP8 matrix products
-    )
-    allow_tf32: bool = False  # on a GPU, multiply fp32 matrices with 10 bits of mantissa: faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +55,11 @@ class Engine(Protocol):
     def step(self, group_lr: GroupLr) -> UpdateResult:
         """Clip, update, clear the gradients; change nothing if a gradient is not finite."""
 
-    def set_loss_scale(self, scale: float) -> None:
-        """fp16 only: the factor of the loss in `forward_backward`, by which `step` divides gradients."""
+    def set_loss_scale(self, scale: Tensor) -> None:
+        """fp16 only: the factor of the loss in `forward_backward`, by which `step` divides gradients.
+
+        A scalar on the device, which does not change until the next call.
+        """
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""

@@ -1,7 +1,7 @@
 """The single-process engine in plain torch: for laptops and tests, and the reference for ZeRO."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,11 @@ from torch import Tensor, nn
 from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.sources import StateSource, read_state
 from distft.data.batch import Batch
-from distft.engine.interface import DTYPES, EngineSettings, GroupLr, LossTermsFn, UpdateResult
+from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
+from distft.engine.settings import LocalConfig
 from distft.engine.weight_average import WeightAverage, WeightSlice
 from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
-
-
-class LocalConfig(EngineSettings):
-    """Plain torch in a single process."""
-
-    type: Literal["local"] = "local"
 
 
 class LocalEngine:
@@ -42,7 +37,7 @@ class LocalEngine:
         self.module = module
         self._max_grad_norm = optim.max_grad_norm
         self._dtype = DTYPES[settings.param_dtype]
-        self._loss_scale = 1.0
+        self._loss_scale: Tensor | None = None  # fp16 only
         allocate(module, device, self._dtype)
         self._params = dict(module.named_parameters())
         self._groups = list(groups)
@@ -82,17 +77,19 @@ class LocalEngine:
         for batch in micro_batches:
             terms = loss_terms(self.model, batch.to(self.device))
             loss = terms.sum()
-            torch.autograd.backward(loss * self._loss_scale if self._loss_scale != 1.0 else loss)
+            torch.autograd.backward(loss if self._loss_scale is None else loss * self._loss_scale)
             total = terms.detach() if total is None else total + terms.detach()
         assert total is not None
         return total
 
-    def set_loss_scale(self, scale: float) -> None:
+    def set_loss_scale(self, scale: Tensor) -> None:
         self._loss_scale = scale
 
     def step(self, group_lr: GroupLr) -> UpdateResult:
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients) / self._loss_scale
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self._loss_scale is not None:
+            grad_norm = grad_norm / self._loss_scale
         is_skipped = set_clip_and_skip(
             self._optimizer, grad_norm, loss_scale=self._loss_scale, max_grad_norm=self._max_grad_norm
         )

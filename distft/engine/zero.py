@@ -15,11 +15,14 @@ from distft.checkpoint.sources import StateSource, read_state
 from distft.collectives import Collectives
 from distft.data.batch import Batch
 from distft.engine import zero_layout
-from distft.engine.deepspeed_config import ZeroConfig, deepspeed_config
+from distft.engine.deepspeed_config import ZeroConfig, clips_in_kernel, deepspeed_config
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
+from distft.engine.node import read_once_per_node
+from distft.engine.stage3_blocks import free_weights_until_backward, gather_by_block
 from distft.engine.weight_average import WeightAverage, WeightSlice
-from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw
+from distft.model.block import Block
+from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
 from distft.topology import BatchPlan
 
 
@@ -54,20 +57,33 @@ class ZeroEngine:
         self._ema_decay = optim.ema_decay
         self._average: WeightAverage | None = None
         self._loss_scale = 1.0
-        config = deepspeed_config(settings, plan, max_grad_norm=optim.max_grad_norm)
+        self._clips_in_kernel = clips_in_kernel(settings)
+        config = deepspeed_config(
+            settings, plan, is_cuda=device.type == "cuda", max_grad_norm=optim.max_grad_norm
+        )
         dtype = DTYPES[settings.param_dtype]
         if self._stage == 3:
             zero_layout.allocate_stage3(module, config, device, dtype)
         else:
             allocate(module, device, dtype)
         self._params = dict(module.named_parameters())
+        optimizer = build_adamw(self._params, groups, optim)
+        zero_layout.accept_optimizer(type(optimizer))
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory statistics at any log level
             self._engine, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_adamw(self._params, groups, optim),
+                optimizer=optimizer,
                 config=config,
                 dist_init_required=False,
             )
+        if self._clips_in_kernel and self._stage > 0:
+            zero_layout.update_without_waiting(self._engine)
+        if self._stage == 3:
+            blocks = [layer for layer in module.modules() if isinstance(layer, Block)]
+            gather_by_block(blocks)
+            for block in blocks:
+                if settings.activation_checkpointing == "none" and block.compiled_train is None:
+                    free_weights_until_backward(block)
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -84,23 +100,21 @@ class ZeroEngine:
         assert total is not None
         return total
 
-    def set_loss_scale(self, scale: float) -> None:
-        self._loss_scale = scale
-        zero_layout.set_loss_scale(self._engine, self._stage, scale)
+    def set_loss_scale(self, scale: Tensor) -> None:
+        self._loss_scale = float(scale)  # DeepSpeed keeps it on the host, as it does the overflow
+        zero_layout.set_loss_scale(self._engine, self._stage, self._loss_scale)
 
     def step(self, group_lr: GroupLr) -> UpdateResult:
         optimizer = self._engine.optimizer
         for group, settings in zip(self._groups, optimizer.param_groups, strict=True):
             settings["lr"] = group_lr(group)
-        if optimizer is zero_layout.inner_optimizer(self._engine):
-            update = self._step_without_wrapper()
-        else:
-            update = self._step_wrapper(optimizer)
+        update = self._update_by_kernel() if self._clips_in_kernel else self._update_by_wrapper(optimizer)
         if self._average is not None:
             self._average.update(update.is_skipped)
         return update
 
-    def _step_wrapper(self, optimizer: Any) -> UpdateResult:
+    def _update_by_wrapper(self, optimizer: Any) -> UpdateResult:
+        """DeepSpeed clips and skips, which waits for the device."""
         self._engine.step()
         grad_norm = zero_layout.last_grad_norm(self._engine)
         grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.device)
@@ -108,21 +122,22 @@ class ZeroEngine:
             grad_norm = grad_norm / self._loss_scale
         return UpdateResult(grad_norm, torch.tensor(float(optimizer.overflow), device=self.device))
 
-    def _step_without_wrapper(self) -> UpdateResult:
-        """Stage 0 in fp32: DeepSpeed only sums the gradients, so clipping and skipping are done here."""
-        gradients = [p.grad for p in self._params.values() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
-        is_skipped = not bool(torch.isfinite(grad_norm))
-        if is_skipped:
-            self._engine.zero_grad()
-            for param in self._params.values():
-                param.grad = None
+    def _update_by_kernel(self) -> UpdateResult:
+        """The optimizer's kernel clips and skips: no pass over the gradients, and nothing waits."""
+        if self._stage == 0:
+            grad_norm = torch.nn.utils.get_total_norm(
+                p.grad for p in self._params.values() if p.grad is not None
+            )
         else:
-            if self._max_grad_norm is not None:
-                factor = (self._max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_(gradients, factor)
-            self._engine.step()
-        return UpdateResult(grad_norm, torch.tensor(float(is_skipped), device=self.device))
+            grad_norm = zero_layout.gradient_norm(self._engine) / self._loss_scale
+        is_skipped = set_clip_and_skip(
+            zero_layout.inner_optimizer(self._engine),
+            grad_norm,
+            loss_scale=None,  # DeepSpeed divides by it
+            max_grad_norm=self._max_grad_norm,
+        )
+        self._engine.step()
+        return UpdateResult(grad_norm, is_skipped)
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return self._collectives.all_reduce_sum(value)
@@ -166,25 +181,39 @@ class ZeroEngine:
         zero_layout.create_optimizer_state(
             self._engine, self._stage, [g.updates for g in self._groups], self._moments
         )
-        # First the weights that the model computes with, trainable and frozen, in param_dtype.
-        for name, param in self._params.items():
-            if self._stage == 3:
-                start, values = zero_layout.stage3_weights(self._engine, param)
-                read_state(source, name, WEIGHT, values, start)
-                if zero_layout.is_gathered(param):
-                    read_state(source, name, WEIGHT, param.detach().view(-1), 0)
-            else:
-                read_state(source, name, WEIGHT, param.detach().view(-1), 0)
-        # Then the fp32 master weights and moments, of trainable parameters only.
-        for partition in zero_layout.local_partitions(self._engine, self._stage, self._params):
-            read_state(source, partition.parameter, WEIGHT, partition.master_weights, partition.start)
-            for moment, values in partition.moments.items():
-                read_state(source, partition.parameter, moment, values, partition.start)
+        partitions = list(zero_layout.local_partitions(self._engine, self._stage, self._params))
         if self._ema_decay is not None:
-            partitions = zero_layout.local_partitions(self._engine, self._stage, self._params)
             slices = [WeightSlice(p.parameter, p.start, p.master_weights) for p in partitions]
             self._average = WeightAverage(self._ema_decay, slices)
-            self._average.load(source)
+        if self._stage < 3:
+            read_once_per_node(source, self._states_on_every_rank(partitions), self._collectives)
+        else:
+            self._load_stage3_weights(source)
+        if self._stage > 0:  # at stage 0 every rank has all of it
+            for partition in partitions:
+                read_state(source, partition.parameter, WEIGHT, partition.master_weights, partition.start)
+                for moment, values in partition.moments.items():
+                    read_state(source, partition.parameter, moment, values, partition.start)
+            if self._average is not None:
+                self._average.load(source)
+
+    def _states_on_every_rank(self, partitions: Sequence[zero_layout.ParameterPartition]) -> list[Fragment]:
+        """Stages 0 to 2: the weights that the model computes with; at stage 0 all else, too."""
+        states = [Fragment(name, WEIGHT, 0, p.detach().view(-1)) for name, p in self._params.items()]
+        if self._stage > 0:
+            return states
+        for partition in partitions:
+            if partition.master_weights.dtype != self._params[partition.parameter].dtype:
+                states.append(Fragment(partition.parameter, WEIGHT, 0, partition.master_weights))
+            states += [Fragment(partition.parameter, name, 0, v) for name, v in partition.moments.items()]
+        return states if self._average is None else [*states, *self._average.fragments()]
+
+    def _load_stage3_weights(self, source: StateSource) -> None:
+        for name, param in self._params.items():
+            start, values = zero_layout.stage3_weights(self._engine, param)
+            read_state(source, name, WEIGHT, values, start)
+            if zero_layout.is_gathered(param):
+                read_state(source, name, WEIGHT, param.detach().view(-1), 0)
 
     def close(self) -> None:
         self._engine.destroy()

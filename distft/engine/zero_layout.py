@@ -7,10 +7,14 @@ element by element with plain torch. Another DeepSpeed may use another layout, s
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from distft.engine.memory import replace_parameters
@@ -40,8 +44,24 @@ def check_version() -> None:
 
 
 def skip_jit_builds() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives: it takes 50-98 s and changes no result."""
+    """Keep DeepSpeed from compiling what distft does not use; it changes no result.
+
+    Its shared-memory collectives take 50-98 s. ZeRO also imports Muon at each start, which imports torch's
+    compiler for its kernels: 1.5 s.
+    """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch_compile, compiler.compile = compiler.compile, lambda: lambda kernel: kernel
+    try:
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = torch_compile
+
+
+def accept_optimizer(kind: type[torch.optim.Optimizer]) -> None:
+    """Have DeepSpeed take `kind`, a subclass of an optimizer that it supports, without a warning."""
+    supported = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+    if kind not in supported:
+        supported.append(kind)
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -78,9 +98,14 @@ def _flat_parameters(engine: Any, zero_stage: int) -> Iterator[tuple[Tensor, int
                 yield param, i
 
 
+def _is_bf16_stage1(optimizer: Any) -> bool:
+    """Whether it is DeepSpeed's BF16_Optimizer: stage 1, bf16, gradients accumulated in fp32."""
+    return hasattr(optimizer, "fp32_groups_flat_partition")
+
+
 def _flat_partitions(optimizer: Any) -> Sequence[Tensor]:
     """Stages 1 and 2: this rank's fp32 partition of each group, under either wrapper's name."""
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1, bf16, fp32 accumulation
+    if _is_bf16_stage1(optimizer):
         return optimizer.fp32_groups_flat_partition  # type: ignore[no-any-return]
     return optimizer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
 
@@ -176,6 +201,42 @@ def allocate_stage3(
         return whole
 
     replace_parameters(module, partitioned)
+
+
+def update_without_waiting(engine: Any) -> None:
+    """Stages 1 and 2: have DeepSpeed's step take the gradients as they are.
+
+    In bf16 at stage 1 it would decide on the host about clipping and overflow, whatever its configuration.
+    """
+    optimizer = engine.optimizer
+    if not _is_bf16_stage1(optimizer):
+        return  # the configuration turns it off
+
+    def step() -> None:
+        for partition, gradient in zip(
+            optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition, strict=True
+        ):
+            partition.grad = gradient
+        optimizer.optimizer.step()
+        optimizer.update_lp_params()  # the engine clears the gradients
+
+    optimizer.step = step
+
+
+def gradient_norm(engine: Any) -> Tensor:
+    """Stages 1 and 2, after the backward: the norm of the scaled gradients; inf or nan if one is not finite.
+
+    DeepSpeed's own norm converts all gradients to fp64, which takes longer than the optimizer's update.
+    """
+    optimizer = engine.optimizer
+    if _is_bf16_stage1(optimizer):  # each rank has the whole sum over ranks
+        return torch.nn.utils.get_total_norm(chain.from_iterable(optimizer.fp32_groups_gradients))
+    by_group = optimizer.averaged_gradients
+    gradients = [gradient for number in range(len(by_group)) for gradient in by_group[number]]
+    # In the groups' order and squared in fp64, one rank alone gets the same norm as the local engine.
+    total = torch.nn.utils.get_total_norm(gradients).to(optimizer.device).double().square()
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    return total.sqrt().float()
 
 
 def last_grad_norm(engine: Any) -> Any:

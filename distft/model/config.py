@@ -53,7 +53,7 @@ class ModelConfig(Settings):
     tie_embeddings: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)  # of embeddings, attention weights and both residual branches
     attention: Literal["causal", "bidirectional"] = "causal"
-    attention_kernel: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex attention for packed rows on CUDA
+    attention_kernel: Literal["auto", "sdpa", "cudnn", "flex"] = "auto"  # auto: flex for packed rows on CUDA
     init_std: float | None = Field(0.02, gt=0)  # of matrices; null: d_model ** -0.5
 
     @model_validator(mode="after")

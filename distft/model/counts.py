@@ -91,6 +91,23 @@ def training_flops(
     return forward_flops(config, seq_len, heads) + Flops(per_token, per_pair)
 
 
+def recomputed_flops(config: ModelConfig, trainable: Collection[str] | None = None) -> Flops:
+    """FLOPs that full activation checkpointing adds: a second forward of each block that has a backward.
+
+    It ends before the block's last product, `mlp.down`, since the backward does not need its result.
+    """
+    blocks = [f"blocks.{index}." for index in range(config.num_layers)]
+    names = None if trainable is None else tuple(trainable)
+    before = ["embed.", "position_embed."]
+    num_recomputed = sum(
+        names is None or any(name.startswith((*before, *blocks[: index + 1])) for name in names)
+        for index in range(config.num_layers)
+    )
+    products = [p for p in _linear_products(config, 1, {}) if p.name.startswith(blocks[0])]
+    numel = sum(product.numel for product in products[:-1])
+    return Flops(2.0 * numel * num_recomputed, _forward_flops_per_pair(config) * num_recomputed)
+
+
 def _attention_inputs(attention: str) -> tuple[str, ...]:
     return tuple(f"{attention}{name}." for name in ("q", "k", "v", "q_norm", "k_norm"))
 

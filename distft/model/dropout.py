@@ -45,7 +45,8 @@ def _random_16_bit(shape: torch.Size, keys_B: Tensor, site: int) -> Tensor:
         positions = torch.arange(size, device=device).view(-1, *[1] * (axis + 1))
         counters = counters + positions * _MAX_WIDTH ** (axis + 1)
     keys = _mix(keys_B + site).view(num_rows, *[1] * (len(shape) - 1))
-    numbers = _mix(keys + counters * _GOLDEN)
+    # Inductor computes with `counters` as with indices, in which a 64-bit factor overflows; `^` ends that.
+    numbers = _mix(keys + (counters ^ 0) * _GOLDEN)
     return numbers.view(torch.int16)[..., :width]
 
 

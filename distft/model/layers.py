@@ -4,6 +4,7 @@ Shape letters: B rows, T positions, C = d_model.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 from distft.model.config import ModelConfig
 
 
+@cache
 def _has_native_matmul(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions that multiply matrices of `dtype`."""
     probe = {

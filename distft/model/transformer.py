@@ -11,52 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distft.errors import ConfigError
-from distft.model.attention import (
-    Attention,
-    AttentionMask,
-    KVCache,
-    RotaryCosSin,
-    make_attention_mask,
-    rotary_cos_sin,
-)
+from distft.model.attention import KVCache, RotaryCosSin, rotary_cos_sin
+from distft.model.attention_kernels import AttentionMask, make_attention_mask
+from distft.model.block import Block
 from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Head, Heads, ModelConfig
 from distft.model.dropout import dropout, random_row_keys
-from distft.model.layers import GELU, Linear, SwiGLU, make_embedding, make_norm
+from distft.model.layers import Linear, make_embedding, make_norm
 
 # (hidden [N, C], weight [V, C]) -> what the caller computes from them, such as a summed loss
 HiddenLossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
-
-    __call__: Callable[..., Tensor]
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__()
-        self.dropout_site = 3 * index + 1  # of its three places of dropout; 0 is that of the embeddings
-        self.attn_norm = make_norm(config)
-        self.attn = Attention(config, self.dropout_site)
-        self.mlp_norm = make_norm(config)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
-        self.dropout = config.dropout
-
-    def forward(
-        self,
-        x_BTC: Tensor,
-        rope: RotaryCosSin | None,
-        mask: AttentionMask,
-        dropout_keys_B: Tensor | None = None,
-        kv_cache: KVCache | None = None,
-    ) -> Tensor:
-        y_BTC = self.attn(self.attn_norm(x_BTC), rope, mask, dropout_keys_B, kv_cache)
-        if dropout_keys_B is not None:
-            y_BTC = dropout(y_BTC, self.dropout, dropout_keys_B, self.dropout_site + 1)
-        x_BTC = x_BTC + y_BTC
-        y_BTC = self.mlp(self.mlp_norm(x_BTC))
-        if dropout_keys_B is not None:
-            y_BTC = dropout(y_BTC, self.dropout, dropout_keys_B, self.dropout_site + 2)
-        return x_BTC + y_BTC
 
 
 class OutputProjection(Linear):
@@ -84,7 +47,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.heads = dict(heads)
-        self.activation_checkpointing: Literal["none", "selective", "full"] = "none"
+        self._recomputes_blocks = False
+        self._rotary_cos_sin: Callable[..., RotaryCosSin] = rotary_cos_sin
         self.embed = make_embedding(config.padded_vocab_size, config.d_model)
         if config.positions == "learned":
             self.position_embed = make_embedding(config.max_seq_len, config.d_model)
@@ -167,14 +131,23 @@ class Transformer(nn.Module):
             projection.weight = self.embed.weight
         return projection
 
+    def set_activation_checkpointing(self, mode: Literal["none", "selective", "full"]) -> None:
+        """What the backward recomputes: nothing, all but products and attention, or whole blocks."""
+        self._recomputes_blocks = mode == "full"
+        for block in self.blocks:
+            block.recomputes_selectively = mode == "selective"  # type: ignore[assignment]
+
     def compile_blocks(self) -> None:
-        """Compile each block with torch.compile, at its first call.
+        """Compile the training pass of each block, final norm and rotary angles, at their first calls.
 
         Compiling the whole model would unroll the cross entropy's chunks. Block by block, the step is as fast
         and compiling takes 2-12 s instead of 20 (6.9M parameters, 6 layers, one core).
         """
         for block in self.blocks:
-            block.compile()
+            block.compile_training()  # type: ignore[operator]
+        # Cheap to compile for any shape at once, so these two are compiled for evaluation too.
+        self.norm.forward = torch.compile(self.norm.forward, dynamic=True)
+        self._rotary_cos_sin = torch.compile(rotary_cos_sin, dynamic=True)
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, RotaryCosSin | None]:
         x_BTC = self.embed(input_ids)
@@ -182,13 +155,13 @@ class Transformer(nn.Module):
         if self.config.positions == "learned":
             x_BTC = x_BTC + self.position_embed(position_ids)
         else:
-            rope = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
+            rope = self._rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
         return x_BTC, rope
 
     def _run_blocks(
         self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask, dropout_keys_B: Tensor | None
     ) -> Tensor:
-        recompute = self.activation_checkpointing != "none" and torch.is_grad_enabled()
+        recompute = self._recomputes_blocks and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
                 # Dropout depends on its keys alone, so the generators' states need no copy.

@@ -1,20 +1,25 @@
 """Next-token prediction; the labels decide which tokens count: whole documents or completions only."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from distft.config import Settings
-from distft.data.batch import NEXT_TOKEN, Batch
+from distft.data.targets import NEXT_TOKEN
 from distft.errors import ConfigError
 from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
-from distft.objective.cross_entropy import FusedLinearCrossEntropy, LossAndNumCorrect
-from distft.objective.interface import Model, ObjectiveContext
+
+if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
+    from torch import Tensor
+
+    from distft.data.batch import Batch
+    from distft.objective.cross_entropy import FusedLinearCrossEntropy, LossAndNumCorrect
+    from distft.objective.interface import Model, ObjectiveContext
 
 
 class CausalLM(Settings):
@@ -46,13 +51,21 @@ class CausalLM(Settings):
         return batch.num_targets
 
     def loss_sums(self, model: Model, batch: Batch, context: ObjectiveContext) -> Mapping[str, Tensor]:
-        loss_fn = FusedLinearCrossEntropy(context.vocab_size, self.z_loss, self.label_smoothing)
+        from distft.objective.cross_entropy import FusedLinearCrossEntropy
+
+        loss_fn = FusedLinearCrossEntropy(
+            context.vocab_size, self.z_loss, self.label_smoothing, compiles=context.compiles
+        )
         return {NEXT_TOKEN: _forward(model, batch, loss_fn)}
 
-    @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, context: ObjectiveContext) -> dict[str, Tensor]:
         """`sums`, float64 [4]: loss, correct predictions, target tokens and target bytes of the batch."""
-        sums = _forward(model, batch, LossAndNumCorrect(context.vocab_size))
+        import torch
+
+        from distft.objective.cross_entropy import LossAndNumCorrect
+
+        with torch.no_grad():
+            sums = _forward(model, batch, LossAndNumCorrect(context.vocab_size))
         counts = torch.tensor([batch.num_targets[NEXT_TOKEN], batch.num_target_bytes], dtype=torch.float64)
         return {"sums": torch.cat([sums, counts.to(sums.device)])}
 

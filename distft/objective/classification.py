@@ -1,18 +1,22 @@
 """Classification: one label per row."""
 
-from collections.abc import Mapping
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from distft.config import Settings
-from distft.data.batch import IGNORE_INDEX, LABEL, Batch
+from distft.data.targets import IGNORE_INDEX, LABEL
 from distft.errors import ConfigError
 from distft.model.config import ClassificationHead, Heads, ModelConfig
-from distft.objective.interface import Model, ObjectiveContext
+
+if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
+    from torch import Tensor
+
+    from distft.data.batch import Batch
+    from distft.objective.interface import Model, ObjectiveContext
 
 
 class Classification(Settings):
@@ -42,6 +46,8 @@ class Classification(Settings):
         return batch.num_targets
 
     def loss_sums(self, model: Model, batch: Batch, context: ObjectiveContext) -> Mapping[str, Tensor]:  # noqa: ARG002
+        from torch.nn.functional import cross_entropy
+
         loss_sum = cross_entropy(
             _logits(model, batch).float(),
             batch.targets[LABEL],
@@ -51,10 +57,14 @@ class Classification(Settings):
         )
         return {LABEL: loss_sum}
 
-    @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, context: ObjectiveContext) -> dict[str, Tensor]:  # noqa: ARG002
         """The summed loss, float64, and the confusion matrix [label, prediction], int64."""
-        logits, labels = _logits(model, batch).float(), batch.targets[LABEL]
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        with torch.no_grad():
+            logits = _logits(model, batch).float()
+        labels = batch.targets[LABEL]
         counts = labels != IGNORE_INDEX
         loss_sum = cross_entropy(logits[counts].double(), labels[counts], reduction="sum")
         num_labels = logits.shape[1]

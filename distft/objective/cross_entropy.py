@@ -3,14 +3,16 @@
 Shape letters: N rows, M rows of one chunk, C = d_model, V = padded_vocab_size, K = vocab_size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distft.data.batch import IGNORE_INDEX
+from distft.data.targets import IGNORE_INDEX
 
 # Elements of one chunk's logits. On a CPU 16 MiB of fp32: smaller chunks repack the weight for a product more
 # often, and from 32 MiB on malloc maps fresh memory for every chunk.
@@ -31,6 +33,7 @@ class FusedLinearCrossEntropy:
     vocab_size: int
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    compiles: bool = False  # with torch.compile, into one pass over the logits of a chunk
 
     def __call__(self, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor) -> Tensor:
         return _FusedLinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
@@ -81,12 +84,15 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         # Chunks add up in the weight's gradient, so it is fp32; padding rows of the vocabulary stay 0.
         weight_grad = torch.zeros_like(weight_VC, dtype=torch.float32) if needs_weight_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
+        loss_and_grad = _compiled_loss_and_grad() if loss_fn.compiles else _loss_and_grad
         for rows in _row_chunks(hidden_NC, weight_VC.shape[0]):
             hidden_MC = hidden_NC[rows]
             # With all padded rows: tensor cores are fast on multiples of 8 or 64, which K may not be.
             logits_MV = hidden_MC @ weight_VC.T
             logits_MV[:, loss_fn.vocab_size :] = -torch.inf
-            chunk_loss, grad_MV, counts_M = _loss_and_grad(logits_MV, labels_N[rows], loss_fn)
+            chunk_loss, grad_MV, counts_M = loss_and_grad(
+                logits_MV, labels_N[rows], loss_fn.vocab_size, loss_fn.z_loss, loss_fn.label_smoothing
+            )
             loss += chunk_loss
             if hidden_grad is not None:
                 hidden_grad[rows] = (grad_MV @ weight_VC) * counts_M[:, None]
@@ -109,13 +115,17 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None
 
 
+@cache
+def _compiled_loss_and_grad() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_loss_and_grad)
+
+
 def _loss_and_grad(
-    logits_MV: Tensor, labels_M: Tensor, loss_fn: FusedLinearCrossEntropy
+    logits_MV: Tensor, labels_M: Tensor, vocab_size: int, z_loss: float, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, gradient by the logits (also of ignored rows), and whether each row counts (0 or 1)."""
     counts_M = labels_M != IGNORE_INDEX
     target_M1 = labels_M.clamp_min(0)[:, None]
-    smoothing, vocab_size = loss_fn.label_smoothing, loss_fn.vocab_size
     # The gradient of nll by the logits is softmax(logits) - one_hot(target): we start from the softmax.
     grad_MV = torch.softmax(logits_MV, dim=-1, dtype=torch.float32)
     # logsumexp without a second exponential per element: log p of the most likely token is its logit minus
@@ -124,9 +134,9 @@ def _loss_and_grad(
     loss_M = logsumexp_M - (1 - smoothing) * logits_MV.gather(1, target_M1)[:, 0]
     if smoothing:
         loss_M = loss_M - smoothing * logits_MV[:, :vocab_size].mean(dim=-1, dtype=torch.float32)
-    if loss_fn.z_loss:
-        loss_M = loss_M + loss_fn.z_loss * logsumexp_M.square()
-        grad_MV = grad_MV * (1 + 2 * loss_fn.z_loss * logsumexp_M)[:, None]
+    if z_loss:
+        loss_M = loss_M + z_loss * logsumexp_M.square()
+        grad_MV = grad_MV * (1 + 2 * z_loss * logsumexp_M)[:, None]
     if smoothing:
         grad_MV[:, :vocab_size] -= smoothing / vocab_size
     grad_MV.scatter_add_(1, target_M1, torch.full_like(target_M1, smoothing - 1, dtype=torch.float32))

@@ -20,6 +20,7 @@ class ObjectiveContext:
 
     vocab_size: int  # logits from this index on belong to padding
     collectives: Collectives  # of the data-parallel ranks
+    compiles: bool = False  # the model is compiled, so the loss may be too
 
 
 class Objective(Protocol):

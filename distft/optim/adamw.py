@@ -1,18 +1,22 @@
 """AdamW: its settings, and parameter groups by weight decay, learning rate and update count."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from distft.config import Settings
 from distft.errors import ConfigError
 from distft.optim.patterns import matching_names, no_match_message
 from distft.optim.schedules import CosineConfig, ScheduleConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -88,6 +92,8 @@ def build_adamw(
     tensors: Mapping[str, Tensor], groups: Sequence[ParameterGroup], config: AdamWConfig
 ) -> torch.optim.AdamW:
     """torch's AdamW over the tensors that `groups` name, with one param_group for each."""
+    from distft.optim.eager import EagerAdamW
+
     param_groups = [
         {
             "params": [tensors[name] for name in group.names],
@@ -95,11 +101,15 @@ def build_adamw(
         }
         for group in groups
     ]
-    return torch.optim.AdamW(param_groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+    return EagerAdamW(param_groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_clip_and_skip(
-    optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, loss_scale: float, max_grad_norm: float | None
+    optimizer: torch.optim.Optimizer,
+    grad_norm: Tensor,
+    *,
+    loss_scale: Tensor | None,
+    max_grad_norm: float | None,
 ) -> Tensor:
     """Have the next update divide gradients by `loss_scale`, clip them, and skip if they are not finite.
 
@@ -107,7 +117,9 @@ def set_clip_and_skip(
     gradients by `grad_scale` and changes nothing if `found_inf` is 1, so clipping needs no pass over the
     gradients, and neither waits for the device.
     """
-    divisor = torch.full_like(grad_norm, loss_scale)
+    import torch
+
+    divisor = torch.ones_like(grad_norm) if loss_scale is None else loss_scale.to(grad_norm.dtype)
     if max_grad_norm is not None:  # as torch's clip_grad_norm_ does, its 1e-6 included
         divisor = divisor * ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
     is_skipped = (~torch.isfinite(grad_norm)).float()

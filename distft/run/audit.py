@@ -3,18 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from distft.config import load_yaml, parse
-from distft.data.feed import Feed
 from distft.errors import ConfigError, DistftError
 from distft.run.check import check_run
 from distft.run.config import RunConfig
-from distft.run.run_dir import CONFIG_FILE
+from distft.run.paths import CONFIG_FILE
 from distft.topology import Topology
 from distft.tracker import EVENTS_FILE, LEDGER_EVENT, read_lines
+
+if TYPE_CHECKING:
+    from distft.data.feed import Feed
 
 _CHUNK_ROWS = 1 << 20
 
@@ -95,8 +95,10 @@ def audit_run(run_dir: str) -> tuple[Audit, str]:
     return replace(audit, uses_per_row=uses), ""
 
 
-def uses_per_row(feed: Feed, num_sequences: int) -> tuple[int, int]:
+def uses_per_row(feed: "Feed", num_sequences: int) -> tuple[int, int]:
     """How often the run's first `num_sequences` use a row of the data: minimum and maximum."""
+    import numpy as np
+
     counts = [np.zeros(size, np.int64) for size in feed.dataset_sizes]
     for start in range(0, num_sequences, _CHUNK_ROWS):
         sources, rows = feed.lookup(start, min(start + _CHUNK_ROWS, num_sequences))

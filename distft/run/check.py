@@ -1,18 +1,26 @@
 """Checks a run without using a device, and describes it."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from math import prod
+from typing import TYPE_CHECKING
 
-from distft.errors import ErrorCollector
+from distft.engine.settings import LocalConfig
+from distft.errors import ConfigError, ErrorCollector
 from distft.model.counts import training_flops
 from distft.run.config import RunConfig
-from distft.run.engines import check_engine
-from distft.run.inputs import RunInputs, read_inputs
+from distft.run.paths import check_paths
 from distft.topology import BatchPlan, Topology
 
+if TYPE_CHECKING:
+    from distft.run.inputs import RunInputs
 
-def check_run(config: RunConfig, topology: Topology) -> tuple[BatchPlan, RunInputs]:
+
+def check_run(config: RunConfig, topology: Topology) -> "tuple[BatchPlan, RunInputs]":
     """The run's batch plan and inputs. Raises one error with every problem that was found."""
+    check_before_torch(config, topology)
+    from distft.run.inputs import read_inputs
+
     errors = ErrorCollector()
     with errors.collect():
         check_engine(config, topology)
@@ -22,6 +30,37 @@ def check_run(config: RunConfig, topology: Topology) -> tuple[BatchPlan, RunInpu
         inputs = read_inputs(config)
     errors.raise_if_any()
     return plan, inputs
+
+
+def check_before_torch(config: RunConfig, topology: Topology) -> None:
+    """Raise for wrong paths now, before torch is imported, which takes 2 s.
+
+    Without wrong paths it raises nothing: `check_run` finds more, and raises all of it together.
+    """
+    errors = ErrorCollector()
+    with errors.collect():
+        check_engine(config, topology)
+    with errors.collect():
+        BatchPlan(dp_world_size=topology.axes.data, **config.batch.model_dump())
+    with errors.collect():
+        check_paths(config)
+        return
+    errors.raise_if_any()
+
+
+def check_engine(config: RunConfig, topology: Topology) -> None:
+    """Raise `ConfigError` if the engine cannot run on these ranks or is not installed."""
+    if isinstance(config.engine, LocalConfig) and topology.world_size > 1:
+        raise ConfigError(
+            f"engine.type=local is one process, but {topology.world_size} ranks were started: "
+            "set engine.type=zero (zero_stage=0 for plain data parallelism), or start one."
+        )
+    if isinstance(config.engine, LocalConfig):
+        return
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine.type=zero needs deepspeed, which is not installed: install it, or set engine.type=local."
+        )
 
 
 def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:

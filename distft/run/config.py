@@ -13,7 +13,7 @@ from distft.data.completion import CompletionConfig
 from distft.data.labelled import LabelledConfig
 from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
-from distft.engine.local import LocalConfig
+from distft.engine.settings import LocalConfig
 from distft.errors import DistftError, suggest_name
 from distft.model.config import ModelConfig
 from distft.objective.settings import CausalLM, ObjectiveConfig

@@ -1,7 +1,5 @@
 """Builds the device, the collectives and the engine that a configuration describes."""
 
-from importlib.util import find_spec
-
 import torch
 
 from distft.checkpoint.committed import Checkpoint
@@ -9,13 +7,15 @@ from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
 from distft.collectives import Collectives, ProcessGroup, SingleProcess, all_or_none
 from distft.engine.interface import Engine
-from distft.engine.local import LocalConfig, LocalEngine
+from distft.engine.local import LocalEngine
+from distft.engine.settings import LocalConfig
 from distft.errors import ConfigError
 from distft.model.initialisation import initial_fragment
 from distft.optim.adamw import parameter_groups
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
-from distft.run.model import build_module, new_parameter_prefixes, require_parameters
+from distft.run.model import new_parameter_prefixes, require_parameters
+from distft.run.training_module import build_training_module
 from distft.topology import BatchPlan, Topology
 
 
@@ -32,22 +32,9 @@ def choose_device(config: RunConfig, topology: Topology) -> torch.device:
         )
     device = torch.device("cuda", topology.local_rank)
     torch.cuda.set_device(device)
+    # The older of two settings: torch refuses to read it after the newer one, `fp32_precision`, was set.
+    torch.backends.cuda.matmul.allow_tf32 = config.engine.allow_tf32
     return device
-
-
-def check_engine(config: RunConfig, topology: Topology) -> None:
-    """Raise `ConfigError` if the engine cannot run on these ranks or is not installed."""
-    if isinstance(config.engine, LocalConfig) and topology.world_size > 1:
-        raise ConfigError(
-            f"engine.type=local is one process, but {topology.world_size} ranks were started: "
-            "set engine.type=zero (zero_stage=0 for plain data parallelism), or start one."
-        )
-    if isinstance(config.engine, LocalConfig):
-        return
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "engine.type=zero needs deepspeed, which is not installed: install it, or set engine.type=local."
-        )
 
 
 def build_collectives(config: RunConfig, topology: Topology, device: torch.device) -> Collectives:
@@ -67,12 +54,8 @@ def build_engine(
     """The engine with its state from `resumed`; for a new run from `init_from`, else initial weights."""
     config = inputs.config
     source = _state_source(inputs, resumed)
-    module = build_module(inputs.model, inputs.heads)
-    module.activation_checkpointing = config.engine.activation_checkpointing
-    for name, param in module.named_parameters():
-        param.requires_grad_(name in inputs.trainable)
-    if config.engine.compile is True:
-        module.compile_blocks()
+    with all_or_none(collectives, ConfigError):
+        module = build_training_module(inputs, plan, device)
     updates = {name: source.updates(name) for name in inputs.trainable}
     groups = parameter_groups(inputs.shapes, inputs.trainable, config.optim, updates)
     engine: Engine

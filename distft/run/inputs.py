@@ -1,22 +1,18 @@
 """Reads and checks the inputs of a run before it uses a device: tokenizer, data, model, checkpoint."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from distft import storage
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.sources import CheckpointSource
 from distft.data.dataset import DataContext
 from distft.data.feed import Feed
-from distft.data.tokens import TokensConfig
-from distft.errors import CheckpointError, ConfigError, DataError, ErrorCollector
+from distft.errors import CheckpointError, ConfigError, ErrorCollector
 from distft.model.config import Heads, ModelConfig
 from distft.optim.adamw import parameter_groups
 from distft.optim.patterns import select_trainable
-from distft.run.config import DataConfig, RunConfig
+from distft.run.config import RunConfig
 from distft.run.model import (
     HEAD_PREFIXES,
     added_block_prefixes,
@@ -25,9 +21,9 @@ from distft.run.model import (
     require_parameters,
     require_same_model,
 )
+from distft.run.paths import find_tokenizer, require_writable
 from distft.tokenizer import Tokenizer
 
-TOKENIZER_FILE = "tokenizer.model"
 _PLACEHOLDER_LABELS = ("a", "b")  # replace the labels of unreadable data, so that other checks can go on
 
 
@@ -62,7 +58,7 @@ def read_inputs(config: RunConfig) -> RunInputs:
     is_init_from_missing = config.init_from is not None and init_from is None
     if config.tokenizer is not None or not is_init_from_missing:  # otherwise it may be the checkpoint's
         with errors.collect():
-            tokenizer = Tokenizer.load(find_tokenizer(config.tokenizer, config.data, init_from))
+            tokenizer = Tokenizer.load(find_tokenizer(config, None if init_from is None else init_from.path))
     if tokenizer is None or is_init_from_missing:
         errors.raise_if_any()
     assert tokenizer is not None
@@ -106,20 +102,6 @@ def read_inputs(config: RunConfig) -> RunInputs:
     )
 
 
-def require_writable(run_dir: str) -> None:
-    """Raise `ConfigError` if `run_dir` cannot be created or written to; creates nothing."""
-    path = Path(run_dir).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError(
-            f"run_dir={run_dir} cannot be a directory: {existing} is a file. Choose another run_dir."
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"run_dir={run_dir} cannot be written: no write permission in {existing}. Choose another run_dir."
-        )
-
-
 def _open_init_from(config: RunConfig) -> CheckpointSource | None:
     if config.init_from is None:
         return None
@@ -132,28 +114,6 @@ def _open_init_from(config: RunConfig) -> CheckpointSource | None:
     if damage:
         raise CheckpointError("\n".join(f"init_from: {problem}" for problem in damage))
     return source
-
-
-def find_tokenizer(setting: str | None, data: DataConfig, init_from: CheckpointSource | None) -> str:
-    """Path of the run's tokenizer: of the setting, else in the checkpoint, else next to the token shards."""
-    if setting is not None:
-        return setting
-    candidates = []
-    if init_from is not None:
-        candidates.append(storage.join(init_from.path, TOKENIZER_FILE))
-    if isinstance(data, TokensConfig):
-        shards = data.sources[0].path
-        if not storage.exists(shards):
-            raise DataError(
-                f"data.sources.0.path={shards} does not exist: name a directory that `distft tokenize` made, "
-                "such as its output's train/."
-            )
-        candidates += [storage.join(shards, TOKENIZER_FILE), storage.join(shards, "..", TOKENIZER_FILE)]
-    for candidate in candidates:
-        if storage.exists(candidate):
-            return candidate
-    tried = f" (tried {', '.join(candidates)})" if candidates else ""
-    raise ConfigError(f"tokenizer is not set, and none was found{tried}: set tokenizer to a .model file.")
 
 
 def _model_config(config: RunConfig, init_from: CheckpointSource | None, tokenizer: Tokenizer) -> ModelConfig:

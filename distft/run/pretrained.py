@@ -24,8 +24,9 @@ from distft.model.transformer import Transformer
 from distft.objective.interface import ObjectiveContext
 from distft.run.config import RunConfig
 from distft.run.engines import choose_device
-from distft.run.inputs import TOKENIZER_FILE, data_context
+from distft.run.inputs import data_context
 from distft.run.model import build_module, require_parameters
+from distft.run.paths import TOKENIZER_FILE
 from distft.tokenizer import Tokenizer
 from distft.topology import Topology
 from distft.tracker import progress

@@ -16,10 +16,9 @@ from distft.config import dump_yaml
 from distft.errors import ConfigError
 from distft.run.inputs import RunInputs
 from distft.run.model import new_parameter_prefixes
+from distft.run.paths import CONFIG_FILE
 from distft.run.resume import changed_settings
 from distft.tracker import LEDGER_EVENT, Trackers, build_trackers
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True, slots=True)

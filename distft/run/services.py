@@ -14,7 +14,8 @@ from distft.config import redact
 from distft.engine.interface import Engine
 from distft.objective.interface import ObjectiveContext
 from distft.optim.adamw import parameter_groups
-from distft.run.inputs import TOKENIZER_FILE, RunInputs
+from distft.run.inputs import RunInputs
+from distft.run.paths import TOKENIZER_FILE
 from distft.run.run_dir import RunRecord, ledger_fields
 from distft.tracker import LEDGER_EVENT
 from distft.train.evaluation import evaluate
@@ -90,6 +91,9 @@ class RunServices(TrainerServices):
         self._saving[progress.step] = progress
         self._saver.save(self._take_snapshot(progress, probe))
         self._log_commits()
+
+    def before_update(self) -> None:
+        self._saver.hold_update()
 
     def wait_for_saves(self) -> None:
         try:

@@ -13,11 +13,12 @@ from distft import storage
 from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.manifest import Progress
+from distft.checkpoint.staging import copier_from
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
 from distft.engine.interface import DTYPES
 from distft.errors import Preempted, SupersededError
-from distft.model.counts import training_flops
+from distft.model.counts import recomputed_flops, training_flops
 from distft.objective.interface import ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
@@ -27,12 +28,14 @@ from distft.run.inputs import RunInputs
 from distft.run.resume import find_resume_checkpoint
 from distft.run.run_dir import RunRecord, open_run_dir
 from distft.run.services import RunServices
+from distft.run.training_module import uses_compile
 from distft.topology import BatchPlan, Topology
 from distft.train.loop import Trainer
 from distft.train.loss_probe import LossProbe
 from distft.train.schedule import TrainingSchedule
 from distft.train.services import StopReason, StopRequested, never_stop
 from distft.train.throughput import Throughput, peak_flops_per_s
+from distft.watch.device_clock import device_clock
 from distft.watch.watchdog import Watchdog
 
 _MIN_STRAGGLER_INTERVAL_STEPS = 10
@@ -67,6 +70,7 @@ def run_training(
             heartbeat_s=config.heartbeat_s,
             hang_timeout_s=config.hang_timeout_s,
             interval_steps=max(config.train.log_every_steps, _MIN_STRAGGLER_INTERVAL_STEPS),
+            clock=device_clock(device),
         )
         with watchdog:
             run = TrainingRun(
@@ -143,7 +147,12 @@ class TrainingRun:
         config, inputs = self._config, self._inputs
         engine = build_engine(inputs, checkpoint, self._plan, self._collectives, self._device)
         assert inputs.model.vocab_size is not None  # RunInputs has filled it in
-        context = ObjectiveContext(inputs.model.vocab_size, self._collectives)
+        context = ObjectiveContext(
+            inputs.model.vocab_size,
+            self._collectives,
+            # On a CPU the compiled loss is no faster: 0.96 times the speed (6.9M parameters, AVX2).
+            compiles=self._device.type == "cuda" and uses_compile(inputs, self._plan, self._device),
+        )
         loss_probe = LossProbe(
             inputs.train, config.objective, config.engine.param_dtype, vocab_size=context.vocab_size
         )
@@ -153,7 +162,7 @@ class TrainingRun:
             services = RunServices(
                 inputs,
                 engine,
-                saver=CheckpointSaver(self._store, config.checkpoint),
+                saver=CheckpointSaver(self._store, config.checkpoint, copier_from(self._device)),
                 loss_probe=loss_probe,
                 record=record,
                 watchdog=self._watchdog,
@@ -204,6 +213,11 @@ class TrainingRun:
             flops=training_flops(
                 self._inputs.model, self._plan.seq_len, self._inputs.heads, self._inputs.trainable
             ),
+            recomputed_flops=(
+                recomputed_flops(self._inputs.model, self._inputs.trainable)
+                if self._config.engine.activation_checkpointing == "full"
+                else None
+            ),
             peak_flops_per_s=peak_flops_per_s(self._device, dtype),
             world_size=self._collectives.world_size,
         )
@@ -211,7 +225,7 @@ class TrainingRun:
     def _build_loss_scale(self, progress: Progress) -> DynamicLossScale | None:
         if self._config.engine.param_dtype != "fp16":
             return None
-        loss_scale = LossScaleConfig().build()
+        loss_scale = LossScaleConfig().build(self._device)
         if progress.loss_scale is not None:
             loss_scale.load_state_dict(progress.loss_scale)
         return loss_scale

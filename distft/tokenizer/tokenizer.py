@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 from numpy.typing import NDArray
 
 from distft import storage
@@ -26,6 +25,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes) -> None:
         """`model`: a serialized sentencepiece `ModelProto`. Raises `DataError` if it is not one."""
+        import sentencepiece  # settings of tokenizers are checked without it
+
         self._model = model
         self.model_proto = parse_model_proto(model)
         try:

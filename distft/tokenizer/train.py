@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import sentencepiece
 from pydantic import Field, model_validator
 
 from distft.config import Settings
@@ -74,6 +73,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerTrainConfig, output_p
     The same texts and settings give the same model. Raises `ConfigError` if there is no text, or too little
     for the vocabulary size; the message gives the possible sizes.
     """
+    import sentencepiece  # settings are checked without it
+
     sample = sample_sentences(texts, config.sample_bytes, config.seed)
     sentences = list(_trainable_sentences(sample))
     if not sentences:

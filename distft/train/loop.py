@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distft.checkpoint.manifest import Progress
 from distft.data.batch import Batch
+from distft.data.device_copy import batch_copier
 from distft.data.feed import Feed, Prefetcher
 from distft.engine.interface import Engine
 from distft.errors import Preempted, Resized, TrainingError
@@ -14,12 +15,12 @@ from distft.model.dropout import row_keys
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
-from distft.train.deferred_read import DeferredRead
 from distft.train.progress import ProgressCounter
 from distft.train.schedule import TrainingSchedule
 from distft.train.services import STOP_REASONS, TrainerServices
 from distft.train.step import StepResult, train_step
 from distft.train.throughput import Throughput, peak_memory_bytes
+from distft.train.transfers import DeferredRead
 
 _PREFETCH_DEPTH = 8
 _MAX_SKIPPED_AT_END = 3  # consecutive steps; one or two are normal in fp16, whose loss scale has to adapt
@@ -75,7 +76,8 @@ class Trainer:
             self._feed,
             self._remaining_micro_batches(),
             depth=_PREFETCH_DEPTH,
-            pin_memory=self._engine.device.type == "cuda",
+            prepare=self._prepare,
+            copier=batch_copier(self._engine.device),
         )
         with batches:
             self._throughput.restart()
@@ -110,6 +112,7 @@ class Trainer:
                 weights=self._objective.term_weights(self.step),
                 group_lr=lambda group: lr * group.lr_scale,
                 signals=self._local_signals(),
+                before_update=self._services.before_update,
             )
         self._heartbeat.finish_step()
         self._progress.add_step(result)
@@ -124,15 +127,20 @@ class Trainer:
             self._check_skipped_steps(result)
         if self._schedule.is_log_due(self.step):
             self._services.log(self._metrics(result, lr), self.step)
-        return DeferredRead(result.signals)
+        return result.signals
 
-    def _next_batch(self, batches: Prefetcher) -> Batch:
-        batch = next(batches)
-        self._progress.ledger.add(batches.last_micro_batch)
+    def _prepare(self, batch: Batch) -> Batch:
+        """In the prefetching thread, while the batch is in host memory: all that the step reads of it."""
+        batch = replace(batch, counted_pairs=batch.num_attention_pairs)
         if self._dropout_seed is None:
             return batch
         assert batch.sequence_numbers is not None
         return replace(batch, dropout_keys=row_keys(self._dropout_seed, batch.sequence_numbers))
+
+    def _next_batch(self, batches: Prefetcher) -> Batch:
+        batch = next(batches)
+        self._progress.ledger.add(batches.last_micro_batch)
+        return batch
 
     def _loss_sums(self, model: Model, batch: Batch) -> Mapping[str, Tensor]:
         """The loss terms. Ranks wait for each other in the backward; at stage 3 also in the forward."""
@@ -141,7 +149,7 @@ class Trainer:
 
     def _update_loss_scale(self, result: StepResult) -> None:
         if self._loss_scale is not None:
-            is_overflow = bool(result.is_skipped) and int(result.num_targets.sum()) > 0
+            is_overflow = result.is_skipped.bool() & (result.num_targets.sum() > 0)
             self._loss_scale.update(is_overflow=is_overflow)
             self._engine.set_loss_scale(self._loss_scale.scale)
 
@@ -180,7 +188,7 @@ class Trainer:
             **self._throughput.read(),
         }
         if self._loss_scale is not None:
-            metrics["loss_scale"] = self._loss_scale.scale
+            metrics["loss_scale"] = float(self._loss_scale.scale)
         return metrics
 
     def _optional_metrics(self, result: StepResult) -> dict[str, float | int]:

@@ -9,7 +9,8 @@ from distft.checkpoint.fingerprint import fragment_digests, merge_digests
 from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.manifest import Manifest, ProbeRecord
 from distft.collectives import Collectives, SingleProcess, all_or_none
-from distft.engine.interface import Engine, Precision
+from distft.engine.interface import Engine
+from distft.engine.settings import Precision
 from distft.errors import CheckpointError
 from distft.objective.interface import Objective, ObjectiveContext
 from distft.train.evaluation import EvaluationFeed

@@ -30,6 +30,9 @@ class TrainerServices(Protocol):
     def save(self, progress: Progress) -> None:
         """Start to save a checkpoint; the write may continue in the background."""
 
+    def before_update(self) -> None:
+        """Called between the backward and the update of each step: a save may still copy the old state."""
+
     def wait_for_saves(self) -> None:
         """Return once every save is committed. Raises the error of a save that failed."""
 

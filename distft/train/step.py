@@ -9,6 +9,7 @@ from torch import Tensor
 from distft.data.batch import Batch
 from distft.engine.interface import Engine, GroupLr
 from distft.objective.interface import Model
+from distft.train.transfers import DeferredRead, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class StepResult:
     num_targets: Tensor  # int64 [K], in the global batch
     grad_norm: Tensor  # before clipping
     is_skipped: Tensor  # 1.0 if gradients were not finite, or the batch had no targets
-    signals: Tensor  # int64 [S], summed over ranks
+    signals: DeferredRead  # int64 [S], summed over ranks, since the start of the step
 
 
 def train_step(
@@ -32,25 +33,26 @@ def train_step(
     weights: Mapping[str, float],
     group_lr: GroupLr,
     signals: Sequence[int] = (),
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward, backward and update over this rank's share of one global batch.
 
     Each term is divided by the number of its targets in the *global* batch, so that loss and gradient do not
-    depend on how the batch is split. `signals` are summed over ranks along with these counts.
+    depend on how the batch is split. `signals` are summed over ranks along with these counts; reading them
+    waits until the device has begun this step, so that it may run at most one step behind the host.
     """
     local = [sum(num_targets(batch).get(name, 0) for batch in micro_batches) for name in weights]
-    totals = engine.all_reduce_sum(torch.tensor([*local, *signals]).to(engine.device, non_blocking=True))
-    counts = totals[: len(weights)]
+    totals = engine.all_reduce_sum(to_device([*local, *signals], engine.device))
+    counts, summed_signals = totals[: len(weights)], DeferredRead(totals[len(weights) :])
     # A step without any target divides by zero on purpose: no engine applies a gradient that is not finite.
     divisors = counts.clamp(min=(counts.sum() > 0).long())
-    scale = torch.tensor(list(weights.values())).to(engine.device, non_blocking=True)
+    scale = to_device(list(weights.values()), engine.device)
 
     def loss_terms(model: Model, batch: Batch) -> Tensor:
         sums = loss_sums(model, batch)
         return torch.stack([sums[name] for name in weights]) * scale / divisors
 
     terms = engine.all_reduce_sum(engine.forward_backward(micro_batches, loss_terms))
+    before_update()
     update = engine.step(group_lr)
-    return StepResult(
-        terms.sum(), terms / scale, counts, update.grad_norm, update.is_skipped, totals[len(weights) :]
-    )
+    return StepResult(terms.sum(), terms / scale, counts, update.grad_norm, update.is_skipped, summed_signals)

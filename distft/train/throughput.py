@@ -1,4 +1,4 @@
-"""Throughput of a run, and its share of the peak of the hardware (MFU)."""
+"""Throughput of a run, and its share of the peak of the hardware: MFU, and with recomputation HFU."""
 
 import resource
 import time
@@ -72,8 +72,12 @@ def _synchronize(device: torch.device) -> None:
 class Throughput:
     """Measures rates between calls of `read`."""
 
-    def __init__(self, *, flops: Flops, peak_flops_per_s: float, world_size: int) -> None:
+    def __init__(
+        self, *, flops: Flops, recomputed_flops: Flops | None, peak_flops_per_s: float, world_size: int
+    ) -> None:
+        """`flops` are the model's own; activation checkpointing adds `recomputed_flops`."""
         self._flops = flops
+        self._recomputed_flops = recomputed_flops
         self._peak_flops_per_s = peak_flops_per_s
         self._world_size = world_size
         self._started = time.perf_counter()
@@ -102,16 +106,19 @@ class Throughput:
         """Rates since the interval started, and start the next one. Empty if it had no step."""
         elapsed_s = time.perf_counter() - self._started
         num_steps, num_tokens, data_wait_s = self._num_steps, self._num_tokens, self._data_wait_s
-        flops = self._flops.of(num_tokens, self._num_pairs)
+        available = self._peak_flops_per_s * self._world_size * elapsed_s
+        shares = {"mfu": self._flops.of(num_tokens, self._num_pairs) / available}
+        if self._recomputed_flops is not None:
+            recomputed = self._recomputed_flops.of(num_tokens, self._num_pairs)
+            shares["hfu"] = shares["mfu"] + recomputed / available
         self.restart()
         if not num_steps:
             return {}
         tokens_per_s = num_tokens / elapsed_s
-        available = self._peak_flops_per_s * self._world_size
         return {
             "tokens_per_s": tokens_per_s,
             "tokens_per_s_per_rank": tokens_per_s / self._world_size,
-            "mfu": flops / elapsed_s / available,
+            **shares,
             "step_s": elapsed_s / num_steps,
             "data_wait_s": data_wait_s / num_steps,
         }

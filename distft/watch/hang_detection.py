@@ -107,6 +107,7 @@ def hang_event(reason: Reason, rank: int, seen: LastSeen) -> dict[str, Any]:
         "reason": reason,
         "step": seen.heartbeat.step,
         "phase": seen.heartbeat.phase,
+        "device": seen.heartbeat.device,
         "silent_s": round(seen.silent_s, 1),
         "unmoved_s": round(seen.unmoved_s, 1),
         "stack": seen.heartbeat.frames,
@@ -121,5 +122,6 @@ def describe_hang_event(event: Mapping[str, Any], process: str) -> str:
         symptom = f"has not answered for {event['silent_s']:.1f} s"
     store = ", or the store that it or its launcher serves" if event["reason"] == "unreachable" else ""
     where = f"in step {event['step']}, {event['phase']}" if event["step"] else "before its first step"
-    lines = [f"rank {event['rank']} ({process}){store} {symptom}, {where}{STACK_FOLLOWS}"]
+    device = f", its GPU in {event['device']}" if event.get("device") else ""
+    lines = [f"rank {event['rank']} ({process}){store} {symptom}, {where}{device}{STACK_FOLLOWS}"]
     return "\n  ".join([*lines, *event["stack"]])

@@ -3,13 +3,15 @@
 import json
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
-from time import perf_counter
 from types import FrameType
 from typing import Literal, Self
+
+from distft.watch.device_clock import DeviceClock, HostClock, Mark
 
 Phase = Literal[
     "start", "data", "forward", "backward and update", "after the step", "evaluation", "save", "end"
@@ -34,11 +36,12 @@ class Heartbeat:
     """One sign of life of a rank."""
 
     number: int  # of this rank's heartbeats, ascending
-    position: int  # phases entered so far; all ranks enter the same phases in the same order
+    position: int  # phases entered so far by the device; all ranks enter the same ones in the same order
     step: int  # in progress
     phase: Phase
     work: OwnWork
-    is_waiting: bool  # in a collective, by the stack
+    is_waiting: bool  # for other ranks: the host by its stack, or the device if it is behind the host
+    device: str  # what the device is in, if it is behind the host; else empty
     frames: tuple[str, ...]  # "file:line function", the innermost last
 
     def to_text(self) -> str:
@@ -51,17 +54,36 @@ class Heartbeat:
         return cls(**{**record, "work": work, "frames": tuple(record["frames"])})
 
 
-class HeartbeatRecorder:
-    """Records the progress of the thread that creates it, the training thread; any thread may read it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Point:
+    """What the training thread does from a mark on."""
 
-    def __init__(self) -> None:
+    position: int
+    step: int
+    phase: Phase
+    change: Literal["phase", "own work begins", "own work ends", "step ends"] = "phase"
+    num_tokens: int = 0  # of the own work that ends
+
+
+class HeartbeatRecorder:
+    """Records the progress of the thread that creates it, the training thread; any thread may read it.
+
+    On a GPU the training thread is ahead of the device. A heartbeat shows how far the device has come, since
+    the ranks' devices wait for each other, and own work is the device's time.
+    """
+
+    def __init__(self, clock: DeviceClock | None = None) -> None:
         self._thread_id = threading.get_ident()
-        # Always replaced as a whole, so that another thread never reads a partial update.
-        self._current = Heartbeat(
-            number=0, position=0, step=0, phase="start", work=OwnWork(), is_waiting=False, frames=()
-        )
+        self._clock = HostClock() if clock is None else clock
+        self._entered = _Point(position=0, step=0, phase="start")  # by the training thread
+        self._lock = threading.Lock()  # for what follows
+        self._pending: deque[tuple[Mark, _Point]] = deque()  # not reached by the device, in order
+        self._reached = self._entered  # by the device
+        self._own_work_began: Mark | None = None  # while the device is in own work
+        self._work = OwnWork()
         self._step_s = 0.0  # own work of the step in progress
         self._step_tokens = 0
+        self._last_position = -1  # of the last heartbeat
 
     @contextmanager
     def phase(self, phase: Phase, *, step: int | None = None) -> Iterator[None]:
@@ -69,7 +91,7 @@ class HeartbeatRecorder:
 
         If the block raises, the phase stays, so that it shows where this rank failed.
         """
-        outer = self._current.phase
+        outer = self._entered.phase
         self._enter(phase, step)
         yield
         self._enter(outer)
@@ -77,42 +99,93 @@ class HeartbeatRecorder:
     @contextmanager
     def own_work(self, num_tokens: int = 0) -> Iterator[None]:
         """Count the block's time as own work on `num_tokens` tokens. It must not wait for other ranks."""
-        started = perf_counter()
+        self._record(replace(self._entered, change="own work begins"))
         yield
-        self._step_s += perf_counter() - started
-        self._step_tokens += num_tokens
+        self._record(replace(self._entered, change="own work ends", num_tokens=num_tokens))
 
     def finish_step(self) -> None:
         """Add the step's own work to the totals and enter "after the step"."""
-        total = self._current.work
-        work = OwnWork(
+        self._record(replace(self._entered, change="step ends"))
+        self._enter("after the step")
+
+    def end(self) -> None:
+        """Enter the last phase, "end", at once: this rank has finished training, or failed."""
+        with self._lock:
+            self._pending.clear()
+            self._entered = replace(self._entered, position=self._entered.position + 1, phase="end")
+            self._reached = self._entered
+
+    def enter_thread(self) -> None:
+        """Called once by another thread before it takes heartbeats."""
+        self._clock.enter_thread()
+
+    def heartbeat(self, number: int) -> Heartbeat:
+        """A heartbeat of this moment, with the training thread's stack."""
+        frames = _stack(sys._current_frames().get(self._thread_id))
+        with self._lock:
+            self._advance()
+            reached, work, is_behind = self._reached, self._work, bool(self._pending)
+            is_own_work = self._own_work_began is not None
+        # The host waits in a collective's frame; or, for its device, in some other frame.
+        is_waiting, device = any(_is_wait(frame) for frame in frames[-_NUM_WAIT_FRAMES:]), ""
+        if is_behind:
+            is_waiting, device = self._state_of_device(is_own_work, reached.position == self._last_position)
+        self._last_position = reached.position
+        return Heartbeat(
+            number=number,
+            position=reached.position,
+            step=reached.step,
+            phase=reached.phase,
+            work=work,
+            is_waiting=is_waiting,
+            device=device,
+            frames=tuple(_format(frame) for frame in frames[-_NUM_SENT_FRAMES:]),
+        )
+
+    def _state_of_device(self, is_own_work: bool, is_unmoved: bool) -> tuple[bool, str]:
+        """Whether the device, which is behind the host, waits for other ranks; and what it does, in words."""
+        # The flight recorder is read only when needed: it copies its entries, a millisecond.
+        collective = self._clock.collective_in_progress() if is_unmoved else None
+        if collective is None:  # unknown: by the place in the step
+            doing = "its own work" if is_own_work else "its own work or a collective"
+            return not is_own_work, doing
+        return bool(collective), collective or "its own work"
+
+    def _enter(self, phase: Phase, step: int | None = None) -> None:
+        last = self._entered
+        self._entered = replace(
+            last, position=last.position + 1, phase=phase, step=last.step if step is None else step
+        )
+        self._record(self._entered)
+
+    def _record(self, point: _Point) -> None:
+        with self._lock:
+            self._pending.append((self._clock.mark(), point))
+            self._advance()
+
+    def _advance(self) -> None:
+        """Take over all points that the device has reached."""
+        while self._pending and self._pending[0][0].is_reached():
+            mark, point = self._pending.popleft()
+            self._reached = point
+            if point.change == "own work begins":
+                self._own_work_began = mark
+            elif point.change == "own work ends":
+                assert self._own_work_began is not None
+                self._step_s += mark.seconds_since(self._own_work_began)
+                self._step_tokens += point.num_tokens
+                self._own_work_began = None
+            elif point.change == "step ends":
+                self._add_step()
+
+    def _add_step(self) -> None:
+        total = self._work
+        self._work = OwnWork(
             num_steps=total.num_steps + 1,
             num_tokens=total.num_tokens + self._step_tokens,
             seconds=total.seconds + self._step_s,
         )
         self._step_s, self._step_tokens = 0.0, 0
-        self._current = replace(self._current, work=work)
-        self._enter("after the step")
-
-    def end(self) -> None:
-        """Enter the last phase, "end": this rank has finished training."""
-        self._enter("end")
-
-    def heartbeat(self, number: int) -> Heartbeat:
-        """A heartbeat of this moment, with the training thread's stack."""
-        frames = _stack(sys._current_frames().get(self._thread_id))
-        return replace(
-            self._current,
-            number=number,
-            is_waiting=any(_is_wait(frame) for frame in frames[-_NUM_WAIT_FRAMES:]),
-            frames=tuple(_format(frame) for frame in frames[-_NUM_SENT_FRAMES:]),
-        )
-
-    def _enter(self, phase: Phase, step: int | None = None) -> None:
-        last = self._current
-        self._current = replace(
-            last, position=last.position + 1, phase=phase, step=last.step if step is None else step
-        )
 
 
 def _stack(frame: FrameType | None) -> list[tuple[PurePath, int, str]]:

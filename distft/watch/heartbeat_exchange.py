@@ -100,6 +100,7 @@ class HeartbeatExchange:
 
     def _exchange_until_end(self) -> None:
         try:
+            self._recorder.enter_thread()
             while True:
                 is_ending = self._is_ending.is_set()
                 self._exchange()

@@ -13,6 +13,7 @@ from typing import Self
 from distft.collectives import Collectives
 from distft.errors import DistftError, TrainingError
 from distft.tracker import EventLog
+from distft.watch.device_clock import DeviceClock
 from distft.watch.hang_detection import HANG, Hang, LastSeen, describe_hang, find_hang, hang_event
 from distft.watch.heartbeat import HeartbeatRecorder
 from distft.watch.heartbeat_exchange import HangReport, HeartbeatExchange
@@ -40,9 +41,14 @@ class Watchdog:
         heartbeat_s: float,
         hang_timeout_s: float,
         interval_steps: int,
+        clock: DeviceClock | None = None,
     ) -> None:
-        """Called by all ranks together. With `heartbeat_s=0` or a single rank it watches nothing."""
-        self.heartbeat = HeartbeatRecorder()
+        """Called by all ranks together. With `heartbeat_s=0` or a single rank it watches nothing.
+
+        `clock` is that of the rank's device; None: of the CPU.
+        """
+        store = collectives.store() if heartbeat_s > 0 else None
+        self.heartbeat = HeartbeatRecorder(None if store is None else clock)
         self._rank = collectives.rank
         self._world_size = collectives.world_size
         self._run_dir = run_dir
@@ -58,7 +64,6 @@ class Watchdog:
         self._processes: list[RankProcess] = []
         self._exchange: HeartbeatExchange | None = None
         self._thread = threading.Thread(target=self._watch, name="distft-watchdog", daemon=True)
-        store = collectives.store() if heartbeat_s > 0 else None
         if store is not None:
             deciders = range(min(_NUM_DECIDERS, self._world_size))
             watched = range(self._world_size) if self._rank in deciders else (*deciders, self._rank)

@@ -1,24 +1,60 @@
 """Saving in the background, and frozen weights that are written once."""
 
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.damage import flip_bit
 from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
 from support.rank_pool import run_ranks
+from torch import Tensor
 
 from distft.checkpoint.background import CheckpointSaver
-from distft.checkpoint.committed import Checkpoint, committed_steps
+from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.config import CheckpointConfig
+from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.snapshot import CheckpointSnapshot
+from distft.checkpoint.staging import HostCopier, StagingArena
+from distft.checkpoint.steps import committed_steps
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
 from distft.errors import CheckpointError
 from distft.topology import Topology
 
 PARTLY = Scenario(trainable=("blocks.1.*", "norm.weight"))
+
+
+class LateCopier:
+    """Copies only when it is waited for, as late as a GPU may; nothing may have changed by then."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.num_elements = 0  # copied so far
+        self._pairs: Sequence[tuple[Tensor, Tensor]] = ()
+        self._lock = threading.Lock()
+
+    def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.calls.append("start")
+        self._pairs = pairs
+
+    def wait(self) -> None:
+        self._copy()
+
+    def hold_stream(self) -> None:
+        self.calls.append("hold")
+        self._copy()
+
+    def _copy(self) -> None:
+        with self._lock:
+            for source, target in self._pairs:
+                target.copy_(source)
+                self.num_elements += source.numel()
+            self._pairs = ()
 
 
 class SlowStore(CheckpointStore):
@@ -52,6 +88,74 @@ def test_later_steps_do_not_change_the_state_that_is_written(tmp_path: Path) -> 
         assert torch.equal(checkpoint.read(name, state, 0, values.numel()), values), (name, state)
     assert saved.step == 2
     assert checkpoint.find_damage() == []
+
+
+def test_a_device_that_copies_late_still_saves_the_state_of_its_step(tmp_path: Path) -> None:
+    training = run_alone(Scenario(), 2)
+    expected = training.whole_state()
+    copier = LateCopier()
+    store = SlowStore(str(tmp_path))
+    saver = CheckpointSaver(store, CheckpointConfig(), copier)
+    training.before_update = saver.hold_update
+    copier.wait = lambda: None  # type: ignore[method-assign]  # the writer is later than the update
+    saver.save(training.take_snapshot())
+    assert copier.num_elements == 0  # the training thread waited for no copy
+    training.run(4)
+    assert copier.calls == ["start", "hold"]
+    store.may_write.set()
+    saver.wait()
+    checkpoint = Checkpoint.open(saver.collect()[0].path)
+    for (name, state), values in expected.items():
+        assert torch.equal(checkpoint.read(name, state, 0, values.numel()), values), (name, state)
+
+
+def test_the_writer_waits_until_the_copies_are_complete(tmp_path: Path) -> None:
+    training = run_alone(Scenario(), 1)
+    copier = LateCopier()
+    store = CheckpointStore(str(tmp_path), SingleProcess())
+    saver = CheckpointSaver(store, CheckpointConfig(), copier)
+    saver.save(training.take_snapshot())
+    saver.wait()
+    assert copier.num_elements == sum(values.numel() for values in training.whole_state().values())
+    assert Checkpoint.open(saver.collect()[0].path).find_damage() == []
+
+
+def test_all_copies_lie_in_one_block_that_the_next_save_uses_again() -> None:
+    training = run_alone(PARTLY, 1)
+    arena = StagingArena(HostCopier())
+    frozen = training.shapes.keys() - training.trainable
+    addresses, blocks = [], []
+    for step in (2, 3):
+        training.run(step)
+        originals = list(training.engine.fragments())
+        staged = arena.stage(originals, is_constant=lambda fragment: fragment.parameter in frozen)
+        for original, copy in zip(originals, staged, strict=True):
+            assert torch.equal(original.values, copy.values)
+            is_same_memory = original.values.data_ptr() == copy.values.data_ptr()
+            assert is_same_memory == (original.parameter in frozen)
+        copies = [f.values for f in staged if f.parameter not in frozen]
+        blocks.append({values.untyped_storage().data_ptr() for values in copies})
+        addresses.append([values.data_ptr() for values in copies])
+        num_bytes = sum(values.numel() * values.element_size() for values in copies)
+        assert num_bytes <= arena.num_bytes < num_bytes + 64 * len(copies)
+    assert len(blocks[0]) == 1
+    assert addresses[0] == addresses[1]
+
+
+PIECE = st.tuples(st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16]))
+
+
+@given(pieces=st.lists(PIECE, max_size=9))
+def test_fragments_of_any_size_and_dtype_are_copied_apart_from_each_other(
+    pieces: list[tuple[int, torch.dtype]],
+) -> None:
+    originals = [
+        Fragment(f"p{number}", WEIGHT, 0, torch.randn(numel).to(dtype))
+        for number, (numel, dtype) in enumerate(pieces)
+    ]
+    staged = StagingArena(HostCopier()).stage(originals, is_constant=lambda _: False)
+    assert [copy.values.tolist() for copy in staged] == [f.values.tolist() for f in originals]
+    assert [copy.values.dtype for copy in staged] == [dtype for _, dtype in pieces]
 
 
 def test_saves_do_not_overlap_and_each_is_committed(tmp_path: Path) -> None:
@@ -117,6 +221,35 @@ def test_frozen_weights_are_written_once_and_kept_as_long_as_a_commit_needs_them
     assert checkpoint.find_damage() == []
     for (name, kind), values in state.items():
         assert torch.equal(checkpoint.read(name, kind, 0, values.numel()), values), (name, kind)
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_frozen_weights_are_not_even_read_once_a_commit_has_them(tmp_path: Path, in_background: bool) -> None:
+    training = run_alone(PARTLY, 1)
+    copier = LateCopier()
+    store = CheckpointStore(str(tmp_path), SingleProcess())
+    saver = CheckpointSaver(store, CheckpointConfig(in_background=in_background), copier)
+    saver.save(training.take_snapshot())
+    saver.wait()
+    training.run(2)
+    snapshot = training.take_snapshot()
+    # A meta tensor has no values: who reads or copies one fails.
+    unreadable = [
+        fragment
+        if fragment.parameter in training.trainable
+        else replace(fragment, values=fragment.values.to("meta"))
+        for fragment in snapshot.fragments
+    ]
+    before = copier.num_elements
+    saver.save(replace(snapshot, fragments=unreadable))
+    saver.wait()
+    checkpoint = Checkpoint.open(store.path(2))
+    assert checkpoint.find_damage() == []
+    num_trainable = 0
+    for (name, kind), values in training.whole_state().items():
+        assert torch.equal(checkpoint.read(name, kind, 0, values.numel()), values), (name, kind)
+        num_trainable += values.numel() if name in training.trainable else 0
+    assert copier.num_elements - before == (num_trainable if in_background else 0)
 
 
 def test_after_a_resume_commits_refer_to_the_existing_frozen_weights(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from support.engine_scenarios import Scenario, Training, collectives_for, run_al
 from support.faulty_disk import Died, FaultyDisk, Operation, error_of, names_in, temporary_files_in
 from support.rank_pool import RanksError, run_ranks
 
-from distft.checkpoint.committed import Checkpoint, committed_steps
+from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.manifest import MANIFEST
+from distft.checkpoint.steps import committed_steps
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
 from distft.errors import DistftError

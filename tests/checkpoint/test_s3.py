@@ -13,9 +13,10 @@ from support.small_runs import events, logged, make_text_data, pretraining, run,
 
 from distft import storage
 from distft.checkpoint.background import CheckpointSaver
-from distft.checkpoint.committed import Checkpoint, committed_steps, find_checkpoint
+from distft.checkpoint.committed import Checkpoint, find_checkpoint
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.formats.detect import open_source
+from distft.checkpoint.steps import committed_steps
 from distft.checkpoint.store import CheckpointStore
 from distft.checkpoint.target import UNFINISHED_MARKER
 from distft.checkpoint.writer_fence import WRITER_FILE

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from support.damage import flip_bit
 from support.engine_scenarios import Scenario, run_alone
 
-from distft.checkpoint.committed import Checkpoint, committed_steps, find_checkpoint
+from distft.checkpoint.committed import Checkpoint, find_checkpoint
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.checkpoint.retention import steps_to_prune
+from distft.checkpoint.steps import committed_steps
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
 from distft.errors import CheckpointError, SupersededError

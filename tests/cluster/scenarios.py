@@ -3,6 +3,7 @@
 After the output of each run, prints its result as one line of JSON.
 """
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+import ray
+from ray._private.state import actors
 
 from distft.cluster.driver.driver import run_on_ray
 from distft.cluster.worker import TrainFn
@@ -21,10 +25,24 @@ from distft.train.services import StopRequested
 
 
 def killed_once(config: RunConfig, topology: Topology, stop_requested: StopRequested) -> RunResult:
-    """Rank 1 is killed in training, in its first start."""
-    if topology.rank == 1 and _num_starts(config) == 1:
-        threading.Thread(target=_kill_after_a_commit, args=(config,), daemon=True).start()
+    """Rank 1 is killed in training, in its first start. In its second it describes its process."""
+    if topology.rank == 1:
+        if _num_starts(config) == 1:
+            threading.Thread(target=_kill_after_a_commit, args=(config,), daemon=True).start()
+        else:
+            process = {
+                "actors": _actor_classes_of_this_job(),
+                "full_collections": gc.get_stats()[2]["collections"],
+                "collects_garbage": gc.isenabled(),
+            }
+            (Path(config.run_dir) / "second_start.json").write_text(json.dumps(process))
     return run_training(config, topology, stop_requested)
+
+
+def _actor_classes_of_this_job() -> list[str]:
+    """The class of each actor that was started for the run, those included that have ended."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    return [actor["ActorClassName"] for actor in actors(job_id=job).values()]
 
 
 def _kill_after_a_commit(config: RunConfig) -> None:

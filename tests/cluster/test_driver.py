@@ -148,6 +148,19 @@ def test_a_killed_worker_is_replaced_and_the_losses_stay_the_same(
     assert (failing.folder / "killed_once/starts").read_text() == "xx"
 
 
+def test_a_restart_starts_no_process_but_those_of_the_ranks(failing: FailingRuns) -> None:
+    """Others would take cores from the ranks while these import torch."""
+    classes = json.loads((failing.folder / "killed_once/second_start.json").read_text())["actors"]
+    assert classes.count("RayTrainWorker") == 4  # two ranks, twice
+    assert [name for name in set(classes) if classes.count(name) > 1] == ["RayTrainWorker"]
+
+
+def test_workers_collect_garbage_in_training_but_not_while_they_import(failing: FailingRuns) -> None:
+    process = json.loads((failing.folder / "killed_once/second_start.json").read_text())
+    assert process["collects_garbage"]
+    assert process["full_collections"] <= 1  # 5 otherwise: Ray and torch make a million objects
+
+
 def test_an_unexpected_error_is_printed_once_with_its_traceback(failing: FailingRuns) -> None:
     assert failing.stderr.count("rank 1: ZeroDivisionError: a bug\nof two lines") == 1
     assert "in bug_then_mistake" in failing.stderr  # the frame that raised

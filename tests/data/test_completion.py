@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN
 from distft.data.completion import CompletionConfig
 from distft.data.dataset import DataContext
+from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import DataError
 
 EOS = 1

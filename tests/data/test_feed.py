@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX, LABEL, NEXT_TOKEN, Batch, RaggedArray, merge_batches
+from distft.data.batch import Batch, RaggedArray, merge_batches
+from distft.data.device_copy import tensors_of
 from distft.data.feed import Feed, Prefetcher
-from distft.data.labelled import LabelledRows
+from distft.data.labelled_rows import LabelledRows
 from distft.data.sampler import Indices
+from distft.data.targets import IGNORE_INDEX, LABEL, NEXT_TOKEN
 from distft.topology import BatchPlan, MicroBatch
 
 
@@ -221,3 +223,42 @@ def test_wait_s_is_the_time_that_next_waits_for_data() -> None:
         time.sleep(0.1)
         list(batches)
         assert batches.wait_s < 0.05
+
+
+class RecordingCopier:
+    """Copies by adding 1000, and records which thread did what."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, int]] = []
+
+    def start(self, batch: Batch) -> tuple[Batch, int]:
+        number = int(batch.input_ids[0, 0])
+        self.calls.append(("start", threading.current_thread().name, number))
+        return replace(batch, input_ids=batch.input_ids + 1000), number
+
+    def receive(self, batch: Batch, copied: int) -> None:
+        assert int(batch.input_ids[0, 0]) == 1000 + copied
+        self.calls.append(("receive", threading.current_thread().name, copied))
+
+
+def test_batches_are_prepared_and_copied_by_the_thread_and_received_before_they_are_used() -> None:
+    copier = RecordingCopier()
+    feed = Feed.for_evaluation(Numbers(5))
+    prepare = lambda batch: replace(batch, counted_pairs=batch.num_attention_pairs)  # noqa: E731
+    with Prefetcher(feed, micro_batches(5), prepare=prepare, copier=copier) as batches:
+        for number, batch in enumerate(batches):
+            assert numbers_of(batch) == [1000 + number]
+            assert batch.counted_pairs == 9
+            assert copier.calls.count(("receive", "MainThread", number)) == 1
+    assert [call for call in copier.calls if call[0] == "start"] == [
+        ("start", "distft-prefetch", number) for number in range(5)
+    ]
+
+
+def test_counted_pairs_survive_a_copy_to_the_device_so_that_nothing_reads_it() -> None:
+    batch = Numbers(4).batch(np.arange(2))
+    documents = replace(batch, position_ids=torch.tensor([[0, 1, 0]] * 2), document_ids=batch.input_ids)
+    assert documents.num_attention_pairs == 2 * (4 + 1)
+    counted = replace(documents, counted_pairs=documents.num_attention_pairs)
+    assert counted.to(torch.device("meta")).num_attention_pairs == 10
+    assert len(tensors_of(counted)) == 4

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX, LABEL, RaggedArray
+from distft.data.batch import RaggedArray
 from distft.data.dataset import DataContext
-from distft.data.labelled import LabelledConfig, LabelledRows, LabelNames, truncate_pair
+from distft.data.labelled import LabelledConfig
+from distft.data.labelled_rows import LabelledRows, LabelNames, truncate_pair
+from distft.data.targets import IGNORE_INDEX, LABEL
 from distft.errors import DataError
 
 CONTEXT = DataContext(

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.mixture import MixtureSampler, SequentialSampler, chairman_assignment, integer_shares
+from distft.data.mixture import MixtureSampler, SequentialSampler
 from distft.data.sampler import EpochSampler
+from distft.data.shares import chairman_assignment, integer_shares
 from distft.errors import ConfigError
 
 WEIGHTS = st.lists(st.integers(1, 500).map(lambda n: n / 100), min_size=1, max_size=6)

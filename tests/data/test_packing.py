@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN
 from distft.data.packing import PackedRows
 from distft.data.shard_writer import ShardLayout, ShardWriter
 from distft.data.shards import TokenShards
+from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import DataError
 
 VOCAB_SIZE = 300

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from distft.data.batch import NEXT_TOKEN
 from distft.data.dataset import DataContext
 from distft.data.shard_writer import ShardLayout, ShardWriter
+from distft.data.targets import NEXT_TOKEN
 from distft.data.tokens import TokensConfig
 from distft.errors import DataError
 

@@ -1,14 +1,17 @@
 """Memory that engines must not use: frozen parameters' moments and gradients, and whole stage-3 weights."""
 
+from functools import partial
 from math import prod
 from typing import Any
 
 import pytest
 import torch
-from support.engine_scenarios import Scenario, Training, collectives_for
+from support.engine_scenarios import FREEING, Scenario, Training, collectives_for
 from support.rank_pool import run_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from distft.engine import zero_layout
+from distft.engine.settings import ActivationCheckpointing
 from distft.topology import Topology
 
 TRAINABLE = ("blocks.1.*", "norm.weight")  # the rest is frozen
@@ -89,3 +92,40 @@ def test_no_rank_ever_has_a_whole_stage_3_model() -> None:
         assert peak <= total / 2  # the embedding, which is half of so small a model
         assert partitioned == pytest.approx(total / 2, rel=0.05)
         assert whole == 0
+
+
+def _gathered_between_forward_and_backward(topology: Topology, scenarios: list[Scenario]) -> list[list[str]]:
+    """By scenario: the weights of blocks whose gathered values are still in memory after the forward."""
+    found = []
+    for scenario in scenarios:
+        training = Training(scenario, topology, collectives_for(scenario, topology))
+        training.run(1)
+        gathered: dict[str, StorageWeakRef] = {}
+
+        def note_storages(block: torch.nn.Module, _inputs: Any, notes: dict[str, StorageWeakRef]) -> None:
+            for name, param in block.named_parameters():
+                notes[f"{id(block)}.{name}"] = StorageWeakRef(param.untyped_storage())
+
+        for block in training.engine.module.blocks:
+            block.register_forward_pre_hook(partial(note_storages, notes=gathered))
+        batch = training.batches()[0]
+        terms = training.engine.model(**batch.model_inputs)["lm_head"]
+        assert len(gathered) == 18
+        found.append([name for name, storage in gathered.items() if not storage.expired()])
+        del terms
+        training.engine.close()
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "compile_blocks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+def test_gathered_weights_of_stage_3_are_freed_until_the_backward(compile_blocks: bool) -> None:
+    modes: list[ActivationCheckpointing] = ["none", "selective", "full"]
+    scenarios = [
+        Scenario(stage=3, compile=compile_blocks, activation_checkpointing=mode, zero=FREEING)
+        for mode in modes
+    ]
+    for found in run_ranks(_gathered_between_forward_and_backward, 2, scenarios, timeout_s=300):
+        assert found == [[], [], []]

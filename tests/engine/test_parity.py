@@ -7,7 +7,7 @@ import torch
 from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
 from support.rank_pool import run_ranks
 
-from distft.data.batch import NEXT_TOKEN
+from distft.data.targets import NEXT_TOKEN
 from distft.topology import Topology
 
 NUM_STEPS = 20
@@ -16,6 +16,8 @@ PARTLY_TRAINABLE = ("blocks.1.*", "norm.weight")  # the rest is frozen
 FP32 = [
     *(Scenario(stage=stage) for stage in (0, 1, 2, 3)),
     *(Scenario(stage=stage, trainable=PARTLY_TRAINABLE) for stage in (0, 1, 2, 3)),
+    *(Scenario(stage=stage, max_grad_norm=None) for stage in (0, 1, 2, 3)),
+    *(Scenario(stage=stage, activation_checkpointing="selective") for stage in (0, 1, 2, 3)),
     *(
         Scenario(
             stage=stage,
@@ -35,6 +37,7 @@ def _local(scenario: Scenario) -> Scenario:
         trainable=scenario.trainable,
         tie_embeddings=scenario.tie_embeddings,
         micro_batch_size=scenario.micro_batch_size,
+        max_grad_norm=scenario.max_grad_norm,
     )
 
 

@@ -20,6 +20,7 @@ from distft.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 40
+LAUNCHER_GRACE_S = 30.0  # from SIGTERM to SIGKILL, of torchrun
 STARTUP_TIMEOUT_S = 90.0  # ranks import everything, maybe on a busy machine
 
 
@@ -98,6 +99,16 @@ class _Launch:
         (process,) = (process for process in self.processes() if process.environ().get("RANK") == str(rank))
         process.send_signal(number)
 
+    def terminate_after_commit(self) -> float:
+        """Wait until ranks have saved, then send SIGTERM to the launcher; the time until all have ended."""
+        self._wait_until(lambda: bool(self._events("save")))
+        ranks = self.processes()
+        began = time.monotonic()
+        self._process.terminate()
+        self._wait_until(lambda: not any(process.is_running() for process in ranks))
+        self._wait_until(lambda: self._process.poll() is not None)
+        return time.monotonic() - began
+
     def wait(self) -> int:
         """The launcher's exit code."""
         self._wait_until(lambda: self._process.poll() is not None)
@@ -113,6 +124,22 @@ class _Launch:
         while not is_true():
             assert time.monotonic() < deadline, (self._run_dir / "output.txt").read_text()[-4000:]
             time.sleep(0.01)
+
+
+@pytest.mark.ranks
+def test_under_torchrun_a_run_that_never_logs_saves_and_ends_within_the_launchers_grace(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    endless = {**raw, "train": {"max_steps": 10**6, "log_every_steps": 10**6}, "validation": None}
+    with _started({**endless, "checkpoint": {"every_steps": 97}}, tmp_path, _torchrun(2, 0)) as launch:
+        stop_s = launch.terminate_after_commit()
+    saved = [event["step"] for event in events(tmp_path) if event["kind"] == "save"]
+    assert saved[-1] > saved[0]
+    assert saved[-1] % 97
+    assert logged(tmp_path) == {}
+    assert stop_s < LAUNCHER_GRACE_S / 2, stop_s
+    output = (tmp_path / "output.txt").read_text()
+    assert f"Stopped at step {saved[-1]} as asked" in output
 
 
 @pytest.mark.ranks

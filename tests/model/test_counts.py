@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
-from distft.model.counts import forward_flops, num_parameters, training_flops
+from distft.model.counts import forward_flops, num_parameters, recomputed_flops, training_flops
 from distft.model.transformer import Transformer
 
 BOOLEANS = ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_embeddings")
@@ -89,6 +89,26 @@ def test_flops_of_training_equal_those_that_torch_counts_whatever_is_frozen(
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
     if len(trainable) == len(list(model.parameters())):
         assert training_flops(config, seq_len, heads) == training_flops(config, seq_len, heads, trainable)
+
+
+@pytest.mark.parametrize("module", ["embed", "blocks.0", "blocks.1", "blocks.2", "lm_head"])
+def test_recomputed_flops_equal_those_that_torch_counts(module: str) -> None:
+    config = ModelConfig(
+        vocab_size=11, max_seq_len=8, d_model=8, num_layers=3, num_heads=2, d_ff=12, tie_embeddings=False
+    )
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.startswith(f"{module}."))
+    trainable = {name for name, param in model.named_parameters() if param.requires_grad}
+    totals = []
+    for mode in ("none", "full"):
+        model.set_activation_checkpointing(mode)
+        ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.logits(ids).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[1] - totals[0] == recomputed_flops(config, trainable).of(2 * 5, 2 * 5**2)
 
 
 def test_llama_3_70b_has_its_published_size() -> None:

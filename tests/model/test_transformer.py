@@ -10,7 +10,7 @@ from support.tiny_models import SIZES, build
 from torch import Tensor, nn
 
 from distft.errors import ConfigError
-from distft.model.attention import make_attention_mask
+from distft.model.attention_kernels import make_attention_mask
 from distft.model.config import ClassificationHead, ModelConfig
 from distft.model.layers import Linear
 from distft.model.transformer import Transformer
@@ -237,19 +237,6 @@ def test_no_rows_give_no_logits_and_zero_gradients(lengths: Tensor | None) -> No
     logits.sum().backward()
     assert logits.shape == (0, 6, 61)
     assert all(param.grad is not None and not param.grad.any() for param in model.parameters())
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
-    model = build(ModelConfig(**SIZES, dropout=dropout)).train()
-    gradients = []
-    for recompute in ("none", "selective", "full"):
-        model.activation_checkpointing = recompute
-        model.zero_grad()
-        torch.manual_seed(0)
-        model.logits(random_ids(2, 8)).square().sum().backward()
-        gradients.append([param.grad for param in model.parameters()])
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
 
 
 def test_dropout_acts_only_in_training_mode() -> None:

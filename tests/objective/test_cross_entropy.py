@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from distft.data.batch import IGNORE_INDEX
+from distft.data.targets import IGNORE_INDEX
 from distft.objective import cross_entropy as module
 from distft.objective.cross_entropy import FusedLinearCrossEntropy, LossAndNumCorrect
 
@@ -67,6 +67,18 @@ def test_loss_and_gradients_equal_the_formulas(
     assert actual[0].dtype == torch.float32
     for value, reference_value in zip(actual, expected, strict=True):
         torch.testing.assert_close(value.double(), reference_value, rtol=1e-5, atol=3e-5)
+
+
+def test_the_compiled_loss_equals_the_eager_one() -> None:
+    results = []
+    for compiles in (False, True):
+        hidden, weight, labels = (x.float() if x.is_floating_point() else x for x in operands(20, 9, 2, 1))
+        loss_fn = FusedLinearCrossEntropy(9, z_loss=0.1, label_smoothing=0.2, compiles=compiles)
+        loss = loss_fn(hidden.requires_grad_(), weight.requires_grad_(), labels)
+        loss.backward()
+        results.append([loss.detach(), hidden.grad, weight.grad])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from distft.collectives import SingleProcess
 from distft.config import parse
-from distft.data.batch import IGNORE_INDEX, LABEL, NEXT_TOKEN, Batch
+from distft.data.batch import Batch
+from distft.data.targets import IGNORE_INDEX, LABEL, NEXT_TOKEN
 from distft.errors import ConfigError
 from distft.model.config import ClassificationHead, LanguageModelHead, ModelConfig
 from distft.objective.interface import Model, Objective, ObjectiveContext

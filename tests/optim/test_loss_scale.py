@@ -1,6 +1,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.count_waits import CountWaits
 
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 
@@ -61,3 +62,27 @@ def test_the_scale_starts_at_65536_and_never_falls_below_its_minimum() -> None:
     for _ in range(100):
         scale.update(is_overflow=True)
     assert scale.scale == 1.0
+
+
+def test_the_scale_does_not_grow_to_infinity() -> None:
+    scale = LossScaleConfig(growth_steps=1).build()
+    for _ in range(200):
+        scale.update(is_overflow=False)
+    assert scale.scale == 2.0**127
+
+
+@given(overflows=OVERFLOWS)
+def test_an_update_reads_nothing_from_the_device_and_changes_no_tensor_that_was_given_out(
+    overflows: list[bool],
+) -> None:
+    settings = LossScaleConfig(growth_steps=3)
+    on_device, expected = settings.build(), settings.build()
+    given_out = on_device.scale
+    with CountWaits() as counter:
+        for is_overflow in overflows:
+            on_device.update(is_overflow=torch.full((), is_overflow))
+    for is_overflow in overflows:
+        expected.update(is_overflow=is_overflow)
+    assert counter.found == []
+    assert given_out == 65536.0
+    assert on_device.state_dict() == expected.state_dict()

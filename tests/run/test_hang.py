@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fake_gpu import FakeGpu, FakeGpuClock
 from support.rank_pool import RanksError, start_ranks
 from support.small_runs import events, logged, pretraining, run
 
 from distft.data.feed import Prefetcher
 from distft.objective.causal_lm import CausalLM
 from distft.topology import Topology
+from distft.train.transfers import DeferredRead
 
 HANG_STEP = 7
 HANG_CALL = 2 * (HANG_STEP - 1)  # each step has two micro-batches on every rank
@@ -76,6 +78,59 @@ def sleep_in_forward(topology: Topology, raw: dict[str, Any], hung_rank: int) ->
 def sleep_in_data(topology: Topology, raw: dict[str, Any], hung_rank: int) -> None:
     _hang_before(Prefetcher, "__next__", topology, hung_rank, stops_process=False)
     run(topology, raw)
+
+
+def hang_on_gpu(topology: Topology, raw: dict[str, Any], hung_rank: int, phase: str) -> None:
+    """Both ranks have a fake GPU, that of `hung_rank` hangs in `phase`; the other waits for it in NCCL.
+
+    Both hosts have enqueued the step, and wait for their own device: no frame of a collective.
+    """
+    from distft.engine.zero import ZeroEngine
+
+    gpu = FakeGpu()
+    is_hung = topology.rank == hung_rank
+
+    def launch(earlier_calls: int) -> None:
+        if earlier_calls == HANG_CALL and (is_hung and phase == "forward"):
+            gpu.launch(float("inf"))
+
+    def launch_backward(earlier_calls: int) -> None:
+        if earlier_calls == HANG_STEP - 1:
+            gpu.started_collective = "" if is_hung else "nccl:all_reduce 12"
+            gpu.launch(float("inf"))
+
+    def wait_for_device(earlier_calls: int) -> None:
+        if earlier_calls == HANG_STEP - 1:
+            time.sleep(1000)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distft.run.train.device_clock", lambda _: FakeGpuClock(gpu))
+        _before_each_call(CausalLM, "loss_sums", launch)
+        _before_each_call(ZeroEngine, "step", launch_backward)
+        _before_each_call(DeferredRead, "get", wait_for_device)
+        run(topology, raw)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("phase", ["forward", "backward and update"])
+def test_a_hung_gpu_is_named_though_every_host_only_waits_for_its_device(
+    data: Path, tmp_path: Path, phase: str
+) -> None:
+    with start_ranks(hang_on_gpu, 2, _config(data, tmp_path), 1, phase) as ranks:
+        with pytest.raises(RanksError) as caught:
+            ranks.wait(timeout_s=60, grace_s=10)
+        pid = ranks.pids[1]
+    failures = caught.value.failures
+    assert "was killed by SIGKILL" in failures[1]
+    [event] = (event for event in events(tmp_path) if event["kind"] == "hang")
+    assert (event["rank"], event["pid"], event["step"], event["phase"], event["device"]) == (
+        1,
+        pid,
+        HANG_STEP,
+        phase,
+        "its own work",
+    )
+    assert HANG_TIMEOUT_S <= event["unmoved_s"] < 3 * HANG_TIMEOUT_S
 
 
 @dataclass(frozen=True)

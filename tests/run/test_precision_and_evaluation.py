@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from support.rank_pool import run_ranks
 from support.small_runs import fine_tuning, logged, pretraining, run, run_until_power_cut
 
 from distft.checkpoint.committed import find_checkpoint
+from distft.config import parse
+from distft.run.config import RunConfig
+from distft.run.engines import choose_device
 from distft.run.pretrained import evaluate_checkpoint, generate_text
 from distft.topology import Topology
 
@@ -72,3 +76,18 @@ def test_generation_depends_only_on_its_seed_and_starts_with_the_prompt(pretrain
     assert first == generate_text(str(pretrained), ["the cat", "a"], seed=1, **options)
     assert first != generate_text(str(pretrained), ["the cat", "a"], seed=2, **options)
     assert first[0].startswith("the cat")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_on_a_gpu_fp32_products_round_to_tf32_only_if_the_run_allows_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", not allowed)
+    raw = pretraining(data, tmp_path, device="cuda", engine={"type": "local", "allow_tf32": allowed})
+    config: RunConfig = parse(RunConfig, raw)
+    assert choose_device(config, Topology()) == torch.device("cuda", 0)
+    assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")

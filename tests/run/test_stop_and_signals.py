@@ -9,8 +9,8 @@ from support.rank_pool import run_ranks
 from support.small_runs import events, logged, pretraining, run
 
 from distft.config import parse
-from distft.data.batch import IGNORE_INDEX, NEXT_TOKEN
 from distft.data.packing import PackedRows
+from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import ConfigError, Preempted
 from distft.run.config import RunConfig
 from distft.run.train import run_training

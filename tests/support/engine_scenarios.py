@@ -1,6 +1,6 @@
 """Small trainings for tests of engines and checkpoints, on a single process or as one of several ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from math import prod
@@ -17,9 +17,11 @@ from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMet
 from distft.checkpoint.sources import InitialSource, StateSource
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
-from distft.data.batch import NEXT_TOKEN, Batch
-from distft.engine.interface import ActivationCheckpointing, Engine
-from distft.engine.local import LocalConfig, LocalEngine
+from distft.data.batch import Batch
+from distft.data.targets import NEXT_TOKEN
+from distft.engine.interface import Engine
+from distft.engine.local import LocalEngine
+from distft.engine.settings import ActivationCheckpointing, LocalConfig
 from distft.model.config import ModelConfig
 from distft.model.dropout import row_keys
 from distft.model.transformer import Transformer
@@ -30,6 +32,18 @@ from distft.train.step import train_step
 
 CPU = torch.device("cpu")
 VOCAB_SIZE, SEQ_LEN, GLOBAL_BATCH_SIZE = 53, 12, 8
+
+# By default stage 3 keeps weights of so small a model gathered; these settings free them after every block.
+FREEING: Mapping[str, Any] = {
+    "deepspeed": {
+        "zero_optimization": {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
+    }
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +57,8 @@ class Scenario:
     activation_checkpointing: ActivationCheckpointing = "none"
     micro_batch_size: int = 2
     dropout: float = 0.0
+    max_grad_norm: float | None = 0.5
+    compile: bool = False
     zero: Mapping[str, Any] = field(default_factory=dict)  # further settings of ZeroConfig
 
     @property
@@ -61,7 +77,12 @@ class Scenario:
 
     @property
     def optim(self) -> AdamWConfig:
-        return AdamWConfig(peak_lr=3e-3, max_grad_norm=0.5, lr_scales={"blocks.1.*": 0.5}, ema_decay=0.9)
+        return AdamWConfig(
+            peak_lr=3e-3,
+            max_grad_norm=self.max_grad_norm,
+            lr_scales={"blocks.1.*": 0.5},
+            ema_decay=0.9,
+        )
 
 
 def collectives_for(scenario: Scenario, topology: Topology) -> Collectives:
@@ -94,7 +115,9 @@ class Training:
         self.collectives = collectives
         with torch.device("meta"):
             module = Transformer(scenario.model)
-        module.activation_checkpointing = scenario.activation_checkpointing
+        module.set_activation_checkpointing(scenario.activation_checkpointing)
+        if scenario.compile:
+            module.compile_blocks()
         self.shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         self.trainable = select_trainable(self.shapes, scenario.trainable)
         for name, param in module.named_parameters():
@@ -109,6 +132,7 @@ class Training:
             dp_world_size=1 if scenario.stage is None else topology.world_size,
         )
         self.step = 0 if checkpoint is None else checkpoint.step
+        self.before_update: Callable[[], None] = lambda: None
         self.engine: Engine
         if scenario.stage is None:
             settings = LocalConfig.model_validate({"param_dtype": scenario.precision})
@@ -118,7 +142,12 @@ class Training:
             from distft.engine.zero import ZeroEngine
 
             zero = ZeroConfig.model_validate(
-                {"zero_stage": scenario.stage, "param_dtype": scenario.precision, **scenario.zero}
+                {
+                    "zero_stage": scenario.stage,
+                    "param_dtype": scenario.precision,
+                    "activation_checkpointing": scenario.activation_checkpointing,
+                    **scenario.zero,
+                }
             )
             self.engine = ZeroEngine(
                 module,
@@ -155,6 +184,7 @@ class Training:
             num_targets=lambda batch: batch.num_targets,
             weights={NEXT_TOKEN: 1.0},
             group_lr=lambda group: lr * group.lr_scale,
+            before_update=self.before_update,
         )
         self.step += 1
 

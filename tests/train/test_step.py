@@ -12,6 +12,7 @@ from distft.data.batch import Batch
 from distft.engine.interface import GroupLr, LossTermsFn, UpdateResult
 from distft.optim.adamw import ParameterGroup
 from distft.train.step import StepResult, train_step
+from distft.train.transfers import to_device
 
 GROUPS = (ParameterGroup(("a",), 0.0, 1.0, 0), ParameterGroup(("b",), 0.0, 0.5, 0))
 
@@ -105,4 +106,28 @@ def test_rates_are_asked_for_each_group() -> None:
 
 def test_signals_come_back_summed_beside_the_counts() -> None:
     result = step(FakeEngine(), [batch_of([1.0])], {"squares": 1.0}, signals=[0, 1, 0, 1])
-    assert result.signals.tolist() == [0, 1, 0, 1]
+    assert result.signals.get() == [0, 1, 0, 1]
+
+
+def test_a_save_may_hold_the_update_but_not_the_backward() -> None:
+    engine = FakeEngine()
+    step(engine, [batch_of([1.0])], {"squares": 1.0}, before_update=lambda: engine.calls.append("hold"))
+    assert engine.calls == ["forward_backward of 1", "hold", "step"]
+
+
+def test_signals_are_on_their_way_to_the_host_before_the_forward() -> None:
+    """Else the host would hear them only when the device has completed the step, and leave it idle."""
+    engine = FakeEngine()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distft.train.step.DeferredRead", lambda value: engine.calls.append("read") or value)
+        step(engine, [batch_of([1.0])], {"squares": 1.0}, signals=[1])
+    assert engine.calls == ["read", "forward_backward of 1", "step"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "dtype"), [([1, 2], torch.int64), ([0.5, 2], torch.float32), ([], torch.float32)]
+)
+def test_numbers_keep_their_kind_on_the_device(numbers: list[float], dtype: torch.dtype) -> None:
+    moved = to_device(numbers, torch.device("cpu"))
+    assert moved.dtype == dtype
+    assert moved.tolist() == numbers

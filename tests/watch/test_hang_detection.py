@@ -22,6 +22,7 @@ def _heartbeat(**changes: Any) -> Heartbeat:
         phase="forward",
         work=WORKED,
         is_waiting=False,
+        device="",
         frames=("a.py:1 run", "b.py:2 wait_for_ever"),
     )
     return replace(heartbeat, **changes)

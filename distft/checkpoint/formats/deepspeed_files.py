@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distft import storage
+from distft.checkpoint.formats.names import LATEST
 from distft.checkpoint.formats.torch_file import find_torch_file_damage, read_torch_file
 from distft.errors import CheckpointError, ErrorCollector, UnsupportedFormatError
 
-LATEST = "latest"
-LATEST_UNIVERSAL = "latest_universal"
 MODEL_FILE = "mp_rank_00_model_states.pt"
 _MODEL_NAME = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp_rank>\d+)_model_states\.pt")
 _OPTIMIZER_NAME = re.compile(

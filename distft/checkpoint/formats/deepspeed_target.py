@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distft import storage
-from distft.checkpoint.formats.deepspeed_files import LATEST, MODEL_FILE, optimizer_file, stage3_model_file
+from distft.checkpoint.formats.deepspeed_files import MODEL_FILE, optimizer_file, stage3_model_file
 from distft.checkpoint.formats.deepspeed_layout import (
     DEFAULT_SUB_GROUP_SIZE,
     Span,
@@ -19,6 +19,7 @@ from distft.checkpoint.formats.deepspeed_layout import (
 )
 from distft.checkpoint.formats.deepspeed_model import PARAM_DTYPES
 from distft.checkpoint.formats.deepspeed_state_dict import DEEPSPEED_VERSION, StateDictBuilder
+from distft.checkpoint.formats.names import LATEST
 from distft.checkpoint.formats.torch_file import write_torch_file
 from distft.checkpoint.formats.torch_pickle import can_pickle
 from distft.checkpoint.formats.torch_values import OpaqueObject

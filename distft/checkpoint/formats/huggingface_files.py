@@ -8,7 +8,6 @@ from distft import storage
 from distft.checkpoint.formats.safetensors_file import TensorLocation, read_header
 from distft.errors import CheckpointError, UnsupportedFormatError
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from distft import storage
 from distft.checkpoint.formats.huggingface_architecture import HuggingFaceModelSpec
 from distft.checkpoint.formats.huggingface_config import parse_config
-from distft.checkpoint.formats.huggingface_files import CONFIG_FILE, read_json, scan_tensors
+from distft.checkpoint.formats.huggingface_files import read_json, scan_tensors
 from distft.checkpoint.formats.huggingface_tensors import (
     ParameterLocation,
     TensorMap,
@@ -19,6 +19,7 @@ from distft.checkpoint.formats.huggingface_tensors import (
     map_tensors,
 )
 from distft.checkpoint.formats.huggingface_tokenizer import TOKENIZER_FILE
+from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.checkpoint.formats.safetensors_file import TensorLocation
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord, TokenizerRecord

@@ -17,9 +17,10 @@ from distft.checkpoint.formats.huggingface_architecture import (
     choose_architecture,
     make_config,
 )
-from distft.checkpoint.formats.huggingface_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from distft.checkpoint.formats.huggingface_files import INDEX_FILE, WEIGHTS_FILE
 from distft.checkpoint.formats.huggingface_tensors import HuggingFaceTensor, TensorMap, map_tensors
 from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
+from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.checkpoint.formats.safetensors_file import header_bytes
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import CheckpointSource

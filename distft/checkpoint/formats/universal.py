@@ -10,7 +10,6 @@ import torch
 
 from distft import storage
 from distft.checkpoint.formats.deepspeed_files import (
-    LATEST_UNIVERSAL,
     MODEL_FILE,
     DeepSpeedFiles,
     find_tag_directory,
@@ -19,6 +18,7 @@ from distft.checkpoint.formats.deepspeed_files import (
 from distft.checkpoint.formats.deepspeed_model import ExtraState, ModelStates, build_manifest
 from distft.checkpoint.formats.deepspeed_optimizer import OptimizerStates, update_count
 from distft.checkpoint.formats.deepspeed_state_dict import DEEPSPEED_VERSION, StateDictBuilder
+from distft.checkpoint.formats.names import LATEST_UNIVERSAL
 from distft.checkpoint.formats.segments import SegmentedSource, SegmentTable
 from distft.checkpoint.formats.torch_file import find_torch_file_damage, read_torch_file, write_torch_file
 from distft.checkpoint.formats.torch_pickle import can_pickle

@@ -7,16 +7,17 @@ import shlex
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import distft
 from distft.cluster.client.address import check_clear_text, choose_address
-from distft.cluster.client.jobs import Job, JobClient
-from distft.cluster.client.retry import ClusterUnreachableError, print_to_stderr
 from distft.cluster.paths import RUN_ROOT, RunPaths
 from distft.config import apply_overrides, redact
 from distft.errors import ConfigError, ErrorCollector, LaunchError
 from distft.run.config import RunConfig, load_run_config
+
+if TYPE_CHECKING:  # Ray's client takes 1.5 s to import: mistakes are reported before
+    from distft.cluster.client.jobs import Job, JobClient
 
 DRIVER = ("python", "-m", "distft.cli.ray_driver")
 STOP_GRACE_S = 60  # between SIGTERM and SIGKILL for the driver of a job that is stopped; Ray's default is 3
@@ -65,6 +66,8 @@ def submit(
         if not allow_clear_text:
             check_clear_text(url, environ)
     errors.raise_if_any()
+    from distft.cluster.client.jobs import JobClient
+
     client = JobClient(url, environ, retry_s=retry_s)
     root = environ.get(RUN_ROOT)
     is_local = is_this_machine(client.session_name(), environ)
@@ -140,12 +143,14 @@ def make_job_id(run_dir: str, suffix: str) -> str:
 
 
 def run_job(
-    client: JobClient, request: JobRequest, *, stop_on_interrupt: bool = False, wait: bool = True
+    client: "JobClient", request: JobRequest, *, stop_on_interrupt: bool = False, wait: bool = True
 ) -> int:
     """Submit a job, follow it, and return its exit code; without `wait`, print the job's id and return 0.
 
     Ctrl-C leaves the job running, or with `stop_on_interrupt` stops it first.
     """
+    from distft.cluster.client.retry import print_to_stderr
+
     is_submitted = False
     try:
         client.submit(
@@ -174,8 +179,10 @@ def run_job(
         return INTERRUPTED
 
 
-def follow_job(client: JobClient, job_id: str) -> int:
+def follow_job(client: "JobClient", job_id: str) -> int:
     """Print the job's whole output until it ends; returns the driver's exit code."""
+    from distft.cluster.client.retry import ClusterUnreachableError
+
     try:
         job = client.follow(job_id, _show)
     except ClusterUnreachableError as error:
@@ -185,7 +192,7 @@ def follow_job(client: JobClient, job_id: str) -> int:
     return exit_code(job)
 
 
-def exit_code(job: Job) -> int:
+def exit_code(job: "Job") -> int:
     """The driver's own exit code. Raises `LaunchError` if the driver was killed or never ran."""
     if job.exit_code is not None and job.exit_code >= 0:
         return job.exit_code
@@ -200,7 +207,7 @@ def exit_code(job: Job) -> int:
 
 def _check_run(config: RunConfig, root: str | None, cwd: Path) -> Path:
     """Check the run on this machine as its driver would; returns the directory where relative paths start."""
-    from distft.cluster.driver.driver import check_run  # seconds of imports
+    from distft.cluster.driver.driver import check_run
 
     paths = RunPaths.find({RUN_ROOT: root or str(cwd)}, cwd=cwd, home=cwd)
     with contextlib.chdir(paths.working_dir):
@@ -208,7 +215,7 @@ def _check_run(config: RunConfig, root: str | None, cwd: Path) -> Path:
     return paths.working_dir
 
 
-def _commands_for(client: JobClient, job_id: str) -> str:
+def _commands_for(client: "JobClient", job_id: str) -> str:
     """Commands with which the user can look at the job and stop it."""
     return (
         f"To look: distft status {job_id} --address {client.address}\n"

@@ -1,53 +1,18 @@
-"""Runs a configuration on a Ray cluster: checks it, connects, and drives the workers through Ray Train.
-
-Ray places the workers, makes their process group, and replaces failed ones. It transports no checkpoints:
-restarted workers resume from the last commit in `run_dir`, as under any other launcher.
-"""
+"""Runs a configuration on a Ray cluster: checks it before Ray is imported, then trains."""
 
 import contextlib
-import math
-import os
-import secrets
-import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from functools import partial
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ray
-from ray.exceptions import RayError
-from ray.train import FailureConfig, LoggingConfig, ScalingConfig, TrainingFailedError
-from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-
-from distft import storage
-from distft.cluster.driver.failures import FailureCallback, explain
-from distft.cluster.driver.reservations import stale_reservation_released
-from distft.cluster.driver.resources import (
-    describe_capacity,
-    describe_request,
-    node_resources,
-    num_workers_that_fit,
-    resources_per_worker,
-)
-from distft.cluster.driver.start_timeout import StartTimeout
-from distft.cluster.mailbox import open_mailbox
 from distft.cluster.paths import RUN_ROOT, RunPaths
-from distft.cluster.ray_internals import make_torch_trainer, set_ray_environment
-from distft.cluster.tokens import ensure_token
-from distft.cluster.worker import TrainFn, WorkerTask, run_worker
-from distft.errors import ConfigError, DistftError, LaunchError
+from distft.errors import ConfigError, DistftError
 from distft.run.check import describe_run
-from distft.run.cluster_config import ClusterConfig
 from distft.run.config import RunConfig, load_run_config
-from distft.run.train import RunResult, run_training
 
-# For a while Ray still counts the resources of a dead node, so an attempt may wait for it in vain: end the
-# attempt early, and start again on the remaining nodes.
-_ELASTIC_START_ATTEMPT_S = 10.0
-_NEVER_S = 1e9
-_HANG_REPORT_S = 20.0  # the time that ranks need to report a hang and to end
-# Only a configuration and some text pass through the object store; Ray's minimum is 75 MB.
-_OBJECT_STORE_BYTES = 100_000_000
+if TYPE_CHECKING:
+    from distft.cluster.worker import TrainFn
+    from distft.run.train import RunResult
 
 
 def run_on_ray(
@@ -55,9 +20,11 @@ def run_on_ray(
     overrides: Sequence[str] = (),
     *,
     environ: MutableMapping[str, str],
-    train: TrainFn = run_training,
-) -> RunResult:
+    train: "TrainFn | None" = None,
+) -> "RunResult":
     """Train on the cluster at `RAY_ADDRESS`, or on a local Ray that starts and ends with the run.
+
+    Each worker calls `train`; None: `run_training`.
 
     `environ` is this process's environment; Ray's own settings are put into it. Rank 0's output is printed
     here. Raises `ConfigError`, `DataError` or `CheckpointError` before anything is scheduled, for errors that
@@ -69,9 +36,9 @@ def run_on_ray(
     try:
         with contextlib.chdir(paths.working_dir):
             check_run(config)
-        with _ray_connection(config, environ), _storage_marker(config) as marker:
-            _check_capacity(config.cluster, is_local="RAY_ADDRESS" not in environ)
-            return _train(config, paths, train, marker)
+        from distft.cluster.driver.ray_run import train_on_ray
+
+        return train_on_ray(config, paths, environ, train)
     except DistftError as error:
         if error.exit_code != 2 or not paths.missing_file_hint():
             raise
@@ -106,161 +73,3 @@ def _with_output_paths(config: RunConfig, paths: RunPaths) -> RunConfig:
     if paths.is_uploaded and changed.run_dir != config.run_dir:
         print(f"run_dir is {changed.run_dir} on the nodes ({RUN_ROOT} chooses another root).", flush=True)
     return changed
-
-
-@contextlib.contextmanager
-def _ray_connection(config: RunConfig, environ: MutableMapping[str, str]) -> Iterator[None]:
-    """Connect to the cluster, or start a local one; disconnect or stop it when the block ends."""
-    cluster, address = config.cluster, environ.get("RAY_ADDRESS")
-    if address and "://" in address and not address.startswith("ray://"):
-        raise LaunchError(
-            f"RAY_ADDRESS={address} is the URL of a dashboard, which is for `distft submit`. A driver needs "
-            "the address of the cluster itself, such as head:6379, or auto on one of its nodes."
-        )
-    print(f"Connecting to Ray at {address}." if address else "Starting a local Ray for this run.", flush=True)
-    set_ray_environment(
-        environ,
-        start_attempt_s=min(
-            cluster.start_timeout_s, _ELASTIC_START_ATTEMPT_S if cluster.is_elastic else math.inf
-        ),
-        # Ranks watch each other and report more; this is for a single rank, and if all ranks hang at once.
-        health_check_timeout_s=config.hang_timeout_s + _HANG_REPORT_S,
-    )
-    if not address:
-        ensure_token(environ)
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            # "local" starts a new cluster even if one runs on this machine, which the user did not name.
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(cluster.max_workers * cluster.cpus_per_worker)),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        problem = (
-            f"connect to the cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
-        )
-        raise LaunchError(f"Could not {problem}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _storage_marker(config: RunConfig) -> Iterator[Path | None]:
-    """A file in the checkpoint directory; workers that see it share that directory. None for a URL."""
-    directory = storage.local_path(config.checkpoint.directory or config.run_dir)
-    if directory is None:
-        yield None
-        return
-    marker = directory / f".seen_by_all_{secrets.token_hex(4)}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    except OSError as error:
-        raise ConfigError(
-            f"The checkpoint directory {directory} cannot be written: {error.strerror}."
-        ) from None
-    try:
-        yield marker
-    finally:
-        marker.unlink(missing_ok=True)
-
-
-def _train(config: RunConfig, paths: RunPaths, train: TrainFn, marker: Path | None) -> RunResult:
-    cluster = config.cluster
-    checkpoints = config.checkpoint.directory or storage.join(config.run_dir, "checkpoints")
-    with open_mailbox() as mailbox, tempfile.TemporaryDirectory(prefix="distft_ray_") as scratch:
-        task = WorkerTask(
-            config=config,
-            train=train,
-            mailbox=mailbox,
-            working_dir=None if paths.is_uploaded else paths.working_dir,
-            storage_marker=marker,
-        )
-        trainer: TorchTrainer = make_torch_trainer(
-            partial(run_worker, task),
-            torch_config=TorchConfig(
-                backend="nccl" if cluster.gpus_per_worker > 0 else "gloo",
-                timeout_s=math.ceil(config.timeout_s),
-            ),
-            scaling_config=_scaling_config(cluster),
-            run_config=RayRunConfig(
-                name=Path(config.run_dir).name,
-                storage_path=scratch,  # Ray requires one for its own records; the run's are in run_dir
-                # FailureCallback limits the failures, and StartTimeout the attempts to start.
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
-                callbacks=[
-                    FailureCallback(
-                        mailbox,
-                        max_failures=cluster.max_failures,
-                        run_dir=config.run_dir,
-                        checkpoints=checkpoints,
-                    )
-                ],
-                worker_runtime_env={"env_vars": _worker_environment(config)},
-                logging_config=LoggingConfig(log_level="CRITICAL"),
-            ),
-        )
-        start_timeout = StartTimeout(mailbox, cluster)
-        try:
-            with stale_reservation_released(config.run_dir), start_timeout.enforced():
-                result: RunResult = trainer.fit().return_value
-        except TrainingFailedError as error:
-            raise explain(error, describe_request(cluster)) from None
-        except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of SIGINT raises SystemExit
-            raise (start_timeout.error or KeyboardInterrupt) from None
-        except RayError as error:
-            raise LaunchError(
-                f"Ray Train's controller is gone ({type(error).__name__}): the run was interrupted, or the "
-                "node of this driver failed. Start the run again: it resumes from its last checkpoint."
-            ) from None
-        return result
-
-
-def _scaling_config(cluster: ClusterConfig) -> ScalingConfig:
-    return ScalingConfig(
-        num_workers=(cluster.min_workers, cluster.max_workers) if cluster.is_elastic else cluster.max_workers,
-        use_gpu=cluster.gpus_per_worker > 0,
-        resources_per_worker=resources_per_worker(cluster),
-        accelerator_type=cluster.accelerator_type,
-        placement_strategy=cluster.placement,
-        # Ray would end the workers without a commit; StopMonitor lets them save first.
-        elastic_resize_monitor_interval_s=_NEVER_S,
-    )
-
-
-def _check_capacity(cluster: ClusterConfig, *, is_local: bool) -> None:
-    """Report at once if the run must wait for nodes. Raises `LaunchError` on a local Ray: it gets no more."""
-    total, free = node_resources()
-    each, num_needed = resources_per_worker(cluster), cluster.min_workers
-    if num_workers_that_fit(each, free) >= num_needed:
-        return
-    is_only_busy = num_workers_that_fit(each, total) >= num_needed
-    text = (
-        f"Ray has {describe_capacity(total, free)}, too few{' free' if is_only_busy else ''} for "
-        f"{describe_request(cluster)}"
-    )
-    if is_local and not is_only_busy:
-        raise LaunchError(f"{text}: request less, or set RAY_ADDRESS to a larger cluster.")
-    print(f"{text}: waiting up to {cluster.start_timeout_s:g} s for more.", flush=True)
-
-
-def _worker_environment(config: RunConfig) -> Mapping[str, str]:
-    num_threads = config.num_threads or max(1, int(config.cluster.cpus_per_worker))
-    env = {
-        "OMP_NUM_THREADS": str(num_threads),
-        # torch and DeepSpeed emit deprecation warnings about each other, which users cannot act on.
-        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
-    }
-    if config.cluster.gpus_per_worker == 0:
-        env["DS_ACCELERATOR"] = "cpu"
-    if config.cluster.network_interface is not None:
-        env["GLOO_SOCKET_IFNAME"] = env["NCCL_SOCKET_IFNAME"] = config.cluster.network_interface
-    return {**env, **config.cluster.env}

@@ -9,7 +9,7 @@ from typing import Any
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
-from distft.checkpoint.committed import committed_steps
+from distft.checkpoint.steps import committed_steps
 from distft.cluster.ray_internals import (
     health_check_cause,
     is_health_check_timeout,

@@ -1,7 +1,18 @@
-"""Reading a small tensor of the device on the host without holding the device up."""
+"""Small values between host and device, without a wait of one for the other."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def to_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """The numbers as a 1-D tensor: int64 if all are integers, else float32.
+
+    `torch.tensor(numbers, device=device)` would wait until a GPU has done all work enqueued before.
+    """
+    on_host = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 class DeferredRead:

@@ -1,0 +1,186 @@
+"""Which kernel computes attention, the mask that it takes, and the call.
+
+Shape letters: B rows, T query positions, S key positions, H query heads, G key-value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distft.errors import ConfigError
+from distft.model.compiler import missing_for_compile
+from distft.model.dropout import dropout
+
+if TYPE_CHECKING:  # flex attention imports torch's compiler, 2 s
+    from contextlib import AbstractContextManager
+
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from distft.model.config import ModelConfig
+
+# bool [B or 1, 1, T, S] (True: the query attends to the key), flex attention's block mask, or None: every
+# key, or in a causal model every key up to the query
+AttentionMask: TypeAlias = Union[Tensor, "BlockMask", None]
+
+_log = logging.getLogger(__name__)
+
+
+def require_attention_kernel(config: ModelConfig, device: torch.device) -> None:
+    """Raise `ConfigError` if `config.attention_kernel` cannot run on `device`."""
+    kernel = config.attention_kernel
+    if kernel in {"auto", "sdpa"}:
+        return
+    lack = "a CUDA device" if device.type != "cuda" else None
+    if lack is None and kernel == "flex":
+        lack = missing_for_compile(device)
+    if lack is not None:
+        raise ConfigError(
+            f"model.attention_kernel={kernel} needs {lack}: set model.attention_kernel=auto, which takes the "
+            "best kernel that this machine has."
+        )
+
+
+def uses_flex_attention(config: ModelConfig, device: torch.device) -> bool:
+    """Whether rows packed with several documents go through flex attention on `device`."""
+    if config.attention_kernel != "auto":
+        return config.attention_kernel == "flex"
+    return device.type == "cuda" and _lacks_for_flex(config, device) is None
+
+
+def _lacks_for_flex(config: ModelConfig, device: torch.device) -> str | None:
+    """Why the compiled kernel cannot compute this model's attention; None if it can."""
+    if config.dropout:
+        return f"it drops no attention weights (model.dropout={config.dropout})"
+    if config.head_dim < 16 or config.head_dim & (config.head_dim - 1):
+        return f"it takes heads of 16, 32, 64, ... elements (model.head_dim={config.head_dim})"
+    lack = missing_for_compile(device)
+    return lack and f"it needs {lack}, which this machine lacks"
+
+
+def make_attention_mask(
+    config: ModelConfig, shape: torch.Size, document_ids: Tensor | None, lengths: Tensor | None
+) -> AttentionMask:
+    """The mask of rows of `shape` [B, T]; None if the kernel needs none.
+
+    Every position attends to itself, also in padding: a softmax over no keys would give NaN.
+    """
+    if config.is_causal:
+        lengths = None  # padding is on the right, so no real token attends to it anyway
+    if document_ids is None and lengths is None:
+        return None
+    if document_ids is not None and lengths is None and uses_flex_attention(config, document_ids.device):
+        return _flex_block_mask(document_ids, is_causal=config.is_causal)
+    num_positions = shape[1]
+    device = document_ids.device if document_ids is not None else lengths.device  # type: ignore[union-attr]
+    if device.type == "cuda" and document_ids is not None:
+        _warn_of_dense_mask(_lacks_for_flex(config, device) or "model.attention_kernel excludes it")
+    positions = torch.arange(num_positions, device=device)
+    mask = torch.ones(1, 1, num_positions, num_positions, dtype=torch.bool, device=device)
+    if config.is_causal:
+        mask = mask.tril()
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    if lengths is not None:
+        is_real = positions < lengths[:, None]
+        mask = mask & (is_real[:, None, None, :] | (positions[:, None] == positions))
+    return mask
+
+
+@cache
+def _warn_of_dense_mask(reason: str) -> None:
+    _log.warning(
+        "Packed rows are computed with a dense mask, as slow as rows of one document and with T x T bytes of "
+        "memory per row: flex attention cannot serve them, because %s.",
+        reason,
+    )
+
+
+def _flex_block_mask(document_ids: Tensor, *, is_causal: bool) -> BlockMask:
+    def attends(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_document = document_ids[row, query] == document_ids[row, key]
+        return same_document & (query >= key) if is_causal else same_document
+
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    num_rows, num_positions = document_ids.shape
+    create = _compiled("create_block_mask") if _compiles_flex(document_ids) else create_block_mask
+    return create(attends, num_rows, None, num_positions, num_positions, device=str(document_ids.device))
+
+
+def _compiles_flex(tensor: Tensor) -> bool:
+    """Whether to compile flex attention by itself: on a GPU, unless an enclosing torch.compile does."""
+    return tensor.is_cuda and not torch.compiler.is_compiling()
+
+
+@cache
+def _compiled(name: str) -> Any:
+    from torch.nn.attention import flex_attention
+
+    return torch.compile(getattr(flex_attention, name))
+
+
+def attention(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: AttentionMask, *, is_causal: bool, kernel: str
+) -> Tensor:
+    """Weighted sums of the values, [B, H, T, D]; `kernel` is the setting `model.attention_kernel`."""
+    is_grouped = q_BHTD.shape[1] != k_BGSD.shape[1]
+    if mask is not None and not isinstance(mask, Tensor):
+        # Flex skips blocks of keys that no query of a block attends to, so packed documents cost little
+        # more than the sum of their squared lengths. SDPA with a dense mask computes all T x S scores.
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flex = _compiled("flex_attention") if _compiles_flex(q_BHTD) else flex_attention
+        return flex(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)  # type: ignore[no-any-return]
+    with _cudnn_first() if kernel == "cudnn" else contextlib.nullcontext():
+        return functional.scaled_dot_product_attention(
+            q_BHTD,
+            k_BGSD,
+            v_BGSD,
+            attn_mask=mask,
+            is_causal=is_causal and mask is None,  # SDPA refuses both a mask and is_causal
+            enable_gqa=is_grouped,
+        )
+
+
+def _cudnn_first() -> AbstractContextManager[None]:
+    """SDPA tries cuDNN's kernel, and its usual ones where cuDNN has none."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def attention_with_dropout(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    mask: AttentionMask,
+    *,
+    is_causal: bool,
+    rate: float,
+    keys_B: Tensor,
+) -> Tensor:
+    """Attention written out, with all T x S weights in memory: no kernel takes a mask per weight."""
+    assert mask is None or isinstance(mask, Tensor)  # `uses_flex_attention` rules a block mask out
+    num_groups = q_BHTD.shape[1] // k_BGSD.shape[1]
+    k_BHSD, v_BHSD = (x.repeat_interleave(num_groups, dim=1) for x in (k_BGSD, v_BGSD))
+    scores_BHTS = q_BHTD @ k_BHSD.transpose(2, 3) * q_BHTD.shape[-1] ** -0.5
+    if mask is None and is_causal:
+        mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=scores_BHTS.device).tril()
+    if mask is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
+    weights_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=torch.float32)
+    weights_BHTS = dropout(weights_BHTS, rate, keys_B, site=0)
+    return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD

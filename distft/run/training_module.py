@@ -1,0 +1,57 @@
+"""The model that a run trains, on the meta device: what is frozen, recomputed, compiled and in FP8."""
+
+import torch
+
+from distft.errors import ConfigError, ErrorCollector
+from distft.model.attention_kernels import require_attention_kernel
+from distft.model.compiler import compile_pays, missing_for_compile
+from distft.model.counts import training_flops
+from distft.model.fp8 import require_fp8, use_fp8
+from distft.model.transformer import Transformer
+from distft.run.inputs import RunInputs
+from distft.run.model import build_module
+from distft.topology import BatchPlan
+
+
+def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.device) -> Transformer:
+    """The model on the meta device, prepared as `engine` in the configuration says.
+
+    Raises one `ConfigError` with all that `device` or this machine lacks for it.
+    """
+    settings = inputs.config.engine
+    errors = ErrorCollector()
+    with errors.collect():
+        require_attention_kernel(inputs.model, device)
+    if settings.fp8 != "none":
+        with errors.collect():
+            require_fp8(settings.fp8, device)
+    missing = missing_for_compile(device)
+    with errors.collect():
+        if settings.compile is True and missing is not None:
+            raise ConfigError(f"engine.compile=true needs {missing}: install it, or set engine.compile=auto.")
+    errors.raise_if_any()
+    module = build_module(inputs.model, inputs.heads)
+    module.set_activation_checkpointing(settings.activation_checkpointing)
+    for name, param in module.named_parameters():
+        param.requires_grad_(name in inputs.trainable)
+    if settings.fp8 != "none":
+        emulate = device.type == "cpu"
+        use_fp8(module.blocks, settings.fp8, min_features=settings.fp8_min_features, emulate=emulate)
+    if uses_compile(inputs, plan, device):
+        module.compile_blocks()
+    return module
+
+
+def uses_compile(inputs: RunInputs, plan: BatchPlan, device: torch.device) -> bool:
+    """Whether the run compiles its model: `engine.compile`, which may leave it to the run's length."""
+    config = inputs.config
+    if config.engine.compile != "auto":
+        return config.engine.compile
+    # Of the whole run, not of what is left of it: a resumed run must compute with the same kernels.
+    num_steps = config.train.total_steps(
+        num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size
+    )
+    flops_per_row = training_flops(inputs.model, plan.seq_len, inputs.heads, inputs.trainable).of(
+        plan.seq_len, plan.seq_len**2
+    )
+    return compile_pays(device, flops_per_row * plan.global_batch_size * num_steps / plan.dp_world_size)

@@ -1,0 +1,84 @@
+"""What a training step should need of a GPU's memory, in bytes. Arithmetic only.
+
+Measured peaks far above it show copies that nobody wanted.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from distft.model.config import LANGUAGE_MODEL, ModelConfig
+from distft.model.counts import num_parameters
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_LOGITS_CHUNK_NUMEL = 2**27  # the cross entropy's chunk on a GPU
+# Of a chunk, at the same time: logits and gradient in the compute format, the softmax in fp32.
+_LOGITS_CHUNK_BYTES = 2 + 2 + 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """One rank's settings, as far as memory depends on them."""
+
+    model: ModelConfig
+    precision: str
+    micro_batch_size: int
+    seq_len: int
+    zero_stage: int | None = None  # None: the local engine
+    checkpointing: str = "none"  # none, selective or full
+    is_compiled: bool = False
+    offloads_optimizer: bool = False
+
+    def predicted_bytes(self) -> int:
+        """The peak: all states, saved activations, and the logits of one chunk."""
+        return self.state_bytes() + self._activation_bytes() + self._cross_entropy_bytes()
+
+    def state_bytes(self) -> int:
+        """Weights, gradients, master weights and moments on the GPU."""
+        return num_parameters(self.model, LANGUAGE_MODEL) * self.bytes_per_parameter()
+
+    def bytes_per_parameter(self) -> int:
+        """fp32 local: 4 + 4 gradient + 8 moments. bf16: 2 + 4 fp32 gradient + 4 master + 8 moments."""
+        weight = _BYTES[self.precision]
+        master = 0 if self.precision == "fp32" and self.zero_stage in {None, 0} else 4
+        # At stages 1 to 3 gradients add up in fp32 beside those of the backward, in the weights' format.
+        gradient = 4 + (weight if self.zero_stage not in {None, 0} else 0)
+        on_host = self.offloads_optimizer
+        return weight + (weight if on_host else gradient + master + 8)
+
+    def host_bytes(self) -> int:
+        """What offload puts into the host's memory: fp32 gradients, master weights and moments."""
+        return 16 * num_parameters(self.model, LANGUAGE_MODEL) if self.offloads_optimizer else 0
+
+    def _activation_bytes(self) -> int:
+        tokens = self.micro_batch_size * self.seq_len
+        per_layer = self._saved_per_token() * _BYTES[self.precision] * tokens
+        if self.checkpointing == "full":
+            # Each block keeps its input; one block at a time has everything.
+            kept = self.model.d_model * _BYTES[self.precision] * tokens
+            return self.model.num_layers * kept + per_layer
+        return self.model.num_layers * per_layer
+
+    def _saved_per_token(self) -> int:
+        """Elements that one block saves for its backward, for each token."""
+        model = self.model
+        q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        products = 2 * q_size + 2 * kv_size + 2 * model.d_ff  # q, attention's output, k, v, gate, up
+        if self.checkpointing == "selective":
+            return products + 2 * model.d_model
+        # Both norms' inputs and outputs; without a compiler also silu(gate) and its product with up.
+        elementwise = 4 * model.d_model + (0 if self.is_compiled else 2 * model.d_ff)
+        return products + elementwise
+
+    def _cross_entropy_bytes(self) -> int:
+        tokens, vocab_size = self.micro_batch_size * self.seq_len, self.model.padded_vocab_size
+        chunk = min(tokens * vocab_size, _LOGITS_CHUNK_NUMEL) * _LOGITS_CHUNK_BYTES
+        # The gradients of hidden states and of the head, which is fp32, exist until the backward uses them.
+        hidden_gradient = tokens * self.model.d_model * _BYTES[self.precision]
+        return chunk + hidden_gradient + prod((vocab_size, self.model.d_model)) * 4
+
+
+def largest_micro_batch(plan: MemoryPlan, limit_bytes: float) -> int:
+    """The plan's micro-batch, halved until its predicted memory stays below the limit; at least 1."""
+    while plan.micro_batch_size > 1 and plan.predicted_bytes() > limit_bytes:
+        plan = replace(plan, micro_batch_size=plan.micro_batch_size // 2)
+    return plan.micro_batch_size
