@@ -90,12 +90,15 @@ class ZeroEngine:
 
     def forward_backward(self, micro_batches: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
         total = None
+        # ZeRO averages gradients over ranks; the Engine contract is that they add.
+        factor = float(self._collectives.dp_world_size)
+        if self._stage == 0:  # there DeepSpeed divides by the loss scale, but does not multiply by it
+            factor *= self._loss_scale
         for index, batch in enumerate(micro_batches):
             # DeepSpeed reduces gradients over ranks in the backward of the last micro-batch.
             self._engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
             terms = loss_terms(self.model, batch.to(self.device))
-            # ZeRO averages gradients over ranks; the Engine contract is that they add.
-            self._engine.backward(terms.sum() * self._collectives.dp_world_size, scale_wrt_gas=False)
+            self._engine.backward(terms.sum() * factor, scale_wrt_gas=False)
             total = terms.detach() if total is None else total + terms.detach()
         assert total is not None
         return total

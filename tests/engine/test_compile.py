@@ -50,4 +50,6 @@ def test_compiled_blocks_compute_what_eager_ones_do_at_every_stage(stage: int) -
             scenarios, expected, results, strict=True
         ):
             assert losses == pytest.approx(reference, abs=2e-6), scenario
-            assert 1 <= after_first == at_end, scenario
+            # Block, final norm and rotary angles; a partly frozen model has two kinds of blocks. With hooks
+            # inside of blocks it would be 16.
+            assert 3 <= after_first == at_end <= 4, scenario

@@ -177,3 +177,38 @@ def test_a_step_with_infinite_gradients_changes_nothing_and_training_goes_on(pre
         for losses, was_skipped, _ in results:
             assert was_skipped
             assert losses == pytest.approx(expected, abs=tolerance)
+
+
+def _train_in_fp16(topology: Topology, scenarios: list[Scenario]) -> list[tuple[list[float], float, bool]]:
+    """By scenario: losses, the last gradient norm, and whether a step with infinite gradients was skipped."""
+    if topology.is_distributed:
+        from deepspeed.accelerator import get_accelerator
+
+        # torch can compute in fp16 on any CPU; DeepSpeed asks for instructions that make it fast.
+        get_accelerator().is_fp16_supported = lambda: True
+    found = []
+    for scenario in scenarios:
+        training = Training(scenario, topology, collectives_for(scenario, topology))
+        training.engine.set_loss_scale(torch.tensor(1024.0))
+        losses = training.run(10)
+        grad_norm = float(training.last.grad_norm)
+        before = training.whole_state()
+        training.run(11, poison_step=10)
+        after = training.whole_state()
+        is_unchanged = all(torch.equal(before[key], after[key]) for key in before)
+        found.append((losses, grad_norm, bool(training.last.is_skipped) and is_unchanged))
+        training.engine.close()
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fp16_with_a_loss_scale_is_the_same_training_at_every_stage(world_size: int) -> None:
+    ((expected, norm, _),) = _train_in_fp16(Topology(), [Scenario(precision="fp16")])
+    scenarios = [Scenario(stage=stage, precision="fp16") for stage in (0, 1, 2, 3)]
+    for results in run_ranks(_train_in_fp16, world_size, scenarios, timeout_s=240):
+        for scenario, (losses, grad_norm, was_skipped) in zip(scenarios, results, strict=True):
+            tolerance = 2e-6 if scenario.stage else 2e-3  # stage 0 accumulates fp16 gradients in fp16
+            assert losses == pytest.approx(expected, abs=tolerance), scenario
+            assert grad_norm == pytest.approx(norm, abs=tolerance), scenario
+            assert was_skipped, scenario
