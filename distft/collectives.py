@@ -166,9 +166,16 @@ class ProcessGroup:
         store.set_timeout(_NO_TIMEOUT)
         return PrefixStore(self.broadcast(secrets.token_hex(8)), store)
 
-    def close(self) -> None:
-        """Destroy the process group. Ranks need not call it at the same time."""
-        dist.destroy_process_group()
+    def close(self, *, has_failed: bool = False) -> None:
+        """Destroy the process group. After a failure of this rank, do not wait for the others.
+
+        With NCCL the ranks of a node destroy it together: a rank that failed alone would wait until it is
+        killed, and its error would never be printed.
+        """
+        if has_failed and dist.get_backend() == "nccl":
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
 
 class _DifferentiableSum(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Copies fragments to host memory, so that training can go on while a thread writes a checkpoint."""
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -147,6 +148,8 @@ def _allocate(num_bytes: int, *, pinned: bool) -> Tensor:
             error,
             num_bytes / 1e9,
         )
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")  # consumes the error: the next kernel would raise it
         return memory
     # The memory must not be returned to the system while CUDA counts it as pinned.
     weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False

@@ -37,6 +37,7 @@ class SideStream:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def start(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        torch.cuda.set_device(self._device)  # a thread starts on device 0, and would make a context there
         # From pageable memory a copy would wait, and not overlap. The allocator of pinned memory reuses a
         # block only when the copy from it is done.
         with torch.cuda.stream(self._stream):

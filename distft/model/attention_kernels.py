@@ -138,6 +138,11 @@ def attention(
 
         flex = _compiled("flex_attention") if _compiles_flex(q_BHTD) else flex_attention
         return flex(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)  # type: ignore[no-any-return]
+    if is_grouped and mask is not None and q_BHTD.is_cuda:
+        # No fused kernel takes both a mask and grouped heads: SDPA would keep all T x S scores in memory.
+        num_groups = q_BHTD.shape[1] // k_BGSD.shape[1]
+        k_BGSD, v_BGSD = (x.repeat_interleave(num_groups, dim=1) for x in (k_BGSD, v_BGSD))
+        is_grouped = False
     with _cudnn_first() if kernel == "cudnn" else contextlib.nullcontext():
         return functional.scaled_dot_product_attention(
             q_BHTD,

@@ -40,12 +40,13 @@ def _random_16_bit(shape: torch.Size, keys_B: Tensor, site: int) -> Tensor:
     """Uniform int16 numbers of `shape`; one 64-bit number makes four of them."""
     num_rows, *middle, width = shape
     device = keys_B.device
-    counters = torch.arange(-(-width // 4), device=device)
+    # Inductor computes with a range as with indices: on a GPU in 32 bits, in which the factors below
+    # overflow. `^ 0` makes numbers of them.
+    counters = torch.arange(-(-width // 4), device=device) ^ 0
     for axis, size in enumerate(reversed(middle)):
-        positions = torch.arange(size, device=device).view(-1, *[1] * (axis + 1))
+        positions = (torch.arange(size, device=device) ^ 0).view(-1, *[1] * (axis + 1))
         counters = counters + positions * _MAX_WIDTH ** (axis + 1)
     keys = _mix(keys_B + site).view(num_rows, *[1] * (len(shape) - 1))
-    # Inductor computes with `counters` as with indices, in which a 64-bit factor overflows; `^` ends that.
     numbers = _mix(keys + (counters ^ 0) * _GOLDEN)
     return numbers.view(torch.int16)[..., :width]
 

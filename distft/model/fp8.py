@@ -52,5 +52,8 @@ def use_fp8(
             f"engine.fp8={scaling}: no linear layer has engine.fp8_min_features={min_features} or more "
             f"inputs and outputs, in multiples of {_MULTIPLE}. Set engine.fp8=none, or lower it."
         )
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(scaling), emulate=emulate)
+    # The product for a weight's gradient sums over the tokens of a micro-batch: any number, so it is padded.
+    config = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(scaling), emulate=emulate, pad_inner_dim=True
+    )
     convert_to_float8_training(blocks, module_filter_fn=fits, config=config)

@@ -63,6 +63,7 @@ def run_training(
     plan, inputs = check_run(config, topology)
     device = choose_device(config, topology)
     collectives = build_collectives(config, topology, device)
+    has_failed = True
     try:
         watchdog = Watchdog(
             collectives,
@@ -76,10 +77,15 @@ def run_training(
             run = TrainingRun(
                 inputs, plan, collectives, device, watchdog=watchdog, stop_requested=stop_requested
             )
-            return run.train()
+            result = run.train()
+        has_failed = False
+        return result
+    except Preempted:  # on all ranks
+        has_failed = False
+        raise
     finally:
         if isinstance(collectives, ProcessGroup):
-            collectives.close()
+            collectives.close(has_failed=has_failed)
 
 
 class TrainingRun:

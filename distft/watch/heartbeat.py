@@ -159,8 +159,9 @@ class HeartbeatRecorder:
         self._record(self._entered)
 
     def _record(self, point: _Point) -> None:
+        mark = self._clock.mark()  # outside of the lock: on a GPU whose queue is full it blocks
         with self._lock:
-            self._pending.append((self._clock.mark(), point))
+            self._pending.append((mark, point))
             self._advance()
 
     def _advance(self) -> None:
