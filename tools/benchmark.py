@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import checkpoint_benchmark
-import numpy as np
 import start_benchmark
 import tokenize_benchmark
 import torch
-from numpy.typing import NDArray
+from benchmark_rows import make_batches, make_packed_batches
 from torch import Tensor, nn
 
 from distft.checkpoint.sources import InitialSource
 from distft.collectives import ProcessGroup, SingleProcess
 from distft.data.batch import Batch
-from distft.data.packing import PackedRows
 from distft.data.targets import NEXT_TOKEN
 from distft.engine.interface import DTYPES, Engine
 from distft.engine.local import LocalEngine
@@ -90,49 +88,6 @@ class Setup:
     @property
     def num_tokens(self) -> int:
         return self.micro_batch_size * self.seq_len
-
-
-def make_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
-    """Batches of random tokens; several, so that no implementation can cache one between steps."""
-    assert model.vocab_size is not None
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for _ in range(4):
-        ids = torch.randint(0, model.vocab_size, (rows, seq_len + 1), generator=generator)
-        batch = Batch(
-            input_ids=ids[:, :-1],
-            targets={NEXT_TOKEN: ids[:, 1:]},
-            num_targets={NEXT_TOKEN: rows * seq_len},
-        )
-        batches.append(batch.to(device))
-    return batches
-
-
-@dataclass(frozen=True)
-class RandomDocuments:
-    """A `TokenStream` of random tokens in documents of 1 to twice `mean_length` tokens."""
-
-    num_tokens: int
-    vocab_size: int
-    mean_length: int
-    fingerprint: str | None = None
-
-    @property
-    def document_starts(self) -> NDArray[np.int64]:
-        lengths = np.random.default_rng(0).integers(1, 2 * self.mean_length, self.num_tokens)
-        starts = np.cumsum(lengths) - lengths
-        return starts[starts < self.num_tokens]
-
-    def tokens(self, start: int, stop: int) -> NDArray[np.generic]:
-        return np.random.default_rng(start).integers(0, self.vocab_size, stop - start)
-
-
-def make_packed_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
-    """Batches as a run gets them: rows packed with documents that do not see each other."""
-    assert model.vocab_size is not None
-    documents = RandomDocuments(4 * rows * seq_len + 1, model.vocab_size, mean_length=seq_len)
-    packed = PackedRows(documents, seq_len)
-    return [packed.batch(np.arange(rows) + start).to(device) for start in range(0, 4 * rows, rows)]
 
 
 def distft_step(setup: Setup, zero_stage: int | None) -> Step:

@@ -224,7 +224,7 @@ class TrainingRun:
                 if self._config.engine.activation_checkpointing == "full"
                 else None
             ),
-            peak_flops_per_s=peak_flops_per_s(self._device, dtype),
+            peak_flops_per_s=lambda: peak_flops_per_s(self._device, dtype),
             world_size=self._collectives.world_size,
         )
 

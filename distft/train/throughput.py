@@ -2,7 +2,8 @@
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 
@@ -73,12 +74,21 @@ class Throughput:
     """Measures rates between calls of `read`."""
 
     def __init__(
-        self, *, flops: Flops, recomputed_flops: Flops | None, peak_flops_per_s: float, world_size: int
+        self,
+        *,
+        flops: Flops,
+        recomputed_flops: Flops | None,
+        peak_flops_per_s: Callable[[], float],
+        world_size: int,
     ) -> None:
-        """`flops` are the model's own; activation checkpointing adds `recomputed_flops`."""
+        """`flops` are the model's own; activation checkpointing adds `recomputed_flops`.
+
+        `peak_flops_per_s` is called by the first `read` that follows a step: measuring takes half a second,
+        by which it would delay the first step.
+        """
         self._flops = flops
         self._recomputed_flops = recomputed_flops
-        self._peak_flops_per_s = peak_flops_per_s
+        self._peak_flops_per_s = cache(peak_flops_per_s)
         self._world_size = world_size
         self._started = time.perf_counter()
         self._num_steps = 0
@@ -106,14 +116,15 @@ class Throughput:
         """Rates since the interval started, and start the next one. Empty if it had no step."""
         elapsed_s = time.perf_counter() - self._started
         num_steps, num_tokens, data_wait_s = self._num_steps, self._num_tokens, self._data_wait_s
-        available = self._peak_flops_per_s * self._world_size * elapsed_s
-        shares = {"mfu": self._flops.of(num_tokens, self._num_pairs) / available}
-        if self._recomputed_flops is not None:
-            recomputed = self._recomputed_flops.of(num_tokens, self._num_pairs)
-            shares["hfu"] = shares["mfu"] + recomputed / available
-        self.restart()
+        num_pairs = self._num_pairs
         if not num_steps:
+            self.restart()
             return {}
+        available = self._peak_flops_per_s() * self._world_size * elapsed_s
+        shares = {"mfu": self._flops.of(num_tokens, num_pairs) / available}
+        if self._recomputed_flops is not None:
+            shares["hfu"] = shares["mfu"] + self._recomputed_flops.of(num_tokens, num_pairs) / available
+        self.restart()
         tokens_per_s = num_tokens / elapsed_s
         return {
             "tokens_per_s": tokens_per_s,

@@ -1,7 +1,4 @@
-"""Crash safety of saves and pruning.
-
-After a crash or a full disk at any file operation, the last commit loads, and training continues exactly.
-"""
+"""Crash safety of saves and pruning: whichever file operation fails, training continues exactly."""
 
 import json
 import os
