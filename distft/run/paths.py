@@ -14,23 +14,27 @@ CONFIG_FILE = "config.yaml"  # of a run, in its directory
 
 
 def check_paths(config: RunConfig) -> None:
-    """Raise one error with the paths of the run, its checkpoint and tokenizer at which nothing is.
+    """Raise one error if nothing is at the path of the checkpoint or the tokenizer, with all wrong paths.
 
-    They are some of the errors of `read_inputs`, and those after which it checks no more.
+    Without either of them `read_inputs` checks nothing more. A wrong `run_dir` alone raises nothing here: it
+    is reported together with what `read_inputs` finds in the data.
     """
     errors = ErrorCollector()
     with errors.collect():
         require_writable(config.run_dir)
-    is_init_from_missing = False
+    is_init_from_missing = config.init_from is not None
     with errors.collect():
         if config.init_from is not None:
-            is_init_from_missing = True
             _require_checkpoint(config.init_from)
             is_init_from_missing = False
+    is_tokenizer_missing = False
     if config.tokenizer is not None or not is_init_from_missing:  # otherwise it may be the checkpoint's
+        is_tokenizer_missing = True
         with errors.collect():
             _require_tokenizer(config)
-    errors.raise_if_any()
+            is_tokenizer_missing = False
+    if is_init_from_missing or is_tokenizer_missing:
+        errors.raise_if_any()
 
 
 def require_writable(run_dir: str) -> None:
