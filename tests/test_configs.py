@@ -1,11 +1,14 @@
 """The configurations in configs/ parse, and their models can be built."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from distft.config import load_yaml
+from distft.engine.settings import LocalConfig
+from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 from distft.model.counts import num_parameters
 from distft.optim.patterns import select_trainable
@@ -54,3 +57,14 @@ def test_a_shipped_configuration_contains_no_absolute_path(path: Path) -> None:
 def test_shipped_configurations_have_different_run_dirs() -> None:
     run_dirs = [load_yaml(path)["run_dir"] for path in CONFIGS]
     assert len(set(run_dirs)) == len(run_dirs)
+
+
+def test_a_setting_of_the_engine_alone_changes_the_default_engine(tmp_path: Path) -> None:
+    raw = load_yaml(ROOT / "configs" / "demo_pretrain.yaml")
+    del raw["engine"]
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(raw))
+    assert load_run_config(path).engine == LocalConfig()
+    assert load_run_config(path, ["engine.compile=true"]).engine == LocalConfig(compile=True)
+    with pytest.raises(ConfigError, match=r"type is missing"):
+        load_run_config(path, ["engine.zero_stage=1"])

@@ -1,6 +1,7 @@
 """FP8 linear layers, by torchao: weights, checkpoints and names stay those of the plain layers."""
 
 import dataclasses
+import logging
 from typing import Literal
 
 import torch
@@ -16,12 +17,16 @@ _MIN_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}
 def require_fp8(scaling: Literal["tensorwise", "rowwise"], device: torch.device) -> None:
     """Raise `ConfigError` if FP8 products cannot run here. A CPU emulates them, slowly, for tests."""
     try:
+        # torchao warns on import of kernels that this machine lacks, and torch of torchao's old calls.
+        logging.disable(logging.WARNING)
         import torchao.float8  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"engine.fp8={scaling} needs torchao, which cannot be imported ({error}): install distft[fp8], "
             "or set engine.fp8=none."
         ) from None
+    finally:
+        logging.disable(logging.NOTSET)
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)

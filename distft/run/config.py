@@ -106,9 +106,21 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
     Next to `init_from`, `model` may give single fields: the others are those of the checkpoint.
     """
-    raw = _complete_model(apply_overrides(load_yaml(path), overrides))
+    raw = _complete_engine(_complete_model(apply_overrides(load_yaml(path), overrides)))
     config: RunConfig = parse(RunConfig, raw)
     return config
+
+
+def _complete_engine(raw: dict[str, Any]) -> dict[str, Any]:
+    """`engine.compile=true` alone changes the default engine, which is `local`."""
+    engine = raw.get("engine")
+    if (
+        not isinstance(engine, Mapping)
+        or "type" in engine
+        or not engine.keys() <= LocalConfig.model_fields.keys()
+    ):
+        return raw
+    return {**raw, "engine": {"type": "local", **engine}}
 
 
 def _complete_model(raw: dict[str, Any]) -> dict[str, Any]:
