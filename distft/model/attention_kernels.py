@@ -140,8 +140,7 @@ def attention(
         return flex(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)  # type: ignore[no-any-return]
     if is_grouped and mask is not None and q_BHTD.is_cuda:
         # No fused kernel takes both a mask and grouped heads: SDPA would keep all T x S scores in memory.
-        num_groups = q_BHTD.shape[1] // k_BGSD.shape[1]
-        k_BGSD, v_BGSD = (x.repeat_interleave(num_groups, dim=1) for x in (k_BGSD, v_BGSD))
+        k_BGSD, v_BGSD = (_for_each_head(x, q_BHTD) for x in (k_BGSD, v_BGSD))
         is_grouped = False
     with _cudnn_first() if kernel == "cudnn" else contextlib.nullcontext():
         return functional.scaled_dot_product_attention(
@@ -152,6 +151,11 @@ def attention(
             is_causal=is_causal and mask is None,  # SDPA refuses both a mask and is_causal
             enable_gqa=is_grouped,
         )
+
+
+def _for_each_head(x_BGSD: Tensor, q_BHTD: Tensor) -> Tensor:
+    """Keys or values repeated for each query head that they serve, [B, H, S, D]."""
+    return x_BGSD.repeat_interleave(q_BHTD.shape[1] // x_BGSD.shape[1], dim=1)
 
 
 def _cudnn_first() -> AbstractContextManager[None]:
@@ -179,8 +183,7 @@ def attention_with_dropout(
 ) -> Tensor:
     """Attention written out, with all T x S weights in memory: no kernel takes a mask per weight."""
     assert mask is None or isinstance(mask, Tensor)  # `uses_flex_attention` rules a block mask out
-    num_groups = q_BHTD.shape[1] // k_BGSD.shape[1]
-    k_BHSD, v_BHSD = (x.repeat_interleave(num_groups, dim=1) for x in (k_BGSD, v_BGSD))
+    k_BHSD, v_BHSD = (_for_each_head(x, q_BHTD) for x in (k_BGSD, v_BGSD))
     scores_BHTS = q_BHTD @ k_BHSD.transpose(2, 3) * q_BHTD.shape[-1] ** -0.5
     if mask is None and is_causal:
         mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=scores_BHTS.device).tril()

@@ -16,9 +16,10 @@ _MIN_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}
 
 def require_fp8(scaling: Literal["tensorwise", "rowwise"], device: torch.device) -> None:
     """Raise `ConfigError` if FP8 products cannot run here. A CPU emulates them, slowly, for tests."""
+    # torchao warns on import of kernels that this machine lacks, and torch of torchao's old calls.
+    disabled_before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        # torchao warns on import of kernels that this machine lacks, and torch of torchao's old calls.
-        logging.disable(logging.WARNING)
         import torchao.float8  # noqa: F401
     except ImportError as error:
         raise ConfigError(
@@ -26,7 +27,7 @@ def require_fp8(scaling: Literal["tensorwise", "rowwise"], device: torch.device)
             "or set engine.fp8=none."
         ) from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled_before)
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)

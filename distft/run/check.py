@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from distft.engine.settings import LocalConfig
 from distft.errors import ConfigError, ErrorCollector
-from distft.model.counts import training_flops
 from distft.run.config import RunConfig
 from distft.run.paths import check_paths
 from distft.topology import BatchPlan, Topology
@@ -66,9 +65,7 @@ def check_engine(config: RunConfig, topology: Topology) -> None:
 def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
     """Lines that describe the run on `world_size` ranks. Raises the errors of `check_run`."""
     plan, inputs = check_run(config, Topology(world_size=world_size))
-    num_steps = config.train.total_steps(
-        num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size
-    )
+    num_steps = inputs.total_steps
     numel = {name: prod(shape) for name, shape in inputs.shapes.items()}
     num_trainable = sum(numel[name] for name in inputs.trainable)
     yield f"model       {sum(numel.values()):,} parameters, {num_trainable:,} of them trainable"
@@ -84,8 +81,4 @@ def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
         f"{plan.micro_batch_size}"
     )
     epochs = num_steps * plan.global_batch_size / inputs.train.num_sequences
-    flops_of_a_row = training_flops(inputs.model, plan.seq_len, inputs.heads, inputs.trainable).of(
-        plan.seq_len, plan.seq_len**2
-    )
-    flops = flops_of_a_row * plan.global_batch_size * num_steps
-    yield f"length      {num_steps:,} steps, {epochs:.2f} epochs, {flops:.2e} FLOPs"
+    yield f"length      {num_steps:,} steps, {epochs:.2f} epochs, {inputs.run_flops:.2e} FLOPs"

@@ -10,6 +10,7 @@ from distft.data.dataset import DataContext
 from distft.data.feed import Feed
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
 from distft.model.config import Heads, ModelConfig
+from distft.model.counts import Flops, training_flops
 from distft.optim.adamw import parameter_groups
 from distft.optim.patterns import select_trainable
 from distft.run.config import RunConfig
@@ -41,6 +42,26 @@ class RunInputs:
     shapes: dict[str, tuple[int, ...]]  # of every parameter
     trainable: set[str]
     init_from: CheckpointSource | None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return _total_steps(self.config, self.train)
+
+    @property
+    def training_flops(self) -> Flops:
+        """FLOPs of forward and backward, on rows of the run's length."""
+        return training_flops(self.model, self.config.batch.seq_len, self.heads, self.trainable)
+
+    @property
+    def run_flops(self) -> float:
+        """FLOPs of the whole run, of all ranks together, if every row holds one document."""
+        batch = self.config.batch
+        return (
+            self.training_flops.of(batch.seq_len, batch.seq_len**2)
+            * batch.global_batch_size
+            * self.total_steps
+        )
 
 
 def read_inputs(config: RunConfig) -> RunInputs:
@@ -181,8 +202,10 @@ def _check_parameters(
 
 
 def _check_schedule(config: RunConfig, train: Feed) -> None:
-    config.optim.schedule.check(
-        config.train.total_steps(
-            num_sequences=train.num_sequences, global_batch_size=config.batch.global_batch_size
-        )
+    config.optim.schedule.check(_total_steps(config, train))
+
+
+def _total_steps(config: RunConfig, train: Feed) -> int:
+    return config.train.total_steps(
+        num_sequences=train.num_sequences, global_batch_size=config.batch.global_batch_size
     )

@@ -18,7 +18,7 @@ from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
 from distft.engine.interface import DTYPES
 from distft.errors import Preempted, SupersededError
-from distft.model.counts import recomputed_flops, training_flops
+from distft.model.counts import recomputed_flops
 from distft.objective.interface import ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
@@ -199,9 +199,7 @@ class TrainingRun:
 
     def _build_schedule(self) -> TrainingSchedule:
         config = self._config
-        total_steps = config.train.total_steps(
-            num_sequences=self._inputs.train.num_sequences, global_batch_size=self._plan.global_batch_size
-        )
+        total_steps = self._inputs.total_steps
         return TrainingSchedule(
             total_steps=total_steps,
             lr_at=lambda step: config.optim.lr(step, total_steps),
@@ -216,9 +214,7 @@ class TrainingRun:
     def _build_throughput(self) -> Throughput:
         dtype = DTYPES[self._config.engine.param_dtype]
         return Throughput(
-            flops=training_flops(
-                self._inputs.model, self._plan.seq_len, self._inputs.heads, self._inputs.trainable
-            ),
+            flops=self._inputs.training_flops,
             recomputed_flops=(
                 recomputed_flops(self._inputs.model, self._inputs.trainable)
                 if self._config.engine.activation_checkpointing == "full"

@@ -5,7 +5,6 @@ import torch
 from distft.errors import ConfigError, ErrorCollector
 from distft.model.attention_kernels import require_attention_kernel
 from distft.model.compiler import compile_pays, missing_for_compile
-from distft.model.counts import training_flops
 from distft.model.fp8 import require_fp8, use_fp8
 from distft.model.transformer import Transformer
 from distft.run.inputs import RunInputs
@@ -44,14 +43,8 @@ def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.devi
 
 def uses_compile(inputs: RunInputs, plan: BatchPlan, device: torch.device) -> bool:
     """Whether the run compiles its model: `engine.compile`, which may leave it to the run's length."""
-    config = inputs.config
-    if config.engine.compile != "auto":
-        return config.engine.compile
+    setting = inputs.config.engine.compile
+    if setting != "auto":
+        return setting
     # Of the whole run, not of what is left of it: a resumed run must compute with the same kernels.
-    num_steps = config.train.total_steps(
-        num_sequences=inputs.train.num_sequences, global_batch_size=plan.global_batch_size
-    )
-    flops_per_row = training_flops(inputs.model, plan.seq_len, inputs.heads, inputs.trainable).of(
-        plan.seq_len, plan.seq_len**2
-    )
-    return compile_pays(device, flops_per_row * plan.global_batch_size * num_steps / plan.dp_world_size)
+    return compile_pays(device, inputs.run_flops / plan.dp_world_size)
