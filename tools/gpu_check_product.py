@@ -21,14 +21,14 @@ from distft.data.batch import Batch
 from distft.data.corpus import JsonlCorpus, StdlibCorpus
 from distft.data.device_copy import batch_copier
 from distft.data.feed import Prefetcher
-from distft.data.shards import MANIFEST
+from distft.data.shard_layout import MANIFEST
 from distft.model.config import ModelConfig
 from distft.model.dropout import row_keys
-from distft.objective.interface import ObjectiveContext
 from distft.prepare import TokenizeConfig, tokenize
 from distft.run.check import check_run
 from distft.run.config import RunConfig
 from distft.run.engines import build_engine, choose_device
+from distft.run.training_module import build_objective_context
 from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
 from distft.topology import MicroBatch, Topology
 from distft.train.step import StepResult, train_step
@@ -200,8 +200,7 @@ class Training:
         if config.engine.param_dtype == "fp16":
             self.engine.set_loss_scale(torch.tensor(_FP16_LOSS_SCALE, device=self.device))
         self.engine.module.train()
-        assert self.inputs.model.vocab_size is not None
-        self._context = ObjectiveContext(self.inputs.model.vocab_size, collectives)
+        self._context = build_objective_context(self.inputs, self.plan, collectives, self.device)
         self._rank = collectives.dp_rank
         self._num_steps = 0
         self.num_attention_pairs = 0  # of the last step

@@ -107,7 +107,9 @@ class Runner:
         budget_s: float,
         emit: Callable[[JsonRow], None],
         dry: bool = False,
+        case_patterns: Sequence[str] = (),
     ) -> None:
+        self._case_patterns = list(case_patterns)
         self._command = list(command)
         self._work_dir = work_dir
         self._emit = emit
@@ -149,7 +151,12 @@ class Runner:
             worker = self._take_worker(fresh=phase.starts_fresh or next_case > 0)
             attempt = _Attempt(phase, worker, until, self._emit)
             next_case = attempt.run(
-                {"first_case": next_case, "work_dir": str(self._work_dir), "dry": self._dry}
+                {
+                    "first_case": next_case,
+                    "case_patterns": self._case_patterns,
+                    "work_dir": str(self._work_dir),
+                    "dry": self._dry,
+                }
             )
             if attempt.is_worker_usable:
                 self._current = worker

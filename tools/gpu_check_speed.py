@@ -42,7 +42,7 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "tiny": ModelConfig(vocab_size=512, max_seq_len=32, d_model=64, num_layers=2, num_heads=2, d_ff=96),
 }
-_MAX_ROWS = {"124M": 32, "350M": 16, "1.3B": 8, "7B": 8, "tiny": 2}
+MAX_ROWS = {"124M": 32, "350M": 16, "1.3B": 8, "7B": 8, "tiny": 2}
 _USABLE_MEMORY = 0.88  # of the device's memory: the rest is for the allocator's gaps and the context
 _WARM_UP_STEPS = 3
 
@@ -158,7 +158,7 @@ def check_settings(session: Session) -> Row:
     specs = [*_first_cases(), *_more_cases()]
     predicted = {}
     for spec in specs:
-        rows = _MAX_ROWS[spec.model]
+        rows = MAX_ROWS[spec.model]
         _config(session, spec, rows)
         predicted[spec.name] = _gb(spec.memory(rows).predicted_bytes())
     return {"cases": len(specs), "predicted_memory_gb_by_case": predicted}
@@ -224,7 +224,7 @@ def measure(session: Session, spec: SpeedCase) -> Row:
 
 def _choose_rows(device: Device, spec: SpeedCase) -> int:
     limit = _USABLE_MEMORY * device.memory_bytes()
-    plan = spec.memory(_MAX_ROWS[spec.model])
+    plan = spec.memory(MAX_ROWS[spec.model])
     rows = largest_micro_batch(plan, limit)
     needed = spec.memory(rows).predicted_bytes()
     if needed > limit:

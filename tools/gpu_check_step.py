@@ -11,7 +11,7 @@ import torch
 from gpu_check_device import require_no_synchronisation, synchronisations
 from gpu_check_parity import small_batch, small_model
 from gpu_check_product import Session, Training, run_config
-from gpu_check_speed import MODELS
+from gpu_check_speed import MAX_ROWS, MODELS
 from gpu_check_worker import Case, CheckError, Row
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,11 +30,11 @@ def sync_cases(session: Session) -> list[Case]:
             local: dict[str, Any] = {"type": "local", "param_dtype": precision, "compile": False}
             run = partial(count_waits, session, local, packed=packed, allowed=0)
             cases.append(Case(f"local {precision} {'packed' if packed else 'plain'}", run, 45))
-    for stage in range(4):
-        for precision in ("fp32", "bf16"):
+    for precision in ("bf16", "fp32"):
+        for stage in range(4):
             zero = {"type": "zero", "zero_stage": stage, "param_dtype": precision, "compile": False}
-            run = partial(count_waits, session, zero, packed=True, allowed=None)
-            cases.append(Case(f"zero {stage} {precision} packed", run, 45))
+            run = partial(count_waits, session, zero, packed=False, allowed=None)
+            cases.append(Case(f"zero {stage} {precision} plain", run, 45))
     return cases
 
 
@@ -67,29 +67,37 @@ def count_waits(session: Session, engine: Mapping[str, Any], *, packed: bool, al
 
 def profile_cases(session: Session) -> list[Case]:
     """Kernels by time of one step, into a file."""
-    names = [("tiny", False)] if session.dry else [("1.3B", True), ("124M", True), ("1.3B", False)]
+    local: dict[str, Any] = {"type": "local"}
+    zero = {"type": "zero", "zero_stage": 1}
+    eager, compiled = {"compile": False}, {"compile": True}
+    if session.dry:
+        steps = {"tiny local eager": ("tiny", local | eager, True)}
+    else:
+        steps = {
+            "124M local compiled": ("124M", local | compiled, False),
+            "1.3B local compiled": ("1.3B", local | compiled, False),
+            "1.3B zero 1 compiled": ("1.3B", zero | compiled, False),
+            "1.3B local compiled packed": ("1.3B", local | compiled, True),
+            "1.3B local eager": ("1.3B", local | eager, False),
+        }
     return [
-        Case(
-            f"{name} {'compiled' if compiled else 'eager'}",
-            partial(profile_step, session, name, compiled=compiled),
-            60,
-        )
-        for name, compiled in names
+        Case(label, partial(profile_step, session, label, name, engine, packed=packed), 60)
+        for label, (name, engine, packed) in steps.items()
     ]
 
 
-def profile_step(session: Session, name: str, *, compiled: bool) -> Row:
-    """Profile one step of `local` in bf16 on packed rows, the product's default."""
+def profile_step(session: Session, label: str, name: str, engine: Mapping[str, Any], *, packed: bool) -> Row:
+    """Profile one step in bf16, with the rows that `speed` measures."""
     model, device = MODELS[name], session.device
-    rows = 2 if session.dry else 8
+    rows = MAX_ROWS[name]
     config = run_config(
         session.data,
         session.work_dir / "profile",
         device.kind,
         model=model,
         batch=(rows, rows, model.max_seq_len),
-        engine={"type": "local", "param_dtype": "bf16", "compile": compiled},
-        packed=True,
+        engine={"param_dtype": "bf16", **engine},
+        packed=packed,
     )
     with Training(config, session.collectives(config), quick_weights=True) as training:
         for _ in range(_WARM_UP_STEPS):
@@ -99,7 +107,6 @@ def profile_step(session: Session, name: str, *, compiled: bool) -> Row:
         with profile(activities=activities) as recorded:
             training.step()
             device.synchronize()
-    label = f"{name} {'compiled' if compiled else 'eager'}"
     kernels = kernels_by_time(recorded, is_cuda=device.is_cuda)
     _append_kernels(session.work_dir / KERNELS_FILE, label, kernels)
     busy_s = sum(kernel["total_us"] for kernel in kernels) / 1e6

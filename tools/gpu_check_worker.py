@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 Row: TypeAlias = Mapping[str, Any]  # measured values by name, as JSON can hold them
@@ -48,6 +49,7 @@ class Request:
 
     phase: str
     first_case: int  # the cases before it are done
+    case_patterns: Sequence[str]  # glob patterns of names; none: all cases
     work_dir: str  # for files that later workers need
     dry: bool
 
@@ -76,7 +78,12 @@ def _serve_phase(
     request: Request, phases: Phases, needs_new_process: NeedsNewProcess, send: Callable[..., None]
 ) -> bool:
     """Run the phase's cases from `first_case` on; return whether this process can run more."""
-    cases = phases[request.phase](request)
+    patterns = request.case_patterns or ["*"]
+    cases = [
+        case
+        for case in phases[request.phase](request)
+        if any(fnmatchcase(case.name, pattern) for pattern in patterns)
+    ]
     send("cases", names=[case.name for case in cases])
     reason = None
     for index, case in enumerate(cases):
