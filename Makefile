@@ -1,6 +1,7 @@
 # make demo    from text to a fine-tuned classifier, on Python's standard library
 # make test    the tests
 # make check   format, lint, types, spelling, shell scripts
+# make mutation  small mistakes in the code, one at a time: do the tests see them? Takes an hour; docs/mutation.md
 # make venv    the virtual environment with pinned packages that the other targets use
 # make clean   remove the virtual environment and all caches; keep runs/ and data/
 
@@ -17,7 +18,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: demo test check venv clean
+.PHONY: demo test check mutation venv clean
 
 demo: $(INSTALLED)
 	@PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
@@ -33,6 +34,12 @@ check: $(INSTALLED_DEV)
 	@$(BIN)/python -m codespell_lib
 	@$(BIN)/shellcheck launch/*.sh tools/*.sh .ci/run
 	@echo "Format, lint, types, spelling and shell scripts are in order."
+
+# `make mutation MUTANTS='distft.data.packing*'` runs some of them.
+mutation: $(INSTALLED)
+	@$(PIP_INSTALL) -e '.[test,mutation]'
+	@$(BIN)/python -m mutmut run --max-children $(TEST_WORKERS) $(MUTANTS)
+	@$(BIN)/python -m mutmut results
 
 venv: $(INSTALLED)
 
