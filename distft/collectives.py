@@ -37,6 +37,9 @@ class Collectives(Protocol):
     def all_gather(self, value: T) -> list[T]:
         """All ranks' values in rank order, on every rank. For small values: they are pickled."""
 
+    def gather(self, value: T) -> list[T] | None:
+        """All ranks' values in rank order, on rank 0; None on the others. Pickled, as by `all_gather`."""
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank."""
 
@@ -71,6 +74,9 @@ class SingleProcess:
     world_size = dp_world_size = 1
 
     def all_gather(self, value: T) -> list[T]:
+        return [value]
+
+    def gather(self, value: T) -> list[T]:
         return [value]
 
     def broadcast(self, value: T) -> T:
@@ -136,6 +142,11 @@ class ProcessGroup:
         gathered: list[T | None] = [None] * self.world_size
         dist.all_gather_object(gathered, value, group=self._object_group)
         return gathered  # type: ignore[return-value]  # all_gather_object has replaced every None
+
+    def gather(self, value: T) -> list[T] | None:
+        gathered: list[T | None] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self._object_group)
+        return gathered  # type: ignore[return-value]
 
     def broadcast(self, value: T) -> T:
         values = [value]

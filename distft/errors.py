@@ -9,13 +9,16 @@ DistftError
 ├── CheckpointError                  2  checkpoint: missing, incomplete, damaged, or wrong for this run
 │   ├── UnsupportedFormatError       2  checkpoint.formats: no checkpoint of a format that distft reads
 │   └── SupersededError              2  checkpoint: a later start of the same run writes its checkpoints
-├── TrainingError                    1  train, watch, cluster, prepare: non-finite gradients, a hang, a crash
-├── Preempted                       75  train: stopped on request, after saving
+├── TrainingError                    1  train, watch, cluster, prepare: a hang, a crash
+│   └── DivergedError                2  train: gradients that are not finite, for too many steps
+├── Preempted                       75  train: stopped on request (SIGTERM, Ctrl-C), after saving
 │   └── Resized                     75  train: stopped to continue at once on other ranks or nodes
+├── Interrupted                    130  run, cluster: ended at once by a second Ctrl-C, without saving
 └── LaunchError                      1  cluster, rendezvous: workers not placed, not started, or lost
 
 Exit code 2: the user has to change something first; the same command would fail again. Exit code 1: the same
 command may work again. Exit code 75 (EX_TEMPFAIL of sysexits.h): the same command continues the run.
+Exit code 130 (as shells give after Ctrl-C): the same command continues a run from its last checkpoint.
 """
 
 import difflib
@@ -69,7 +72,13 @@ class SupersededError(CheckpointError):
 
 
 class TrainingError(DistftError):
-    """Work failed: gradients not finite for too many steps, a hung rank, a killed process."""
+    """Work failed: a hung rank, a killed process."""
+
+
+class DivergedError(TrainingError):
+    """Too many steps had gradients that are not finite; they would have them again after a restart."""
+
+    exit_code = 2
 
 
 class Preempted(DistftError):
@@ -80,6 +89,12 @@ class Preempted(DistftError):
 
 class Resized(Preempted):
     """The run stopped and saved, to continue at once with another number of ranks or on other nodes."""
+
+
+class Interrupted(DistftError):
+    """Ctrl-C ended the run at once; the message says which step is safe and how to go on."""
+
+    exit_code = 130
 
 
 class LaunchError(DistftError):

@@ -1,6 +1,7 @@
 """For every test: the environment, the hypothesis profile, skips for lacking devices, shared fixtures."""
 
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -43,8 +44,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("distft")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random-seed", type=int, help="of tests that crash or kill at random moments; default: a new one"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before any test module imports torch, DeepSpeed or Ray."""
+    if config.option.random_seed is None:  # pytest-xdist passes the options on to its processes
+        config.option.random_seed = random.randrange(1 << 32)
     extensions = tempfile.TemporaryDirectory(prefix="torch_extensions_")
     config.add_cleanup(extensions.cleanup)
     patch = pytest.MonkeyPatch()
@@ -67,6 +76,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reasons[0]))
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"--random-seed={config.option.random_seed}"
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the rank pool while the first tests run, if any test needs it."""
     if not session.config.option.collectonly and any(
@@ -84,6 +97,14 @@ def _missing_devices(mark: pytest.Mark) -> str | None:
 
     present = torch.cuda.device_count()
     return None if present >= needed else f"needs {needed} CUDA device(s), and torch sees {present}"
+
+
+@pytest.fixture
+def random_seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this test's random choices; pytest shows it if the test fails."""
+    seed = int(request.config.option.random_seed)
+    print(f"To repeat: pytest --random-seed={seed} '{request.node.nodeid}'")
+    return seed
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (  # lowest first; a package imports only itself and packages of lower floors
     {"errors"},
     {"config"},
-    {"topology", "storage", "tracker", "rendezvous"},
-    {"collectives"},
+    {"topology", "storage", "rendezvous"},
+    {"collectives", "tracker"},
     {"tokenizer", "model", "data", "optim", "watch"},
     {"objective", "checkpoint", "prepare"},
     {"engine"},

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from distft.cli.main import app
 from distft.config import dump_yaml, json_schema, parse, parse_yaml
+from distft.errors import DistftError
 from distft.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +191,49 @@ def test_a_user_error_gives_one_message_and_exit_code_2(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+PATHS = {  # parameters of commands that are paths
+    "checkpoint", "checkpoints", "config", "corpus", "first", "model", "output", "run", "run_config",
+    "second", "target", "tokenizer",
+}  # fmt: skip
+
+
+def _parameters(group: TyperGroup, *names: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from _parameters(command, *names, name)
+        else:
+            yield from ((" ".join([*names, name]), parameter) for parameter in command.params)
+
+
+def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nowhere/home")
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    found = set()
+    for command, parameter in _parameters(group):
+        if parameter.name not in PATHS or parameter.name == "run_config":  # that is expanded when it is read
+            continue
+        found.add(parameter.name)
+        assert parameter.callback is not None, f"{command}: {parameter.name}"
+        given = ["~/x"] if parameter.name in {"checkpoints", "corpus"} else "~/x"
+        try:
+            seen = str(parameter.callback(typer.Context(typer.main.get_command(app)), parameter, given))
+        except DistftError as error:  # nothing is at that path
+            seen = str(error)
+        assert "/nowhere/home/x" in seen
+    assert found == PATHS - {"run_config"}
+
+
+def test_a_tilde_in_a_setting_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text((ROOT / "configs" / "shakespeare_char.yaml").read_text())
+    paths = ("run_dir", "tokenizer", "init_from", "checkpoint.directory", "data.sources.0.path")
+    shown = _distft("config", "show", "~/run.yaml", *(f"{path}=~/some/{path}" for path in paths))
+    assert shown.returncode == 0, shown.stderr
+    for path in paths:
+        assert f": {tmp_path}/some/{path}\n" in shown.stdout
 
 
 def test_config_show_prints_a_configuration_that_parses_to_the_same_settings() -> None:

@@ -1,4 +1,4 @@
-"""Measures distft's speed, beside other tools: `python tools/benchmark.py train|checkpoint|tokenize|start`.
+"""Measures distft, beside other tools: `python tools/benchmark.py train|checkpoint|tokenize|start|scale`.
 
 The implementations take turns of a few steps, so that other load on the machine slows all of them alike. The
 best turn of each counts.
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import checkpoint_benchmark
+import scale_checkpoint
+import scale_tokenize
 import start_benchmark
 import tokenize_benchmark
 import torch
@@ -316,6 +318,18 @@ def _version(package: str) -> str:
         return "absent"
 
 
+def scale(_: argparse.Namespace) -> None:
+    """Print a table for docs/benchmarks.md."""
+    print("| work | amount | requests | MB | seconds | MiB at the peak |\n|---|---:|---:|---:|---:|---:|")
+    for rows in (scale_tokenize.scale_rows, scale_checkpoint.scale_rows):
+        for row in rows():
+            print(
+                f"| {row.work} | {row.amount:,} | {row.requests:,} | {row.bytes / 1e6:,.1f} "
+                f"| {row.seconds:.2f} | {row.peak_mib:,.0f} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(required=True)
@@ -350,6 +364,8 @@ def main() -> None:
     verb = verbs.add_parser("start", help="seconds until a mistake is told, and until the first step")
     verb.add_argument("--turns", type=int, default=3)
     verb.set_defaults(act=start_benchmark.start)
+    verb = verbs.add_parser("scale", help="requests, bytes, time and memory of 1, 10 and 100 times the work")
+    verb.set_defaults(act=scale)
     arguments = parser.parse_args()
     arguments.act(arguments)
 

@@ -1,6 +1,7 @@
 """Batches of random tokens for the training benchmark: plain rows, and rows packed with documents."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,14 +38,15 @@ class RandomDocuments:
     mean_length: int
     fingerprint: str | None = None
 
-    @property
+    @cached_property
     def document_starts(self) -> NDArray[np.int64]:
         lengths = np.random.default_rng(0).integers(1, 2 * self.mean_length, self.num_tokens)
         starts = np.cumsum(lengths) - lengths
         return starts[starts < self.num_tokens]
 
-    def tokens(self, start: int, stop: int) -> NDArray[np.generic]:
-        return np.random.default_rng(start).integers(0, self.vocab_size, stop - start)
+    def read_rows(self, starts: NDArray[np.int64], out: NDArray[np.int64]) -> None:
+        for row, start in zip(out, starts.tolist(), strict=True):
+            row[:] = np.random.default_rng(start).integers(0, self.vocab_size, len(row))
 
 
 def make_packed_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:

@@ -95,7 +95,7 @@ def is_possible(kind: str, *, has_addresses: bool, has_disk: bool) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of faults, and of what they hit")
     parser.add_argument("--faults", type=int, help="number of faults; default: one of each kind")
     parser.add_argument(
         "--kinds", nargs="+", choices=list(FAULTS), help="default: all that are possible here"
@@ -128,6 +128,7 @@ def inject_faults(arguments: argparse.Namespace, folder: Path) -> int:
         if impossible := [kind for kind in kinds if not is_possible_here(kind)]:
             raise SystemExit(f"Not possible with this cluster on this machine: {', '.join(impossible)}.")
         rng = random.Random(arguments.seed)
+        print(f"--seed {arguments.seed}", flush=True)
         planned = kinds if arguments.in_order else schedule(kinds, arguments.faults or len(kinds), rng)
         num_steps = arguments.steps_between * (len(planned) + 2)
         config = make_config(folder, num_steps, arguments.max_workers or arguments.nodes)

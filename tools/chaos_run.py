@@ -242,7 +242,7 @@ def _kill_head(run: FaultInjectionRun, _: random.Random) -> None:
 def _damage_commit(run: FaultInjectionRun, rng: random.Random) -> None:
     """Damage a byte of the newest checkpoint and kill a rank: the run must resume from the one before."""
     commits = sorted((run.storage / "checkpoints").glob("step_*/manifest.json"))
-    path = commits[-1].parent / "rank_00000.safetensors"
+    path = min(commits[-1].parent.glob("rank_00000*.safetensors"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

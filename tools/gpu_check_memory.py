@@ -6,8 +6,12 @@ Measured peaks far above it show copies that nobody wanted.
 from dataclasses import dataclass, replace
 from math import prod
 
+from distft.engine.deepspeed_config import ZeroConfig
+from distft.engine.settings import LocalConfig
+from distft.engine.state_bytes import StateBytes, state_bytes
 from distft.model.config import LANGUAGE_MODEL, ModelConfig
 from distft.model.counts import num_parameters
+from distft.optim.adamw import AdamWConfig, ParameterGroup
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _LOGITS_CHUNK_NUMEL = 2**27  # the cross entropy's chunk on a GPU
@@ -34,20 +38,25 @@ class MemoryPlan:
 
     def state_bytes(self) -> int:
         """Weights, gradients, master weights and moments on the GPU."""
-        return num_parameters(self.model, LANGUAGE_MODEL) * self.bytes_per_parameter()
-
-    def bytes_per_parameter(self) -> int:
-        """fp32 local: 4 + 4 gradient + 8 moments. bf16: 2 + 4 fp32 gradient + 4 master + 8 moments."""
-        weight = _BYTES[self.precision]
-        master = 0 if self.precision == "fp32" and self.zero_stage in {None, 0} else 4
+        states = self._states()
         # At stages 1 to 3 gradients add up in fp32 beside those of the backward, in the weights' format.
-        gradient = 4 + (weight if self.zero_stage not in {None, 0} else 0)
-        on_host = self.offloads_optimizer
-        return weight + (weight if on_host else gradient + master + 8)
+        backward = 0 if self.zero_stage in {None, 0} else states.weights
+        return states.total - states.offloaded + backward
 
     def host_bytes(self) -> int:
         """What offload puts into the host's memory: fp32 gradients, master weights and moments."""
-        return 16 * num_parameters(self.model, LANGUAGE_MODEL) if self.offloads_optimizer else 0
+        return self._states().offloaded
+
+    def _states(self) -> StateBytes:
+        engine: LocalConfig | ZeroConfig = LocalConfig.model_validate({"param_dtype": self.precision})
+        if self.zero_stage is not None:
+            offload = "cpu" if self.offloads_optimizer else "none"
+            engine = ZeroConfig.model_validate(
+                {"zero_stage": self.zero_stage, "param_dtype": self.precision, "offload_optimizer": offload}
+            )
+        shapes = {"all": (num_parameters(self.model, LANGUAGE_MODEL),)}
+        group = ParameterGroup(("all",), weight_decay=0.0, lr_scale=1.0, updates=0)
+        return state_bytes(shapes, [group], engine, AdamWConfig(), world_size=1)
 
     def _activation_bytes(self) -> int:
         tokens = self.micro_batch_size * self.seq_len

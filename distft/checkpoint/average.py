@@ -8,6 +8,7 @@ from torch import Tensor
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
 from distft.checkpoint.sources import CheckpointSource
+from distft.config import redact
 from distft.errors import ConfigError
 
 
@@ -42,7 +43,9 @@ class AveragedCheckpoint:
                 "probe": None,
                 "written_by": {
                     **base.written_by,
-                    "average_of": {s.path: factor for s, factor in zip(sources, self._factors, strict=True)},
+                    "average_of": redact(
+                        {s.path: factor for s, factor in zip(sources, self._factors, strict=True)}
+                    ),
                 },
             }
         )
@@ -50,9 +53,9 @@ class AveragedCheckpoint:
     @property
     def summary(self) -> str:
         """The sources and their weights, in one line."""
-        names = ", ".join(source.path for source in self._sources)
+        names = ", ".join(redact(source.path) for source in self._sources)
         factors = ", ".join(f"{factor:.4g}" for factor in self._factors)
-        return f"average of {names} (weights {factors}); step and configuration of {self.path}"
+        return f"average of {names} (weights {factors}); step and configuration of {redact(self.path)}"
 
     def _record(self, record: ParameterRecord) -> ParameterRecord:
         dtype = record.states[WEIGHT].dtype if record.is_buffer else "float32"

@@ -2,12 +2,14 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.snapshot import CheckpointSnapshot
 from distft.checkpoint.staging import Copier, HostCopier, StagingArena
 from distft.checkpoint.store import CheckpointStore
+from distft.errors import StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,8 @@ class SaveResult:
     step: int
     path: str
     stall_s: float  # how long training waited
-    write_s: float  # how long writing and pruning took; in the background, training goes on meanwhile
+    write_s: float  # how long writing took; in the background, training goes on meanwhile
+    cleanup_problem: str = ""  # why old commits could not be deleted; the next save tries again
 
 
 class CheckpointSaver:
@@ -28,15 +31,24 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, store: CheckpointStore, config: CheckpointConfig, copier: Copier | None = None
+        self,
+        store: CheckpointStore,
+        config: CheckpointConfig,
+        copier: Copier | None = None,
+        on_commit: Callable[[SaveResult], None] | None = None,
     ) -> None:
-        """`copier` copies from the engine's device; None: from the CPU."""
+        """`copier` copies from the engine's device; None: from the CPU.
+
+        `on_commit` is called once a manifest is in place, in the background by the thread that wrote it.
+        """
         self._store = store
         self._config = config
         self._arena = StagingArena(HostCopier() if copier is None else copier)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._on_commit = on_commit
         self._results: list[SaveResult] = []
+        self._last_problem = ""  # of deleting old commits
 
     def save(self, snapshot: CheckpointSnapshot) -> None:
         """Copy the snapshot and let a thread write it; without `in_background`, write it before returning.
@@ -68,14 +80,24 @@ class CheckpointSaver:
             if stall_s is not None:
                 self._arena.wait()
             path = self._store.save(snapshot)
-            self._store.prune(self._config)
+            write_s = time.perf_counter() - began
+            stall_s = write_s if stall_s is None else stall_s
+            result = SaveResult(snapshot.progress.step, path, stall_s, write_s)
+            if self._on_commit is not None:
+                self._on_commit(result)
+            self._results.append(replace(result, cleanup_problem=self._prune()))
         except BaseException as error:  # raised again in the training thread, by `wait`
             self._failure = error
-            return
-        write_s = time.perf_counter() - began
-        self._results.append(
-            SaveResult(snapshot.progress.step, path, write_s if stall_s is None else stall_s, write_s)
-        )
+
+    def _prune(self) -> str:
+        """Delete old commits; returns why that failed, unless it was told after the last save."""
+        try:
+            self._store.prune(self._config)
+        except StorageError as error:  # the commit is good all the same
+            is_new, self._last_problem = str(error) != self._last_problem, str(error)
+            return str(error) if is_new else ""
+        self._last_problem = ""
+        return ""
 
     @property
     def has_failed(self) -> bool:

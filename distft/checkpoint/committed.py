@@ -3,14 +3,15 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import torch
 
 from distft import storage
-from distft.checkpoint.fragments import Interval, cover
+from distft.checkpoint.fragments import Interval, StoredIntervals
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.checkpoint.rank_file import FragmentLocation, read_header, read_values
-from distft.checkpoint.steps import STEP_PREFIX, find_checkpoint_directory
+from distft.checkpoint.steps import STEP_PREFIX, absolute, find_checkpoint_directory
 from distft.collectives import Collectives, all_or_none
 from distft.errors import CheckpointError, DataError, StorageError, UnreachableError
 from distft.tokenizer import Tokenizer
@@ -28,23 +29,14 @@ class Checkpoint:
         self.path = path
         self.manifest = manifest
         self._headers: dict[int, dict[tuple[str, str], FragmentLocation]] = {}  # by file number
-        self._intervals: dict[str, list[Interval]] = {}  # by parameter; owners are file numbers
-        for number, record in enumerate(manifest.files):
-            for parameter, (start, stop) in record.intervals.items():
-                self._intervals.setdefault(parameter, []).append(Interval(start, stop, number))
+        self._intervals: dict[str, StoredIntervals] = {}  # by parameter that was read; owners: file numbers
+        self._last_owner = 0  # the file that the last read was from
+        self._numels = {name: prod(record.shape) for name, record in manifest.parameters.items()}
 
     @classmethod
     def open(cls, path: str) -> "Checkpoint":
         """The checkpoint at `path`. Raises `CheckpointError` if none was committed there."""
-        where = storage.join(path, MANIFEST)
-        try:
-            data = storage.read_bytes(where)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path} has no {MANIFEST}, so no checkpoint was committed there; "
-                f"give a run's directory, or one of its checkpoints/{STEP_PREFIX}*."
-            ) from None
-        return cls(path, Manifest.from_bytes(data, where))
+        return cls(path, Manifest.from_bytes(read_manifest(path), storage.join(path, MANIFEST)))
 
     @property
     def step(self) -> int:
@@ -55,7 +47,13 @@ class Checkpoint:
         name = self.manifest.files[number].name
         if not name.startswith(SIBLING_PREFIX):
             return storage.join(self.path, name)
-        return storage.join(storage.parent(self.path), name.removeprefix(SIBLING_PREFIX))
+        below = name.removeprefix(SIBLING_PREFIX)
+        beside = storage.join(storage.parent(absolute(self.path)), below)
+        if storage.is_link(self.path) and not storage.exists(
+            beside
+        ):  # such as ./latest -> run/checkpoints/step
+            return storage.join(os.path.realpath(self.path), "..", below)
+        return beside
 
     def has(self, parameter: str, state: str) -> bool:
         record = self.manifest.parameters.get(parameter)
@@ -71,11 +69,46 @@ class Checkpoint:
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> torch.Tensor:
         try:
-            intervals = cover(start, stop, self._intervals.get(parameter, ()))
+            intervals = self.locate(parameter, start, stop)
         except ValueError as gap:
             raise CheckpointError(f"{self.path} lacks element {gap} of {state} of {parameter!r}.") from None
         values = [self._read_interval(parameter, state, interval) for interval in intervals]
         return values[0] if len(values) == 1 else torch.cat(values)
+
+    def locate(self, parameter: str, start: int, stop: int) -> list[Interval]:
+        """The parts of [start, stop) in the files; owners are numbers of files.
+
+        A rank that resumes finds nearly all of its state in one file, so that file is tried first: otherwise
+        512 ranks take 0.4 s for a model of 70B. Raises `ValueError` with the first element that is in no file.
+        """
+        if parameter not in self.manifest.parameters:
+            raise ValueError(start)
+        if self.manifest.files:
+            first, last = self._interval(parameter, self._last_owner) or (0, -1)
+            if first <= start < stop <= last:
+                return [Interval(start, stop, self._last_owner)]
+        if parameter not in self._intervals:
+            stored = (
+                (self._interval(parameter, number), number) for number in range(len(self.manifest.files))
+            )
+            self._intervals[parameter] = StoredIntervals(
+                (*interval, number) for interval, number in stored if interval is not None
+            )
+        intervals = self._intervals[parameter].cover(start, stop)
+        if intervals:
+            self._last_owner = intervals[-1].owner
+        return intervals
+
+    def _interval(self, parameter: str, number: int) -> tuple[int, int] | None:
+        """The elements of a parameter that a file says to have."""
+        file = self.manifest.files[number]
+        interval = file.intervals.get(parameter)
+        if interval is not None and not interval[0] <= interval[1] <= self._numels[parameter]:
+            raise CheckpointError(
+                f"{self.path}: {file.name} cannot have elements {interval[0]} to {interval[1]} of "
+                f"{parameter!r}, which has {self._numels[parameter]}; use another checkpoint."
+            )
+        return interval
 
     def _read_interval(self, parameter: str, state: str, interval: Interval) -> torch.Tensor:
         path = self.file_path(interval.owner)
@@ -104,7 +137,9 @@ class Checkpoint:
             return []
         where = storage.join(self.path, record.file)
         try:
-            found = Tokenizer(storage.read_bytes(where)).fingerprint
+            with storage.unreadable_as_unreachable(where):
+                data = storage.read_bytes(where)
+            found = Tokenizer(data).fingerprint
         except FileNotFoundError:
             damage = f"{where} is missing"
         except DataError as error:
@@ -138,6 +173,19 @@ class Checkpoint:
             found = self.find_damage(own_numbers)
             if found:
                 raise CheckpointError("\n".join(found))
+
+
+def read_manifest(path: str) -> bytes:
+    """The bytes of the manifest in the directory `path`. Raises `CheckpointError` if it has none."""
+    where = storage.join(path, MANIFEST)
+    try:
+        with storage.unreadable_as_unreachable(where):
+            return storage.read_bytes(where)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise CheckpointError(
+            f"{path} has no {MANIFEST}, so no checkpoint was committed there; "
+            f"give a run's directory, or one of its checkpoints/{STEP_PREFIX}*."
+        ) from None
 
 
 def find_checkpoint(path: str) -> Checkpoint:

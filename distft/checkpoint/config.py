@@ -2,13 +2,13 @@
 
 from pydantic import Field
 
-from distft.config import Settings
+from distft.config import PathText, Settings
 
 
 class CheckpointConfig(Settings):
     """When a run saves checkpoints, and which of them it keeps."""
 
-    directory: str | None = None  # a path or a URL that all ranks reach; null: checkpoints/ in run_dir
+    directory: PathText | None = None  # a path or a URL that all ranks reach; null: checkpoints/ in run_dir
     every_steps: int | None = Field(default=None, ge=1)  # null: only the last step, which is always saved
     keep_last: int = Field(default=2, ge=1)  # how many of the newest checkpoints stay
     keep_every_steps: int | None = Field(default=None, ge=1)  # multiples of this are never pruned

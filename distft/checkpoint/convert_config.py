@@ -5,7 +5,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import model_validator
 
-from distft.checkpoint.formats.huggingface_architecture import Architecture
+from distft.checkpoint.formats.huggingface_config import Architecture
 from distft.config import Settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -43,6 +43,12 @@ class ConvertConfig(Settings):
                 f"{self.to} has no {_as_options(unsupported)}: leave that out; it accepts {supported}"
             )
         return self
+
+
+class ParameterGroups(Settings):
+    """The file of `--parameter-groups`: names for parameters that DeepSpeed's stage 0 only numbers."""
+
+    groups: tuple[tuple[str, ...], ...]  # of each optimizer group, in the script's order
 
 
 def _as_options(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from distft import storage
 from distft.checkpoint.fingerprint import fingerprint, fingerprint_text
 from distft.checkpoint.sources import CheckpointSource, read_chunks, stored_states
 from distft.errors import CheckpointError, DistftError, UnreachableError
@@ -17,11 +18,12 @@ def find_damaged_states(
     for name, record in source.manifest.parameters.items():
         for state in stored_states(source, name):
             try:
-                chunks = read_chunks(source, name, state, on_progress)
-                total = sum(fingerprint(values, start) for start, values in chunks)
+                with storage.unreadable_as_unreachable(source.path):
+                    chunks = read_chunks(source, name, state, on_progress)
+                    total = sum(fingerprint(values, start) for start, values in chunks)
             except UnreachableError:
                 raise
-            except (DistftError, OSError) as error:
+            except (DistftError, FileNotFoundError) as error:
                 found.append(f"{state} of {name} cannot be read: {error}")
                 continue
             saved = record.states[state].fingerprint

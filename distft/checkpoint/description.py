@@ -15,6 +15,7 @@ from distft import storage
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import CheckpointSource, num_state_bytes, read_chunks, stored_states
+from distft.config import redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +59,14 @@ def describe(
     """Step, counts, files and parameters as JSON values; with `statistics`, reads every state."""
     manifest = source.manifest
     return {
-        "path": source.path,
+        "path": redact(source.path),
         "format": source.format,
         "run_id": manifest.run_id,
         **manifest.progress.model_dump(mode="json"),
         "num_parameters": sum(prod(p.shape) for p in manifest.parameters.values() if not p.is_buffer),
         "num_trainable": sum(prod(p.shape) for p in manifest.parameters.values() if p.trainable),
         "num_bytes": num_state_bytes(source),
-        "written_by": manifest.written_by,
+        "written_by": redact(manifest.written_by),
         "label_names": manifest.label_names,
         "tokenizer": _describe_tokenizer(source),
         "probe": None if manifest.probe is None else manifest.probe.model_dump(mode="json"),

@@ -1,7 +1,9 @@
 """Intervals of flattened parameters, the unit that ranks save and load. Arithmetic only; no files."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -32,6 +34,26 @@ class Interval:
     start: int
     stop: int
     owner: int  # index of that file or rank
+
+
+class StoredIntervals:
+    """The stored intervals of one parameter, in an order in which those for a range are found quickly.
+
+    A rank of 512 needs one interval of 512 of each parameter; looking at all of them takes it 30 s for 70B.
+    """
+
+    def __init__(self, stored: Iterable[tuple[int, int, int]]) -> None:
+        """`stored` are start, stop and owner of each interval."""
+        self._stored = sorted((start, -stop, owner) for start, stop, owner in stored)
+        self._starts = [start for start, _, _ in self._stored]
+        self._furthest = list(accumulate((-stop for _, stop, _ in self._stored), max))  # stop so far
+
+    def cover(self, start: int, stop: int) -> list[Interval]:
+        """As `cover`, of these intervals."""
+        first = bisect_right(self._furthest, start)
+        last = bisect_left(self._starts, stop, lo=first)
+        found = self._stored[first:last]
+        return cover(start, stop, [Interval(begin, -end, owner) for begin, end, owner in found])
 
 
 def cover(start: int, stop: int, stored: Iterable[Interval]) -> list[Interval]:

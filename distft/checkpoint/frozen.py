@@ -2,9 +2,13 @@
 
 step_00000500/{manifest.json, rank_00000.safetensors, ...}     trainable parameters
 frozen_00000500/{rank_00000.safetensors, ...}                  frozen ones, unchanged since step 500
+
+In a run, the names carry that of the start that wrote them: `frozen_00000500_0123abcd`.
 """
 
-from collections.abc import Sequence
+import re
+import secrets
+from collections.abc import Iterable, Sequence
 
 from distft import storage
 from distft.checkpoint.committed import SIBLING_PREFIX, Checkpoint
@@ -17,6 +21,7 @@ from distft.collectives import Collectives, all_or_none
 from distft.errors import CheckpointError, StorageError
 
 FROZEN_PREFIX = "frozen_"
+_DIRECTORY = re.compile(rf"{FROZEN_PREFIX}(?P<step>\d+)(_\w+)?")
 
 
 class FrozenWeights:
@@ -41,34 +46,35 @@ class FrozenWeights:
         }
 
     def reuse_or_write(
-        self, fragments: Sequence[Fragment], step: int
+        self, fragments: Sequence[Fragment], step: int, attempt: str
     ) -> tuple[list[FileRecord], dict[str, StateRecord]]:
         """Files and records of the frozen weights; writes them unless an earlier commit's are the same.
 
-        All ranks call this together, each with its own fragments.
+        All ranks call this together, each with its own fragments; the result is complete on rank 0.
+        `attempt` distinguishes the files from those of other starts.
         """
         self._directories_by_step.pop(step, None)
         collectives = self._collectives
-        if not any(collectives.all_gather(bool(fragments))):
-            return [], {}
-        records = self._merged_records(fragments)
-        if records != self._records:
-            self._files, self._records = self._write(fragments, step), records
+        digests = collectives.gather(self._digests(fragments))
+        records = {name: states[WEIGHT] for name, states in merge_digests(digests or ()).items()}
+        if collectives.broadcast(records != self._records):
+            files = self._write(fragments, step, attempt) if collectives.broadcast(bool(records)) else []
+            self._files, self._records = files, records
         return self._files, records
 
-    def _merged_records(self, fragments: Sequence[Fragment]) -> dict[str, StateRecord]:
+    def _digests(self, fragments: Sequence[Fragment]) -> DigestsByState:
         intervals = [(f.parameter, f.start, f.stop) for f in fragments]
         if intervals != self._own_intervals:  # frozen values do not change: one digest serves all saves
             self._own_intervals, self._own_digests = intervals, fragment_digests(fragments)
-        records = merge_digests(self._collectives.all_gather(self._own_digests))
-        return {name: states[WEIGHT] for name, states in records.items()}
+        return self._own_digests
 
-    def _write(self, fragments: Sequence[Fragment], step: int) -> list[FileRecord]:
+    def _write(self, fragments: Sequence[Fragment], step: int, attempt: str) -> list[FileRecord]:
         collectives = self._collectives
-        directory = f"{FROZEN_PREFIX}{step:08d}"
+        directory = ""
         with all_or_none(collectives, StorageError):
             if collectives.rank == 0:
-                storage.remove_tree(storage.join(self._root, directory))  # a killed writer's files
+                directory = self._new_directory(step, attempt)
+        directory = collectives.broadcast(directory)
         with all_or_none(collectives, StorageError):
             name = rank_file_name(collectives.rank)
             file = write_rank_file(
@@ -76,7 +82,23 @@ class FrozenWeights:
                 [LazyFragment.of(fragment) for fragment in fragments],
                 name=f"{SIBLING_PREFIX}{directory}/{name}",
             )
-        return collectives.all_gather(file)
+        return collectives.gather(file) or []
+
+    def _new_directory(self, step: int, attempt: str) -> str:
+        """A name that is not in use: other commits may refer to the files in an existing directory."""
+        name = f"{FROZEN_PREFIX}{step:08d}{attempt and f'_{attempt}'}"
+        if storage.is_directory(storage.join(self._root, name)):
+            name = f"{FROZEN_PREFIX}{step:08d}_{secrets.token_hex(4)}"
+        return name
+
+    def directories(self) -> list[tuple[str, int]]:
+        """The directories of frozen weights, each with the step in its name."""
+        found = ((name, _DIRECTORY.fullmatch(name)) for name in storage.list_names(self._root))
+        return [(name, int(match["step"])) for name, match in found if match is not None]
+
+    def directories_in_use(self, steps: Iterable[int]) -> set[str]:
+        """Names of the frozen directories that the commits of `steps`, or the next save, refer to."""
+        return _directories(self._files).union(*(self.directories_of(step) for step in steps))
 
     def directories_of(self, step: int) -> set[str]:
         """Names of the frozen directories that the commit of `step` refers to; none if it is damaged."""
@@ -85,9 +107,10 @@ class FrozenWeights:
                 files = Checkpoint.open(storage.join(self._root, step_name(step))).manifest.files
             except CheckpointError:
                 files = []
-            self._directories_by_step[step] = {
-                file.name.removeprefix(SIBLING_PREFIX).partition("/")[0]
-                for file in files
-                if file.name.startswith(SIBLING_PREFIX)
-            }
+            self._directories_by_step[step] = _directories(files)
         return self._directories_by_step[step]
+
+
+def _directories(files: Iterable[FileRecord]) -> set[str]:
+    names = (file.name for file in files if file.name.startswith(SIBLING_PREFIX))
+    return {name.removeprefix(SIBLING_PREFIX).partition("/")[0] for name in names}

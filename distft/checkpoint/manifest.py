@@ -1,9 +1,11 @@
 """The manifest, a checkpoint's last file: a checkpoint without one is uncommitted."""
 
 import json
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import to_json
 
 from distft.config import Settings
 from distft.errors import CheckpointError, UnsupportedFormatError
@@ -11,23 +13,44 @@ from distft.storage import checksum_of_bytes
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
+_END = b"\n}"
+_CHECKSUM_KEY = ',\n "checksum": '
+_HEAD = re.compile(rb'\{\n "format": "distft-checkpoint",\n "format_version": (?P<version>\d{1,9}),\n')
+_MOST_PROBLEMS = 20  # in a message
+_MOST_ELEMENTS = 1 << 60  # of a parameter; more bytes than fit into a signed 64-bit number
+
+# Every format makes files and directories of these names, so one that leads elsewhere never gets in.
+PlainName = Annotated[str, StringConstraints(pattern=r"^[\w][^/\\\x00-\x1f\x7f]*$", max_length=255)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+DtypeName = Annotated[
+    str, StringConstraints(pattern=r"^(bool|u?int(8|16|32|64)|b?float\d{1,3}(_[a-z0-9]+)?|complex\d{2,3})$")
+]
 
 
 class StateRecord(Settings):
     """One state of one parameter, over all files."""
 
-    dtype: str  # torch's name without the prefix: float32, bfloat16
+    dtype: DtypeName  # torch's name without the prefix: float32, bfloat16
     fingerprint: str | None = None  # 16 hexadecimal digits; None: the (foreign) format has none
 
 
 class ParameterRecord(Settings):
     """One parameter of the model, over all files."""
 
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Count, ...], Field(max_length=64)]
     trainable: bool
-    updates: int = Field(ge=0)  # optimizer updates so far; AdamW's bias correction needs the number
-    states: dict[str, StateRecord]
+    updates: Count  # optimizer updates so far; AdamW's bias correction needs the number
+    states: dict[PlainName, StateRecord]
     is_buffer: bool = False  # in the module's state, but not trainable by an optimizer
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        numel = 1
+        for size in self.shape:
+            numel *= max(size, 1)
+            if numel > _MOST_ELEMENTS:
+                raise ValueError(f"a shape of {self.shape} has more than {_MOST_ELEMENTS:,} elements")
+        return self
 
 
 class GroupRecord(Settings):
@@ -42,16 +65,16 @@ class FileRecord(Settings):
 
     # In the checkpoint's directory, or in ../, another of the same store: frozen weights are written once.
     name: str = Field(pattern=r"^(\.\./\w+/)?\w+\.safetensors$")
-    num_bytes: int
+    num_bytes: Count
     checksum: str
-    intervals: dict[str, tuple[int, int]]  # parameter -> elements [start, stop), of each of its states
+    intervals: dict[PlainName, tuple[Count, Count]]  # parameter -> elements [start, stop), of every state
 
 
 class ProbeRecord(Settings):
     """The loss on a few fixed sequences, which a loaded checkpoint must reproduce."""
 
     loss: float
-    num_sequences: int  # the first ones of the training data
+    num_sequences: Count  # the first ones of the training data
     param_dtype: str
 
 
@@ -59,7 +82,9 @@ class TokenizerRecord(Settings):
     """The tokenizer that made the run's token ids."""
 
     fingerprint: str
-    file: str | None = None  # beside the manifest; None: the run had token shards only
+    file: PlainName | None = None  # beside the manifest; None: the run had token shards only
+    # Ids with which each document began in training, such as bos; None: unknown.
+    document_start: Annotated[tuple[Count, ...], Field(max_length=8)] | None = None
 
 
 class Progress(Settings):
@@ -68,14 +93,14 @@ class Progress(Settings):
     A resume needs this and the parameters only: data order and learning rates are functions of it.
     """
 
-    step: int = 0  # optimizer steps done, skipped ones included
-    sequences_seen: int = 0
+    step: Count = 0  # optimizer steps done, skipped ones included
+    sequences_seen: Count = 0
     used: tuple[tuple[int, int], ...] = ()  # [start, stop) of the run's data order that ranks have used
     used_again: tuple[tuple[int, int], ...] = ()  # those that were used twice; empty unless there is a bug
-    tokens_seen: int = 0  # targets: tokens, or the rows of a classification
-    skipped_steps: int = 0  # gradients were not finite
-    skipped_in_a_row: int = 0
-    steps_without_targets: int = 0  # steps whose whole batch had no target, so they updated nothing
+    tokens_seen: Count = 0  # targets: tokens, or the rows of a classification
+    skipped_steps: Count = 0  # gradients were not finite
+    skipped_in_a_row: Count = 0
+    steps_without_targets: Count = 0  # steps whose whole batch had no target, so they updated nothing
     loss_scale: dict[str, float] | None = None  # fp16 only
 
 
@@ -90,17 +115,43 @@ class Manifest(Settings):
     label_names: list[str] | None = None
     tokenizer: TokenizerRecord | None = None
     written_by: dict[str, Any]  # engine, world size, versions
-    parameters: dict[str, ParameterRecord]
-    tied: dict[str, str] = Field({})  # further name of a parameter -> the name it is saved under
+    parameters: dict[PlainName, ParameterRecord]
+    tied: dict[PlainName, PlainName] = Field({})  # further name of a parameter -> the name it is saved under
     groups: list[GroupRecord] = Field([])  # of trainable parameters; empty: grouped by config's optim
     probe: ProbeRecord | None = None
     data_fingerprint: str | None = None  # of the training data's content; None: unknown
     files: list[FileRecord]
 
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        names = [file.name for file in self.files]
+        if len(set(names)) < len(names):
+            raise ValueError("two files have the same name")
+        return self
+
     def to_bytes(self) -> bytes:
-        """JSON whose last key is a checksum of the rest."""
-        raw = self.model_dump(mode="json")
-        return _json({**raw, "checksum": checksum_of_bytes(_json(raw))})
+        """JSON whose last key is a checksum of the rest.
+
+        Raises `CheckpointError` if the bytes could not be read again, such as for a text that is no Unicode.
+        """
+        body = self._body()
+        data = body.removesuffix(_END) + f'{_CHECKSUM_KEY}"{checksum_of_bytes(body)}"'.encode() + _END
+        try:
+            Manifest.from_bytes(data, "The manifest")
+        except CheckpointError as error:
+            raise CheckpointError(
+                "Nothing was committed, because nothing could read it again. Is a text of the configuration "
+                f"or the labels no valid Unicode, such as a lone surrogate? {error}"
+            ) from None
+        return data
+
+    def _body(self) -> bytes:
+        """All but the checksum, as `_json` writes it, but 20 times as fast for the long list of files."""
+        files = to_json(self.files, indent=1)
+        if not files.isascii():  # `_json` escapes other characters
+            return _json(self.model_dump(mode="json"))
+        rest = _json(self.model_dump(mode="json", exclude={"files"}))
+        return rest.removesuffix(_END) + b',\n "files": ' + files.replace(b"\n", b"\n ") + _END
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
@@ -108,29 +159,52 @@ class Manifest(Settings):
 
         Raises `CheckpointError` if it is damaged or not a manifest, `UnsupportedFormatError` for a newer one.
         """
+        body = _body_as_written(data)
+        if body is None:
+            body = _body_of_any_layout(data, where)
         try:
-            raw = json.loads(data)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{where} is not JSON ({error}): the checkpoint is damaged; use another."
-            ) from None
-        version = raw.get("format_version") if isinstance(raw, dict) else None
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise (UnsupportedFormatError if isinstance(version, int) else CheckpointError)(
-                f"{where} has format_version={version!r}; this distft reads up to {FORMAT_VERSION}: "
-                "upgrade distft, or choose another checkpoint."
-            )
-        checksum = raw.pop("checksum", None)
-        if checksum != checksum_of_bytes(_json(raw)):
-            raise CheckpointError(
-                f"{where} is damaged: its content does not match its checksum {checksum}; "
-                "use another checkpoint."
-            )
-        try:
-            return cls.model_validate_json(_json(raw))
+            return cls.model_validate_json(body)
         except ValidationError as error:
-            problems = "\n".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = "\n".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:_MOST_PROBLEMS]
+            )
             raise CheckpointError(f"{where} is not a distft checkpoint's manifest:\n{problems}") from None
+
+
+def _body_as_written(data: bytes) -> bytes | None:
+    """The text without its checksum, if it is laid out as `to_bytes` does and undamaged; otherwise None.
+
+    For 70B parameters at 512 ranks (24 MiB) this takes 5 ms; parsing, and writing it again, takes 3 s.
+    """
+    head = _HEAD.match(data)
+    if head is None or int(head["version"]) > FORMAT_VERSION:
+        return None
+    kept, _, checksum = data.rpartition(_CHECKSUM_KEY.encode())
+    body = kept + _END
+    return body if checksum == f'"{checksum_of_bytes(body)}"'.encode() + _END else None
+
+
+def _body_of_any_layout(data: bytes, where: str) -> bytes:
+    """The text without its checksum, which was computed for the layout of `_json`."""
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where} is not JSON ({error}): the checkpoint is damaged; use another."
+        ) from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise (UnsupportedFormatError if isinstance(version, int) else CheckpointError)(
+            f"{where} has format_version={version!r}; this distft reads up to {FORMAT_VERSION}: "
+            "upgrade distft, or choose another checkpoint."
+        )
+    checksum = raw.pop("checksum", None)
+    body = _json(raw)
+    if checksum != checksum_of_bytes(body):
+        raise CheckpointError(
+            f"{where} is damaged: its content does not match its checksum {checksum}; use another checkpoint."
+        )
+    return body
 
 
 def _json(raw: dict[str, Any]) -> bytes:

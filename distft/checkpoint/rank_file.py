@@ -3,8 +3,7 @@
 Keys are `parameter/state/start`; each tensor is 1-D. Any safetensors reader opens these files.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,24 +12,10 @@ from torch import Tensor
 
 from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.manifest import FileRecord
-from distft.errors import CheckpointError, StorageError, UnreachableError
-from distft.storage import ChecksumWriter, open_write, read_into, read_range
+from distft.checkpoint.safetensors_header import read_safetensors_header, safetensors_header
+from distft.errors import CheckpointError
+from distft.storage import ChecksumWriter, open_write, read_into
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 1 << 30
 _COPY_NUMEL = 1 << 24  # elements copied from a device at a time
 
 
@@ -76,21 +61,14 @@ def write_rank_file(
 
     `durable`: return only when the disk has the data.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "distft-fragments"}}
-    offset = 0
-    for fragment in fragments:
-        num_bytes = (fragment.stop - fragment.start) * fragment.dtype.itemsize
-        header[f"{fragment.parameter}/{fragment.state}/{fragment.start}"] = {
-            "dtype": _CODES[fragment.dtype],
-            "shape": [fragment.stop - fragment.start],
-            "data_offsets": [offset, offset + num_bytes],
-        }
-        offset += num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format requires data to be aligned to 8 bytes
+    tensors = [
+        (f"{part.parameter}/{part.state}/{part.start}", part.dtype, (part.stop - part.start,))
+        for part in fragments
+    ]
+    header = safetensors_header(tensors, kind="distft-fragments")
     with open_write(path, durable=durable) as file:
         writer = ChecksumWriter(file)
-        writer.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        writer.write(header)
         for fragment in fragments:
             for chunk in fragment.chunks():
                 writer.write(_bytes_of(chunk))
@@ -112,35 +90,17 @@ def read_header(path: str) -> dict[tuple[str, str], FragmentLocation]:
 
     Raises `CheckpointError` if the file is missing or damaged.
     """
-    try:
-        length = int.from_bytes(read_range(path, 0, _LENGTH_BYTES), "little")
-        if not 0 < length <= _MAX_HEADER_BYTES:
-            raise ValueError(f"its header would be {length} bytes long")
-        raw: Mapping[str, Mapping[str, Any]] = json.loads(
-            bytes(read_range(path, _LENGTH_BYTES, _LENGTH_BYTES + length))
-        )
-        return dict(_locations(raw, _LENGTH_BYTES + length))
-    except UnreachableError:
-        raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; use another checkpoint.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, StorageError) as error:
-        raise CheckpointError(
-            f"{path} is not a rank's file ({error}): damaged; use another checkpoint."
-        ) from None
-
-
-def _locations(
-    header: Mapping[str, Mapping[str, Any]], data_offset: int
-) -> Iterator[tuple[tuple[str, str], FragmentLocation]]:
-    for key, tensor in header.items():
-        if key == "__metadata__":
-            continue
-        parameter, state, start = key.rsplit("/", 2)
-        begin, end = tensor["data_offsets"]
-        dtype = _DTYPES[str(tensor["dtype"])]
-        stop = int(start) + (end - begin) // dtype.itemsize
-        yield (parameter, state), FragmentLocation(dtype, int(start), stop, data_offset + begin)
+    found = {}
+    for key, tensor in read_safetensors_header(path).items():
+        parameter, state, start = [*key.rsplit("/", 2), "", ""][:3]
+        if tensor.dtype is None or len(tensor.shape) != 1 or not start.isdecimal():
+            raise CheckpointError(
+                f"{path} has the tensor {key!r} {list(tensor.shape)} of {tensor.dtype_code}, which is not a "
+                "fragment: it is not a rank's file, or damaged. Use another checkpoint."
+            )
+        stop = int(start) + tensor.shape[0]
+        found[parameter, state] = FragmentLocation(tensor.dtype, int(start), stop, tensor.offset)
+    return found
 
 
 def read_values(path: str, location: FragmentLocation, start: int, stop: int) -> Tensor:

@@ -24,6 +24,7 @@ from distft.checkpoint.sources import CheckpointSource, stored_states
 from distft.checkpoint.steps import rank_file_name
 from distft.checkpoint.target import target_directory
 from distft.storage import checksum_of_bytes
+from distft.tokenizer import Tokenizer
 
 _CHUNK_NUMEL = 1 << 19  # elements in memory at a time, for each file that is being written
 _SAMPLE_NUMEL = 1 << 22
@@ -186,4 +187,5 @@ def _manifest(source: CheckpointSource, files: list[FileRecord], sums: _Fingerpr
 def _copy_tokenizer(source: CheckpointSource, target: str) -> None:
     tokenizer = source.manifest.tokenizer
     if tokenizer is not None and tokenizer.file is not None:
-        storage.copy(storage.join(source.path, tokenizer.file), storage.join(target, tokenizer.file))
+        # Not a copy: what lies beside a model of transformers becomes part of the one file.
+        Tokenizer.load(storage.join(source.path, tokenizer.file)).save(storage.join(target, tokenizer.file))

@@ -1,12 +1,13 @@
 """Retention: which commits of a run to delete, and their deletion."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from distft import storage
 from distft.checkpoint.config import CheckpointConfig
-from distft.checkpoint.frozen import FROZEN_PREFIX, FrozenWeights
+from distft.checkpoint.frozen import FrozenWeights
 from distft.checkpoint.manifest import MANIFEST
-from distft.checkpoint.steps import list_steps, step_name
+from distft.checkpoint.steps import list_steps, own_files, step_name
+from distft.errors import StorageError
 
 
 def steps_to_prune(steps: Sequence[int], config: CheckpointConfig) -> list[int]:
@@ -16,21 +17,49 @@ def steps_to_prune(steps: Sequence[int], config: CheckpointConfig) -> list[int]:
 
 
 def delete_unneeded(
-    root: str, valid_steps: Sequence[int], pruned: Sequence[int], frozen: FrozenWeights
+    root: str,
+    valid_steps: Sequence[int],
+    pruned: Sequence[int],
+    frozen: FrozenWeights,
+    check: Callable[[], None],
 ) -> None:
     """Delete `pruned`, some of the valid steps, and unneeded directories older than the newest valid step.
 
     Uncommitted and damaged steps are unneeded, as are frozen weights that no remaining commit refers to.
-    Newer directories stay: another process may be writing them.
+    Newer directories stay: another process may be writing them. Before each directory `check` is called,
+    which raises if this process may not delete any more. Raises `StorageError` in the end if something
+    could not be deleted.
     """
     newest = max(valid_steps, default=0)
     invalid = [step for step in list_steps(root) if step not in valid_steps and step < newest]
-    for step in (*pruned, *invalid):
-        # The manifest goes first, so that an interrupted deletion leaves no commit with missing files.
-        storage.remove_tree(storage.join(root, step_name(step)), first=[MANIFEST])
-    needed = {name for step in valid_steps if step not in pruned for name in frozen.directories_of(step)}
-    for name in storage.list_names(root):
-        number = name.removeprefix(FROZEN_PREFIX)
-        is_frozen = name.startswith(FROZEN_PREFIX) and number.isdecimal()
-        if is_frozen and name not in needed and int(number) < newest:
-            storage.remove_tree(storage.join(root, name))
+    problems = [
+        delete_own_files(storage.join(root, step_name(step)), check=check) for step in (*pruned, *invalid)
+    ]
+    needed = frozen.directories_in_use(step for step in valid_steps if step not in pruned)
+    for name, step in frozen.directories():
+        if name not in needed and step < newest:
+            problems.append(delete_own_files(storage.join(root, name), check=check))
+    if any(problems):
+        raise StorageError("\n".join(problem for problem in problems if problem))
+
+
+def delete_own_files(path: str, *, check: Callable[[], None], keep: Collection[str] = ()) -> str:
+    """Delete distft's files but `keep` in a directory, and the directory if nothing else is in it.
+
+    The manifest goes first, so that an interrupted deletion leaves no commit with missing files. Returns why
+    nothing was deleted, or "".
+    """
+    if storage.is_link(path):
+        return f"{path} is a symbolic link, which is not followed: remove what is no longer needed yourself."
+    names = [name for name in own_files(storage.list_names(path)) if name not in keep]
+    drafts = storage.list_temporary_files(path)
+    check()  # after the names are known: what a later start writes is not among them
+    manifest = storage.join(path, MANIFEST)
+    for draft in drafts:  # an earlier start cannot commit here any more
+        storage.remove(storage.join(path, draft))
+    if MANIFEST in names:
+        storage.remove(manifest)
+    elif MANIFEST not in keep and storage.exists(manifest):
+        return ""  # an earlier start has committed it just now
+    storage.remove_files(path, [name for name in names if name != MANIFEST])
+    return ""

@@ -45,6 +45,11 @@ class CheckpointSource(StateSource, Protocol):
         """Read every byte; return a message for each damaged file, as far as the format shows damage."""
 
 
+def notes_of(source: StateSource) -> list[str]:
+    """What the user should know about a checkpoint: what was used, left out, or could not be compared."""
+    return list(getattr(source, "notes", ()))
+
+
 class InitialSource:
     """Freshly initialised weights, computed from name and interval; no moments."""
 

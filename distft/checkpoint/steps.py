@@ -3,6 +3,8 @@
 Reads names only, without torch.
 """
 
+import os
+import re
 from collections.abc import Iterable
 
 from distft import storage
@@ -10,6 +12,10 @@ from distft.checkpoint.manifest import MANIFEST
 from distft.errors import CheckpointError
 
 STEP_PREFIX = "step_"
+TOKENIZER_FILE = "tokenizer.model"  # beside a manifest
+_OWN_FILE = re.compile(
+    rf"rank_\d{{5,}}(_\w+)?\.safetensors|{re.escape(MANIFEST)}|{re.escape(TOKENIZER_FILE)}"
+)
 
 
 def step_name(step: int) -> str:
@@ -41,7 +47,7 @@ def uncommitted_notes(root: str, *, after: int = -1) -> list[str]:
 
 def looks_uncommitted(path: str, names: Iterable[str]) -> bool:
     """Whether a directory without a manifest is named like a step, or contains a rank's file."""
-    own_name = path.rstrip("/").rpartition("/")[2]
+    own_name = absolute(path).rpartition("/")[2]
     is_step = own_name.startswith(STEP_PREFIX) and own_name.removeprefix(STEP_PREFIX).isdecimal()
     return is_step or any(is_rank_file(name) for name in names)
 
@@ -65,13 +71,27 @@ def find_checkpoint_directory(path: str) -> str:
 
 def sibling_steps_hint(path: str) -> str:
     """A sentence that lists the commits beside `path`; empty if there are none."""
-    siblings = [step_name(step) for step in committed_steps(storage.parent(path))]
+    siblings = [step_name(step) for step in committed_steps(storage.parent(absolute(path)))]
     return f" Beside it: {', '.join(siblings)}." if siblings else ""
 
 
-def rank_file_name(rank: int) -> str:
-    """Name of the file that `rank` writes."""
-    return f"rank_{rank:05d}.safetensors"
+def absolute(path: str) -> str:
+    """`path` without `.`, `..` and a final slash, so that its last name and its parent can be read off it.
+
+    Symbolic links are kept: beside a link lies what was put there with it.
+    """
+    local = storage.local_path(path)
+    return path.rstrip("/") if local is None else os.path.abspath(local)  # noqa: PTH100 - keeps links
+
+
+def rank_file_name(rank: int, attempt: str = "") -> str:
+    """Name of the file that `rank` writes; `attempt` distinguishes it from those of other starts."""
+    return f"rank_{rank:05d}{attempt and f'_{attempt}'}.safetensors"
+
+
+def own_files(names: Iterable[str]) -> list[str]:
+    """Those of the names in a step's directory that distft gives: nothing else there may be removed."""
+    return [name for name in names if _OWN_FILE.fullmatch(name)]
 
 
 def is_rank_file(name: str) -> bool:

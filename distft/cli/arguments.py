@@ -1,14 +1,36 @@
 """Arguments that several commands share."""
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import Annotated, TextIO, TypeVar
 
 import typer
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override settings of the file, by dotted key."),
-]
+from distft.errors import ConfigError
+
+AnyPath = TypeVar("AnyPath", str, Path)
+
+
+def expanded(path: AnyPath) -> AnyPath:
+    """For an argument that is a path: `~` at its beginning is expanded. Raises `ConfigError`."""
+    from distft.config import expand_path
+
+    try:
+        return type(path)(expand_path(str(path)))
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r}: {error}.") from None
+
+
+def all_expanded(paths: list[str]) -> list[str]:
+    """As `expanded`, for several."""
+    return [expanded(path) for path in paths]
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Print a line that may contain a path or a URL: without a login in it."""
+    from distft.config import redact_message
+
+    print(redact_message(text), file=file or sys.stdout)
 
 
 def existing_checkpoint(path: str) -> str:
@@ -18,6 +40,7 @@ def existing_checkpoint(path: str) -> str:
     """
     from distft.checkpoint.formats.detect import detect_format
 
+    path = expanded(path)
     detect_format(path)
     return path
 
@@ -25,3 +48,10 @@ def existing_checkpoint(path: str) -> str:
 def existing_checkpoints(paths: list[str]) -> list[str]:
     """As `existing_checkpoint`, for several."""
     return [existing_checkpoint(path) for path in paths]
+
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.", callback=expanded)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override settings of the file, by dotted key."),
+]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distft.cli.arguments import existing_checkpoint, existing_checkpoints
+from distft.cli.arguments import existing_checkpoint, existing_checkpoints, expanded, say
+from distft.cli.opening import ParameterGroupsFile, Trust, open_with_notes
 
 if TYPE_CHECKING:
     from distft.checkpoint.comparison import StateDifference
@@ -25,10 +26,8 @@ Path = Annotated[
         callback=existing_checkpoint,
     ),
 ]
-Target = Annotated[str, typer.Argument(metavar="TARGET", help="A new directory, or a URL.")]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust", help="Let DeepSpeed's pickles import unknown classes, which runs their code."),
+Target = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A new directory, or a URL.", callback=expanded)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Number of ranks to write files for.")]
@@ -49,16 +48,15 @@ def inspect(
         bool, typer.Option("--statistics", help="Also show each weight's mean, std, minimum and maximum.")
     ] = False,
     as_json: AsJson = False,
+    parameter_groups: ParameterGroupsFile = None,
     trust: Trust = False,
 ) -> None:
     """Show the content of a checkpoint: step, tokens, files, and every parameter."""
     from distft.checkpoint.description import describe, description_table
-    from distft.checkpoint.formats.detect import open_source
     from distft.checkpoint.sources import num_state_bytes
     from distft.tracker import progress
 
-    source = open_source(checkpoint, trust=trust)
-    _note_uncommitted(source, checkpoint)
+    source = open_with_notes(checkpoint, trust, groups=parameter_groups)
     if statistics:
         with progress(num_state_bytes(source), "reading", "bytes") as display:
             description = describe(source, statistics=True, on_progress=display.advance)
@@ -76,35 +74,43 @@ def inspect(
 
 
 @checkpoint_app.command("verify")
-def verify(checkpoint: Path, as_json: AsJson = False, trust: Trust = False) -> None:
+def verify(
+    checkpoint: Path,
+    as_json: AsJson = False,
+    parameter_groups: ParameterGroupsFile = None,
+    trust: Trust = False,
+) -> None:
     """Read every byte: check sizes, checksums and tensor fingerprints. Exit code 1 if anything is damaged."""
     from distft.checkpoint.damage import find_all_damage
-    from distft.checkpoint.formats.detect import open_source
-    from distft.checkpoint.sources import num_state_bytes
+    from distft.checkpoint.sources import notes_of, num_state_bytes
     from distft.errors import CheckpointError, UnsupportedFormatError
     from distft.tracker import progress
 
     try:
-        source = open_source(checkpoint, trust=trust)
+        source = open_with_notes(checkpoint, trust, groups=parameter_groups)
     except UnsupportedFormatError:
         raise
     except CheckpointError as error:  # too damaged to be opened
         damage = str(error).splitlines()
         result = {"path": checkpoint, "format": None, "faults": damage}
-        print(json.dumps(result, indent=1) if as_json else "\n".join(damage))
+        say(json.dumps(result, indent=1) if as_json else "\n".join(damage))
         raise typer.Exit(1) from None
-    _note_uncommitted(source, checkpoint)
     total = num_state_bytes(source)
     with progress(total, "verifying", "bytes") as display:
         damage = find_all_damage(source, display.advance)
     if as_json:
-        print(json.dumps({"path": source.path, "format": source.format, "faults": damage}, indent=1))
+        say(
+            json.dumps(
+                {"path": source.path, "format": source.format, "faults": damage, "notes": notes_of(source)},
+                indent=1,
+            )
+        )
     elif damage:
-        print("\n".join(damage))
+        say("\n".join(damage))
     else:
         verdict = "readable; this format has no checksums" if source.format == "huggingface" else "undamaged"
         count = len(source.manifest.parameters)
-        print(f"{source.path}: {verdict}; {count:,} parameters, {total:,} bytes of state.")
+        say(f"{source.path}: {verdict}; {count:,} parameters, {total:,} bytes of state.")
     if damage:
         raise typer.Exit(1)
 
@@ -131,14 +137,13 @@ def diff(
     from dataclasses import asdict
 
     from distft.checkpoint.comparison import differences
-    from distft.checkpoint.formats.detect import open_source
     from distft.checkpoint.fragments import EMA, WEIGHT
     from distft.checkpoint.sources import num_state_bytes
     from distft.errors import CheckpointError
     from distft.optim.adamw import ADAMW_MOMENTS
     from distft.tracker import progress
 
-    a, b = open_source(first, trust=trust), open_source(second, trust=trust)
+    a, b = open_with_notes(first, trust), open_with_notes(second, trust)
     records = [record for source in (a, b) for record in source.manifest.parameters.values()]
     usual = (WEIGHT, *ADAMW_MOMENTS, EMA)
     known = list(dict.fromkeys([*usual, *(name for record in records for name in record.states)]))
@@ -156,7 +161,7 @@ def diff(
         print(json.dumps([asdict(difference) for difference in found], indent=1))
     else:
         _print_differences(found, beyond_tolerance)
-        print(f"A {a.path} ({a.format}), B {b.path} ({b.format})")
+        say(f"A {a.path} ({a.format}), B {b.path} ({b.format})")
         print(f"{len(found) - len(unequal):,} of {len(found):,} states are identical.")
         if num_close := len(unequal) - len(beyond_tolerance):
             print(f"{num_close:,} differ by {tolerance:g} in norm or less.")
@@ -184,11 +189,10 @@ def _print_differences(
 @checkpoint_app.command("plan")
 def plan(checkpoint: Path, ranks: Ranks = 1, as_json: AsJson = False, trust: Trust = False) -> None:
     """Show how much `reshard` would read and write, and estimate its time; changes nothing."""
-    from distft.checkpoint.formats.detect import open_source
     from distft.checkpoint.reshard import estimate_seconds, plan_reshard
     from distft.checkpoint.steps import rank_file_name
 
-    source = open_source(checkpoint, trust=trust)
+    source = open_with_notes(checkpoint, trust)
     planned = plan_reshard(source, ranks)
     seconds = estimate_seconds(source, planned)
     if as_json:
@@ -199,7 +203,7 @@ def plan(checkpoint: Path, ranks: Ranks = 1, as_json: AsJson = False, trust: Tru
         result = {"files": files, "num_bytes": planned.num_source_bytes, "seconds": seconds}
         print(json.dumps(result, indent=1))
         return
-    print(f"reads   {planned.num_source_bytes:,} bytes of {source.path} ({source.format})")
+    say(f"reads   {planned.num_source_bytes:,} bytes of {source.path} ({source.format})")
     for rank, (size, intervals) in enumerate(zip(planned.num_bytes, planned.layout, strict=True)):
         names = list(intervals)
         span = f"{names[0]} to {names[-1]}" if names else "nothing"
@@ -234,6 +238,7 @@ def convert(
         str | None,
         typer.Option(help="A run's configuration file, for checkpoints that do not describe their model."),
     ] = None,
+    parameter_groups: ParameterGroupsFile = None,
     trust: Trust = False,
 ) -> None:
     """Write a checkpoint in another format; the source does not change."""
@@ -254,7 +259,7 @@ def convert(
         "architecture": architecture,
     }
     given = {name: value for name, value in settings.items() if value is not None}
-    _convert(checkpoint, target, given, trust, run_config)
+    _convert(checkpoint, target, given, trust, run_config, parameter_groups)
 
 
 @checkpoint_app.command("average")
@@ -267,7 +272,7 @@ def average(
             callback=existing_checkpoints,
         ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="A new directory.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="A new directory.", callback=expanded)],
     weight: Annotated[
         list[float] | None,
         typer.Option(help="Relative weight of one checkpoint; repeat it for each; default: all equal."),
@@ -276,9 +281,8 @@ def average(
 ) -> None:
     """Average the weights of several checkpoints, for use with init_from, evaluate or convert."""
     from distft.checkpoint.average import AveragedCheckpoint
-    from distft.checkpoint.formats.detect import open_source
 
-    sources = [open_source(path, trust=trust) for path in checkpoints]
+    sources = [open_with_notes(path, trust, weights_only=True) for path in checkpoints]
     mean = AveragedCheckpoint(sources, weight)
     _write(mean, output, {"to": "distft"}, checkpoints, mean.summary)
 
@@ -286,7 +290,12 @@ def average(
 @checkpoint_app.command("prune")
 def prune(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run's directory, or the directory of its checkpoints.")
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A run's directory, or the directory of its checkpoints.",
+            callback=expanded,
+        ),
     ],
     keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints to keep.")],
     keep_every_steps: Annotated[
@@ -317,27 +326,16 @@ def prune(
     store = CheckpointStore(root, SingleProcess())
     found = store.find_latest_valid()
     for damage in found.damage:
-        print(f"note: {damage}", file=sys.stderr)
+        say(f"note: {damage}", file=sys.stderr)
     store.resume_from(found)
     pruned = steps_to_prune(store.valid_steps(), config) if dry_run else store.prune(config)
     kept = [step for step in store.valid_steps() if step not in pruned]
     deleted, remaining = ("would delete", "would keep") if dry_run else ("deleted", "kept")
-    print(f"{root}: {deleted} {_list_steps(pruned)}; {remaining} {_list_steps(kept)}.")
+    say(f"{root}: {deleted} {_list_steps(pruned)}; {remaining} {_list_steps(kept)}.")
 
 
 def _list_steps(steps: list[int]) -> str:
     return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}" if steps else "no step"
-
-
-def _note_uncommitted(source: "CheckpointSource", given: str) -> None:
-    """If a run was given, print a note on each uncommitted step newer than its latest checkpoint."""
-    from distft import storage
-    from distft.checkpoint.committed import Checkpoint
-    from distft.checkpoint.steps import uncommitted_notes
-
-    if isinstance(source, Checkpoint) and source.path != given:
-        for note in uncommitted_notes(storage.parent(source.path), after=source.step):
-            print(f"note: {note}", file=sys.stderr)
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
@@ -348,11 +346,17 @@ def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _convert(
-    checkpoint: str, target: str, settings: dict[str, Any], trust: bool, run_config: str | None = None
+    checkpoint: str,
+    target: str,
+    settings: dict[str, Any],
+    trust: bool,
+    run_config: str | None = None,
+    parameter_groups: str | None = None,
 ) -> None:
-    from distft.checkpoint.formats.detect import open_source
 
-    source = open_source(checkpoint, trust=trust)
+    source = open_with_notes(
+        checkpoint, trust, weights_only=settings["to"] == "huggingface", groups=parameter_groups
+    )
     if run_config is not None:
         _set_run_config(source, run_config)
     _write(source, target, settings, [checkpoint], f"step {source.manifest.progress.step} of {source.path}")
@@ -365,8 +369,8 @@ def _set_run_config(source: "CheckpointSource", run_config: str) -> None:
     from distft.run.config import load_run_config
 
     if source.manifest.config:
-        raise ConfigError(f"{source.path} contains the configuration of its run: leave --run-config out.")
-    config = redact(load_run_config(run_config, []).model_dump(mode="json"))
+        raise ConfigError(f"{source.path} describes its model: leave --run-config out.")
+    config = redact(load_run_config(expanded(run_config), []).model_dump(mode="json"))
     source.manifest = source.manifest.model_copy(update={"config": config})
 
 
@@ -385,7 +389,11 @@ def _write(
     for path in given:
         require_outside(target, path)
     with progress(num_state_bytes(source), f"writing {config.to}", "bytes") as display:
-        notes = convert(source, target, config, display.advance)
+        notes = convert(source, target, config, display.advance, _print_note)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(f"{target}: {summary}, as {config.to}")
+        _print_note(note)
+    say(f"{target}: {summary}, as {config.to}")
+
+
+def _print_note(note: str) -> None:
+    say(f"note: {note}", file=sys.stderr)

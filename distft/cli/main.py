@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from distft.cli import checkpoint_verbs, cluster_verbs, config_verbs, model_verbs, text_verbs
-from distft.errors import CheckpointError, DistftError, Preempted, UnsupportedFormatError
+from distft.errors import CheckpointError, DistftError, Interrupted, Preempted, UnsupportedFormatError
 
 app = typer.Typer(
     help="Train Transformers from raw text to a fine-tuned model, on one machine or an elastic cluster.",
@@ -71,12 +71,14 @@ def report(error: DistftError, *, rank: int) -> None:
     """Print the error to stderr. All ranks raise the same user error, so only rank 0 prints that."""
     if rank == 0 or error.exit_code == 1:
         prefix = f"rank {rank}: " if rank else ""
-        print(f"{prefix}{_kind(error)}{error}", file=sys.stderr)
+        from distft.config import redact_message
+
+        print(f"{prefix}{_kind(error)}{redact_message(str(error))}", file=sys.stderr)
 
 
 def _kind(error: DistftError) -> str:
     """A prefix such as "config error: ", by the nearest class in `distft.errors`; empty for a stop."""
-    if isinstance(error, Preempted):
+    if isinstance(error, Preempted | Interrupted):
         return ""
     nearest = next(base for base in type(error).__mro__ if base.__module__ == DistftError.__module__)
     if nearest is UnsupportedFormatError:  # also raised for a path that does not exist

@@ -2,20 +2,25 @@
 
 import json
 import os
+import sys
 from typing import Annotated
 
 import typer
 
-from distft.cli.arguments import ConfigPath, Overrides, existing_checkpoint
+from distft.cli.arguments import ConfigPath, Overrides, existing_checkpoint, expanded
 from distft.topology import Topology
 
 CheckpointPath = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A run's directory (its newest checkpoint), or one checkpoint.",
+        help="A run's directory (its newest checkpoint), one checkpoint, or a directory of transformers.",
         callback=existing_checkpoint,
     ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Import classes that the run's configuration names, which runs their code."),
 ]
 
 
@@ -26,10 +31,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """
     from distft.run.check import check_before_torch
     from distft.run.config import load_run_config
-    from distft.run.environment import collector_paused, configure_environment
+    from distft.run.environment import collector_paused, configure_environment, prepare_for_torch
 
     settings = load_run_config(config, overrides or ())
     check_before_torch(settings, Topology.from_env(os.environ))
+    prepare_for_torch()
     with collector_paused():
         from distft.run.train import run_training
 
@@ -47,12 +53,17 @@ def evaluate(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust: Trust = False,
 ) -> None:
-    """Evaluate a checkpoint on its run's validation data, or on other data."""
-    from distft.run.pretrained import evaluate_checkpoint
+    """Evaluate a run, a checkpoint or a directory of transformers on validation data, its own or other."""
+    from distft.run.environment import prepare_for_torch
 
     topology = Topology.from_env(os.environ)
-    metrics = evaluate_checkpoint(checkpoint, overrides or (), topology)
+    prepare_for_torch()
+    from distft.run.pretrained import evaluate_checkpoint
+
+    on_note = _print_note if topology.is_main else (lambda _: None)
+    metrics = evaluate_checkpoint(checkpoint, overrides or (), topology, trust=trust, on_note=on_note)
     if not topology.is_main:
         return
     if as_json:
@@ -66,7 +77,18 @@ def evaluate(
 def generate(
     checkpoint: CheckpointPath,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            help="A file of prompts: the column `prompt` of a .jsonl, .csv or .tsv file, else each line.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 128,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="End a continuation before this text; repeatable."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
     top_p: Annotated[
@@ -76,43 +98,63 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed generates the same text.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a prompt, with prompt and text.")
+    ] = False,
+    trust: Trust = False,
 ) -> None:
-    """Continue prompts with a checkpoint's language model."""
-    from distft.run.pretrained import generate_text
+    """Continue prompts with the language model of a run, a checkpoint or a directory of transformers."""
+    from distft.run.environment import prepare_for_torch
 
-    texts = generate_text(
-        checkpoint,
-        prompt or [""],
+    prepare_for_torch()
+    from distft.run.generate import GenerationOptions, generate_text, read_prompts
+
+    texts = [*(prompt or []), *(read_prompts(expanded(prompts)) if prompts is not None else [])]
+    if not texts:
+        texts = [""]
+    options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        stop=tuple(stop or ()),
         seed=seed,
     )
-    for number, text in enumerate(texts):
+    continued = generate_text(checkpoint, texts, options, trust=trust, on_note=_print_note)
+    for number, (text, result) in enumerate(zip(texts, continued, strict=True)):
+        if as_json:
+            print(json.dumps({"prompt": text, "text": result}))
+            continue
         if number:
             print("---")
-        print(text)
+        print(result)
+
+
+def _print_note(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
 
 
 def audit(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run_dir of a run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run_dir of a run.", callback=expanded)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Check from a run's events that it used every sequence exactly once. Exit code 1 if it did not."""
     from dataclasses import asdict
 
     from distft.run.audit import audit_run
 
-    found, why_not_counted = audit_run(run)
+    found, why_not_counted = audit_run(run, trust=trust)
     if as_json:
         print(json.dumps({**asdict(found), "is_exact": found.is_exact, "rows_unknown": why_not_counted}))
     else:
         sizes = " -> ".join(map(str, found.world_sizes))
         print(
             f"step {found.step}, {found.num_starts} starts, ranks {sizes}, "
-            f"{found.num_lost_steps} steps repeated"
+            f"{found.num_lost_steps} steps done again"
         )
+        if found.num_uncommitted_steps:
+            print(f"{found.num_uncommitted_steps} steps after step {found.step} are not saved yet")
         for use, intervals in (("never used", found.missing), ("used more than once", found.repeated)):
             for start, stop in intervals:
                 print(f"sequences {start:,} to {stop - 1:,} of the run's order were {use}")

@@ -5,7 +5,8 @@ The same as launch/ray_train.py, for directories without launch/.
 If RAY_ADDRESS is not set, starts a Ray on this machine for the run. Relative paths are relative to
 DISTFT_RUN_ROOT or, if it is not set, to the current directory: for a job, its copy of the submitted one.
 
-Exit codes: 0 done, 2 the user's mistake, 75 stopped on request after saving, 1 any other failure.
+Exit codes: 0 done, 2 the user's mistake, 75 stopped on request (SIGTERM, Ctrl-C) after saving, 130 stopped at
+once by a second Ctrl-C, 1 any other failure.
 """
 
 import os

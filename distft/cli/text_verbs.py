@@ -1,13 +1,18 @@
 """`distft tokenizer`, `tokenize` and `task`: prepare text for training."""
 
-import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distft.cli.arguments import all_expanded, expanded, say
+
 if TYPE_CHECKING:
     from distft.data.corpus import CorpusConfig
+    from distft.prepare import TokenizeConfig, TokenizeResult
+    from distft.prepare.worker import WorkerPool
 
 tokenizer_app = typer.Typer(help="Train a tokenizer, or import one.", no_args_is_help=True)
 
@@ -15,11 +20,19 @@ Corpus = Annotated[
     list[str],
     typer.Argument(
         metavar="CORPUS...",
-        help="Files, directories or globs of text, JSONL or Parquet (also .gz, .zst); `stdlib` for Python's "
-        "standard library; or a .yaml file with the settings of a corpus, such as a mixture.",
+        help="Files, directories or globs of text, JSONL, CSV or Parquet (also .gz, .zst); `stdlib` for "
+        "Python's standard library; or a .yaml file with the settings of a corpus, such as a mixture.",
+        callback=all_expanded,
     ),
 ]
-TextColumn = Annotated[str, typer.Option(help="The text column of JSONL or Parquet.")]
+TokenizerFile = Annotated[str, typer.Option("--tokenizer", "-t", help="A .model file.", callback=expanded)]
+ShardsDirectory = Annotated[
+    str,
+    typer.Option(
+        "--output", "-o", help="A directory; shards go to train/ and validation/ in it.", callback=expanded
+    ),
+]
+TextColumn = Annotated[str, typer.Option(help="The text column of JSONL, CSV or Parquet.")]
 DocumentUnit = Annotated[
     str,
     typer.Option(
@@ -31,7 +44,9 @@ DocumentUnit = Annotated[
 @tokenizer_app.command("train")
 def tokenizer_train(
     corpus: Corpus,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .model file to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .model file to write.", callback=expanded)
+    ],
     algorithm: Annotated[str, typer.Option(help="bpe, unigram or char.")] = "bpe",
     vocab_size: Annotated[
         int | None, typer.Option(help="Number of ids; default 8192, except for char.")
@@ -57,6 +72,8 @@ def tokenizer_train(
     config: TokenizerTrainConfig = parse(TokenizerTrainConfig, apply_overrides(raw, setting or []))
     source = corpus_from_arguments(corpus, text_column, documents)
     num_bytes = corpora.source_bytes(source)
+    for line in corpora.describe_files(source):
+        print(line)
     with progress(num_bytes, "reading", "bytes") as display:
 
         def texts() -> Any:
@@ -65,31 +82,38 @@ def tokenizer_train(
                 yield document.text
 
         tokenizer = train_tokenizer(texts(), config, output)
-    print(f"{output}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}")
+    say(f"{output}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}")
 
 
 @tokenizer_app.command("import")
 def tokenizer_import(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A sentencepiece .model file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .model file to write.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A sentencepiece .model file.", callback=expanded)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .model file to write.", callback=expanded)
+    ],
 ) -> None:
-    """Check and copy an existing sentencepiece model, and print its special ids and fingerprint."""
+    """Check and copy a sentencepiece model, with the tokens that the files of transformers beside it add.
+
+    Prints its special ids and fingerprint.
+    """
     from distft.tokenizer import import_tokenizer
 
     tokenizer = import_tokenizer(model, output)
     ids = {name: getattr(tokenizer, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
     special_ids = ", ".join(f"{name} {'absent' if i is None else i}" for name, i in ids.items())
-    print(f"{output}: {tokenizer.vocab_size:,} pieces; {special_ids}; fingerprint {tokenizer.fingerprint}")
+    say(f"{output}: {tokenizer.vocab_size:,} pieces; {special_ids}; fingerprint {tokenizer.fingerprint}")
+    for note in tokenizer.notes:
+        print(note)
     if not tokenizer.is_lossless:
         print("Decoding may change text: the model normalizes it, or has no ids for some characters.")
 
 
 def tokenize(
     corpus: Corpus,
-    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A .model file.")],
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="A directory; shards go to train/ and validation/ in it.")
-    ],
+    tokenizer: TokenizerFile,
+    output: ShardsDirectory,
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Fraction of documents for validation/.")
     ] = 0.0,
@@ -97,7 +121,11 @@ def tokenize(
     text_column: TextColumn = "text",
     documents: DocumentUnit = "file",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove earlier shards in the output first.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace other shards in the output when the new are complete; restart unfinished work.",
+        ),
     ] = False,
     setting: Annotated[
         list[str] | None,
@@ -105,20 +133,61 @@ def tokenize(
     ] = None,
 ) -> None:
     """Turn a corpus into token shards on all cores; resumes interrupted work."""
-    from distft.config import apply_overrides, parse
-    from distft.prepare import TokenizeConfig, TokenizeProgress
+    from distft.prepare.worker import worker_pool
+
+    with worker_pool(workers or 1, tokenizer) as pool:  # it starts beside the imports below
+        from distft.config import apply_overrides, parse
+        from distft.data.corpus import describe_files
+        from distft.prepare import TokenizeConfig
+
+        with _telling_of_tokenizer_too(tokenizer):
+            source = corpus_from_arguments(corpus, text_column, documents)
+            raw = {
+                "corpus": source.model_dump(mode="json"),
+                "tokenizer": tokenizer,
+                "output": output,
+                "holdout": holdout,
+                "num_workers": workers,
+            }
+            config: TokenizeConfig = parse(TokenizeConfig, apply_overrides(raw, setting or []), trust=True)
+            lines = describe_files(config.corpus)
+        for line in lines:
+            print(line)
+        result = _tokenize_with_progress(config, pool, overwrite=overwrite)
+    for split, shards in (("train", result.train), ("validation", result.validation)):
+        if shards is not None:
+            say(
+                f"{output}/{split}: {shards.num_tokens:,} tokens of {shards.num_documents:,} "
+                f"document{'s' * (shards.num_documents != 1)} "
+                f"({shards.num_bytes / shards.num_tokens:.2f} bytes per token)"
+            )
+    if result.skipped:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(result.skipped.items()))
+        print(f"Skipped rows without text: {reasons}.")
+
+
+@contextmanager
+def _telling_of_tokenizer_too(path: str) -> Iterator[None]:
+    """Add what is wrong with the tokenizer to an error of the block, so that all faults are told at once."""
+    from distft.errors import ErrorCollector
+    from distft.tokenizer import Tokenizer
+
+    errors = ErrorCollector()
+    with errors.collect():
+        yield
+        return
+    with errors.collect():
+        Tokenizer.load(path)
+    errors.raise_if_any()
+
+
+def _tokenize_with_progress(
+    config: "TokenizeConfig", pool: "WorkerPool | None", *, overwrite: bool
+) -> "TokenizeResult":
+    from distft.prepare import TokenizeProgress
     from distft.prepare import tokenize as run_tokenize
     from distft.tracker import progress
 
-    source = corpus_from_arguments(corpus, text_column, documents)
-    raw = {
-        "corpus": source.model_dump(mode="json"),
-        "tokenizer": tokenizer,
-        "output": output,
-        "holdout": holdout,
-        "num_workers": workers,
-    }
-    config: TokenizeConfig = parse(TokenizeConfig, apply_overrides(raw, setting or []))
     with progress(None, "tokenizing", "bytes") as display:
         shown_bytes = 0
 
@@ -128,66 +197,38 @@ def tokenize(
             display.advance(now.source_bytes - shown_bytes)
             shown_bytes = now.source_bytes
 
-        result = run_tokenize(config, on_progress=show, overwrite=overwrite)
-    for split, shards in (("train", result.train), ("validation", result.validation)):
-        if shards is not None:
-            print(
-                f"{output}/{split}: {shards.num_tokens:,} tokens of {shards.num_documents:,} "
-                f"document{'s' * (shards.num_documents != 1)} "
-                f"({shards.num_bytes / shards.num_tokens:.2f} bytes per token)"
-            )
+        return run_tokenize(config, on_progress=show, overwrite=overwrite, pool=pool)
 
 
 def task(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A directory for train.jsonl and test.jsonl.")
+        Path,
+        typer.Option("--output", "-o", help="A directory for train.jsonl and test.jsonl.", callback=expanded),
     ],
 ) -> None:
     """Write a built-in classification task: predict a function's area of Python's standard library."""
     from distft.prepare.stdlib_task import write_stdlib_task
 
     written = write_stdlib_task(output)
-    print(
+    say(
         f"{output}: {written.num_train:,} training functions, {written.num_test:,} test functions, "
         f"{len(written.areas)} areas (Python {written.python})"
     )
 
 
 def corpus_from_arguments(paths: list[str], text_column: str, documents: str) -> "CorpusConfig":
-    """The corpus that command-line arguments name; file suffixes determine its type.
+    """The corpus that command-line arguments name; the endings of the files determine its type.
 
     Raises `ConfigError` if the paths have several types, or a setting is invalid.
     """
     from distft.config import load_yaml, parse
     from distft.data.corpus import CorpusConfig
-    from distft.errors import ConfigError
+    from distft.data.corpus_kinds import kind_of_corpus
 
     if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
-        return parse(CorpusConfig, load_yaml(paths[0]), where=paths[0])  # type: ignore[no-any-return]
+        return parse(CorpusConfig, load_yaml(paths[0]), where=paths[0], trust=True)  # type: ignore[no-any-return]
     if paths == ["stdlib"]:
         return parse(CorpusConfig, {"type": "stdlib"})  # type: ignore[no-any-return]
-    types = set().union(*map(_corpus_types, paths))
-    if len(types) > 1:
-        raise ConfigError(
-            f"CORPUS mixes {' and '.join(sorted(types))} files: name files of one type, or a .yaml file "
-            "that describes a mixture (type: mixture, sources: [{corpus: {...}, weight: 1}])."
-        )
-    corpus_type = types.pop()
+    corpus_type = kind_of_corpus(paths)
     option = {"documents": documents} if corpus_type == "text" else {"text_column": text_column}
     return parse(CorpusConfig, {"type": corpus_type, "paths": paths, **option})  # type: ignore[no-any-return]
-
-
-def _corpus_types(path: str) -> set[str]:
-    """Corpus types of a file, of the files directly in a directory, or of the matches of a glob."""
-    if Path(path).is_dir():
-        found = {_corpus_type(entry.name) for entry in Path(path).iterdir() if entry.is_file()}
-    else:
-        found = {_corpus_type(name) for name in glob.glob(path)}  # noqa: PTH207 - also absolute patterns
-    return found or {_corpus_type(path)}
-
-
-def _corpus_type(name: str) -> str:
-    bare = name.removesuffix(".gz").removesuffix(".zst")
-    if bare.endswith((".jsonl", ".ndjson", ".json")):
-        return "jsonl"
-    return "parquet" if bare.endswith(".parquet") else "text"

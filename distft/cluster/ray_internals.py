@@ -4,12 +4,16 @@ Written for the Ray version in constraints.txt: check this file when that versio
 modules are imported where they are used, since every worker and `distft submit` import this one.
 """
 
+import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 _RESERVATION_ACTOR = "AutoscalingCoordinator"  # the name of the actor, and its namespace
+_WORKER_CLASS = "RayTrainWorker"
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _CLIENT_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -18,6 +22,7 @@ _CLIENT_LOGGERS = (
 )
 _HTTP_STATUS = re.compile(r"status code (\d{3})")
 _PID = re.compile(r"\bpid: (\d+)")
+_SOCKET_PATH_LIMIT = re.compile(r"path length cannot exceed (\d+) bytes")
 _NODE_ADDRESS = re.compile(r"\bip: (\S+)")
 
 
@@ -36,6 +41,24 @@ def draining_node_ids() -> set[str]:
     from ray._private.state import state
 
     return set(state.get_draining_nodes())  # as Ray Train's own preemption watcher does
+
+
+def num_workers_placed() -> int:
+    """How many workers of this driver's run have a place on a node, whether they train already or not."""
+    import ray
+    from ray._private.state import actors
+
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    return sum(
+        actor["ActorClassName"] == _WORKER_CLASS and actor["State"] != "DEAD"
+        for actor in actors(job_id=job).values()
+    )
+
+
+def socket_path_limit(error: BaseException) -> int | None:
+    """If Ray's directory is too long for its sockets: how many bytes their paths may have."""
+    found = _SOCKET_PATH_LIMIT.search(str(error))
+    return None if found is None else int(found[1])
 
 
 # Jobs.
@@ -73,6 +96,17 @@ def http_status(error: BaseException) -> int | None:
     """The HTTP status of the answer that made Ray's client raise `error`; None without an answer."""
     found = _HTTP_STATUS.search(str(error))
     return None if found is None else int(found[1])
+
+
+def files_to_upload(directory: Path) -> list[Path]:
+    """The files that Ray's client would upload: all but those that `.gitignore` and `.rayignore` name."""
+    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
+    from ray._private.runtime_env.packaging import _dir_travel
+
+    found: list[Path] = []
+    follows = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    _dir_travel(directory, [], found.append, include_gitignore=follows)
+    return [path for path in found if path.is_file()]
 
 
 def is_job_agent_missing(error: BaseException) -> bool:
@@ -127,7 +161,10 @@ def make_torch_trainer(train_loop: Callable[[], Any], **options: Any) -> Any:
     """A TorchTrainer that starts no other processes together with the ranks, whose start they would slow.
 
     Ray Data and the barrier of `ray.train.report`, neither of which distft uses, would start one each time.
+    It leaves SIGINT to its caller; after an exception in `fit()`, such as `KeyboardInterrupt`, call its
+    method `abort(timeout_s)`.
     """
+    import ray
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -140,6 +177,16 @@ def make_torch_trainer(train_loop: Callable[[], Any], **options: Any) -> Any:
         def _create_default_callbacks(self) -> list[Any]:
             callbacks: list[Any] = super()._create_default_callbacks()
             return [KeepBarrier(), *(one for one in callbacks if not isinstance(one, DatasetsCallback))]
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self._controller = controller
+
+        def abort(self, timeout_s: float) -> None:
+            """End the workers and release their resources; a controller that is busy may not hear of it."""
+            controller = getattr(self, "_controller", None)
+            if controller is not None:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(controller.abort.remote(), timeout=timeout_s)
 
     return Trainer(train_loop, **options)
 

@@ -20,6 +20,8 @@ from distft.errors import did_you_mean, suggest_name
 
 EXTERNAL_TAG = "my_package.module:Class"  # a member's name cannot contain the colon
 _EXTERNAL_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_TRUST = "trust"  # key of the validation context
+_MOST_CHARACTERS = 80  # of a name in a message
 
 
 class Settings(BaseModel):
@@ -36,7 +38,8 @@ class Component:
 
     `ScheduleConfig = Annotated[CosineConfig | ConstantConfig, Component()]`: each member has a field
     `type: Literal["..."]`. In YAML, `type: cosine` picks a member. `type: my_package.module:Class` imports a
-    subclass of `Settings` and passes it the other keys; it needs the members' methods, such as `build`.
+    subclass of `Settings` and passes it the other keys; it needs the members' methods, such as `build`. That
+    runs code, so it needs the validation context of `trusting(True)`; otherwise such a type is an error.
     """
 
     def __get_pydantic_core_schema__(
@@ -63,9 +66,7 @@ class Component:
         def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
             if tag_of(value) in choices:
                 return validate(value)
-            raise PydanticCustomError(
-                "component_type", "{reason}", {"reason": _type_problem(value, list(members))}
-            )
+            raise PydanticCustomError("component_type", "{reason}", {"reason": _type_problem(value, members)})
 
         def dump(value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
             if type(value) in classes:
@@ -92,6 +93,11 @@ class Component:
             "required": ["type"],
         }
         return {"oneOf": [*members, external]}
+
+
+def trusting(trust: bool) -> dict[str, bool]:
+    """The context for pydantic's validation in which classes outside distft are imported, or refused."""
+    return {_TRUST: trust}
 
 
 def members_by_type(union: Any) -> dict[str, type[Settings]]:
@@ -144,13 +150,20 @@ def _public_names(owner: Any) -> list[str]:
     return [name for name in vars(owner) if not name.startswith("_")]
 
 
-def _type_problem(value: Any, known: list[str]) -> str:
+def _type_problem(value: Any, members: Mapping[str, type[Settings]]) -> str:
+    known = list(members)
     choices = f"{', '.join(known)}, or {EXTERNAL_TAG}"
     if not isinstance(value, Mapping):
-        return f"Input should be a mapping with a type ({choices})"
+        return f"it must be a mapping with a type ({choices})"
     if "type" not in value:
-        return f"type is missing. Choose one: {choices}"
-    tag = value["type"]
+        fitting = [
+            tag for tag, member in members.items() if value and value.keys() <= member.model_fields.keys()
+        ]
+        hint = f" Its settings are those of type {fitting[0]}." if len(fitting) == 1 else ""
+        return f"type is missing.{hint} Choose one: {choices}"
+    if not isinstance(value["type"], str):
+        return f"type must be a text. Choose one: {choices}"
+    tag = value["type"][:_MOST_CHARACTERS]
     return f"type {tag!r} is unknown.{did_you_mean(str(tag), known)} Choose one: {choices}"
 
 
@@ -158,7 +171,7 @@ def _validate_as_json(member: type[Settings]) -> Any:
     def validate(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         if info.mode == "json" and not isinstance(value, Settings):
             # A wrap validator receives Python data; on that, strict mode refuses a list for a tuple.
-            return member.model_validate_json(_to_json(value), strict=True)
+            return member.model_validate_json(_to_json(value), strict=True, context=info.context)
         return handler(value)
 
     return validate
@@ -168,10 +181,15 @@ def _validate_external(value: Any, info: ValidationInfo) -> Settings:
     if isinstance(value, Settings):
         return value
     try:
+        if not (info.context or {}).get(_TRUST, False):
+            raise ValueError(
+                f"{value['type'][:_MOST_CHARACTERS]!r} names a class outside distft. Loading it runs code, "
+                "and this configuration is not trusted: pass --trust if you know who wrote it"
+            )
         found = import_settings(value["type"])
     except ValueError as error:
         raise PydanticCustomError("component_type", "{reason}", {"reason": f"type {error}"}) from error
     rest = {key: item for key, item in value.items() if key != "type"}
     if info.mode == "json":
-        return found.model_validate_json(_to_json(rest), strict=True)
-    return found.model_validate(rest)
+        return found.model_validate_json(_to_json(rest), strict=True, context=info.context)
+    return found.model_validate(rest, context=info.context)

@@ -28,17 +28,27 @@ class Location:
     keys: list[str | int] = field(default_factory=list)  # from the top; an int is a list index
     known_names: list[str] = field(default_factory=list)  # valid in place of the last key, if it is a setting
     union_keys: tuple[str | int, ...] | None = None  # of the innermost union without a `type` to decide
+    tag: str | None = None  # the `type` of the settings that the last key is in, if a union selected them
+    other_tags: list[str] = field(default_factory=list)  # the types that have the last key as a setting
 
 
-def locate(annotation: Any, raw: Any, pydantic_location: Sequence[str | int]) -> Location:
-    """The location of an error that pydantic found in `raw`, which was parsed as `annotation`."""
+def locate(
+    annotation: Any, raw: Any, pydantic_location: Sequence[str | int], *, trust: bool = False
+) -> Location:
+    """The location of an error that pydantic found in `raw`, which was parsed as `annotation`.
+
+    `trust`: whether a class outside distft that `raw` names may be imported, as it was by the parser.
+    """
     location = Location()
     rest = list(pydantic_location)
     while rest:
         annotation = _unwrap(annotation)
         origin = get_origin(annotation)
         if isinstance(annotation, _TaggedUnion):
-            annotation = annotation.member(rest.pop(0), raw)
+            union, tag = annotation, rest.pop(0)
+            annotation = union.member(tag, raw, trust=trust)
+            location.tag = str(tag)
+            location.other_tags = union.tags_with(rest[0]) if len(rest) == 1 else []
         elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
             key = rest.pop(0)
             fields = {info.alias or name: info for name, info in annotation.model_fields.items()}
@@ -70,9 +80,15 @@ class _TaggedUnion:
 
     members: Mapping[str, type[BaseModel]]
 
-    def member(self, tag: str | int, raw: Any) -> Any:
+    def tags_with(self, key: str | int) -> list[str]:
+        """The types of the members that have a setting `key`."""
+        return [tag for tag, member in self.members.items() if key in member.model_fields]
+
+    def member(self, tag: str | int, raw: Any, *, trust: bool) -> Any:
         if tag != EXTERNAL_TAG:
             return self.members.get(str(tag), Any)
+        if not trust:
+            return Any
         try:
             return import_settings(raw["type"])
         except ValueError:

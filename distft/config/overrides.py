@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from distft.config.redaction import redact
 from distft.config.yaml_text import yaml_value
 from distft.errors import ConfigError
 
+_MOST_CHARACTERS = 60  # of a value in a message
 _NAME = re.compile(r'"(?P<quoted>[^"]*)"|(?P<plain>[^."]+)')
 
 
@@ -46,12 +48,12 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     problems = []
     for override in overrides:
         try:
-            key, equals, text = _split_override(override)
+            key, equals, text = split_override(override)
             if not equals:
                 raise ValueError("write key=value, such as train.max_steps=50")
             _set_value(changed, split_key(key), yaml_value(text, source=f"the value of {key}"))
         except ValueError as error:
-            problems.append(f"{override!r} is not an override: {error}.")
+            problems.append(f"{redact(override)!r} is not an override: {error}.")
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -59,7 +61,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     return changed
 
 
-def _split_override(override: str) -> tuple[str, str, str]:
+def split_override(override: str) -> tuple[str, str, str]:
     """Key, "=" and value, split at the first "=" outside quotes; "=" is empty if there is none."""
     in_quotes = False
     for position, character in enumerate(override):
@@ -80,8 +82,9 @@ def _set_value(config: Any, names: Sequence[str], value: Any) -> None:
                 raise ConfigError(f"{join_key(names[:depth])}: {name!r} is not an index of this list{size}.")
             index = int(name)
         elif not isinstance(node, dict):
+            shown = repr(next(iter(redact({names[depth - 2]: node}).values())))[:_MOST_CHARACTERS]
             raise ConfigError(
-                f"{join_key(names)} cannot be set: {join_key(names[: depth - 1])}={node!r} is not a mapping."
+                f"{join_key(names)} cannot be set: {join_key(names[: depth - 1])}={shown} is not a mapping."
             )
         if depth == len(names):
             node[index] = value

@@ -80,6 +80,19 @@ class RaggedArray:
         for row, offset in zip(rows, self._offsets, strict=False):
             self._values[offset : offset + len(row)] = row
 
+    @classmethod
+    def of_arrays(cls, values: NDArray[np.int32], offsets: Indices) -> "RaggedArray":
+        """Rows `values[offsets[i] : offsets[i + 1]]`. Raises `ValueError` for impossible offsets."""
+        if not len(offsets) or offsets[0] or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+            raise ValueError("the offsets of rows do not fit their values")
+        rows = cls([])
+        rows._values, rows._offsets = values, offsets
+        return rows
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arguments of `of_arrays`."""
+        return {"values": self._values, "offsets": self._offsets}
+
     @property
     def fingerprint(self) -> str:
         """A digest of all rows."""

@@ -8,23 +8,26 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distft.config import Settings
+from distft.config import PathText, Settings
 from distft.data.dataset import DataContext, check_vocabulary
+from distft.errors import DataError
 
 if TYPE_CHECKING:
     from distft.data.completion_rows import CompletionRows
+    from distft.data.encoded_once import EncodedTable
     from distft.data.feed import Feed
-    from distft.data.records import Record
+    from distft.data.records import Record, RowErrors
 
 
 class CompletionConfig(Settings):
     """A JSONL or CSV file with a prompt column and a completion column."""
 
     type: Literal["completion"] = "completion"
-    path: str  # .jsonl, .csv or .tsv; may be compressed
+    path: PathText  # .jsonl, .csv or .tsv; may be compressed
     prompt: str = "prompt"  # column
     completion: str = "completion"  # column
     template: str | None = None  # of the prompt, such as "Q: {prompt}\nA:"; braces enclose column names
+    prepend_bos: bool = False  # before each prompt, for a model whose documents began with it
     max_rows: int | None = Field(None, ge=1)
     shuffle: bool = True
     data_seed: int = Field(0, ge=0)
@@ -63,7 +66,12 @@ class CompletionConfig(Settings):
         """Infinite epochs for training."""
         from distft.data.feed import Feed
 
-        return Feed.for_training(self.open(context), seed=self.data_seed, shuffle=self.shuffle)
+        return Feed.for_training(
+            self.open(context),
+            seed=self.data_seed,
+            shuffle=self.shuffle,
+            document_start=self._start(context),
+        )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
         """Every row once, in file order."""
@@ -73,23 +81,49 @@ class CompletionConfig(Settings):
 
     def open(self, context: DataContext) -> CompletionRows:
         """Read and encode the file. Raises `DataError` with file and line of every problem."""
-        from distft.data.records import read_records
+        from distft.data.completion_rows import PROMPT_LENGTHS, CompletionRows
+        from distft.data.encoded_once import encoded_once
 
-        columns = self._prompt_columns()
-        texts = list(dict.fromkeys([*columns, self.completion]))
+        settings = {
+            **self.model_dump(exclude={"shuffle", "data_seed"}),
+            "seq_len": context.seq_len,
+            "vocab_size": context.vocab_size,
+            "tokenizer": context.tokenizer_fingerprint,
+            "eos_id": context.eos_id,
+            "start": self._start(context),
+        }
+        table = encoded_once(context.cache_dir, self.path, settings, lambda: self._encode(context))
+        return CompletionRows(
+            table.rows,
+            table.columns[PROMPT_LENGTHS],
+            pad_id=context.pad_id or 0,
+            token_bytes=context.token_bytes,
+            summary=table.facts["summary"],
+        )
+
+    def _encode(self, context: DataContext) -> EncodedTable:
+        from distft.data.records import RowErrors, read_records
+
+        texts = list(dict.fromkeys([*self._prompt_columns(), self.completion]))
         records = read_records(self.path, texts=texts, max_rows=self.max_rows)
-        return self._encode_records(records, context)
+        errors = RowErrors(self.path)
+        table = self._encode_records(records, context, errors)
+        errors.raise_if_any()
+        check_vocabulary(self.path, table.rows.max_value, context)
+        return table
 
-    def _encode_records(self, records: Sequence[Record], context: DataContext) -> CompletionRows:
+    def _encode_records(
+        self, records: Sequence[Record], context: DataContext, errors: RowErrors
+    ) -> EncodedTable:
         """Truncate completions at the end to `seq_len`, then prompts at the front to the rest of the row."""
         import numpy as np
 
         from distft.data.batch import RaggedArray
-        from distft.data.completion_rows import CompletionRows
-        from distft.data.records import RowErrors
+        from distft.data.completion_rows import PROMPT_LENGTHS
+        from distft.data.encoded_once import EncodedTable
 
+        start = list(self._start(context))
         eos = [] if context.eos_id is None else [context.eos_id]
-        errors = RowErrors(self.path)
         rows, prompt_lengths = [], []
         num_prompts_cut = num_completions_cut = 0
         for record in records:
@@ -100,26 +134,30 @@ class CompletionConfig(Settings):
                     errors.add(record.line, f"{column!r} encodes to no tokens.")
             completion = completion + eos
             kept_completion = completion[: context.seq_len]
-            kept_prompt = prompt[-(context.seq_len + 1 - len(kept_completion)) :]
-            num_prompts_cut += len(kept_prompt) < len(prompt)
+            room = context.seq_len + 1 - len(kept_completion)
+            kept_prompt = (start + prompt[-(room - len(start)) :]) if room > len(start) else prompt[-1:]
+            num_prompts_cut += len(kept_prompt) < len(start) + len(prompt)
             num_completions_cut += len(kept_completion) < len(completion)
             rows.append(kept_prompt + kept_completion)
             prompt_lengths.append(len(kept_prompt))
-        errors.raise_if_any()
-        encoded = RaggedArray(rows)
-        check_vocabulary(self.path, encoded.max_value, context)
         summary = (
             f"{self.path}: {len(rows):,} rows; to fit seq_len={context.seq_len}, "
             f"{num_prompts_cut:,} prompts were cut at the front, "
             f"{num_completions_cut:,} completions at the end"
         )
-        return CompletionRows(
-            encoded,
-            np.array(prompt_lengths, np.int64),
-            pad_id=context.pad_id or 0,
-            token_bytes=context.token_bytes,
-            summary=summary,
+        return EncodedTable(
+            rows=RaggedArray(rows),
+            columns={PROMPT_LENGTHS: np.array(prompt_lengths, np.int64)},
+            facts={"summary": summary},
         )
+
+    def _start(self, context: DataContext) -> tuple[int, ...]:
+        """The ids before each prompt. Raises `DataError` for a bos that the tokenizer does not have."""
+        if not self.prepend_bos:
+            return ()
+        if context.bos_id is None:
+            raise DataError("prepend_bos=true, but the tokenizer has no bos: leave it out.")
+        return (context.bos_id,)
 
     def _prompt_text(self, record: Record) -> str:
         if self.template is None:

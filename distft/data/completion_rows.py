@@ -9,6 +9,8 @@ from distft.data.batch import Batch, RaggedArray, count_target_bytes
 from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 
+PROMPT_LENGTHS = "prompt_lengths"  # a column of encoded rows
+
 
 class CompletionRows:
     """One prompt and its completion per row, encoded once and kept in memory.

@@ -1,6 +1,7 @@
-"""Corpora of text: files, JSONL, Parquet, Python's standard library, or a weighted mixture of these.
+"""Corpora of text: files, JSONL, CSV, Parquet, Python's standard library, or a weighted mixture of these.
 
-`config.chunks()` yields the units of reading in a fixed order; any process can read any of them.
+`config.chunks()` yields the units of reading in a fixed order; any process can read any of them. Which files
+a path names is the rule of `corpus_listing`; what a row and a text are is that of `rows`.
 """
 
 import json
@@ -13,10 +14,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from distft.config import Component, Settings
+from distft.config import Component, PathText, Settings
 from distft.data.corpus_chunks import (
-    BufferedChunk,
     ByteRangeChunk,
+    CompressedFileChunk,
     CorpusChunk,
     DecodeErrors,
     Document,
@@ -26,7 +27,10 @@ from distft.data.corpus_chunks import (
     TextFormat,
     group_chunks,
 )
-from distft.data.corpus_files import DocumentUnit, SourceFile, find_files, read_compressed
+from distft.data.corpus_csv import CsvFileChunk
+from distft.data.corpus_files import DocumentUnit
+from distft.data.corpus_kinds import SUFFIXES
+from distft.data.corpus_listing import Listing, SourceFile, list_files
 from distft.data.corpus_parquet import parquet_chunks
 from distft.errors import DataError
 
@@ -38,7 +42,7 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
 class TextCorpus(Settings):
@@ -47,7 +51,7 @@ class TextCorpus(Settings):
     type: Literal["text"] = "text"
     paths: Paths  # files, directories, globs; local or URLs
     documents: DocumentUnit = "file"  # one document is a file, a line, or a paragraph between blank lines
-    suffixes: tuple[str, ...] = (".txt", ".text", ".md", ".rst")  # of the files to take from directories
+    suffixes: tuple[str, ...] = SUFFIXES["text"]  # of the files to take from directories, in any case
     errors: DecodeErrors = "strict"  # "replace": bytes that are not UTF-8 become U+FFFD
     span: tuple[float, float] = (0.0, 1.0)  # fraction of each file to read, as (from, to)
     max_document_bytes: int = Field(
@@ -60,8 +64,11 @@ class TextCorpus(Settings):
             raise ValueError(f"span={list(self.span)} must be two ascending numbers between 0 and 1")
         return self
 
+    def listing(self) -> Listing:
+        return list_files(self.paths, self.suffixes)
+
     def files(self) -> list[SourceFile]:
-        files = find_files(self.paths, self.suffixes)
+        files = list(self.listing().files.values())
         compressed = [file.url for file in files if file.is_compressed]
         if compressed and self.span != (0.0, 1.0):
             raise DataError(
@@ -82,14 +89,39 @@ class JsonlCorpus(Settings):
     type: Literal["jsonl"] = "jsonl"
     paths: Paths
     text_column: str = "text"
-    suffixes: tuple[str, ...] = (".jsonl", ".ndjson", ".json")
+    suffixes: tuple[str, ...] = SUFFIXES["jsonl"]
+
+    def listing(self) -> Listing:
+        return list_files(self.paths, self.suffixes)
 
     def files(self) -> list[SourceFile]:
-        return find_files(self.paths, self.suffixes)
+        return list(self.listing().files.values())
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
         ranges = _file_chunks(self.files(), JsonlFormat(self.text_column), chunk_bytes)
         return group_chunks(ranges, chunk_bytes)
+
+
+class CsvCorpus(Settings):
+    """CSV or TSV files with a header, one document per row (also `.gz` and `.zst`).
+
+    One process reads a file. Convert large ones to JSONL or Parquet, whose parts are read in parallel.
+    """
+
+    type: Literal["csv"] = "csv"
+    paths: Paths
+    text_column: str = "text"
+    suffixes: tuple[str, ...] = SUFFIXES["csv"]
+
+    def listing(self) -> Listing:
+        return list_files(self.paths, self.suffixes)
+
+    def files(self) -> list[SourceFile]:
+        return list(self.listing().files.values())
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
+        chunks = (CsvFileChunk(file, chunk_bytes, self.text_column) for file in self.files())
+        return group_chunks(chunks, chunk_bytes)
 
 
 class ParquetCorpus(Settings):
@@ -98,13 +130,16 @@ class ParquetCorpus(Settings):
     type: Literal["parquet"] = "parquet"
     paths: Paths
     text_column: str = "text"
-    suffixes: tuple[str, ...] = (".parquet",)
+    suffixes: tuple[str, ...] = SUFFIXES["parquet"]
+
+    def listing(self) -> Listing:
+        return list_files(self.paths, self.suffixes)
 
     def files(self) -> list[SourceFile]:
-        return find_files(self.paths, self.suffixes)
+        return list(self.listing().files.values())
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
-        return group_chunks(parquet_chunks(self.files(), self.text_column), chunk_bytes)
+        return group_chunks(parquet_chunks(self.files(), self.text_column, chunk_bytes), chunk_bytes)
 
 
 class StdlibCorpus(Settings):
@@ -128,7 +163,9 @@ class StdlibCorpus(Settings):
 
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
-SingleCorpusConfig = Annotated[TextCorpus | JsonlCorpus | ParquetCorpus | StdlibCorpus, Component()]
+SingleCorpusConfig = Annotated[
+    TextCorpus | JsonlCorpus | CsvCorpus | ParquetCorpus | StdlibCorpus, Component()
+]
 
 
 class WeightedCorpus(Settings):
@@ -168,7 +205,7 @@ class MixtureCorpus(Settings):
 
 
 CorpusConfig = Annotated[
-    TextCorpus | JsonlCorpus | ParquetCorpus | StdlibCorpus | MixtureCorpus,
+    TextCorpus | JsonlCorpus | CsvCorpus | ParquetCorpus | StdlibCorpus | MixtureCorpus,
     Component(),
 ]
 
@@ -177,6 +214,19 @@ def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
     """Every document of `corpus` in order, read in this process."""
     for chunk in corpus.chunks():
         yield from chunk.documents()
+
+
+def describe_files(corpus: CorpusConfig) -> list[str]:
+    """Lines for a person about the files of `corpus`: what is read, and what is passed over, by ending."""
+    if isinstance(corpus, StdlibCorpus):
+        return []
+    if isinstance(corpus, MixtureCorpus):
+        return [
+            f"Source {number}: {line}"
+            for number, source in enumerate(corpus.sources, start=1)
+            for line in describe_files(source.corpus)
+        ]
+    return corpus.listing().describe()
 
 
 def source_bytes(corpus: CorpusConfig) -> int:
@@ -202,8 +252,7 @@ def _file_chunks(
 ) -> Iterator[CorpusChunk]:
     for file in files:
         if file.is_compressed:
-            for block, compressed_bytes in read_compressed(file, chunk_bytes, document_format.unit):
-                yield BufferedChunk(block, compressed_bytes, document_format)
+            yield CompressedFileChunk(file, chunk_bytes, document_format)
             continue
         begin, end = round(file.size * span[0]), round(file.size * span[1])
         for start in range(begin, end, chunk_bytes):

@@ -1,16 +1,28 @@
 """Chunks of a corpus: picklable units of work that read and yield documents in order."""
 
-import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, Protocol
 
-from distft.data.corpus_files import BLANK_LINES, Block, DocumentUnit, SourceFile, read_range
+from distft.data.corpus_files import BLANK_LINES, Block, DocumentUnit, read_compressed, read_range
+from distft.data.corpus_listing import SourceFile
+from distft.data.rows import (
+    BYTE_ORDER_MARK,
+    Row,
+    encoding_problem,
+    missing_column,
+    parse_json_row,
+    text_problem,
+)
 from distft.errors import DataError
+from distft.storage.lfs import POINTER_HEAD_BYTES, check_not_lfs_pointer
 
 DecodeErrors = Literal["strict", "replace"]
+Skipped = Counter[str]  # rows that are no documents, by reason: `NULL` or `EMPTY`
+NULL, EMPTY = "null", "empty"
 
 _LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)+")
 _HASHED_CHARS = 4096
@@ -43,8 +55,18 @@ class CorpusChunk(Protocol):
         """Size on disk."""
         ...
 
-    def documents(self) -> Iterator[Document]:
-        """Read the documents. Raises `DataError` with file and line if one cannot be read."""
+    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
+        """Read the documents, and count the rows without text in `skipped`, by reason.
+
+        Raises `DataError` with file and line if one cannot be read.
+        """
+        ...
+
+    def parts(self) -> Iterator["CorpusChunk"]:
+        """Chunks that have the documents in the same order and fit into memory; often only the chunk itself.
+
+        Other than the chunk itself they have been read from the file when they are returned.
+        """
         ...
 
 
@@ -54,32 +76,38 @@ class DocumentFormat(Protocol):
     @property
     def unit(self) -> DocumentUnit: ...
 
-    def parse(self, block: Block) -> Iterator[Document]: ...
+    def parse(self, block: Block, skipped: Skipped) -> Iterator[Document]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class TextFormat:
-    """Plain text: a document is a file, a line, or a paragraph between blank lines."""
+    """Plain text: a document is a file, a line, or a paragraph between blank lines.
+
+    CRLF becomes LF, and a byte-order mark at the start of a file is left out.
+    """
 
     unit: DocumentUnit
     errors: DecodeErrors = "strict"  # for bytes that are not UTF-8
 
-    def parse(self, block: Block) -> Iterator[Document]:
+    def parse(self, block: Block, skipped: Skipped) -> Iterator[Document]:
+        first = _first_position(block)
         if self.unit == "file":
-            text = self._decode(block.data, block, 0)
-            if text:
-                yield Document(
-                    text, len(text.encode()), f"{block.url}:0", not block.is_start, not block.is_end
-                )
+            text = self._decode(block.data[first:], block, first)
+            is_whole = not block.offset and block.is_end
+            if text and not (is_whole and text.isspace()):
+                yield Document(text, _num_bytes(text), f"{block.url}:0", not block.is_start, not block.is_end)
+            elif is_whole:
+                skipped[EMPTY] += 1
             return
-        for start, data in _lines(block.data) if self.unit == "line" else _paragraphs(block.data):
+        pieces = _lines(block.data, first) if self.unit == "line" else _paragraphs(block.data, first)
+        for start, data in pieces:
             text = self._decode(data, block, start)
-            if text.strip():
-                yield Document(text, len(text.encode()), f"{block.url}:{block.offset + start}")
+            if text and not text.isspace():
+                yield Document(text, _num_bytes(text), f"{block.url}:{block.offset + start}")
 
     def _decode(self, data: bytes, block: Block, start: int) -> str:
         try:
-            return data.decode("utf-8", self.errors)
+            return data.decode("utf-8", self.errors).replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             position = start + error.start
             raise DataError(
@@ -95,33 +123,42 @@ class JsonlFormat:
     text_column: str
     unit: DocumentUnit = "line"
 
-    def parse(self, block: Block) -> Iterator[Document]:
-        for start, data in _lines(block.data):
-            if not data.strip():
+    def parse(self, block: Block, skipped: Skipped) -> Iterator[Document]:
+        columns = (self.text_column,)
+        for start, data in _lines(block.data, _first_position(block)):
+            row = parse_json_row(data, columns)
+            if row is None:
                 continue
-            try:
-                row = json.loads(data)
-                text = row[self.text_column] if isinstance(row, dict) else None
-                num_bytes = _num_bytes(text)
-            except KeyError:
-                known = ", ".join(sorted(row)[:10]) or "none"
-                problem = (
-                    f"no column {self.text_column!r}; it has: {known}. Set text_column or --text-column."
-                )
-            except UnicodeEncodeError:
-                problem = f"{self.text_column!r} contains a lone surrogate (half a character), not text."
-            except UnicodeDecodeError as error:
-                problem = f"not UTF-8 ({error.reason} at byte {error.start} of the line)."
-            except (ValueError, RecursionError) as error:
-                problem = f"not JSON ({error})."
-            except TypeError:
-                kind = type(row[self.text_column]).__name__ if isinstance(row, dict) else type(row).__name__
-                problem = f"expected a JSON object with text in {self.text_column!r}, got {kind}."
-            else:
-                if text:
-                    yield Document(text, num_bytes, f"{block.url}:{block.offset + start}")
-                continue
-            raise DataError(f"{block.url}:{block.line_number(start)}: {problem}")
+            text = text_of_row(row, self.text_column, skipped)
+            if isinstance(text, RowProblem):
+                raise DataError(f"{block.url}:{block.line_number(start)}: {text.message}")
+            if text is not None:
+                yield Document(text, _num_bytes(text), f"{block.url}:{block.offset + start}")
+
+
+@dataclass(frozen=True, slots=True)
+class RowProblem:
+    """What is wrong with a row."""
+
+    message: str
+
+
+def text_of_row(row: Row | str, column: str, skipped: Skipped) -> str | RowProblem | None:
+    """The text of a row that was parsed; None, and a count in `skipped`, if it is null or empty."""
+    if isinstance(row, str):
+        return RowProblem(row)
+    if column not in row:
+        return RowProblem(missing_column(column, row) + " Set text_column or --text-column.")
+    text = row[column]
+    if text is None:
+        skipped[NULL] += 1
+        return None
+    if problem := text_problem(text):
+        return RowProblem(f"{column!r} {problem}")
+    if not text or text.isspace():
+        skipped[EMPTY] += 1
+        return None
+    return str(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,21 +175,48 @@ class ByteRangeChunk:
     def source_bytes(self) -> int:
         return self.stop - self.start
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
         block = read_range(self.file, self.start, self.stop, self.format.unit, self.span)
-        yield from self.format.parse(block)
+        yield from self.format.parse(block, Counter() if skipped is None else skipped)
+
+    def parts(self) -> Iterator[CorpusChunk]:
+        yield self
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedFileChunk:
+    """A whole compressed file, of any size: it can only be read by one reader, from its start."""
+
+    file: SourceFile
+    block_bytes: int  # of text in memory at a time
+    format: DocumentFormat
+
+    @property
+    def source_bytes(self) -> int:
+        return self.file.size
+
+    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
+        for part in self.parts():
+            yield from part.documents(skipped)
+
+    def parts(self) -> Iterator[CorpusChunk]:
+        for block, num_bytes in read_compressed(self.file, self.block_bytes, self.format.unit):
+            yield BufferedChunk(block, num_bytes, self.format)
 
 
 @dataclass(frozen=True, slots=True)
 class BufferedChunk:
-    """Decompressed bytes in memory: a compressed file can only be read by one reader, from its start."""
+    """Decompressed bytes in memory: a part of a compressed file."""
 
     block: Block
     source_bytes: int
     format: DocumentFormat
 
-    def documents(self) -> Iterator[Document]:
-        yield from self.format.parse(self.block)
+    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
+        yield from self.format.parse(self.block, Counter() if skipped is None else skipped)
+
+    def parts(self) -> Iterator[CorpusChunk]:
+        yield self
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +229,12 @@ class ChunkGroup:
     def source_bytes(self) -> int:
         return sum(chunk.source_bytes for chunk in self.chunks)
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
         for chunk in self.chunks:
-            yield from chunk.documents()
+            yield from chunk.documents(skipped)
+
+    def parts(self) -> Iterator[CorpusChunk]:
+        yield self
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +249,14 @@ class SampledChunk:
     def source_bytes(self) -> int:
         return self.chunk.source_bytes
 
-    def documents(self) -> Iterator[Document]:
-        for document in self.chunk.documents():
+    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
+        for document in self.chunk.documents(skipped):
             if document.sampling_hash(self.salt) < self.fraction:
                 yield document
+
+    def parts(self) -> Iterator[CorpusChunk]:
+        for part in self.chunk.parts():
+            yield SampledChunk(part, self.fraction, self.salt)
 
 
 def group_chunks(chunks: Iterable[CorpusChunk], min_bytes: int) -> Iterator[CorpusChunk]:
@@ -193,6 +264,9 @@ def group_chunks(chunks: Iterable[CorpusChunk], min_bytes: int) -> Iterator[Corp
     group: list[CorpusChunk] = []
     num_bytes = 0
     for chunk in chunks:
+        if group and chunk.source_bytes >= min_bytes:  # a group is read as a whole: a large chunk stays alone
+            yield ChunkGroup(tuple(group)) if len(group) > 1 else group[0]
+            group, num_bytes = [], 0
         group.append(chunk)
         num_bytes += chunk.source_bytes
         if num_bytes >= min_bytes:
@@ -202,26 +276,33 @@ def group_chunks(chunks: Iterable[CorpusChunk], min_bytes: int) -> Iterator[Corp
         yield ChunkGroup(tuple(group))
 
 
-def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+def _first_position(block: Block) -> int:
+    """Where the text in a block begins: after a byte-order mark, at the start of a file."""
+    if block.offset:
+        return 0
+    check_not_lfs_pointer(block.url, block.data[:POINTER_HEAD_BYTES])
+    if problem := encoding_problem(block.data):
+        raise DataError(f"{block.url}:1: {problem}")
+    return len(BYTE_ORDER_MARK) if block.data.startswith(BYTE_ORDER_MARK) else 0
+
+
+def _lines(data: bytes, start: int) -> Iterator[tuple[int, bytes]]:
     """Yield (position, line without its `\\n` or `\\r\\n`)."""
-    start = 0
-    for line in data.split(b"\n"):
+    for line in data[start:].split(b"\n"):
         yield start, line.removesuffix(b"\r")
         start += len(line) + 1
 
 
-def _paragraphs(data: bytes) -> Iterator[tuple[int, bytes]]:
+def _paragraphs(data: bytes, start: int) -> Iterator[tuple[int, bytes]]:
     """Yield (position, paragraph without the blank lines around it)."""
-    leading = _LEADING_BLANK_LINES.match(data)
-    start = leading.end() if leading else 0
+    leading = _LEADING_BLANK_LINES.match(data, start)
+    start = leading.end() if leading else start
     for match in BLANK_LINES.finditer(data, start):
-        yield start, data[start : match.start()]
+        yield start, data[start : match.start()].removesuffix(b"\r")
         start = match.end()
     yield start, data[start:].rstrip(b"\r\n")
 
 
-def _num_bytes(text: object) -> int:
-    """UTF-8 size. Raises `TypeError` if `text` is not a str, `UnicodeEncodeError` for lone surrogates."""
-    if not isinstance(text, str):
-        raise TypeError
+def _num_bytes(text: str) -> int:
+    """UTF-8 size."""
     return len(text) if text.isascii() else len(text.encode())

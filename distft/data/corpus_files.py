@@ -1,39 +1,30 @@
-"""Finds the files of a corpus and reads byte ranges of them, aligned to document boundaries.
+"""Reads byte ranges of a corpus's files, aligned to document boundaries.
 
 A range is planned by nominal byte positions without opening the file. The reader moves each end to the first
 document boundary at or after it. The readers of adjacent ranges find the same boundary, so every byte belongs
-to exactly one range.
+to exactly one range. A range reads itself and what is left of the document that it ends in: a line that is
+longer than many ranges is read by the one in which it begins.
 """
 
+import os
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import zstandard
+from typing import Literal
 
 from distft import storage
-from distft.errors import DataError
+from distft.data import compressed
+from distft.data.corpus_listing import SourceFile
+from distft.errors import DataError, StorageError
 
 DocumentUnit = Literal["file", "line", "blank_line"]
 
-_GZIP_WBITS = 16 + zlib.MAX_WBITS  # zlib expects a gzip header and verifies the gzip checksum
-_COMPRESSED = (".gz", ".zst")
 READ_BYTES = 1 << 16
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
+_BLANKS = re.compile(rb"[ \t\r]*")
 _BEFORE_SPACES = re.compile(rb"[^ ](?= )")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    url: str  # a local path, or a URL that fsspec opens
-    size: int  # bytes on disk
-    version: str  # ETag or modification time, "" if the storage has neither
-
-    @property
-    def is_compressed(self) -> bool:
-        return self.url.endswith(_COMPRESSED)
+_NAMES: dict[DocumentUnit, str] = {"file": "section", "line": "line", "blank_line": "paragraph"}
+_CHARACTER_BYTES = 4  # at most, in UTF-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,77 +43,17 @@ class Block:
         newlines_before = self.data.count(b"\n", 0, position)
         if self.first_line is not None:
             return self.first_line + newlines_before
-        with storage.open_read(self.url) as opened:
-            num_left, line = self.offset, 1
-            while num_left > 0 and (data := opened.read(min(num_left, 1 << 20))):
-                num_left -= len(data)
-                line += data.count(b"\n")
-        return line + newlines_before
+        return _line_number(self.url, self.offset) + newlines_before
 
 
-def find_files(patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> list[SourceFile]:
-    """Non-empty files that `patterns` name: a file, a glob, or a directory (searched recursively).
-
-    In a directory only files with one of `suffixes` (plus optional `.gz` or `.zst`) are taken, and hidden
-    files and folders are skipped. Each file is returned once, in the order of the patterns, sorted within
-    each. Raises `DataError` with every pattern that matches nothing or only empty files.
-    """
-    found: dict[str, SourceFile] = {}
-    problems = []
-    for pattern in patterns:
-        try:
-            matches = _match(pattern, suffixes)
-        except (OSError, ValueError, ImportError) as error:
-            problems.append(f"corpus path {pattern} cannot be listed: {error}.")
-            continue
-        nonempty = [file for file in matches if file.size]
-        if not matches:
-            problems.append(
-                f"corpus path {pattern} does not exist, or is a directory or glob without a file that ends "
-                f"in {', '.join(suffixes)} (or one of these with .gz or .zst)."
-            )
-        elif not nonempty:
-            problems.append(f"corpus path {pattern} has nothing to read: {len(matches)} empty file(s).")
-        found |= {file.url: file for file in nonempty if file.url not in found}
-    if problems:
-        raise DataError("\n".join(problems))
-    return list(found.values())
-
-
-def _match(pattern: str, suffixes: tuple[str, ...]) -> list[SourceFile]:
-    from fsspec.core import url_to_fs  # 0.1 s, which processes that only read files save
-    from fsspec.implementations.local import LocalFileSystem
-
-    filesystem, path = url_to_fs(pattern)
-    if filesystem.isfile(path):
-        matches = {path: filesystem.info(path)}
-    elif filesystem.isdir(path):
-        matches = {
-            name: info
-            for name, info in filesystem.find(path, detail=True).items()
-            if _without_compression_suffix(name).endswith(suffixes)
-            and "/." not in name[len(path.rstrip("/")) :]
-        }
-    else:
-        matches = filesystem.glob(path, detail=True)
-    is_local = isinstance(filesystem, LocalFileSystem)
-    return [
-        SourceFile(name if is_local else filesystem.unstrip_protocol(name), info["size"], _version(info))
-        for name, info in sorted(matches.items())
-        if info["type"] == "file"
-    ]
-
-
-def _without_compression_suffix(name: str) -> str:
-    for suffix in _COMPRESSED:
-        name = name.removesuffix(suffix)
-    return name
-
-
-def _version(info: dict[str, Any]) -> str:
-    return str(
-        next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "updated") if key in info), "")
-    )
+def _line_number(url: str, offset: int) -> int:
+    """The line, from 1, of a byte of an uncompressed file."""
+    line = 1
+    with storage.open_read(url) as opened:
+        while offset > 0 and (data := opened.read(min(offset, 1 << 20))):
+            offset -= len(data)
+            line += data.count(b"\n")
+    return line
 
 
 def find_boundary(data: bytes | bytearray, start: int, unit: DocumentUnit) -> int:
@@ -130,7 +61,7 @@ def find_boundary(data: bytes | bytearray, start: int, unit: DocumentUnit) -> in
 
     For lines it follows a newline, for blank-line documents blank lines. A file that is one document is cut
     before a run of spaces, where most vocabularies give the same ids as for the whole text; if the next
-    64 KiB have none, after a newline, else between two characters.
+    64 KiB have none, after a newline, else between two characters. A cut never separates `\\r\\n`.
     """
     if unit == "line":
         return data.find(b"\n", start - 1) + 1 or -1
@@ -144,42 +75,103 @@ def find_boundary(data: bytes | bytearray, start: int, unit: DocumentUnit) -> in
     after_newline = window.find(b"\n") + 1
     if after_newline:
         return start - 1 + after_newline
-    return next((i for i in range(start, len(data)) if data[i] & 0xC0 != 0x80), -1)
+    for position in range(start, min(start + _CHARACTER_BYTES, len(data))):
+        if data[position] & 0xC0 != 0x80:
+            return position
+    return start if start + _CHARACTER_BYTES <= len(data) else -1  # not UTF-8: its reader will say so
+
+
+class _Window:
+    """Bytes of a file from `start` on, read as far as they are needed."""
+
+    def __init__(self, file: SourceFile, start: int) -> None:
+        self.file = file
+        self.start = max(start, 0)
+        self.data = bytearray()
+
+    def read_to(self, stop: int) -> None:
+        """Have the bytes up to position `stop` of the file, or to its end."""
+        missing = min(stop, self.file.size) - self.start - len(self.data)
+        if missing > 0:
+            at = self.start + len(self.data)
+            try:
+                self.data += storage.read_range(self.file.url, at, at + missing)
+            except StorageError:
+                check_unchanged(self.file)  # it was cut short meanwhile
+                raise
+
+    @property
+    def has_all(self) -> bool:
+        return self.start + len(self.data) >= self.file.size
+
+    def boundary(self, nominal: int, unit: DocumentUnit, limit: int | None = None) -> int | None:
+        """The first boundary at or after `nominal`, a function of the file's content alone.
+
+        None if that is also the first boundary at or after `limit`, which nobody needs to look for then.
+        """
+        if nominal <= 0 or nominal >= self.file.size:
+            return min(max(nominal, 0), self.file.size)
+        first = nominal - self.start
+        self.read_to(nominal + READ_BYTES)
+        while True:
+            found = find_boundary(self.data, first, unit)
+            if limit is not None and not self._may_begin_before(first, limit - self.start, unit):
+                return None
+            if 0 <= found < len(self.data):
+                return self.start + found
+            if self.has_all:
+                return self.file.size
+            if len(self.data) - first > compressed.MAX_ROW_BYTES:
+                line = _line_number(self.file.url, nominal)
+                raise compressed.too_long(f"{self.file.url}:{line}", _NAMES[unit])
+            self.read_to(self.start + 2 * len(self.data))  # doubling keeps the search of a long line linear
+
+    def _may_begin_before(self, first: int, limit: int, unit: DocumentUnit) -> bool:
+        """Whether what marks a boundary begins in [first - 1, limit - 1), or may begin there."""
+        if unit == "line":
+            return self.data.find(b"\n", first - 1, limit - 1) >= 0
+        if unit == "blank_line":
+            found = BLANK_LINES.search(self.data, first - 1)
+            if found:
+                return found.start() < limit - 1
+            newline = self.data.rfind(b"\n", first - 1, limit - 1)
+            blanks = _BLANKS.match(self.data, newline + 1)
+            return newline >= 0 and blanks is not None and blanks.end() == len(self.data)
+        return True
 
 
 def read_range(file: SourceFile, start: int, stop: int, unit: DocumentUnit, span: tuple[int, int]) -> Block:
     """Read the nominal byte range [start, stop), aligned to boundaries, of an uncompressed file.
 
-    `span` is the nominal range of the file that all readers together read.
+    `span` is the nominal range of the file that all readers together read. Raises `DataError` if the file
+    changed since it was listed, or if a document is longer than `MAX_ROW_BYTES`.
     """
     try:
-        with storage.open_read(file.url) as opened:
-            begin, end, span_begin, span_end = (
-                _aligned(opened, nominal, file.size, unit) for nominal in (start, stop, *span)
-            )
-            opened.seek(begin)
-            data = opened.read(max(end - begin, 0))
+        window = _Window(file, start - 1)
+        window.read_to(stop + READ_BYTES)  # in one request; few documents end later
+        begin = window.boundary(start, unit, limit=stop)
+        end = None if begin is None else window.boundary(stop, unit)
+        check_unchanged(file)
+        if begin is None or end is None:
+            return Block(file.url, stop, b"", is_start=False, is_end=False)
+        is_start, is_end = begin == 0, end == file.size
+        if span != (0, file.size):
+            is_start = begin == _Window(file, span[0] - 1).boundary(span[0], unit)
+            is_end = end == _Window(file, span[1] - 1).boundary(span[1], unit)
     except OSError as error:
-        raise DataError(f"{file.url} cannot be read: {error}.") from error
-    if len(data) < end - begin:
-        raise DataError(f"{file.url} was truncated while it was read: do not change it, and start again.")
-    return Block(file.url, begin, data, begin == span_begin, end == span_end)
+        raise compressed.read_error(file.url, error) from error
+    data = bytes(window.data[begin - window.start : end - window.start])
+    return Block(file.url, begin, data, is_start, is_end)
 
 
-def _aligned(opened: Any, nominal: int, size: int, unit: DocumentUnit) -> int:
-    """The first document boundary at or after `nominal`, a function of the file's content alone."""
-    if nominal <= 0 or nominal >= size:
-        return min(max(nominal, 0), size)
-    opened.seek(nominal - 1)
-    buffer = b""
-    num_to_read = READ_BYTES + 1
-    while data := opened.read(num_to_read):
-        buffer += data
-        boundary = find_boundary(buffer, 1, unit)
-        if 0 <= boundary < len(buffer):
-            return nominal - 1 + boundary
-        num_to_read = len(buffer)
-    return size
+def check_unchanged(file: SourceFile) -> None:
+    """Raise `DataError` if a local file has another size or time than when it was listed."""
+    path = storage.local_path(file.url)
+    if path is None or not file.version:
+        return
+    status = os.stat(path)  # noqa: PTH116 - a call for each range
+    if (status.st_size, str(status.st_mtime)) != (file.size, file.version):
+        raise DataError(f"{file.url} changed while it was read: leave it as it is, and start again.")
 
 
 def read_compressed(file: SourceFile, block_bytes: int, unit: DocumentUnit) -> Iterator[tuple[Block, int]]:
@@ -187,46 +179,36 @@ def read_compressed(file: SourceFile, block_bytes: int, unit: DocumentUnit) -> I
     buffer = bytearray()
     offset, line, num_reported, min_buffer = 0, 1, 0, 0
     num_read = 0
-    for data, num_read in _decompress(file):
+    for data, num_read in read_decompressed(file):
         buffer += data
-        if len(buffer) < max(block_bytes, min_buffer) + READ_BYTES:
-            continue
-        boundary = find_boundary(buffer, block_bytes, unit)
-        if not 0 < boundary < len(buffer):
-            min_buffer = 2 * len(buffer)  # doubling keeps the search of a very long document linear
-            continue
-        block = Block(file.url, offset, bytes(buffer[:boundary]), offset == 0, False, line)
-        yield block, num_read - num_reported
-        offset, line = offset + boundary, line + block.data.count(b"\n")
-        num_reported, min_buffer = num_read, 0
-        del buffer[:boundary]
+        # A boundary is only accepted with READ_BYTES after it: see `find_boundary`.
+        while len(buffer) >= max(block_bytes, min_buffer) + READ_BYTES:
+            boundary = find_boundary(buffer, block_bytes, unit)
+            if not 0 < boundary < len(buffer):
+                if len(buffer) - block_bytes > compressed.MAX_ROW_BYTES:
+                    number = line + buffer.count(b"\n", 0, block_bytes)
+                    raise compressed.too_long(f"{file.url}:{number}", _NAMES[unit])
+                min_buffer = 2 * len(buffer)  # doubling keeps the search of a very long document linear
+                break
+            block = Block(file.url, offset, bytes(buffer[:boundary]), offset == 0, False, line)
+            yield block, num_read - num_reported
+            offset, line = offset + boundary, line + block.data.count(b"\n")
+            num_reported, min_buffer = num_read, 0
+            del buffer[:boundary]
     if buffer:
         yield Block(file.url, offset, bytes(buffer), offset == 0, True, line), num_read - num_reported
+    check_unchanged(file)
 
 
-def _decompress(file: SourceFile) -> Iterator[tuple[bytes, int]]:
-    """Yield (data, compressed bytes read so far). Raises `DataError` for a damaged or truncated file."""
+def read_decompressed(file: SourceFile) -> Iterator[tuple[bytes, int]]:
+    """Yield (data, bytes on disk read so far) of a file, compressed or not."""
     try:
-        with storage.open_read(file.url) as opened:
-            # Frame by frame: twice as fast as the gzip module, and zstandard's stream reader does not detect
-            # a truncated file.
-            frame = None
-            while data := opened.read(READ_BYTES):
-                while data:
-                    frame = frame or _new_frame(file.url)
-                    yield frame.decompress(data), opened.tell()
-                    # gzip allows zero bytes between frames, as padding of tape blocks.
-                    data = frame.unused_data.lstrip(b"\0") if frame.eof else b""
-                    frame = None if frame.eof else frame
-            if frame:
-                raise EOFError("it ends in the middle of compressed data")
-    except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
-        raise DataError(
-            f"{file.url} is damaged or cannot be read: {error}. Restore it from a copy."
-        ) from error
-
-
-def _new_frame(url: str) -> Any:
-    if url.endswith(".gz"):
-        return zlib.decompressobj(wbits=_GZIP_WBITS)
-    return zstandard.ZstdDecompressor().decompressobj()
+        opened = storage.open_read(file.url)
+    except OSError as error:
+        raise compressed.read_error(file.url, error) from error
+    with opened:
+        try:
+            yield from compressed.decompressed(opened, file.url)
+        except DataError:
+            check_unchanged(file)  # a better reason for a damaged file
+            raise

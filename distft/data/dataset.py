@@ -27,10 +27,12 @@ class DataContext:
     vocab_size: int  # rows of the model's embedding: the padded vocabulary
     encode: Encode
     tokenizer_fingerprint: str
+    bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
     token_bytes: NDArray[np.int64] | None = None  # [vocab_size] UTF-8 bytes of each token, for bits per byte
     label_names: tuple[str, ...] | None = None  # of a trained classifier; None: collect them from the data
+    cache_dir: str | None = None  # where ranks share encoded rows; None: each process encodes for itself
 
 
 class SequenceDataset(Protocol):

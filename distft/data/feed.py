@@ -32,12 +32,14 @@ class Feed:
         sampler: Sampler,
         *,
         label_names: tuple[str, ...] | None = None,
+        document_start: tuple[int, ...] | None = None,
         transforms: Sequence[Transform] = (),
     ) -> None:
         self._datasets = tuple(datasets)
         self._sampler = sampler
         self._transforms = tuple(transforms)
         self.label_names = label_names  # class names by id; None: not a classification
+        self.document_start = document_start  # ids with which each document begins; None: unknown
         self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
 
     @classmethod
@@ -48,12 +50,19 @@ class Feed:
         seed: int,
         shuffle: bool,
         label_names: tuple[str, ...] | None = None,
+        document_start: tuple[int, ...] | None = None,
         transforms: Sequence[Transform] = (),
     ) -> "Feed":
         """Infinitely many epochs, each in another order; datasets are mixed by `weights`."""
         weighted = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
         sampler = MixtureSampler(weighted, seed, shuffle=shuffle)
-        return cls(datasets, sampler, label_names=label_names, transforms=transforms)
+        return cls(
+            datasets,
+            sampler,
+            label_names=label_names,
+            document_start=document_start,
+            transforms=transforms,
+        )
 
     @classmethod
     def for_evaluation(

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distft.config import Settings
+from distft.config import PathText, Settings
 from distft.data.dataset import DataContext, check_vocabulary
 from distft.errors import DataError
 
 if TYPE_CHECKING:
     from distft.data.batch import RaggedArray
+    from distft.data.encoded_once import EncodedTable
     from distft.data.feed import Feed
     from distft.data.labelled_rows import LabelledRows, LabelNames
     from distft.data.records import Record, RowErrors
@@ -22,7 +23,7 @@ class LabelledConfig(Settings):
     """A JSONL or CSV file with a text column and a label column."""
 
     type: Literal["labelled"] = "labelled"
-    path: str  # .jsonl, .csv or .tsv; may be compressed
+    path: PathText  # .jsonl, .csv or .tsv; may be compressed
     text: str = "text"  # column
     text_pair: str | None = None  # column of a second text, appended to the first
     label: str = "label"  # column
@@ -46,7 +47,29 @@ class LabelledConfig(Settings):
 
     def open(self, context: DataContext) -> tuple[LabelledRows, LabelNames]:
         """Read and encode the file. Raises `DataError` with file and line of every problem."""
-        from distft.data.labelled_rows import LabelledRows, LabelNames
+        from distft.data.encoded_once import encoded_once
+        from distft.data.labelled_rows import LABEL_IDS, LabelledRows, LabelNames
+
+        settings = {
+            **self.model_dump(exclude={"shuffle", "data_seed"}),
+            "seq_len": context.seq_len,
+            "vocab_size": context.vocab_size,
+            "tokenizer": context.tokenizer_fingerprint,
+            "eos_id": context.eos_id,
+            "label_names": context.label_names,
+        }
+        table = encoded_once(context.cache_dir, self.path, settings, lambda: self._encode(context))
+        rows = LabelledRows(
+            table.rows,
+            table.columns[LABEL_IDS],
+            pad_id=context.pad_id or 0,
+            summary=table.facts["summary"],
+        )
+        return rows, LabelNames(tuple(table.facts["label_names"]))
+
+    def _encode(self, context: DataContext) -> EncodedTable:
+        from distft.data.encoded_once import EncodedTable
+        from distft.data.labelled_rows import LABEL_IDS, LabelNames, describe
         from distft.data.records import RowErrors, read_records
 
         texts = [self.text] if self.text_pair is None else [self.text, self.text_pair]
@@ -62,19 +85,19 @@ class LabelledConfig(Settings):
             )
         errors = RowErrors(self.path)
         label_ids = names.ids(records, self.label, errors)
-        rows, num_truncated = self._encode_records(records, context, errors)
+        rows, text_lengths, max_tokens = self._encode_records(records, context, errors)
         errors.raise_if_any()
         check_vocabulary(self.path, rows.max_value, context)
-        summary = (
-            f"{self.path}: {len(records):,} rows, {len(names.names)} labels, "
-            f"{num_truncated:,} cut to seq_len={context.seq_len}"
+        summary = describe(
+            self.path, names, label_ids, text_lengths, max_tokens=max_tokens, seq_len=context.seq_len
         )
-        return LabelledRows(rows, label_ids, pad_id=context.pad_id or 0, summary=summary), names
+        facts = {"label_names": names.names, "summary": summary}
+        return EncodedTable(rows=rows, columns={LABEL_IDS: label_ids}, facts=facts)
 
     def _encode_records(
         self, records: Sequence[Record], context: DataContext, errors: RowErrors
-    ) -> tuple[RaggedArray, int]:
-        """Token rows of at most `seq_len`, and how many of them were truncated."""
+    ) -> tuple[RaggedArray, list[int], int]:
+        """Token rows of at most `seq_len`, the tokens of each row's texts, and how many of them fit."""
         from distft.data.batch import RaggedArray
         from distft.data.labelled_rows import truncate_pair
 
@@ -83,15 +106,14 @@ class LabelledConfig(Settings):
             separator = [context.eos_id] if context.eos_id is not None else context.encode("\n")
             separator = separator[: max(context.seq_len - 2, 0)]
         max_tokens = context.seq_len - len(separator)
-        rows = []
-        num_truncated = 0
+        rows, lengths = [], []
         for record in records:
             first = context.encode(record.values[self.text])
             second = context.encode(record.values[self.text_pair]) if self.text_pair is not None else []
             for column, ids in ((self.text, first), (self.text_pair, second)):
                 if column is not None and not ids:
                     errors.add(record.line, f"{column!r} encodes to no tokens.")
-            num_truncated += len(first) + len(second) > max_tokens
+            lengths.append(len(first) + len(second))
             first, second = truncate_pair(first, second, max_tokens)
             rows.append(first + separator + second)
-        return RaggedArray(rows), num_truncated
+        return RaggedArray(rows), lengths, max_tokens

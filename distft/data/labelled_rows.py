@@ -13,6 +13,9 @@ from distft.data.records import Record, RowErrors
 from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX, LABEL
 
+LABEL_IDS = "label_ids"  # a column of encoded rows
+_MAX_SHOWN = 20  # labels in a description
+
 
 @dataclass(frozen=True, slots=True)
 class LabelNames:
@@ -74,6 +77,39 @@ class LabelledRows:
             num_targets={LABEL: len(indices)},
             lengths=torch.from_numpy(self._rows.lengths(rows)),
         )
+
+
+def describe(
+    path: str,
+    names: LabelNames,
+    label_ids: Indices,
+    text_lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    seq_len: int,
+) -> str:
+    """Lines about labelled texts before training: labels with their counts, and lengths in tokens.
+
+    `text_lengths` has the tokens of each row's texts, of which `max_tokens` fit into `seq_len`.
+    """
+    counts = np.bincount(label_ids, minlength=len(names.names))
+    most_first = np.argsort(-counts, kind="stable")
+    shown = ", ".join(f"{names.names[i]!r} {counts[i]:,}" for i in most_first[:_MAX_SHOWN])
+    if len(counts) > _MAX_SHOWN:
+        rest = counts[most_first[_MAX_SHOWN:]]
+        shown += f", and {len(rest):,} more with {rest.min():,} to {rest.max():,}"
+    median, most = np.quantile(text_lengths, [0.5, 0.95], method="higher")
+    num_cut = int(np.count_nonzero(np.asarray(text_lengths) > max_tokens))
+    lines = [
+        f"{len(label_ids):,} rows, {len(counts):,} labels, {num_cut:,} cut to seq_len={seq_len}",
+        f"labels: {shown}",
+        f"tokens of a text: median {median:,}, 95 % at most {most:,}, longest {max(text_lengths):,}",
+    ]
+    rare = [repr(names.names[i]) for i in np.flatnonzero(counts == 1)]
+    if rare:
+        more = f" and {len(rare) - _MAX_SHOWN:,} more" if len(rare) > _MAX_SHOWN else ""
+        lines.append(f"once only: the label{'s' * (len(rare) > 1)} {', '.join(rare[:_MAX_SHOWN])}{more}")
+    return "\n".join(f"{path}: {line}" for line in lines)
 
 
 def truncate_pair(first: list[int], second: list[int], max_tokens: int) -> tuple[list[int], list[int]]:

@@ -26,8 +26,8 @@ class TokenStream(Protocol):
     def document_starts(self) -> NDArray[np.int64]:
         """Ascending positions of the first token of each document."""
 
-    def tokens(self, start: int, stop: int) -> NDArray[np.generic]:
-        """Ids [start, stop), of any integer dtype."""
+    def read_rows(self, starts: Indices, out: NDArray[np.int64]) -> None:
+        """Fill row i of `out` with the ids from position `starts[i]` on."""
 
 
 class PackedRows:
@@ -49,7 +49,6 @@ class PackedRows:
     ) -> None:
         """Raises `DataError` if the stream is shorter than one row."""
         self._stream = stream
-        self._document_starts = np.asarray(stream.document_starts)  # indexing a np.memmap itself is slow
         self._seq_len = seq_len
         self._document_mode = documents
         self._token_bytes = token_bytes
@@ -65,6 +64,19 @@ class PackedRows:
     def fingerprint(self) -> str | None:
         return self._stream.fingerprint
 
+    def document_start(self, bos_id: int | None, eos_id: int | None) -> tuple[int, ...]:
+        """The ids before the text of a document, as the model sees it: bos, the eos of another, or none."""
+        ends = np.empty(
+            (2, 1), np.int64
+        )  # of the stream, whose first document begins and last one ends there
+        self._stream.read_rows(np.array([0, self._stream.num_tokens - 1]), ends)
+        first, last = ends[:, 0].tolist()
+        if bos_id is not None and first == bos_id:
+            return (bos_id,)
+        if self._document_mode == "joined" and eos_id is not None and last == eos_id:
+            return (eos_id,)
+        return ()
+
     @property
     def summary(self) -> str:
         num_unused = self._stream.num_tokens - self.num_sequences * self._seq_len - 1
@@ -78,8 +90,7 @@ class PackedRows:
         rows = indices if len(indices) else np.zeros(1, np.int64)
         starts = rows * self._seq_len
         tokens = np.empty((len(rows), self._seq_len + 1), np.int64)
-        for row, start in zip(tokens, starts.tolist(), strict=True):
-            row[:] = self._stream.tokens(start, start + self._seq_len + 1)
+        self._stream.read_rows(starts, tokens)
         inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         position_ids = document_ids = None
         if self._document_mode == "separate":
@@ -100,10 +111,11 @@ class PackedRows:
     def _is_document_start(self, row_starts: Indices) -> NDArray[np.bool_]:
         """[B, T + 1]: whether each token of the rows that begin at `row_starts` begins a document."""
         is_start = np.zeros((len(row_starts), self._seq_len + 1), np.bool_)
-        lower = np.searchsorted(self._document_starts, row_starts, side="left")
-        upper = np.searchsorted(self._document_starts, row_starts + self._seq_len, side="right")
+        document_starts = self._stream.document_starts
+        lower = np.searchsorted(document_starts, row_starts, side="left")
+        upper = np.searchsorted(document_starts, row_starts + self._seq_len, side="right")
         for row, row_start, first, last in zip(is_start, row_starts, lower, upper, strict=True):
-            row[self._document_starts[first:last] - row_start] = True
+            row[document_starts[first:last] - row_start] = True
         return is_start
 
 

@@ -1,21 +1,22 @@
-"""Reads text and label columns from JSONL and CSV files; errors name the line of every bad row."""
+"""Reads text and label columns from JSONL and CSV files; errors name the line of every bad row.
 
-import csv
+What a row and a text are is the rule of `distft.data.rows`, for corpora and labelled data alike.
+"""
+
 import difflib
 import json
-import sys
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
-import zstandard
 
+from distft import storage
+from distft.data.compressed import decompressed, lines, read_error, without_compression
+from distft.data.rows import Row, csv_rows, json_rows, missing_column, text_problem
 from distft.errors import DataError
 
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MAX_SHOWN = 10  # different problems of a file, and lines of each; the others are counted
@@ -70,8 +71,9 @@ def read_records(
     """
     errors = RowErrors(path)
     records: list[Record] = []
+    columns = [*texts, *labels]
     try:
-        for line, row in _parse_rows(path):
+        for line, row in _parse_rows(path, columns):
             if max_rows is not None and len(records) + errors.num_errors >= max_rows:
                 break
             if isinstance(row, str):
@@ -84,97 +86,38 @@ def read_records(
                 records.append(Record(line, values))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.{_similar_files(path)}") from None
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path} cannot be read: {error or type(error).__name__}.") from error
+    except OSError as error:
+        raise read_error(path, error) from error
     errors.raise_if_any()
     if not records:
         raise DataError(f"{path} has no rows.")
     return records
 
 
-def _parse_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _parse_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
     """Yield (line, row); in place of a bad row, a message about it."""
-    suffixes = PurePosixPath(path).suffixes
-    compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    kind = "".join((suffixes[:-1] if compression else suffixes)[-1:]).lower()
+    kind = PurePosixPath(without_compression(path)).suffix.lower()
     if kind not in _JSON_SUFFIXES and kind not in _DELIMITERS:
         raise DataError(
             f"{path}: unknown file type: the name must end in .jsonl, .csv or .tsv, "
             f"or in one of these with .gz or .zst."
         )
-    is_zstd = compression == "zstd"
-    with fsspec.open(path, "rb", compression=None if is_zstd else compression) as file:
-        lines = _zstd_lines(file) if is_zstd else file
-        yield from _parse_json(lines) if kind in _JSON_SUFFIXES else _parse_csv(lines, _DELIMITERS[kind])
-
-
-def _zstd_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a file of zstd frames. zstandard's own reader does not detect a truncated file."""
-    frame = None
-    rest = b""
-    while chunk := file.read(1 << 20):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
-            yield from (line + b"\n" for line in lines)
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the file ends in the middle of a zstd frame")
-    if rest:
-        yield rest
-
-
-def _parse_json(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(lines, start=1):
-        text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except UnicodeDecodeError as error:
-            yield number, _not_utf8(error)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            yield number, f"is not JSON: {reason}. Correct or remove the line."
+    _check_regular(path)
+    with storage.open_read(path) as opened:
+        blocks = (data for data, _ in decompressed(opened, path))
+        file_lines = lines(blocks, path)
+        if kind in _JSON_SUFFIXES:
+            yield from json_rows(file_lines, columns)
         else:
-            yield number, row if isinstance(row, dict) else "is JSON, but not an object with named columns."
+            yield from csv_rows(file_lines, _DELIMITERS[kind], columns)
 
 
-def _parse_csv(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    undecodable: list[tuple[int, str]] = []
-
-    def decoded() -> Iterator[str]:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                undecodable.append((number, _not_utf8(error)))
-                yield line.decode("utf-8", errors="replace")
-
-    limit = csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
-    try:
-        reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
-        header = next(reader, [])
-        for cells in reader:
-            if undecodable:
-                yield undecodable.pop(0)
-                undecodable.clear()
-            elif len(cells) == len(header):
-                yield reader.line_num, dict(zip(header, cells, strict=True))
-            elif cells:
-                yield reader.line_num, f"has {len(cells)} columns, but the header has {len(header)}."
-    except csv.Error as error:
-        yield reader.line_num, f"is not CSV: {error}."
-    finally:
-        csv.field_size_limit(limit)
-    yield from undecodable
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return (
-        f"is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}): convert the file to UTF-8."
-    )
+def _check_regular(path: str) -> None:
+    """Raise `DataError` for a directory, pipe or device; reading one may never end."""
+    local = storage.local_path(path)
+    if local is not None and local.exists() and not local.is_file():
+        what = "a directory" if local.is_dir() else "a pipe, device or socket"
+        raise DataError(f"{path} is {what}, not a file: name a file.")
 
 
 def _select_columns(row: dict[str, Any], texts: Sequence[str], labels: Sequence[str]) -> dict[str, str] | str:
@@ -182,15 +125,12 @@ def _select_columns(row: dict[str, Any], texts: Sequence[str], labels: Sequence[
     values = {}
     for column in (*texts, *labels):
         if column not in row:
-            similar = difflib.get_close_matches(column, row, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, similar))}? " if similar else ""
-            return f"has no column {column!r}; {hint}it has {', '.join(map(repr, row)) or 'none'}."
+            return missing_column(column, row)
         value = row[column]
         if column in labels and isinstance(value, int):
             value = json.dumps(value)
-        if not isinstance(value, str):
-            expected = "a string or a whole number" if column in labels else "a string"
-            return f"{column!r} is {json.dumps(value)[:60]}, but must be {expected}."
+        if problem := text_problem(value, "a string or a whole number" if column in labels else "a string"):
+            return f"{column!r} {problem}"
         if column in labels and not value.strip():
             return f"{column!r} is empty: every row needs a label."
         values[column] = value

@@ -1,26 +1,21 @@
 """Writes token shards in bounded memory; resumable, and committed by the manifest."""
 
-import json
 import os
 import zlib
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distft.data.shards import (
-    DOCUMENT_STARTS,
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST,
-    ShardLayout,
-    file_crc32,
-    shard_name,
-    token_dtype,
-)
+from distft import storage
+from distft.data.shard_layout import MANIFEST, ShardLayout, shard_name, starts_name, token_dtype
+from distft.data.shard_manifest import ShardFile, ShardManifest
+from distft.data.shards import file_crc32
 from distft.errors import DataError
+from distft.storage import join
 
 
 @dataclass(kw_only=True)
@@ -38,32 +33,52 @@ class WriterProgress:
 class ShardWriter:
     """Appends tokens to shards, which count only once `commit` has written the manifest.
 
-    A writer that died resumes from the `WriterProgress` that its last `flush` returned. A failed write (a
-    full disk) raises `DataError` and leaves everything up to that progress intact.
+    The files get the name `work` in theirs; no other file is overwritten or removed. A writer that died
+    resumes from the `WriterProgress` that its last `flush` returned. A failed write (a full disk) raises
+    `DataError` and leaves everything up to that progress intact.
+
+    Shards for a URL `target` are written to the local `directory` one at a time, and sent when they are full.
     """
 
     def __init__(
-        self, directory: str | Path, layout: ShardLayout, progress: WriterProgress | None = None
+        self,
+        directory: str | Path,
+        layout: ShardLayout,
+        progress: WriterProgress | None = None,
+        *,
+        work: str = "",
+        target: str | None = None,
+        replace: bool = False,
     ) -> None:
-        """Start anew, or resume from `progress`: anything in the files beyond it is removed.
+        """Start anew, or resume from `progress`: what the writer's own files have beyond it is cut off.
 
-        Raises `DataError` if the directory is committed already, or its files do not match `progress`.
+        Raises `DataError` if there is a manifest, unless `commit` is to `replace` it, or if the files do not
+        match `progress`.
         """
         self._directory = Path(directory)
+        self._target = target
         self._layout = layout
+        self._work = work
         self._dtype = token_dtype(layout.vocab_size)
         self._progress = progress or WriterProgress()
-        if (self._directory / MANIFEST).exists():
+        # Without a name of its own work, a file that is there already may be anyone's.
+        self._create_mode = "xb" if progress is None and not work else "wb"
+        if not replace and storage.exists(join(self.destination, MANIFEST)):
             raise DataError(
-                f"{self._directory} already has committed token shards: choose another directory."
+                f"{self.destination} already has committed token shards: choose another directory."
             )
-        self._directory.mkdir(parents=True, exist_ok=True)
-        if progress is None:
-            self._remove_files()
-        else:
-            self._truncate_to_progress()
-        self._starts = (self._directory / DOCUMENT_STARTS).open("ab")
+        storage.make_directory(self._directory)
+        if progress is not None:
+            self._cut_to_progress()
+        starts = self._directory / starts_name(work)
+        self._starts = self._open(starts, "ab" if progress else self._create_mode)
         self._shard: BinaryIO | None = None
+        self._sent: list[Path] = []  # local copies that may go once the progress beyond them is recorded
+
+    @property
+    def destination(self) -> str:
+        """The directory or URL of the committed shards."""
+        return str(self._directory) if self._target is None else self._target
 
     @property
     def progress(self) -> WriterProgress:
@@ -77,7 +92,8 @@ class ShardWriter:
         """
         progress = self._progress
         if tokens.size:
-            low, high = int(tokens.min()), int(tokens.max())
+            low = 0 if tokens.dtype.kind == "u" else int(tokens.min())
+            high = int(tokens.max())
             if low < 0 or high >= self._layout.vocab_size:
                 raise DataError(
                     f"token id {high if low >= 0 else low} is outside the vocabulary "
@@ -96,44 +112,51 @@ class ShardWriter:
         progress.num_documents += len(document_starts)
         progress.num_bytes += num_bytes
 
-    def flush(self) -> WriterProgress:
-        """Flush the files to the operating system; return the progress to resume from."""
+    def flush(self, *, sync: bool = False) -> WriterProgress:
+        """Flush the files to the operating system; return the progress to resume from.
+
+        With `sync` they and their directory are on the disk, and survive a power failure.
+        """
         try:
-            self._starts.flush()
-            if self._shard:
-                self._shard.flush()
+            for file in (self._starts, self._shard):
+                if file is not None:
+                    file.flush()
+                    if sync:
+                        os.fsync(file.fileno())
+            if sync:
+                storage.sync_names(self._directory)
         except OSError as error:
             raise _write_error(self._directory, error) from error
         return self._progress
 
-    def commit(self, extra: dict[str, Any] | None = None) -> None:
-        """Sync the files to disk, then write the manifest, which stores `extra` for the caller."""
+    def remove_sent(self) -> None:
+        """Remove the local copies of sent shards. Call it when the progress beyond them is recorded."""
+        while self._sent:
+            self._sent.pop().unlink(missing_ok=True)
+
+    def commit(self, extra: dict[str, Any] | None = None) -> ShardManifest:
+        """Sync the files to disk and send them, then write the manifest, which stores `extra`."""
         if self._progress.num_tokens == 0:
             raise DataError(f"{self._directory}: no tokens were written, so there is nothing to commit.")
-        self.flush()
+        self.flush(sync=True)
+        manifest = self._manifest(extra or {})
         try:
-            os.fsync(self._starts.fileno())
-            self.close()
-            _write_json(self._directory / MANIFEST, self._manifest(extra or {}))
+            self._end_shard()
+            self._starts.close()
+            if self._target is not None:
+                self._send(manifest.document_starts)
+            storage.commit_bytes(join(self.destination, MANIFEST), manifest.to_bytes())
         except OSError as error:
             raise _write_error(self._directory, error) from error
-
-    def close(self) -> None:
-        self._starts.close()
-        if self._shard:
-            os.fsync(self._shard.fileno())
-            self._shard.close()
-            self._shard = None
+        return manifest
 
     def abort(self) -> None:
         """Close the files without sync, ignoring errors. Does nothing after `commit`."""
-        for file in (self._starts, self._shard):
-            if file:
-                try:
-                    file.close()
-                except OSError:
-                    # The lost buffer lies beyond the last progress, where resuming truncates the file anyway.
-                    continue
+        # A lost buffer lies beyond the last progress, where resuming cuts the file anyway.
+        with suppress(OSError), ExitStack() as files:
+            for file in (self._starts, self._shard):
+                if file:
+                    files.callback(file.close)
 
     def _write_tokens(self, tokens: NDArray[Any]) -> None:
         progress, num_written = self._progress, 0
@@ -142,9 +165,9 @@ class ShardWriter:
             if shard_size == 0:
                 self._start_next_shard()
             elif self._shard is None:
-                self._shard = self._shard_path(len(progress.shard_crc32) - 1).open("ab")
+                self._shard = self._open(self._shard_path(len(progress.shard_crc32) - 1), "ab")
             ids = tokens[num_written : num_written + self._layout.shard_tokens - shard_size]
-            data = ids.tobytes()
+            data = np.ascontiguousarray(ids).view(np.uint8).data
             assert self._shard is not None
             self._shard.write(data)
             progress.shard_crc32[-1] = zlib.crc32(data, progress.shard_crc32[-1])
@@ -152,73 +175,95 @@ class ShardWriter:
             num_written += len(ids)
 
     def _start_next_shard(self) -> None:
-        if self._shard:
+        self._end_shard()
+        self._shard = self._open(self._shard_path(len(self._progress.shard_crc32)), self._create_mode)
+        self._progress.shard_crc32.append(0)
+
+    def _end_shard(self) -> None:
+        """Sync the last shard to disk, and send it to the target; a resumed writer may not have opened it."""
+        if self._shard is not None:
             self._shard.flush()
             os.fsync(self._shard.fileno())
             self._shard.close()
-        self._shard = self._shard_path(len(self._progress.shard_crc32)).open("wb")
-        self._progress.shard_crc32.append(0)
+            self._shard = None
+        if self._target is not None and self._progress.shard_crc32:
+            self._send(self._shard_file(len(self._progress.shard_crc32) - 1))
+
+    def _send(self, file: ShardFile) -> None:
+        storage.copy(self._directory / file.name, join(self.destination, file.name))
+        self._sent.append(self._directory / file.name)
 
     def _shard_path(self, index: int) -> Path:
-        return self._directory / shard_name(index)
+        return self._directory / shard_name(index, self._work)
 
-    def _files(self) -> list[tuple[str, int, int]]:
-        """(name, bytes, crc32) that the progress implies for every file."""
-        progress, shard_tokens = self._progress, self._layout.shard_tokens
-        shards = [
-            (
-                shard_name(i),
-                min(shard_tokens, progress.num_tokens - i * shard_tokens) * self._dtype.itemsize,
-                crc32,
-            )
-            for i, crc32 in enumerate(progress.shard_crc32)
-        ]
-        return [*shards, (DOCUMENT_STARTS, progress.num_documents * 8, progress.starts_crc32)]
+    def _open(self, path: Path, mode: str) -> BinaryIO:
+        try:
+            return cast("BinaryIO", path.open(mode))
+        except FileExistsError:
+            raise DataError(
+                f"{path} exists, and no manifest or record says who wrote it: choose another directory."
+            ) from None
 
-    def _remove_files(self) -> None:
-        for path in [*self._directory.glob("shard_*.bin"), self._directory / DOCUMENT_STARTS]:
-            path.unlink(missing_ok=True)
-
-    def _truncate_to_progress(self) -> None:
-        files = self._files()
-        for name, size_bytes, _ in files:
-            path = self._directory / name
-            found = path.stat().st_size if path.exists() else 0
-            if found < size_bytes:
-                raise DataError(
-                    f"{path} has {found} bytes where {size_bytes} were recorded, so the interrupted work "
-                    f"cannot be resumed: remove {self._directory} (or overwrite it) and start again."
-                )
-            if path.exists():
-                os.truncate(path, size_bytes)
-        for path in self._directory.glob("shard_*.bin"):
-            if path.name not in {name for name, _, _ in files}:
-                path.unlink()
-        for name, size_bytes, crc32 in files[-2:]:  # earlier shards were synced when they were closed
-            if size_bytes and file_crc32(self._directory / name) != crc32:
-                raise DataError(
-                    f"{self._directory / name} is damaged: its checksum differs from the recorded one, so "
-                    f"the interrupted work cannot be resumed: remove {self._directory} (or overwrite it) "
-                    "and start again."
-                )
-
-    def _manifest(self, extra: dict[str, Any]) -> dict[str, Any]:
+    def _files(self) -> list[ShardFile]:
+        """Name, size and checksum that the progress implies for every file."""
         progress = self._progress
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "dtype": self._dtype.name,
+        starts = ShardFile(
+            name=starts_name(self._work),
+            size_bytes=progress.num_documents * 8,
+            crc32=f"{progress.starts_crc32:08x}",
+        )
+        return [*map(self._shard_file, range(len(progress.shard_crc32))), starts]
+
+    def _shard_file(self, index: int) -> ShardFile:
+        progress, shard_tokens = self._progress, self._layout.shard_tokens
+        num_tokens = min(shard_tokens, progress.num_tokens - index * shard_tokens)
+        return ShardFile(
+            name=shard_name(index, self._work),
+            size_bytes=num_tokens * self._dtype.itemsize,
+            crc32=f"{progress.shard_crc32[index]:08x}",
+        )
+
+    def _cut_to_progress(self) -> None:
+        files = self._files()
+        closed, recent = files[:-2], files[-2:]  # the open shard, and the positions of documents
+        found = storage.list_sizes(self.destination) if closed else {}
+        for file in closed:  # they were synced, and sent to the target, when they were closed
+            if found.get(file.name) != file.size_bytes:
+                num_bytes = found.get(file.name, 0)
+                raise self._cannot_resume(file, f"has {num_bytes} bytes where {file.size_bytes}")
+        for file in recent:
+            path = self._directory / file.name
+            num_bytes = path.stat().st_size if path.exists() else 0
+            if num_bytes < file.size_bytes:
+                raise self._cannot_resume(file, f"has {num_bytes} bytes where {file.size_bytes}")
+            if not path.exists():
+                continue
+            with path.open("r+b") as opened:
+                opened.truncate(file.size_bytes)
+                os.fsync(opened.fileno())
+            if file_crc32(path) != int(file.crc32, 16):
+                raise self._cannot_resume(file, "is damaged: other checksums than its own")
+
+    def _cannot_resume(self, file: ShardFile, problem: str) -> DataError:
+        return DataError(
+            f"{join(self.destination, file.name)} {problem} were recorded, so the interrupted work cannot be "
+            "resumed: overwrite it to start again."
+        )
+
+    def _manifest(self, extra: dict[str, Any]) -> ShardManifest:
+        progress = self._progress
+        return ShardManifest(
+            format="distft-token-shards",
+            format_version=2,
+            dtype=self._dtype.name,  # type: ignore[arg-type]  # validated
             **asdict(self._layout),
-            "num_tokens": progress.num_tokens,
-            "num_documents": progress.num_documents,
-            "num_bytes": progress.num_bytes,
-            "max_token_id": progress.max_token_id,
-            "files": [
-                {"name": name, "size_bytes": size_bytes, "crc32": f"{crc32:08x}"}
-                for name, size_bytes, crc32 in self._files()
-            ],
-            "extra": extra,
-        }
+            num_tokens=progress.num_tokens,
+            num_documents=progress.num_documents,
+            num_bytes=progress.num_bytes,
+            max_token_id=progress.max_token_id,
+            files=self._files(),
+            extra=extra,
+        )
 
 
 def _write_error(directory: Path, error: OSError) -> DataError:
@@ -226,13 +271,3 @@ def _write_error(directory: Path, error: OSError) -> DataError:
         f"cannot write token shards to {directory}: {error.strerror or error}. Work recorded so far is "
         "intact: free disk space and run the same command again to resume."
     )
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,16 +1,14 @@
-"""Token shards on disk: file layout and memory-mapped reading (`shard_writer` writes them).
+"""Reads committed token shards (`shard_layout` describes the files, `shard_writer` writes them).
 
-A directory contains
-- `shard_00000.bin`, `shard_00001.bin`, ...: flat little-endian token ids, `shard_tokens` per shard, fewer in
-  the last;
-- `document_starts.bin`: little-endian uint64, the position of each document's first token in the
-  concatenation of all shards; the first is 0;
-- `manifest.json`, written last: shards without it are not committed.
+Shards in a local directory are memory-mapped. Of shards at a URL only the ranges that are asked for are
+fetched, several at a time, and nothing is kept: memory and disk do not grow with the data.
 """
 
 import json
+import tempfile
 import zlib
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,118 +16,107 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_hexdigest
 
-from distft.errors import ConfigError, DataError
+from distft import storage
+from distft.data.shard_layout import MANIFEST, name_without_work
+from distft.data.shard_manifest import ShardFile, ShardManifest, read_manifest, require_regular_file
+from distft.errors import DataError
+from distft.storage import AnyPath, join
 
-FORMAT = "distft-token-shards"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-DOCUMENT_STARTS = "document_starts.bin"
+MAX_MAPS = 256  # shards mapped at a time, each with a file descriptor; processes have 1024 by default
 _READ_BYTES = 1 << 22
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Little-endian dtype of a shard's ids: uint16 if the vocabulary fits, else uint32."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def shard_name(index: int) -> str:
-    return f"shard_{index:05d}.bin"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardLayout:
-    """Parameters of a set of shards, fixed before the first token is written."""
-
-    vocab_size: int
-    tokenizer_fingerprint: str
-    shard_tokens: int  # per shard, except the last
-    bos_id: int | None = None
-    eos_id: int | None = None
-    pad_id: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.shard_tokens < 1 or self.vocab_size < 1:
-            raise ConfigError(
-                f"shard_tokens={self.shard_tokens} and vocab_size={self.vocab_size} must both be at least 1."
-            )
+_REQUESTS_AT_ONCE = 16  # for the rows of a batch from shards at a URL
 
 
 class TokenShards:
-    """Committed token shards, read through memory maps.
+    """Committed token shards in a local directory or at a URL.
 
-    Opening checks file sizes; `verify` checks the checksums, which takes a full read.
+    Opening checks that the files are there with their sizes; `verify` checks the checksums, which takes a
+    full read.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
-        self.directory = directory
-        self.vocab_size: int = manifest["vocab_size"]
-        self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]
-        self.bos_id: int | None = manifest["bos_id"]
-        self.eos_id: int | None = manifest["eos_id"]
-        self.pad_id: int | None = manifest["pad_id"]
-        self.num_tokens: int = manifest["num_tokens"]
-        self.num_documents: int = manifest["num_documents"]
-        self.num_bytes: int = manifest["num_bytes"]  # UTF-8 bytes of the tokenized text
-        self.max_token_id: int = manifest["max_token_id"]
-        self.extra: dict[str, Any] = manifest["extra"]
-        self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._shard_tokens: int = manifest["shard_tokens"]
-        self._files: list[dict[str, Any]] = manifest["files"]
-        self._check_sizes()
-        self._shards = [
-            np.memmap(directory / file["name"], dtype=self.dtype, mode="r")
-            for file in self._files
-            if file["name"] != DOCUMENT_STARTS
-        ]
-        # uint64 on disk, read as int64: no position reaches 2**63.
-        self.document_starts: NDArray[np.int64] = np.memmap(
-            directory / DOCUMENT_STARTS, dtype="<i8", mode="r"
-        )
+    def __init__(self, directory: AnyPath, manifest: ShardManifest, *, max_maps: int = MAX_MAPS) -> None:
+        self.directory = str(directory)
+        self._local = storage.local_path(directory)
+        self._manifest = manifest
+        self.vocab_size = manifest.vocab_size
+        self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
+        self.bos_id, self.eos_id, self.pad_id = manifest.bos_id, manifest.eos_id, manifest.pad_id
+        self.num_tokens, self.num_documents = manifest.num_tokens, manifest.num_documents
+        self.num_bytes = manifest.num_bytes  # UTF-8 bytes of the tokenized text
+        self.max_token_id = manifest.max_token_id
+        self.extra = manifest.extra
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._max_maps = max_maps
+        self._maps: dict[int, NDArray[Any]] = {}  # by shard; the first ones that were read
+        self._check_files()
+
+    @classmethod
+    def open(cls, path: AnyPath, *, max_maps: int = MAX_MAPS) -> "TokenShards":
+        """Open the shards in the directory or at the URL `path`.
+
+        Raises `DataError` if they are not committed, a file is missing or has the wrong size, or the manifest
+        is not one.
+        """
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise DataError(_not_committed_message(path))
+        return cls(path, manifest, max_maps=max_maps)
 
     @property
     def fingerprint(self) -> str:
         """A digest of the checksums of all files, so equal for a copy of the directory."""
-        checksums = json.dumps([[file["name"], file["crc32"]] for file in self._files])
+        checksums = json.dumps([[name_without_work(file.name), file.crc32] for file in self._manifest.files])
         return xxh3_64_hexdigest(checksums.encode())
 
-    @classmethod
-    def open(cls, path: str | Path) -> "TokenShards":
-        """Open the shards in the local directory `path`.
+    @cached_property
+    def document_starts(self) -> NDArray[np.int64]:
+        """Ascending positions of the first token of each document; of shards at a URL a temporary copy.
 
-        Raises `DataError` if they are not committed, a file is missing or has the wrong size, or the format
-        version is unknown.
+        Raises `DataError` if they cannot be those of these shards.
         """
-        directory = Path(path)
-        try:
-            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(_not_committed_message(directory)) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{directory / MANIFEST} cannot be read: {error}.") from error
-        version = manifest.get("format_version") if isinstance(manifest, dict) else None
-        if version != FORMAT_VERSION or manifest.get("format") != FORMAT:
-            raise DataError(
-                f"{directory / MANIFEST} is not a token shard manifest of version {FORMAT_VERSION} "
-                f"(it says {version!r}): make the shards again with this version of distft."
-            )
-        return cls(directory, manifest)
+        path = join(self.directory, self._manifest.document_starts.name)
+        # uint64 on disk, read as int64: no position reaches 2**63.
+        if self._local is not None:
+            starts = np.memmap(path, dtype="<i8", mode="r").view(np.ndarray)
+        else:
+            with tempfile.TemporaryFile() as copy, storage.full_disk_as_storage_error(tempfile.gettempdir()):
+                with storage.open_read(path) as file:
+                    while data := file.read(_READ_BYTES):
+                        copy.write(data)
+                copy.flush()
+                starts = np.memmap(copy, dtype="<i8", mode="r").view(np.ndarray)  # outlives the file's name
+        if len(starts) != self.num_documents or starts[0] != 0 or not 0 <= starts[-1] <= self.num_tokens:
+            raise DataError(f"{path} has other positions than its manifest says. {_RESTORE}")
+        return starts
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
         """Ids [start, stop) of the concatenation of all shards, in their dtype on disk.
 
-        A view into the file if the range lies in one shard.
+        A view into the file if the range lies in one shard of a local directory. Raises `DataError` if a file
+        can no longer be read.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.num_tokens} in {self.directory}")
         slices = []
         while start < stop:
-            shard, offset = divmod(start, self._shard_tokens)
-            ids = self._shards[shard][offset : offset + stop - start]
-            slices.append(ids)
-            start += len(ids)
+            shard, offset = divmod(start, self._manifest.shard_tokens)
+            count = min(stop - start, self._manifest.shard_tokens - offset)
+            slices.append(self._read(shard, offset, count))
+            start += count
         if len(slices) == 1:
-            return slices[0].view(np.ndarray)
+            return slices[0]
         return np.concatenate(slices) if slices else np.empty(0, self.dtype)
+
+    def read_rows(self, starts: NDArray[np.int64], out: NDArray[np.int64]) -> None:
+        """Fill row i of `out` with the ids from `starts[i]` on; those of a URL several at a time."""
+        length = out.shape[1]
+        if self._local is None and len(starts) > 1:
+            found = self._requests.map(lambda start: self.tokens(start, start + length), starts.tolist())
+            for row, ids in zip(out, found, strict=True):
+                row[:] = ids
+            return
+        for row, start in zip(out, starts.tolist(), strict=True):
+            row[:] = self.tokens(start, start + length)
 
     def document_ids(self, start: int, stop: int) -> NDArray[np.int64]:
         """Document number of each of the tokens [start, stop)."""
@@ -141,34 +128,81 @@ class TokenShards:
 
     def verify(self) -> None:
         """Read all files; raise `DataError` with every file whose checksum differs from the manifest."""
-        damaged = [
-            str(self.directory / file["name"])
-            for file in self._files
-            if file_crc32(self.directory / file["name"]) != int(file["crc32"], 16)
-        ]
+        paths = [(join(self.directory, file.name), file.crc32) for file in self._manifest.files]
+        damaged = [path for path, crc32 in paths if file_crc32(path) != int(crc32, 16)]
         if damaged:
             raise DataError(
                 f"damaged (checksum differs from the manifest): {', '.join(damaged)}. "
                 "Restore these files from a copy, or tokenize again."
             )
 
-    def _check_sizes(self) -> None:
-        problems = []
-        for file in self._files:
-            path = self.directory / file["name"]
-            found = path.stat().st_size if path.exists() else None
-            if found is None:
-                problems.append(f"{path} is missing")
-            elif found != file["size_bytes"]:
-                problems.append(f"{path} has {found} bytes, its manifest says {file['size_bytes']}")
+    @cached_property
+    def _requests(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="token-shards")
+
+    def _read(self, shard: int, offset: int, count: int) -> NDArray[Any]:
+        """Ids of one shard. A view of its map; beyond the first `max_maps` shards, and at URLs, a copy.
+
+        A read of 8 KiB without a map takes a few microseconds, less than mapping another shard in place of a
+        mapped one.
+        """
+        ids = self._maps.get(shard)
+        if ids is not None:
+            return ids[offset : offset + count]
+        path = join(self.directory, self._manifest.shards[shard].name)
+        try:
+            if self._local is not None and len(self._maps) < self._max_maps:
+                ids = np.memmap(path, dtype=self.dtype, mode="r").view(np.ndarray)
+                self._maps[shard] = ids
+                return ids[offset : offset + count]
+            copied = np.empty(count, self.dtype)
+            storage.read_into(path, offset * self.dtype.itemsize, copied.view(np.uint8).data)
+        except OSError as error:
+            raise DataError(f"{path} can no longer be read: {error}. {_RESTORE}") from error
+        return copied
+
+    def _check_files(self) -> None:
+        files = self._manifest.files
+        if self._local is not None:
+            problems = [problem for file in files if (problem := _local_problem(self._local, file))]
+        else:
+            found = storage.list_sizes(self.directory)
+            problems = [
+                f"{join(self.directory, file.name)} {problem}"
+                for file in files
+                if (problem := _size_problem(file, found.get(file.name)))
+            ]
         if problems:
-            raise DataError("\n".join(problems) + "\nRestore from a copy, or tokenize again.")
+            raise DataError("\n".join(problems) + f"\n{_RESTORE}")
 
 
-def _not_committed_message(directory: Path) -> str:
-    if not directory.exists():
+_RESTORE = "Restore from a copy, or tokenize again."
+
+
+def _local_problem(directory: Path, file: ShardFile) -> str:
+    path = directory / file.name
+    try:
+        problem = _size_problem(file, require_regular_file(path).st_size)
+    except FileNotFoundError:
+        problem = _size_problem(file, None)
+    except DataError as error:
+        return str(error)
+    return problem and f"{path} {problem}"
+
+
+def _size_problem(file: ShardFile, found: int | None) -> str:
+    if found is None:
+        return "is missing"
+    return "" if found == file.size_bytes else f"has {found} bytes, its manifest says {file.size_bytes}"
+
+
+def _not_committed_message(directory: AnyPath) -> str:
+    if not storage.exists(directory):
         return f"{directory} does not exist: make token shards with `distft tokenize`."
-    below = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST}"))
+    if not storage.is_directory(directory):
+        return f"{directory} is a file: name a directory of token shards."
+    names = storage.list_names(directory)
+    below = [name for name in names if storage.exists(join(directory, name, MANIFEST))]
     if below:
         return f"{directory} has no {MANIFEST}; name a subdirectory that has one: {', '.join(below)}."
     return (
@@ -177,9 +211,10 @@ def _not_committed_message(directory: Path) -> str:
     )
 
 
-def file_crc32(path: Path) -> int:
+def file_crc32(path: AnyPath) -> int:
+    """The CRC-32 of a file."""
     crc32 = 0
-    with path.open("rb") as file:
+    with storage.open_read(path) as file:
         while data := file.read(_READ_BYTES):
             crc32 = zlib.crc32(data, crc32)
     return crc32

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distft.config import Settings
+from distft.config import PathText, Settings
 from distft.data.dataset import DataContext, DocumentMode, check_vocabulary
 from distft.data.shares import integer_shares
 from distft.errors import ConfigError, DataError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TokenSourceConfig(Settings):
     """A directory of token shards and its weight in the mixture."""
 
-    path: str
+    path: PathText  # local, or a URL: then each row is fetched when it is needed
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)  # share of sequences, relative to the other weights
 
 
@@ -44,9 +44,13 @@ class TokensConfig(Settings):
         """Infinite epochs for training, sources mixed by weight."""
         from distft.data.feed import Feed
 
-        weights = [source.weight for source in self.sources]
+        rows = self.open(context)
         return Feed.for_training(
-            *self.open(context), weights=weights, seed=self.data_seed, shuffle=self.shuffle
+            *rows,
+            weights=[source.weight for source in self.sources],
+            seed=self.data_seed,
+            shuffle=self.shuffle,
+            document_start=rows[0].document_start(context.bos_id, context.eos_id),
         )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
@@ -69,9 +73,9 @@ class TokensConfig(Settings):
 
     def _open_source(self, path: str, context: DataContext) -> PackedRows:
         from distft.data.packing import PackedRows
-        from distft.data.shards import TokenShards
+        from distft.data.shards import MAX_MAPS, TokenShards
 
-        shards = TokenShards.open(path)
+        shards = TokenShards.open(path, max_maps=max(1, MAX_MAPS // len(self.sources)))
         if shards.tokenizer_fingerprint != context.tokenizer_fingerprint:
             raise DataError(
                 f"{path} was made with tokenizer {shards.tokenizer_fingerprint}, but this run uses "

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from distft.checkpoint.fragments import WEIGHT, Fragment, even_slice
 from distft.checkpoint.sources import StateSource, read_state
-from distft.collectives import Collectives
+from distft.collectives import Collectives, all_or_none
 from distft.data.batch import Batch
 from distft.engine import zero_layout
 from distft.engine.deepspeed_config import ZeroConfig, clips_in_kernel, deepspeed_config
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
-from distft.engine.node import read_once_per_node
+from distft.engine.node import read_in_shares, read_once_per_node
 from distft.engine.stage3_blocks import free_weights_until_backward, gather_by_block
 from distft.engine.weight_average import WeightAverage, WeightSlice
+from distft.errors import CheckpointError
 from distft.model.block import Block
 from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
 from distft.topology import BatchPlan
@@ -212,11 +213,16 @@ class ZeroEngine:
         return states if self._average is None else [*states, *self._average.fragments()]
 
     def _load_stage3_weights(self, source: StateSource) -> None:
-        for name, param in self._params.items():
-            start, values = zero_layout.stage3_weights(self._engine, param)
-            read_state(source, name, WEIGHT, values, start)
-            if zero_layout.is_gathered(param):
-                read_state(source, name, WEIGHT, param.detach().view(-1), 0)
+        with all_or_none(self._collectives, CheckpointError):
+            for name, param in self._params.items():
+                start, values = zero_layout.stage3_weights(self._engine, param)
+                read_state(source, name, WEIGHT, values, start)
+        whole = [
+            Fragment(name, WEIGHT, 0, param.detach().view(-1))
+            for name, param in self._params.items()
+            if zero_layout.is_gathered(param)
+        ]
+        read_in_shares(source, whole, self._collectives)
 
     def close(self) -> None:
         self._engine.destroy()

@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from distft.config import Settings
 from distft.errors import ConfigError
 
+# Far above any model: a file with a larger size is damaged or hostile, and would cost memory before it fails.
+_MOST = (1 << 31) - 1
+_MOST_LAYERS = 4096  # each is a module, also on the meta device
+
 
 def _default_num_kv_heads(data: dict[str, Any]) -> int:
     return int(data["num_heads"])
@@ -32,20 +36,22 @@ def _default_d_ff(data: dict[str, Any]) -> int:
 class ModelConfig(Settings):
     """Sizes and variants of a Transformer. Widths are in elements, lengths in tokens."""
 
-    vocab_size: int | None = Field(None, ge=1)  # null: the tokenizer's size
-    pad_vocab_to: int = Field(1, ge=1)  # rows of the embedding are rounded up to a multiple of this
-    max_seq_len: int = Field(ge=1)  # longest row that the model accepts
-    d_model: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    num_kv_heads: int = Field(default_factory=_default_num_kv_heads, ge=1)  # default: num_heads
-    head_dim: int = Field(default_factory=_default_head_dim, ge=1)  # default: d_model / num_heads
+    vocab_size: int | None = Field(None, ge=1, le=_MOST)  # null: the tokenizer's size
+    pad_vocab_to: int = Field(1, ge=1, le=_MOST)  # rows of the embedding are rounded up to a multiple of this
+    max_seq_len: int = Field(ge=1, le=_MOST)  # longest row that the model accepts
+    d_model: int = Field(ge=1, le=_MOST)
+    num_layers: int = Field(ge=1, le=_MOST_LAYERS)
+    num_heads: int = Field(ge=1, le=_MOST)
+    num_kv_heads: int = Field(default_factory=_default_num_kv_heads, ge=1, le=_MOST)  # default: num_heads
+    head_dim: int = Field(default_factory=_default_head_dim, ge=1, le=_MOST)  # default: d_model / num_heads
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(1e-5, gt=0)
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = Field(10_000.0, gt=0)
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, as in GPT-2
-    d_ff: int = Field(default_factory=_default_d_ff, ge=1)  # default: 8/3 * d_model; gelu: 4 * d_model
+    d_ff: int = Field(
+        default_factory=_default_d_ff, ge=1, le=_MOST
+    )  # default: 8/3 * d_model; gelu: 4 * d_model
     attention_bias: bool = False  # on q, k, v and o
     qkv_bias: bool = False  # on q, k and v only, as in Qwen 2
     mlp_bias: bool = False

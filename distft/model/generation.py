@@ -4,7 +4,7 @@ Shape letters: B rows, P positions of the longest prompt, S positions so far, G 
 V = vocab_size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from distft.errors import ConfigError
 from distft.model.transformer import Transformer
+
+IsFinished = Callable[[int, list[int]], bool]  # of a row's number and its new tokens
 
 
 class PreallocatedKVCache:
@@ -92,11 +94,17 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     eos_id: int | None = None,
+    is_finished: IsFinished | None = None,
+    num_kept: int = 0,
+    not_empty: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and including `eos_id`.
 
-    A row ends at `eos_id`, after `max_new_tokens`, or when prompt and new tokens reach `max_seq_len`.
+    A row ends at `eos_id`, after `max_new_tokens`, or when `is_finished` says so of its number and its new
+    tokens; the rows `not_empty` do not begin with `eos_id`. Beyond `max_seq_len` tokens a row's window
+    slides: `window_of` says what the model sees.
+
     Temperature 0 picks the most likely token. Otherwise `generator` (on the model's device) draws one of the
     `top_k` most likely, restricted to the fewest of them whose probabilities add up to `top_p`. Prompts may
     differ in length; no row influences another. Raises `ConfigError` that lists every invalid argument.
@@ -105,23 +113,80 @@ def generate(
     _check_request(
         model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
     )
-    limits = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
-    new_tokens: list[list[int]] = [[] for _ in prompts]
-    if not prompts or not max(limits):
-        return new_tokens
+    if not prompts or not max_new_tokens:
+        return [[] for _ in prompts]
+    rows = _Rows(prompts, model.config.max_seq_len, min(num_kept, model.config.max_seq_len - 1))
     with _eval_mode(model):
-        decoder = Decoder(model, prompts, max(limits))
-        logits_BV = decoder.prefill()
         while True:
-            token_B = sample(logits_BV, temperature, top_k, top_p, generator)
-            is_unfinished = False
-            for row, token, limit in zip(new_tokens, token_B.tolist(), limits, strict=True):
-                if len(row) < limit and (not row or row[-1] != eos_id):
-                    row.append(token)
-                    is_unfinished |= len(row) < limit and token != eos_id
-            if not is_unfinished:
-                return new_tokens
-            logits_BV = decoder.decode(token_B)
+            decoder = rows.start_decoder(model, max_new_tokens)
+            logits_BV = decoder.prefill()
+            if eos_id is not None and not any(rows.new_tokens):
+                logits_BV[list(not_empty), eos_id] = -torch.inf
+            while True:
+                token_B = sample(logits_BV, temperature, top_k, top_p, generator)
+                rows.append(
+                    token_B.tolist(),
+                    lambda number, new: (
+                        new[-1] == eos_id
+                        or len(new) == max_new_tokens
+                        or (is_finished is not None and is_finished(number, new))
+                    ),
+                )
+                if not any(rows.is_open):
+                    return rows.new_tokens
+                if rows.slide():
+                    break
+                logits_BV = decoder.decode(token_B)
+
+
+class _Rows:
+    """The new tokens of each prompt, what the model sees of each row, and which rows go on.
+
+    Finished rows stay in the batch, so that they do not change what is drawn for the others.
+    """
+
+    def __init__(self, prompts: Sequence[list[int]], max_seq_len: int, num_kept: int) -> None:
+        self.new_tokens: list[list[int]] = [[] for _ in prompts]
+        self.is_open = [True] * len(prompts)
+        self._max_seq_len = max_seq_len
+        self._num_kept = num_kept
+        self._windows = [ids[:num_kept] + ids[num_kept:][-(max_seq_len - num_kept) :] for ids in prompts]
+
+    def start_decoder(self, model: Transformer, max_new_tokens: int) -> Decoder:
+        """A decoder with room for all tokens until a window slides."""
+        shortest = min(
+            len(window) for window, is_open in zip(self._windows, self.is_open, strict=True) if is_open
+        )
+        return Decoder(model, self._windows, min(max_new_tokens, self._max_seq_len - shortest))
+
+    def append(self, tokens: Sequence[int], is_finished: IsFinished) -> None:
+        """Add a token to each row that is open, and close those that are finished."""
+        for number, token in enumerate(tokens):
+            if self.is_open[number]:
+                self.new_tokens[number].append(token)
+                self._windows[number].append(token)
+                self.is_open[number] = not is_finished(number, self.new_tokens[number])
+
+    def slide(self) -> bool:
+        """Whether an open row has outgrown the model: then the windows have slid, and need a new decoder."""
+        pairs = list(zip(self._windows, self.is_open, strict=True))
+        if all(len(window) <= self._max_seq_len for window, is_open in pairs if is_open):
+            return False
+        self._windows = [
+            window_of(window, self._max_seq_len, self._num_kept) if is_open else window[-1:]
+            for window, is_open in pairs
+        ]
+        return True
+
+
+def window_of(ids: Sequence[int], max_seq_len: int, num_kept: int = 0) -> list[int]:
+    """What the model sees of a row: all of it, or its first `num_kept` tokens and half of `max_seq_len`.
+
+    Half, because the positions and hence the whole cache change whenever the window slides.
+    """
+    if len(ids) <= max_seq_len:
+        return list(ids)
+    return [*ids[:num_kept], *ids[-max(max_seq_len // 2 - num_kept, 1) :]]
 
 
 def sample(
@@ -184,11 +249,6 @@ def _check_request(
     for number, prompt in enumerate(prompts):
         if not prompt:
             errors.append(f"Prompt {number} is empty: it needs at least one token, such as the bos_id.")
-        elif len(prompt) > config.max_seq_len:
-            errors.append(
-                f"Prompt {number} has {len(prompt)} tokens, more than model.max_seq_len="
-                f"{config.max_seq_len}: shorten it."
-            )
         unknown = [token for token in prompt if not 0 <= token < (config.vocab_size or 0)]
         if unknown:
             errors.append(

@@ -1,27 +1,35 @@
 """Tokenizes a corpus into committed shards: parallel, resumable, same bytes for any number of workers."""
 
 import os
-import shutil
+import time
 from collections.abc import Callable, Generator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from distft.config import Settings
-from distft.data.corpus import CHUNK_BYTES, CorpusConfig, corpus_fingerprint, source_bytes
+from distft.config import PathText, Settings
+from distft.data.corpus import (
+    CHUNK_BYTES,
+    CorpusConfig,
+    CsvCorpus,
+    MixtureCorpus,
+    corpus_fingerprint,
+    source_bytes,
+)
+from distft.data.shard_layout import ShardLayout
 from distft.data.shard_writer import ShardWriter
-from distft.data.shards import MANIFEST, ShardLayout, TokenShards
+from distft.data.shards import TokenShards
 from distft.errors import ConfigError, DataError
-from distft.prepare.saved_progress import SavedProgress, load_progress, remove_progress, save_progress
-from distft.prepare.worker import TokenizedChunk, TokenizeOptions, tokenize_chunks
+from distft.prepare.output import TRAIN, VALIDATION, Output
+from distft.prepare.spill import TokenizedPiece
+from distft.prepare.work_log import WorkHeader, WorkLog, WorkProgress
+from distft.prepare.worker import TokenizeOptions, WorkerPool, tokenize_chunks, worker_pool
 from distft.tokenizer import Tokenizer
 
-TRAIN, VALIDATION = "train", "validation"
-TOKENIZER = "tokenizer.model"
+_SYNC_INTERVAL_S = 10.0  # at most so much work is lost in a power failure
 
 
 class EmptySplitError(DataError):
@@ -32,19 +40,15 @@ class TokenizeConfig(Settings):
     """The corpus to tokenize, and the layout of the shards."""
 
     corpus: CorpusConfig
-    tokenizer: str  # a .model file
-    output: str  # a local directory; shards go to its `train` and `validation`
+    tokenizer: PathText  # a .model file
+    output: PathText  # a directory or URL; shards go to its `train` and `validation`
     shard_tokens: int = Field(1 << 27, ge=1)  # per shard, except the last: 256 MiB of uint16
     num_workers: int | None = Field(None, ge=1)  # processes; None: one per core
     append_eos: bool | None = None  # after each document; None: if the tokenizer has one
     prepend_bos: bool = False  # before each document
     holdout: float = Field(0.0, ge=0, lt=1)  # fraction of documents for validation, by hash of their text
-
-    @model_validator(mode="after")
-    def _check_output(self) -> Self:
-        if "://" in self.output:
-            raise ValueError(f"output={self.output} must be a local directory: shards are memory-mapped")
-        return self
+    # Local directory for shards until they are complete, if the output is a URL; None: for temporary files.
+    staging: PathText | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +66,7 @@ class TokenizeProgress:
 class TokenizeResult:
     train: TokenShards
     validation: TokenShards | None  # None without a holdout
+    skipped: dict[str, int]  # rows that are no documents, by reason: "null" or "empty"
 
 
 def tokenize(
@@ -69,88 +74,196 @@ def tokenize(
     *,
     on_progress: Callable[[TokenizeProgress], None] | None = None,
     overwrite: bool = False,
+    pool: WorkerPool | None = None,
 ) -> TokenizeResult:
     """Write token shards and a copy of the tokenizer to `config.output`.
 
     Interrupted work with the same settings is resumed; committed work is opened and returned. Raises
-    `ConfigError` if the directory contains other work (`overwrite` removes it first), and `DataError` if
-    something cannot be read or written; the progress up to there is kept.
+    `ConfigError` if the directory contains other work. With `overwrite` unfinished work is removed and
+    started again, and committed shards are replaced when the new ones are complete. Raises `StorageError` if
+    another process writes the output, and `DataError` if something cannot be read or written; the progress
+    up to there is kept. `pool` has the worker processes, if the caller has started some.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
-    output = Path(config.output)
     options = _tokenize_options(config, tokenizer)
+    output = Output(config.output, config.staging)
     output_spec = _output_spec(config, options, tokenizer)
     splits = [TRAIN, VALIDATION] if config.holdout else [TRAIN]
-    if overwrite:
-        _remove(output)
-    progress = load_progress(output)
-    if progress is None and any((output / split / MANIFEST).exists() for split in (TRAIN, VALIDATION)):
+    committed = output.manifests()
+    files = config.corpus.files()
+    output.check_inputs(files, committed)
+    if committed and not overwrite and not output.has_unfinished_work():
         return _open_committed(output, splits, output_spec)
-    progress = progress or SavedProgress(output_spec=output_spec)
-    if progress.output_spec != output_spec:
-        raise ConfigError(
-            f"output={output} has unfinished shards of another corpus, tokenizer or setting. "
-            "Finish them with their own settings, choose another output, or remove them with --overwrite."
-        )
-    layout = ShardLayout(
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        shard_tokens=config.shard_tokens,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-    )
-    tokenizer.save(options.tokenizer_path)
-    try:
-        _write(config, options, layout, progress, on_progress)
-    except EmptySplitError:
-        _remove(output)  # resuming would fail the same way, and other settings would be refused
-        raise
+    output.check_tokenizer(tokenizer, committed.values())
+    with output.open_log() as log:
+        saved, older = _find_work(output, log, output_spec, overwrite=overwrite)
+        committed = output.manifests()  # another process may just have finished
+        if saved is None and committed and not overwrite:
+            return _open_committed(output, splits, output_spec)
+        header = saved[0] if saved else output.begin(log, output_spec, older=older, take_over=overwrite)
+        if saved:
+            output.check_inputs(files, committed, header.work)
+        work = _Work(config, options, output, header, log, tokenizer)
+        try:
+            work.write(saved[1] if saved else [], on_progress, pool)
+        except EmptySplitError:
+            output.remove_work(header)  # resuming would fail the same way
+            log.remove()
+            raise
     return _open_committed(output, splits, output_spec)
 
 
-def _write(
-    config: TokenizeConfig,
-    options: TokenizeOptions,
-    layout: ShardLayout,
-    progress: SavedProgress,
-    on_progress: Callable[[TokenizeProgress], None] | None,
-) -> None:
-    output = Path(config.output)
-    total_source_bytes = source_bytes(config.corpus)
-    splits = [TRAIN, VALIDATION] if config.holdout else [TRAIN]
-    for split in splits:
-        # An interruption between the two commits leaves one manifest; it is rewritten, with the same bytes.
-        (output / split / MANIFEST).unlink(missing_ok=True)
-    writers = {split: ShardWriter(output / split, layout, progress.writers.get(split)) for split in splits}
-    try:
-        with closing(_tokenized_chunks(config, options, progress.num_chunks)) as chunks:
-            for chunk in chunks:
-                for split, writer in writers.items():
-                    encoded = chunk.train if split == TRAIN else chunk.validation
-                    writer.append(encoded.ids, encoded.document_starts, encoded.num_bytes)
-                    progress.writers[split] = writer.flush()
-                progress.num_chunks += 1
-                progress.source_bytes += chunk.source_bytes
-                save_progress(output, progress)
-                if on_progress:
-                    on_progress(_totals(progress, total_source_bytes))
+def _find_work(
+    output: Output, log: WorkLog, output_spec: dict[str, Any], *, overwrite: bool
+) -> tuple[tuple[WorkHeader, list[WorkProgress]] | None, WorkHeader | None]:
+    """The work to resume, and work that `overwrite` has removed; None if there is none."""
+    saved = log.load()
+    if saved is None:
+        return None, None
+    header, _ = saved
+    if overwrite:
+        output.remove_work(header)
+        return None, header
+    if header.identity != output_spec:
+        raise ConfigError(
+            f"output={output.path} has unfinished shards of another corpus, tokenizer or setting. "
+            "Finish them with their own settings, choose another output, or remove them with --overwrite."
+        )
+    output.renew_claim(header)
+    return saved, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The writing of one output, from its last progress to the commit."""
+
+    config: TokenizeConfig
+    options: TokenizeOptions
+    output: Output
+    header: WorkHeader
+    log: WorkLog
+    tokenizer: Tokenizer
+
+    @property
+    def splits(self) -> list[str]:
+        return [TRAIN, VALIDATION] if self.config.holdout else [TRAIN]
+
+    def write(
+        self,
+        saved: list[WorkProgress],
+        on_progress: Callable[[TokenizeProgress], None] | None,
+        pool: WorkerPool | None,
+    ) -> None:
+        """Write and commit all shards, from the newest of the `saved` progresses that the files match."""
+        progress, writers = self._open_writers(saved)
+        num_bytes = source_bytes(self.config.corpus)
+        last_sync = time.monotonic()
+        with ExitStack() as open_writers:
+            for writer in writers.values():
+                open_writers.callback(writer.abort)
+            with closing(self._pieces(progress, pool, num_bytes)) as pieces:
+                for piece in pieces:
+                    _append(piece, writers, progress)
+                    if not piece.ends_part:
+                        continue
+                    is_due = time.monotonic() - last_sync >= _SYNC_INTERVAL_S
+                    for split, writer in writers.items():
+                        progress.writers[split] = writer.flush(sync=is_due)
+                    self.log.record(progress, synced=is_due)
+                    last_sync = time.monotonic() if is_due else last_sync
+                    for writer in writers.values():
+                        writer.remove_sent()
+                    if on_progress:
+                        on_progress(_totals(progress, num_bytes))
+            self._commit(writers, progress)
+
+    def _open_writers(self, saved: list[WorkProgress]) -> tuple[WorkProgress, dict[str, ShardWriter]]:
+        for index, progress in enumerate(saved):
+            try:
+                return progress, self._writers(progress)
+            except DataError:
+                if index == len(saved) - 1:
+                    raise
+        return WorkProgress(), self._writers(WorkProgress())
+
+    def _writers(self, progress: WorkProgress) -> dict[str, ShardWriter]:
+        tokenizer = self.tokenizer
+        layout = ShardLayout(
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            shard_tokens=self.config.shard_tokens,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+        output = self.output
+        with ExitStack() as opened:
+            writers = {}
+            for split in self.splits:
+                writers[split] = ShardWriter(
+                    output.working / split,
+                    layout,
+                    progress.writers.get(split),
+                    work=self.header.work,
+                    target=output.split(split) if output.is_remote else None,
+                    replace=True,  # the shards that the header names
+                )
+                opened.callback(writers[split].abort)
+            opened.pop_all()
+        return writers
+
+    def _pieces(
+        self, progress: WorkProgress, pool: WorkerPool | None, num_bytes: int
+    ) -> Generator[TokenizedPiece]:
+        corpus = self.config.corpus
+        num_workers = self.config.num_workers or _default_num_workers(num_bytes)
+        is_started = pool is not None and pool.num_workers == num_workers
+        with nullcontext(pool) if is_started else worker_pool(num_workers, self.config.tokenizer) as workers:
+            yield from tokenize_chunks(
+                islice(corpus.chunks(), progress.num_chunks, None),
+                replace(self.options, spill_prefix=str(self.output.working / f"spill-{self.header.work}-")),
+                workers,
+                num_skipped=progress.num_parts,
+                # With fewer, some workers would have nothing to do.
+                whole_chunks=_num_files_with_one_reader(corpus) >= num_workers,
+            )
+
+    def _commit(self, writers: dict[str, ShardWriter], progress: WorkProgress) -> None:
+        if corpus_fingerprint(self.config.corpus) != self.header.identity["corpus"]:
+            raise DataError(
+                "the files of the corpus changed while they were tokenized: some were added, removed or "
+                "written. Leave them as they are, and start again with --overwrite."
+            )
         for split, writer in writers.items():
             if writer.progress.num_tokens == 0:
-                raise EmptySplitError(_empty_split_message(split, config))
-        for split in reversed(splits):
-            writers[split].commit({"identity": progress.output_spec})
-    finally:
-        for writer in writers.values():
-            writer.abort()
-    remove_progress(output)
+                raise EmptySplitError(_empty_split_message(split, self.config))
+        self.output.require_claim(self.header)
+        self.output.save_tokenizer(self.tokenizer)
+        for split in reversed(self.splits):
+            skipped = {"skipped": dict(progress.skipped)} if progress.skipped else {}
+            writers[split].commit({"identity": self.header.identity, **skipped})
+        self.output.remove_replaced(self.header, self.splits)
+        self.output.remove_work(self.header, is_complete=True)
+        self.log.remove()
 
 
-def _tokenized_chunks(
-    config: TokenizeConfig, options: TokenizeOptions, num_done: int
-) -> Generator[TokenizedChunk]:
-    num_workers = config.num_workers or _default_num_workers(source_bytes(config.corpus))
-    return tokenize_chunks(islice(config.corpus.chunks(), num_done, None), options, num_workers)
+def _append(piece: TokenizedPiece, writers: dict[str, ShardWriter], progress: WorkProgress) -> None:
+    for split, writer in writers.items():
+        encoded = piece.train if split == TRAIN else piece.validation
+        writer.append(encoded.ids, encoded.document_starts, encoded.num_bytes)
+    progress.source_bytes += piece.source_bytes
+    progress.skipped.update(piece.skipped)
+    if piece.ends_chunk:
+        progress.num_chunks, progress.num_parts = progress.num_chunks + 1, 0
+    elif piece.ends_part:
+        progress.num_parts += 1
+
+
+def _num_files_with_one_reader(corpus: CorpusConfig) -> int:
+    """Number of files that cannot be read in parts."""
+    if isinstance(corpus, MixtureCorpus):
+        return sum(_num_files_with_one_reader(source.corpus) for source in corpus.sources)
+    return sum(file.is_compressed or isinstance(corpus, CsvCorpus) for file in corpus.files())
 
 
 def _default_num_workers(num_bytes: int) -> int:
@@ -172,7 +285,7 @@ def _tokenize_options(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeO
     if problems:
         raise ConfigError("\n".join(problems))
     return TokenizeOptions(
-        tokenizer_path=str(Path(config.output) / TOKENIZER),
+        tokenizer_path=config.tokenizer,
         tokenizer_fingerprint=tokenizer.fingerprint,
         bos_id=tokenizer.bos_id if config.prepend_bos else None,
         eos_id=None if config.append_eos is False else tokenizer.eos_id,
@@ -192,18 +305,21 @@ def _output_spec(config: TokenizeConfig, options: TokenizeOptions, tokenizer: To
     }
 
 
-def _open_committed(output: Path, splits: list[str], output_spec: dict[str, Any]) -> TokenizeResult:
-    committed = [split for split in (TRAIN, VALIDATION) if (output / split / MANIFEST).exists()]
-    opened = [TokenShards.open(output / split) for split in committed]
+def _open_committed(output: Output, splits: list[str], output_spec: dict[str, Any]) -> TokenizeResult:
+    committed = list(output.manifests())
+    opened = [TokenShards.open(output.split(split)) for split in committed]
     if committed != splits or any(shards.extra.get("identity") != output_spec for shards in opened):
         raise ConfigError(
-            f"output={output} has token shards of another corpus, tokenizer or setting. "
-            "Choose another output, or remove them with --overwrite."
+            f"output={output.path} has token shards of another corpus, tokenizer or setting. "
+            "Choose another output, or replace them with --overwrite."
         )
-    return TokenizeResult(opened[0], opened[1] if len(opened) > 1 else None)
+    found = opened[0].extra.get("skipped")
+    counts = found.items() if isinstance(found, dict) else ()
+    skipped = {str(name): number for name, number in counts if isinstance(number, int)}
+    return TokenizeResult(opened[0], opened[1] if len(opened) > 1 else None, skipped)
 
 
-def _totals(progress: SavedProgress, total_source_bytes: int) -> TokenizeProgress:
+def _totals(progress: WorkProgress, total_source_bytes: int) -> TokenizeProgress:
     writers = progress.writers.values()
     return TokenizeProgress(
         num_bytes=sum(writer.num_bytes for writer in writers),
@@ -221,13 +337,3 @@ def _empty_split_message(split: str, config: TokenizeConfig) -> str:
             "Change --holdout, or split the text into more documents: --documents line or blank_line."
         )
     return "the corpus has no text: every document is empty."
-
-
-def _remove(output: Path) -> None:
-    """Remove an earlier output; the manifests first, so that a partial removal does not look committed."""
-    for split in (TRAIN, VALIDATION):
-        (output / split / MANIFEST).unlink(missing_ok=True)
-    remove_progress(output)
-    for split in (TRAIN, VALIDATION):
-        if (output / split).exists():
-            shutil.rmtree(output / split)

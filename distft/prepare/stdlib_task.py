@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distft.errors import DataError
-from distft.storage import AnyPath, commit_bytes, join
+from distft.errors import ConfigError, DataError
+from distft.storage import AnyPath, commit_bytes, exists, is_directory, join, read_bytes, size
 
 AREAS: tuple[tuple[str, str], ...] = (
     ("archives", "tarfile zipfile gzip bz2 lzma _compression compression zipapp"),
@@ -77,7 +77,8 @@ def write_stdlib_task(directory: AnyPath, root: AnyPath | None = None) -> Stdlib
 
     `root` is a standard library; None: this interpreter's. Equal libraries give equal files. A fifth of each
     area's functions, selected by digest, is test data. Functions with equal text are used once, so the
-    splits do not overlap. Raises `DataError` if `root` has fewer than two areas.
+    splits do not overlap. Raises `DataError` if `root` has fewer than two areas, and `ConfigError` if other
+    files with these names are in `directory`: they are not overwritten.
     """
     library = Path(sysconfig.get_path("stdlib") if root is None else root)
     functions = find_functions(library)
@@ -89,10 +90,20 @@ def write_stdlib_task(directory: AnyPath, root: AnyPath | None = None) -> Stdlib
         )
     train, test = split(functions)
     task = StdlibTask(python=platform.python_version(), num_train=len(train), num_test=len(test), areas=areas)
-    commit_bytes(join(directory, "test.jsonl"), _jsonl(test))
-    commit_bytes(join(directory, "train.jsonl"), _jsonl(train))
-    commit_bytes(join(directory, "task.json"), json.dumps(asdict(task), indent=2).encode() + b"\n")
+    files = {
+        join(directory, "test.jsonl"): _jsonl(test),
+        join(directory, "train.jsonl"): _jsonl(train),
+        join(directory, "task.json"): json.dumps(asdict(task), indent=2).encode() + b"\n",
+    }
+    if others := [path for path, data in files.items() if exists(path) and not _has_content(path, data)]:
+        raise ConfigError(f"{', '.join(others)} would be overwritten: choose another directory.")
+    for path, data in files.items():
+        commit_bytes(path, data)
     return task
+
+
+def _has_content(path: str, data: bytes) -> bool:
+    return not is_directory(path) and size(path) == len(data) and read_bytes(path) == data
 
 
 def find_functions(library: Path) -> list[Function]:

@@ -1,10 +1,12 @@
 """Audits whether a run used every sequence exactly once, from its events: `distft audit RUN`."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.checkpoint.manifest import Progress
 from distft.config import load_yaml, parse
 from distft.errors import ConfigError, DistftError
 from distft.run.check import check_run
@@ -12,6 +14,7 @@ from distft.run.config import RunConfig
 from distft.run.paths import CONFIG_FILE
 from distft.topology import Topology
 from distft.tracker import EVENTS_FILE, LEDGER_EVENT, read_lines
+from distft.watch.hang_detection import HANG
 
 if TYPE_CHECKING:
     from distft.data.feed import Feed
@@ -28,7 +31,8 @@ class Audit:
     missing: tuple[tuple[int, int], ...]  # intervals of the run's order that no rank used
     repeated: tuple[tuple[int, int], ...]  # intervals used more than once
     num_starts: int
-    num_lost_steps: int  # repeated after failures
+    num_lost_steps: int  # that ran, and were or are done again; of a killed start, those that it logged
+    num_uncommitted_steps: int = 0  # after `step`, of the last start: if it ended, a resume does them again
     world_sizes: tuple[int, ...]  # of each start, in order
     uses_per_row: tuple[int, int] | None = None  # minimum and maximum over the rows of the data
 
@@ -37,25 +41,32 @@ class Audit:
         return not self.missing and not self.repeated
 
 
-def audit_events(events: Sequence[Mapping[str, Any]]) -> Audit:
-    """Audit a run from the events of its starts, saves and resumes. Raises `ConfigError` without a commit."""
-    saves: dict[int, Mapping[str, Any]] = {}
-    num_starts, num_lost_steps, last_step = 0, 0, 0
-    world_sizes: list[int] = []
-    for event in events:
-        kind = event.get("kind")
-        if kind in {"start", "resume"}:
-            num_starts += 1
-            num_lost_steps += max(0, last_step - int(event["step"]))
-            last_step = int(event["step"])
-            saves = {step: save for step, save in saves.items() if step <= last_step}
-            world_sizes.append(int(event["world_size"]))
-        if kind == LEDGER_EVENT:
-            saves[int(event["step"])] = event
-        last_step = max(last_step, int(event.get("step", 0)))
-    if not saves:
+@dataclass(slots=True)
+class _Start:
+    """What the events of one start tell."""
+
+    first_step: int  # from which it started
+    world_size: int
+    last_step: int  # that it reached
+    ledgers: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # of its commits, by step
+
+
+def audit_events(events: Sequence[Mapping[str, Any]], committed: Progress | None = None) -> Audit:
+    """Audit a run from the events of its starts, saves and resumes. Raises `ConfigError` without a commit.
+
+    `committed` is the progress in the newest commit: a run that was killed may not have told of it. Starts
+    may overlap: then the last one counts, and all that the others did after it began is lost.
+    """
+    starts = _starts(events)
+    ledgers: dict[int, Mapping[str, Any]] = {}
+    for start in starts:
+        ledgers = {step: one for step, one in ledgers.items() if step <= start.first_step} | start.ledgers
+    if committed is not None and committed.step > max(ledgers, default=-1):
+        ledgers[committed.step] = committed.model_dump()
+    if not ledgers or not starts:
         raise ConfigError("Nothing to audit: no event records a checkpoint and the sequences that it covers.")
-    step, last = max(saves.items())
+    step, last = max(ledgers.items())
+    starts[-1].last_step = max(starts[-1].last_step, step)
     num_sequences = int(last["sequences_seen"])
     used = [(int(start), int(stop)) for start, stop in last["used"]]
     return Audit(
@@ -63,10 +74,31 @@ def audit_events(events: Sequence[Mapping[str, Any]]) -> Audit:
         num_sequences=num_sequences,
         missing=_gaps(used, num_sequences),
         repeated=tuple((int(a), int(b)) for a, b in last["used_again"]),
-        num_starts=num_starts,
-        num_lost_steps=num_lost_steps,
-        world_sizes=tuple(world_sizes),
+        num_starts=len(starts),
+        num_lost_steps=sum(one.last_step - one.first_step for one in starts) - starts[-1].last_step,
+        num_uncommitted_steps=starts[-1].last_step - step,
+        world_sizes=tuple(one.world_size for one in starts),
     )
+
+
+def _starts(events: Sequence[Mapping[str, Any]]) -> list[_Start]:
+    """The starts of a run in order. Events of old versions have no `start_id`: they are the last start's."""
+    starts: list[_Start] = []
+    by_id: dict[str, _Start] = {}
+    for event in events:
+        kind, step = event.get("kind"), int(event.get("step", 0))
+        if kind in {"start", "resume"}:
+            if starts:
+                reached = step + int(event.get("discarded_steps", 0))
+                starts[-1].last_step = max(starts[-1].last_step, reached)
+            starts.append(_Start(step, int(event["world_size"]), last_step=step))
+            by_id[str(event.get("start_id", "unknown"))] = starts[-1]
+        elif starts and kind != HANG:  # whose step is not complete
+            start = by_id.get(str(event.get("start_id", "")), starts[-1])
+            start.last_step = max(start.last_step, step)
+            if kind == LEDGER_EVENT:
+                start.ledgers[step] = event
+    return starts
 
 
 def _gaps(used: Sequence[tuple[int, int]], stop: int) -> tuple[tuple[int, int], ...]:
@@ -75,24 +107,34 @@ def _gaps(used: Sequence[tuple[int, int]], stop: int) -> tuple[tuple[int, int], 
     return tuple((start, end) for start, end in pairs if start != end)
 
 
-def audit_run(run_dir: str) -> tuple[Audit, str]:
+def audit_run(run_dir: str, *, trust: bool = False) -> tuple[Audit, str]:
     """The audit of a run's directory, and why rows could not be counted (empty if they were).
 
-    Rows are counted only if the data of the run's configuration still exists.
+    Rows are counted only if the data of the run's configuration still exists. `trust` imports classes outside
+    distft that the configuration names, which runs their code.
     """
     path = Path(run_dir)
     if not (path / EVENTS_FILE).exists():
         raise ConfigError(f"{run_dir} contains no {EVENTS_FILE}: give the run_dir of a run.")
-    audit = audit_events(read_lines(path / EVENTS_FILE))
+    audit = audit_events(read_lines(path / EVENTS_FILE), _newest_progress(run_dir))
     try:
         config: RunConfig = parse(
-            RunConfig, load_yaml(str(path / CONFIG_FILE)), where=str(path / CONFIG_FILE)
+            RunConfig, load_yaml(str(path / CONFIG_FILE)), where=str(path / CONFIG_FILE), trust=trust
         )
         _, inputs = check_run(config, Topology())
     except (DistftError, OSError) as error:
         return audit, str(error)
     uses = uses_per_row(inputs.train, audit.num_sequences)
     return replace(audit, uses_per_row=uses), ""
+
+
+def _newest_progress(run_dir: str) -> Progress | None:
+    """The progress in the run's newest commit; None if it cannot be read."""
+    from distft.checkpoint.committed import find_checkpoint  # imports torch
+
+    with contextlib.suppress(DistftError, OSError):
+        return find_checkpoint(run_dir).manifest.progress
+    return None
 
 
 def uses_per_row(feed: "Feed", num_sequences: int) -> tuple[int, int]:

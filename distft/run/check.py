@@ -1,10 +1,10 @@
 """Checks a run without using a device, and describes it."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
 from typing import TYPE_CHECKING
 
+from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
 from distft.errors import ConfigError, ErrorCollector
 from distft.run.config import RunConfig
@@ -13,10 +13,16 @@ from distft.topology import BatchPlan, Topology
 
 if TYPE_CHECKING:
     from distft.run.inputs import RunInputs
+    from distft.run.plan import RunNeeds
 
 
-def check_run(config: RunConfig, topology: Topology) -> "tuple[BatchPlan, RunInputs]":
-    """The run's batch plan and inputs. Raises one error with every problem that was found."""
+def check_run(
+    config: RunConfig, topology: Topology, cache_dir: str | None = None
+) -> "tuple[BatchPlan, RunInputs]":
+    """The run's batch plan and inputs. Raises one error with every problem that was found.
+
+    Ranks that pass the same `cache_dir` encode labelled texts and completions once.
+    """
     check_before_torch(config, topology)
     from distft.run.inputs import read_inputs
 
@@ -25,8 +31,9 @@ def check_run(config: RunConfig, topology: Topology) -> "tuple[BatchPlan, RunInp
         check_engine(config, topology)
     with errors.collect():
         plan = BatchPlan(dp_world_size=topology.axes.data, **config.batch.model_dump())
+        _check_deepspeed(config, plan)
     with errors.collect():
-        inputs = read_inputs(config)
+        inputs = read_inputs(config, cache_dir)
     errors.raise_if_any()
     return plan, inputs
 
@@ -62,23 +69,56 @@ def check_engine(config: RunConfig, topology: Topology) -> None:
         )
 
 
-def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Lines that describe the run on `world_size` ranks. Raises the errors of `check_run`."""
+def _check_deepspeed(config: RunConfig, plan: BatchPlan) -> None:
+    """Raise `ConfigError` for values in `engine.deepspeed` that DeepSpeed refuses."""
+    if (
+        isinstance(config.engine, ZeroConfig)
+        and config.engine.deepspeed
+        and find_spec("deepspeed") is not None
+    ):
+        from distft.engine.deepspeed_check import ignored_deepspeed_keys
+
+        ignored_deepspeed_keys(config.engine, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRun:
+    """A run that may start: its description, and what is odd about it."""
+
+    lines: list[str]
+    remarks: list[str]
+    needs: "RunNeeds"
+
+
+def describe_run(
+    config: RunConfig, world_size: int, expected: "tuple[float, float] | None" = None
+) -> CheckedRun:
+    """Describe the run on `world_size` ranks. Raises the errors of `check_run`.
+
+    `expected` of the machine: the share of its peak that the run reaches, and that peak in TFLOP/s a rank.
+    Without it, the time is not estimated.
+    """
     plan, inputs = check_run(config, Topology(world_size=world_size))
-    num_steps = inputs.total_steps
-    numel = {name: prod(shape) for name, shape in inputs.shapes.items()}
-    num_trainable = sum(numel[name] for name in inputs.trainable)
-    yield f"model       {sum(numel.values()):,} parameters, {num_trainable:,} of them trainable"
-    yield f"tokenizer   {inputs.tokenizer.vocab_size:,} pieces, fingerprint {inputs.tokenizer.fingerprint}"
-    for line in inputs.train.summary.splitlines():
-        yield f"data        {line}"
+    import torch
+
+    from distft.run.plan import Speed, describe_needs, run_needs
+    from distft.run.remarks import remarks
+
+    speed = None if expected is None else Speed(mfu=expected[0], peak_tflops=expected[1])
+    needs = run_needs(inputs, plan, speed)
+    ranks = f"{world_size:,} rank{'s' * (world_size > 1)}"
+    tokenizer = inputs.tokenizer
+    lines = [
+        f"model       {needs.num_parameters:,} parameters, {needs.num_trainable:,} of them trainable",
+        f"tokenizer   {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}",
+        *(f"note        {note}" for note in inputs.notes),
+        *(f"data        {line}" for line in inputs.train.summary.splitlines()),
+    ]
     if inputs.validation is not None:
-        for line in inputs.validation.summary.splitlines():
-            yield f"validation  {line}"
-    yield (
-        f"batch       {plan.global_batch_size} sequences of {plan.seq_len} tokens a step; on {world_size} "
-        f"rank{'s' * (world_size > 1)} {plan.gradient_accumulation_steps} micro-batches of at most "
-        f"{plan.micro_batch_size}"
-    )
-    epochs = num_steps * plan.global_batch_size / inputs.train.num_sequences
-    yield f"length      {num_steps:,} steps, {epochs:.2f} epochs, {inputs.run_flops:.2e} FLOPs"
+        lines += [f"validation  {line}" for line in inputs.validation.summary.splitlines()]
+    lines += [
+        f"batch       {plan.global_batch_size} sequences of {plan.seq_len} tokens a step; on {ranks} "
+        f"{plan.gradient_accumulation_steps} micro-batches of at most {plan.micro_batch_size}",
+        *describe_needs(needs, config, speed),
+    ]
+    return CheckedRun(lines, remarks(inputs, plan, has_gpu=torch.cuda.is_available()), needs)

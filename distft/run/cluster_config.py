@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from distft.config import Settings
 
+MOST_SECONDS = 1e8  # three years; clocks and timers overflow at some length
+
 
 class ElasticWorkers(Settings):
     """Run on as many workers as the cluster has capacity for, from `min` to `max`."""
@@ -34,8 +36,12 @@ class ClusterConfig(Settings):
     env: dict[str, str] = Field(default_factory=dict)  # environment variables of the workers; not for secrets
     # Restarts from the last checkpoint after consecutive failures with no new checkpoint between them.
     max_failures: int = Field(default=3, ge=0)
-    start_timeout_s: float = Field(default=300.0, gt=0)  # to wait for capacity for the workers
-    grow_check_s: float = Field(default=10.0, gt=0)  # elastic: seconds between checks for more capacity
+    start_timeout_s: float = Field(
+        default=300.0, gt=0, le=MOST_SECONDS
+    )  # to wait for capacity for the workers
+    grow_check_s: float = Field(
+        default=10.0, gt=0, le=MOST_SECONDS
+    )  # elastic: seconds between checks for more capacity
 
     @model_validator(mode="after")
     def _check(self) -> Self:

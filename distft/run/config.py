@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.formats.detect import open_source
-from distft.config import Component, Settings, apply_overrides, load_yaml, parse
+from distft.config import Component, PathText, Settings, apply_overrides, load_yaml, parse, redact
 from distft.data.completion import CompletionConfig
 from distft.data.labelled import LabelledConfig
 from distft.data.tokens import TokensConfig
@@ -18,7 +18,7 @@ from distft.errors import DistftError, suggest_name
 from distft.model.config import ModelConfig
 from distft.objective.settings import CausalLM, ObjectiveConfig
 from distft.optim.adamw import AdamWConfig
-from distft.run.cluster_config import ClusterConfig
+from distft.run.cluster_config import MOST_SECONDS, ClusterConfig
 from distft.tracker import TrackerConfig
 from distft.train.schedule import TrainConfig
 
@@ -45,15 +45,20 @@ class EvaluationConfig(Settings):
 class RunConfig(Settings):
     """All settings of a run."""
 
-    run_dir: str  # a directory for all output of the run; checkpoint.directory may be elsewhere
+    run_dir: PathText  # a directory for all output of the run; checkpoint.directory may be elsewhere
     seed: int = 0  # of initial weights and dropout; data_seed sets the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int | None = Field(default=None, ge=1)  # CPU threads of each rank; null: torch's default
-    timeout_s: float = Field(default=600.0, gt=0)  # how long ranks wait for each other
-    hang_timeout_s: float = Field(default=300.0, gt=0)  # maximum time without a rank's heartbeat or progress
-    heartbeat_s: float = Field(default=5.0, ge=0)  # between heartbeats of a rank; 0: no heartbeats
-    tokenizer: str | None = None  # a .model file; null: the one of the data or the checkpoint
-    init_from: str | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
+    num_threads: int | None = Field(
+        default=None, ge=1, le=4096
+    )  # CPU threads of each rank; null: its share of cores
+    timeout_s: float = Field(default=600.0, gt=0, le=MOST_SECONDS)  # how long ranks wait for each other
+    # Maximum time without a rank's heartbeat or progress.
+    hang_timeout_s: float = Field(default=300.0, gt=0, le=MOST_SECONDS)
+    heartbeat_s: float = Field(
+        default=5.0, ge=0, le=MOST_SECONDS
+    )  # between heartbeats of a rank; 0: no heartbeats
+    tokenizer: PathText | None = None  # a .model file; null: the one of the data or the checkpoint
+    init_from: PathText | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
     allow_model_changes: tuple[str, ...] = ()  # fields of model that may differ from init_from's
     model: ModelConfig | None = None  # null: that of init_from
     trainable: tuple[str, ...] = ("*",)  # patterns of parameter names; "!pattern" excludes
@@ -72,6 +77,11 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
+        if "://" in self.run_dir:
+            problems.append(
+                f"run_dir={redact(self.run_dir)} must be a local directory, without file://; "
+                "checkpoint.directory may be a URL"
+            )
         if self.model is None and self.init_from is None:
             problems.append("model is missing: set model, or set init_from to a checkpoint")
         known = list(ModelConfig.model_fields)
@@ -104,10 +114,11 @@ class RunConfig(Settings):
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides. Raises one `ConfigError` with all problems.
 
-    Next to `init_from`, `model` may give single fields: the others are those of the checkpoint.
+    The file is the user's own, so classes outside distft that it names are imported. Next to `init_from`,
+    `model` may give single fields: the others are those of the checkpoint.
     """
     raw = _complete_engine(_complete_model(apply_overrides(load_yaml(path), overrides)))
-    config: RunConfig = parse(RunConfig, raw)
+    config: RunConfig = parse(RunConfig, raw, trust=True)
     return config
 
 
@@ -131,7 +142,7 @@ def _complete_model(raw: dict[str, Any]) -> dict[str, Any]:
     if required <= model.keys():
         return raw
     try:
-        saved = open_source(init_from).manifest.config.get("model")
+        saved = open_source(init_from, weights_only=True).manifest.config.get("model")
     except DistftError:
         return raw  # `read_inputs` reports it
     return {**raw, "model": {**saved, **model}} if isinstance(saved, Mapping) else raw

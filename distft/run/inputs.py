@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from distft import storage
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.detect import open_source
-from distft.checkpoint.sources import CheckpointSource
+from distft.checkpoint.sources import CheckpointSource, notes_of
 from distft.data.dataset import DataContext
 from distft.data.feed import Feed
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
@@ -17,12 +18,13 @@ from distft.run.config import RunConfig
 from distft.run.model import (
     HEAD_PREFIXES,
     added_block_prefixes,
+    model_of,
     new_parameter_prefixes,
     parameter_shapes,
     require_parameters,
     require_same_model,
 )
-from distft.run.paths import find_tokenizer, require_writable
+from distft.run.paths import check_data_files, find_tokenizer, naming_settings, require_outputs
 from distft.tokenizer import Tokenizer
 
 _PLACEHOLDER_LABELS = ("a", "b")  # replace the labels of unreadable data, so that other checks can go on
@@ -42,6 +44,7 @@ class RunInputs:
     shapes: dict[str, tuple[int, ...]]  # of every parameter
     trainable: set[str]
     init_from: CheckpointSource | None
+    notes: tuple[str, ...] = ()  # on the tokenizer
 
     @property
     def total_steps(self) -> int:
@@ -64,14 +67,15 @@ class RunInputs:
         )
 
 
-def read_inputs(config: RunConfig) -> RunInputs:
+def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
     """Read and check all inputs. Raises `ConfigError`, `DataError` or `CheckpointError`.
+
+    Ranks that pass the same `cache_dir` encode labelled texts and completions once.
 
     The error lists every problem that was found. A check whose own inputs could not be read is skipped.
     """
     errors = ErrorCollector()
-    with errors.collect():
-        require_writable(config.run_dir)
+    require_outputs(config, errors)
     init_from = None
     with errors.collect():
         init_from = _open_init_from(config)
@@ -80,26 +84,20 @@ def read_inputs(config: RunConfig) -> RunInputs:
     if config.tokenizer is not None or not is_init_from_missing:  # otherwise it may be the checkpoint's
         with errors.collect():
             tokenizer = Tokenizer.load(find_tokenizer(config, None if init_from is None else init_from.path))
-    if tokenizer is None or is_init_from_missing:
+    model = None
+    if config.model is not None or not is_init_from_missing:
+        with errors.collect():
+            model = _model_config(config, init_from, tokenizer)
+    if model is not None:
+        _check_model(config, model, init_from, errors)
+    if tokenizer is None or model is None:
+        _check_the_rest(config, model, init_from, errors)
         errors.raise_if_any()
     assert tokenizer is not None
-    model = _model_config(config, init_from, tokenizer)
-    with errors.collect():
-        _check_seq_len(config, model)
-    with errors.collect():
-        config.objective.check_model(model)
-    if init_from is not None:
-        with errors.collect():
-            require_same_model(init_from, model, config.allow_model_changes)
-    context = data_context(tokenizer, model, config.batch.seq_len)
-    train = None
-    with errors.collect():
-        train = config.data.build(context)
+    assert model is not None
+    context = replace(data_context(tokenizer, model, config.batch.seq_len), cache_dir=cache_dir)
+    train, validation = _build_data(config, context, errors)
     label_names = None if train is None else train.label_names
-    validation = None
-    with errors.collect():
-        if config.validation is not None:
-            validation = config.validation.build_for_evaluation(replace(context, label_names=label_names))
     with errors.collect():
         heads = _placeholder_heads(config) if train is None else config.objective.heads(label_names)
         shapes = parameter_shapes(model, heads)
@@ -120,14 +118,36 @@ def read_inputs(config: RunConfig) -> RunInputs:
         shapes=shapes,
         trainable=trainable,
         init_from=init_from,
+        notes=(
+            *tokenizer.notes,
+            *tokenizer_notes(tokenizer, init_from),
+            *(() if init_from is None else notes_of(init_from)),
+        ),
     )
+
+
+def tokenizer_notes(tokenizer: Tokenizer, source: CheckpointSource | None) -> list[str]:
+    """A note if `tokenizer` is not the one that the checkpoint's ids are of."""
+    record = None if source is None else source.manifest.tokenizer
+    if source is None or record is None or record.fingerprint == tokenizer.fingerprint:
+        return []
+    note = (
+        f"the tokenizer is not that of {source.path}: its fingerprint is {tokenizer.fingerprint}, the "
+        f"checkpoint's {record.fingerprint}."
+    )
+    if record.file is not None:
+        own = Tokenizer.load(storage.join(source.path, record.file)).model_proto.pieces
+        pieces = tokenizer.model_proto.pieces
+        num_equal = sum(one.text == other.text for one, other in zip(own, pieces, strict=False))
+        note += f" {num_equal:,} of its {len(own):,} ids have the same text in both."
+    return [note]
 
 
 def _open_init_from(config: RunConfig) -> CheckpointSource | None:
     if config.init_from is None:
         return None
     try:
-        source = open_source(config.init_from)
+        source = open_source(config.init_from, weights_only=True)
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from None
     # A damaged tokenizer file must not make the run use another tokenizer.
@@ -137,15 +157,60 @@ def _open_init_from(config: RunConfig) -> CheckpointSource | None:
     return source
 
 
-def _model_config(config: RunConfig, init_from: CheckpointSource | None, tokenizer: Tokenizer) -> ModelConfig:
-    """The configured model, or that of `init_from`, with the tokenizer's vocabulary."""
+def _check_model(
+    config: RunConfig, model: ModelConfig, init_from: CheckpointSource | None, errors: ErrorCollector
+) -> None:
+    with errors.collect():
+        _check_seq_len(config, model)
+    with errors.collect():
+        config.objective.check_model(model)
+    if init_from is not None:
+        with errors.collect():
+            require_same_model(init_from, model, config.allow_model_changes)
+
+
+def _check_the_rest(
+    config: RunConfig, model: ModelConfig | None, init_from: CheckpointSource | None, errors: ErrorCollector
+) -> None:
+    """What can be checked without a tokenizer or a model."""
+    check_data_files(config, errors)
+    if model is not None:
+        with errors.collect():
+            shapes = parameter_shapes(model, _placeholder_heads(config))
+            _check_parameters(config, shapes, init_from, None)
+
+
+def _build_data(
+    config: RunConfig, context: DataContext, errors: ErrorCollector
+) -> tuple[Feed | None, Feed | None]:
+    """The training and the validation data; None for what is not configured or has errors."""
+    train = validation = None
+    with errors.collect(), naming_settings("data", config.data):
+        train = config.data.build(context)
+    label_names = None if train is None else train.label_names
+    with errors.collect(), naming_settings("validation", config.validation):
+        if config.validation is not None:
+            validation = config.validation.build_for_evaluation(replace(context, label_names=label_names))
+    return train, validation
+
+
+def _model_config(
+    config: RunConfig, init_from: CheckpointSource | None, tokenizer: Tokenizer | None
+) -> ModelConfig:
+    """The configured model, or that of `init_from`, with the tokenizer's vocabulary.
+
+    Without a tokenizer the vocabulary is that of `init_from`, or 1: the other sizes can still be checked.
+    """
     model = config.model
     if model is None:
         assert init_from is not None  # RunConfig requires one of the two
         if "model" not in init_from.manifest.config:
             raise ConfigError(f"{init_from.path} ({init_from.format}) has no model configuration: set model.")
-        model = ModelConfig.model_validate(init_from.manifest.config["model"])
-    return model.for_vocabulary(tokenizer.vocab_size)
+        model = model_of(init_from)
+    if tokenizer is not None:
+        return model.for_vocabulary(tokenizer.vocab_size)
+    known = model if init_from is None or "model" not in init_from.manifest.config else model_of(init_from)
+    return model.for_vocabulary(model.vocab_size or known.vocab_size or 1)
 
 
 def _check_seq_len(config: RunConfig, model: ModelConfig) -> None:
@@ -164,6 +229,7 @@ def data_context(
         vocab_size=model.padded_vocab_size,
         encode=tokenizer.encode,
         tokenizer_fingerprint=tokenizer.fingerprint,
+        bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         token_bytes=tokenizer.token_bytes(),

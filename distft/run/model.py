@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from distft.checkpoint.sources import CheckpointSource
+from distft.config import parse
 from distft.errors import ConfigError, suggest_name
 from distft.model.config import Heads, ModelConfig
 from distft.model.transformer import Transformer
@@ -22,7 +23,11 @@ def build_module(model: ModelConfig, heads: Heads) -> Transformer:
 
 def parameter_shapes(model: ModelConfig, heads: Heads) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by name; tied parameters appear once."""
-    return {name: tuple(param.shape) for name, param in build_module(model, heads).named_parameters()}
+    try:
+        module = build_module(model, heads)
+    except RuntimeError as error:  # a parameter with more elements than an integer of 64 bits can count
+        raise ConfigError(f"model: no parameter can have these sizes ({error}): lower them.") from None
+    return {name: tuple(param.shape) for name, param in module.named_parameters()}
 
 
 def require_parameters(
@@ -59,6 +64,12 @@ def new_parameter_prefixes(
 _FREE_FIELDS = {"dropout", "attention_kernel", "init_std", "max_seq_len"}
 
 
+def model_of(source: CheckpointSource) -> ModelConfig:
+    """The configuration of a checkpoint's model, which its manifest must have. Raises `ConfigError`."""
+    model: ModelConfig = parse(ModelConfig, source.manifest.config["model"], where=f"{source.path}: model")
+    return model
+
+
 def require_same_model(init_from: CheckpointSource, model: ModelConfig, allowed: Collection[str]) -> None:
     """Raise `ConfigError` with every field in which `model` differs from that of the checkpoint.
 
@@ -67,7 +78,7 @@ def require_same_model(init_from: CheckpointSource, model: ModelConfig, allowed:
     """
     if "model" not in init_from.manifest.config:
         return  # of plain DeepSpeed: only names and shapes are known
-    before = ModelConfig.model_validate(init_from.manifest.config["model"]).model_dump()
+    before = model_of(init_from).model_dump()
     after = model.model_dump()
     changed = [
         name

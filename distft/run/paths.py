@@ -1,7 +1,11 @@
 """Names and paths of a run's files. Finds wrong paths without torch, which takes 2 s to import."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from distft import storage
 from distft.checkpoint.formats.detect import detect_format
@@ -16,12 +20,11 @@ CONFIG_FILE = "config.yaml"  # of a run, in its directory
 def check_paths(config: RunConfig) -> None:
     """Raise one error if nothing is at the path of the checkpoint or the tokenizer, with all wrong paths.
 
-    Without either of them `read_inputs` checks nothing more. A wrong `run_dir` alone raises nothing here: it
-    is reported together with what `read_inputs` finds in the data.
+    The error also lists what is wrong in the files of the data, as far as it shows without a tokenizer. Other
+    faults alone raise nothing here: `read_inputs` reports them together with all that it finds.
     """
     errors = ErrorCollector()
-    with errors.collect():
-        require_writable(config.run_dir)
+    require_outputs(config, errors)
     is_init_from_missing = config.init_from is not None
     with errors.collect():
         if config.init_from is not None:
@@ -34,21 +37,79 @@ def check_paths(config: RunConfig) -> None:
             _require_tokenizer(config)
             is_tokenizer_missing = False
     if is_init_from_missing or is_tokenizer_missing:
+        check_data_files(config, errors)
         errors.raise_if_any()
 
 
-def require_writable(run_dir: str) -> None:
-    """Raise `ConfigError` if `run_dir` cannot be created or written to; creates nothing."""
-    path = Path(run_dir).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError(
-            f"run_dir={run_dir} cannot be a directory: {existing} is a file. Choose another run_dir."
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"run_dir={run_dir} cannot be written: no write permission in {existing}. Choose another run_dir."
-        )
+def require_outputs(config: RunConfig, errors: ErrorCollector) -> None:
+    """Collect an error for each of the run's directories that cannot be created or written to."""
+    for setting, directory in (
+        ("run_dir", config.run_dir),
+        ("checkpoint.directory", config.checkpoint.directory),
+    ):
+        local = None if directory is None else storage.local_path(directory)
+        if local is not None:
+            with errors.collect():
+                _require_writable(setting, local)
+
+
+def _require_writable(setting: str, directory: Path) -> None:
+    name = f"{setting}={directory}"
+    try:
+        path = directory.absolute()
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not existing.is_dir():
+            raise ConfigError(
+                f"{name} cannot be a directory: {existing} is a file. Choose another {setting}."
+            )
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{name} cannot be written: no write permission in {existing}. Choose another {setting}."
+            )
+        if not os.statvfs(existing).f_blocks:
+            # /proc and /sys have no blocks and claim to be writable; so do network file systems, rightly.
+            os.rmdir(tempfile.mkdtemp(dir=existing))  # noqa: PTH106 - of the directory just made
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be created: {error.strerror}. Choose another {setting}.") from None
+
+
+def data_paths(setting: str, data: Any) -> dict[str, str]:
+    """The paths of the data under `setting`, by the dotted key that gives each."""
+    if isinstance(data, TokensConfig):
+        return {f"{setting}.sources.{i}.path": source.path for i, source in enumerate(data.sources)}
+    path = getattr(data, "path", None)
+    return {f"{setting}.path": path} if isinstance(path, str) else {}
+
+
+@contextmanager
+def naming_settings(setting: str, data: Any) -> Iterator[None]:
+    """Put the setting that gives a path before the first message about that path."""
+    try:
+        yield
+    except DataError as error:
+        lines = str(error).splitlines()
+        for key, path in data_paths(setting, data).items():
+            for index, line in enumerate(lines):
+                if line.startswith((f"{path} ", f"{path}:", f"{path}/")):
+                    lines[index] = f"{key}: {line}"
+                    break
+        raise type(error)("\n".join(lines)) from error
+
+
+def check_data_files(config: RunConfig, errors: ErrorCollector) -> None:
+    """Collect what is wrong with the files of the data, as far as it shows without a tokenizer.
+
+    Shards are opened, which checks that all are there with the right size; other files must exist.
+    """
+    for setting, data in (("data", config.data), ("validation", config.validation)):
+        for path in data_paths(setting, data).values():
+            with errors.collect(), naming_settings(setting, data):
+                if isinstance(data, TokensConfig):
+                    from distft.data.shards import TokenShards
+
+                    TokenShards.open(path)
+                elif not storage.exists(path):
+                    raise DataError(f"{path} does not exist: name a file of rows.")
 
 
 def find_tokenizer(config: RunConfig, init_from: str | None) -> str:
@@ -62,10 +123,9 @@ def find_tokenizer(config: RunConfig, init_from: str | None) -> str:
         shards = config.data.sources[0].path
         if not storage.exists(shards):
             raise DataError(
-                f"data.sources.0.path={shards} does not exist: name a directory that `distft tokenize` made, "
-                "such as its output's train/."
+                f"data.sources.0.path: {shards} does not exist: make token shards with `distft tokenize`."
             )
-        candidates += [storage.join(shards, TOKENIZER_FILE), storage.join(shards, "..", TOKENIZER_FILE)]
+        candidates += [storage.join(shards, TOKENIZER_FILE), storage.join(_above(shards), TOKENIZER_FILE)]
     for candidate in candidates:
         if storage.exists(candidate):
             return candidate
@@ -78,6 +138,11 @@ def _require_checkpoint(init_from: str) -> None:
         detect_format(init_from)
     except CheckpointError as error:
         raise CheckpointError(f"init_from: {error}") from None
+
+
+def _above(path: str) -> str:
+    """The directory that `path` is in: a link's target counts, and in a URL `..` has no meaning."""
+    return storage.parent(path) if storage.is_url(path) else storage.join(path, "..")
 
 
 def _require_tokenizer(config: RunConfig) -> None:

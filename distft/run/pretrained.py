@@ -1,30 +1,28 @@
-"""Evaluates a trained checkpoint, and generates text with it."""
+"""Opens trained models of any format, and evaluates them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from distft import storage
-from distft.checkpoint.committed import Checkpoint, find_checkpoint
 from distft.checkpoint.damage import require_undamaged
-from distft.checkpoint.formats.detect import detect_format
+from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.fragments import WEIGHT
-from distft.checkpoint.sources import read_state
+from distft.checkpoint.sources import CheckpointSource, notes_of, read_state
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
-from distft.config import apply_overrides, parse
+from distft.config import apply_overrides, parse, split_override
 from distft.data.feed import Feed
 from distft.engine.interface import DTYPES
 from distft.engine.memory import allocate
 from distft.errors import ConfigError
-from distft.model.generation import generate
 from distft.model.transformer import Transformer
 from distft.objective.interface import ObjectiveContext
 from distft.run.config import RunConfig
 from distft.run.engines import choose_device
-from distft.run.inputs import data_context
+from distft.run.inputs import data_context, tokenizer_notes
 from distft.run.model import build_module, require_parameters
 from distft.run.paths import TOKENIZER_FILE
 from distft.tokenizer import Tokenizer
@@ -32,44 +30,171 @@ from distft.topology import Topology
 from distft.tracker import progress
 from distft.train.evaluation import evaluate
 
+# The settings that have an effect on an evaluation.
+_EFFECTIVE = (
+    "batch.micro_batch_size",
+    "batch.seq_len",
+    "device",
+    "engine.allow_tf32",
+    "engine.param_dtype",
+    "evaluation.max_sequences",
+    "evaluation.micro_batch_size",
+    "model.attention_kernel",
+    "num_threads",
+    "objective",
+    "timeout_s",
+    "tokenizer",
+    "validation",
+)
+_SEQ_LEN = 1024  # of a model without a run, at most: longer rows take more memory
+_MICRO_BATCH_SIZE = 8
+_NO_PATH = "none"  # stands for data that a substitute does not have
 
-def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> tuple[Checkpoint, RunConfig, Tokenizer]:
-    """A distft checkpoint, the configuration of its run with `overrides` applied, and its tokenizer."""
-    found_format = detect_format(path)
-    if found_format != Checkpoint.format:
-        raise ConfigError(
-            f"{path} is a {found_format} checkpoint, but evaluate and generate read only distft's own runs: "
-            "name it in init_from of a configuration, train, and use that run."
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedModel:
+    """A checkpoint, the configuration of its run or a substitute for one, and its tokenizer."""
+
+    source: CheckpointSource
+    config: RunConfig  # with `model` set
+    tokenizer: Tokenizer
+    notes: tuple[str, ...]  # on the tokenizer, and on what was assumed
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        names = self.source.manifest.label_names
+        return None if names is None else tuple(names)
+
+
+def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False) -> TrainedModel:
+    """Open the model of a run, of a converted checkpoint, or of a directory of transformers.
+
+    `overrides` change the run's configuration. `trust` imports classes outside distft that it names, which
+    runs their code. Raises `ConfigError` for an override without effect.
+    """
+    _check_overrides(overrides)
+    source = open_source(path, trust=trust, weights_only=True)
+    require_undamaged(source)
+    notes = notes_of(source)
+    saved = source.manifest.config
+    if "run_dir" not in saved:
+        saved = _substitute_config(source, path)
+        notes.append(
+            f"{source.path} has no configuration of a run: rows have batch.seq_len="
+            f"{saved['batch']['seq_len']} tokens, objective.type is {saved['objective']['type']}."
         )
-    checkpoint = find_checkpoint(path)
-    if "run_dir" not in checkpoint.manifest.config:
-        raise ConfigError(
-            f"{checkpoint.path} was converted from another format and has no configuration of a run: "
-            "name it in init_from of a configuration, train, and use that run."
-        )
-    require_undamaged(checkpoint)
-    # evaluation.every_steps has no effect here, but would require validation data.
-    overrides = [*overrides, "evaluation.every_steps=null"]
-    raw: dict[str, Any] = apply_overrides(checkpoint.manifest.config, overrides)
+    if saved.get("validation") is None and any(key.startswith("validation.") for key in _keys(overrides)):
+        saved = {**saved, "validation": _empty_validation(saved["data"]["type"], overrides)}
+    raw: dict[str, Any] = apply_overrides(saved, [*overrides, "evaluation.every_steps=null"])
+    raw["batch"]["global_batch_size"] = max(
+        raw["batch"]["global_batch_size"], raw["batch"]["micro_batch_size"]
+    )  # has no effect here, but would limit the other
     try:
-        config: RunConfig = parse(RunConfig, raw)
+        config: RunConfig = parse(RunConfig, raw, trust=trust)
     except ConfigError as error:
-        raise ConfigError(f"In the configuration of {checkpoint.path}:\n{error}") from None
-    tokenizer = Tokenizer.load(storage.join(checkpoint.path, TOKENIZER_FILE))
-    return checkpoint, config, tokenizer
+        hint = _validation_hint(source, raw, overrides)
+        raise ConfigError(f"In the configuration of {source.path}:\n{error}{hint}") from None
+    has_other_tokenizer = any(key == "tokenizer" for key in _keys(overrides))
+    tokenizer = _load_tokenizer(source, config.tokenizer if has_other_tokenizer else None)
+    notes += [*tokenizer.notes, *tokenizer_notes(tokenizer, source)]
+    assert config.model is not None  # of a checkpoint, or of the substitute
+    model = config.model.for_vocabulary(tokenizer.vocab_size)
+    return TrainedModel(
+        source=source,
+        config=config.model_copy(update={"model": model}),
+        tokenizer=tokenizer,
+        notes=tuple(notes),
+    )
 
 
-def load_model(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> Transformer:
-    """The whole model on `device`, in the run's `param_dtype` and in evaluation mode."""
-    assert config.model is not None  # checkpoints contain the resolved configuration
-    label_names = checkpoint.manifest.label_names
-    heads = config.objective.heads(None if label_names is None else tuple(label_names))
-    module = build_module(config.model, heads)
+def _keys(overrides: Sequence[str]) -> list[str]:
+    """The keys of the overrides that have one: `apply_overrides` reports the others."""
+    return [key for key, equals, _ in map(split_override, overrides) if equals]
+
+
+def _empty_validation(kind: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides of single fields complete: of the kind of the training data, unless they say another."""
+    has_sources = any(key.startswith("validation.sources.") for key in _keys(overrides))
+    return {"type": kind, **({"sources": [{"path": _NO_PATH}]} if has_sources else {})}
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    idle = [
+        key
+        for key in _keys(overrides)
+        if not any(f"{key}.".startswith(f"{known}.") or known.startswith(f"{key}.") for known in _EFFECTIVE)
+    ]
+    if idle:
+        raise ConfigError(
+            f"{', '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect on an evaluation: leave "
+            f"{'them' if len(idle) > 1 else 'it'} out. These have: {', '.join(_EFFECTIVE)}."
+        )
+
+
+def _substitute_config(source: CheckpointSource, path: str) -> dict[str, Any]:
+    """A configuration for a model that has none: of a run with the same kind of head."""
+    model = source.manifest.config.get("model")
+    if not isinstance(model, dict):
+        raise ConfigError(
+            f"{path} is a {source.format} checkpoint without the model's configuration, which names "
+            "and shapes do not give: name it in init_from of a configuration, train, and use that run; or "
+            "convert it with `distft checkpoint convert --run-config`."
+        )
+    is_classifier = source.manifest.label_names is not None
+    data: dict[str, Any] = {"type": "labelled", "path": _NO_PATH}
+    if not is_classifier:
+        data = {"type": "tokens", "sources": [{"path": _NO_PATH}]}
+    return {
+        "run_dir": source.path,
+        "model": model,
+        "data": data,
+        "objective": source.manifest.config.get("objective")
+        or {"type": "classification" if is_classifier else "causal_lm"},
+        "batch": {
+            "global_batch_size": _MICRO_BATCH_SIZE,
+            "micro_batch_size": _MICRO_BATCH_SIZE,
+            "seq_len": min(_SEQ_LEN, int(model.get("max_seq_len", _SEQ_LEN))),
+        },
+        "optim": {"peak_lr": 1e-3},
+        "train": {"max_steps": 1},
+    }
+
+
+def _validation_hint(source: CheckpointSource, raw: dict[str, Any], overrides: Sequence[str]) -> str:
+    """For rows of text given to a run whose validation data are token shards."""
+    validation = raw.get("validation")
+    if not isinstance(validation, dict) or validation.get("type") != "tokens":
+        return ""
+    if not any(key == "validation.path" for key in _keys(overrides)):
+        return ""
+    tokenizer = storage.join(source.path, TOKENIZER_FILE)
+    return (
+        f" The model was trained on token shards and is evaluated on such: make them with `distft tokenize "
+        f"{validation.get('path')} -t {tokenizer} -o shards`, and set validation.sources.0.path="
+        "shards/train. For prompts and completions set validation.type=completion too."
+    )
+
+
+def _load_tokenizer(source: CheckpointSource, path: str | None) -> Tokenizer:
+    if path is None:
+        record = source.manifest.tokenizer
+        name = TOKENIZER_FILE if record is None or record.file is None else record.file
+        path = storage.join(source.path, name)
+    return Tokenizer.load(path)
+
+
+def load_model(trained: TrainedModel, device: torch.device) -> Transformer:
+    """The whole model on `device`, in the run's `param_dtype` and in evaluation mode; sets `num_threads`."""
+    config, source = trained.config, trained.source
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    assert config.model is not None
+    module = build_module(config.model, config.objective.heads(trained.label_names))
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
-    require_parameters(checkpoint, shapes)
+    require_parameters(source, shapes)
     allocate(module, device, DTYPES[config.engine.param_dtype])
     for name, param in module.named_parameters():
-        read_state(checkpoint, name, WEIGHT, param.detach().view(-1), 0)
+        read_state(source, name, WEIGHT, param.detach().view(-1), 0)
     return module.eval()
 
 
@@ -81,25 +206,42 @@ def _example_overrides(kind: str) -> str:
     )
 
 
-def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology) -> dict[str, float]:
-    """Metrics of the run's objective on its validation data; they do not depend on the number of ranks."""
-    checkpoint, config, tokenizer = open_checkpoint(path, overrides)
+def _ignore(note: str) -> None:
+    """The default of `on_note`."""
+
+
+def evaluate_checkpoint(
+    path: str,
+    overrides: Sequence[str],
+    topology: Topology,
+    *,
+    trust: bool = False,
+    on_note: Callable[[str], None] = _ignore,
+) -> dict[str, float]:
+    """Metrics of the objective on validation data; they do not depend on the number of ranks.
+
+    `on_note` gets what was assumed, before the work.
+    """
+    trained = open_model(path, overrides, trust=trust)
+    for note in trained.notes:
+        on_note(note)
+    config = trained.config
     if config.validation is None:
         raise ConfigError(
-            f"The run of {checkpoint.path} has no validation data: "
+            f"The run of {trained.source.path} has no validation data: "
             f"name some, such as {_example_overrides(config.data.type)}."
         )
     assert config.model is not None
-    names = checkpoint.manifest.label_names
-    context = data_context(tokenizer, config.model, config.batch.seq_len)
-    context = replace(context, label_names=None if names is None else tuple(names))
+    context = data_context(trained.tokenizer, config.model, config.batch.seq_len)
+    context = replace(context, label_names=trained.label_names)
     feed: Feed = config.validation.build_for_evaluation(context)
     device = choose_device(config, topology)
     collectives: Collectives = SingleProcess()
     if topology.world_size > 1:
         collectives = ProcessGroup(topology, device, config.timeout_s)
-    module = load_model(checkpoint, config, device)
-    progress_bar = progress(feed.num_sequences, "evaluating", "rows") if topology.is_main else nullcontext()
+    module = load_model(trained, device)
+    num_sequences = min(feed.num_sequences, config.evaluation.max_sequences or feed.num_sequences)
+    progress_bar = progress(num_sequences, "evaluating", "rows") if topology.is_main else nullcontext()
     try:
         with progress_bar as display:
             return evaluate(
@@ -111,7 +253,7 @@ def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology)
                 micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
                 seq_len=config.batch.seq_len,
                 device=device,
-                max_sequences=config.evaluation.max_sequences,
+                max_sequences=num_sequences,
                 on_progress=None
                 if display is None
                 else lambda n: display.advance(n * collectives.dp_world_size),
@@ -119,47 +261,3 @@ def evaluate_checkpoint(path: str, overrides: Sequence[str], topology: Topology)
     finally:
         if isinstance(collectives, ProcessGroup):
             collectives.close()
-
-
-def generate_text(
-    path: str,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-) -> list[str]:
-    """Each prompt, continued by the checkpoint's language model."""
-    checkpoint, config, tokenizer = open_checkpoint(path)
-    device = choose_device(config, Topology())
-    module = load_model(checkpoint, config, device)
-    if "lm_head" not in module.heads:
-        raise ConfigError(f"{checkpoint.path} is a classifier, which cannot generate text.")
-    encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
-    continuations = generate(
-        module,
-        encoded,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_id=tokenizer.eos_id,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    return [
-        prompt + tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
-        for prompt, ids in zip(prompts, continuations, strict=True)
-    ]
-
-
-def _prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The prompt's ids after the id that starts a document: in training, the end of the previous one."""
-    start = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
-    ids = tokenizer.encode(prompt)
-    if start is None and not ids:
-        raise ConfigError(
-            "The prompt is empty, and this tokenizer has no id that starts a text: set --prompt."
-        )
-    return ids if start is None else [start, *ids]

@@ -1,7 +1,8 @@
 """Where a run starts: its latest valid checkpoint, or the beginning."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,9 +13,11 @@ from distft.checkpoint.manifest import Manifest
 from distft.checkpoint.store import CheckpointStore, LatestValid
 from distft.collectives import Collectives, all_or_none
 from distft.config import Settings, redact
+from distft.config.component import trusting
 from distft.errors import CheckpointError, ConfigError
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
+from distft.tracker import EVENTS_FILE, LEDGER_EVENT, read_lines
 
 # Settings that a resume may not change: they define what the model sees, and when.
 _FIXED_ON_RESUME = (
@@ -27,6 +30,29 @@ _FIXED_ON_RESUME = (
     ("trainable",),
 )
 _SECTIONS_TO_COMPARE = ("optim", "train", "engine", "batch")
+
+
+def claim_run(
+    store: CheckpointStore,
+    inputs: RunInputs,
+    collectives: Collectives,
+    *,
+    total_steps: int,
+    launch: str | None,
+) -> LatestValid:
+    """Choose what to resume from, and take over writing from earlier starts unless nothing is left to do.
+
+    A start that is refused leaves an earlier one alone, so it looks before it claims; what an earlier one
+    commits in between is found after the claim. Called by all ranks together; `launch` is that of
+    `CheckpointStore.become_writer`. Raises the errors of `find_resume_checkpoint`, and `SupersededError`.
+    """
+    found = find_resume_checkpoint(store, inputs, collectives)
+    if found.checkpoint is not None and found.checkpoint.step >= total_steps:
+        return found
+    store.become_writer(launch)
+    while not store.is_still_latest(found):
+        found = find_resume_checkpoint(store, inputs, collectives)
+    return found
 
 
 def find_resume_checkpoint(
@@ -42,10 +68,14 @@ def find_resume_checkpoint(
     if found.checkpoint is None and found.damage:
         raise CheckpointError(
             f"Every checkpoint in {store.root} is damaged, so the run cannot resume. Restore one, choose "
-            "another run_dir, or delete them to start from the beginning.\n" + "\n".join(found.damage)
+            "another run_dir, or delete this one to start from the beginning.\n" + "\n".join(found.damage)
         )
     if found.checkpoint is None:
+        with all_or_none(collectives, ConfigError):
+            if collectives.rank == 0:
+                require_never_saved(config.run_dir, store.root)
         _verify_init_from(inputs, collectives)
+        store.resume_from(found)
         return found
     if not config.checkpoint.resume:
         raise ConfigError(
@@ -55,6 +85,22 @@ def find_resume_checkpoint(
     require_resumable(found.checkpoint.manifest, config, inputs.train.fingerprint)
     store.resume_from(found)
     return found
+
+
+def require_never_saved(run_dir: str, root: str) -> None:
+    """Raise `ConfigError` if the events of a run tell of a checkpoint, although there is none at `root`.
+
+    Otherwise a disk that is not mounted would make the run start from the beginning and drop its metrics.
+    """
+    events = Path(run_dir) / EVENTS_FILE
+    saved = [event for event in read_lines(events) if event.get("kind") in {"save", "resume", LEDGER_EVENT}]
+    if saved:
+        path = next((event["path"] for event in reversed(saved) if "path" in event), root)
+        raise ConfigError(
+            f"{events} tells of a checkpoint of step {saved[-1].get('step')} ({path}), but {root} has none. "
+            "Is its disk mounted, and is checkpoint.directory as it was? To start from the beginning, choose "
+            f"another run_dir, or delete {run_dir}."
+        )
 
 
 def _verify_init_from(inputs: RunInputs, collectives: Collectives) -> None:
@@ -75,7 +121,7 @@ def require_resumable(saved: Manifest, config: RunConfig, data_fingerprint: str 
     (`data_fingerprint`) may have moved.
     """
     before = _with_new_defaults(saved.config, config)
-    now = config.model_dump(mode="json")
+    now = redact(config.model_dump(mode="json"))  # as it is saved
     if saved.data_fingerprint is not None and saved.data_fingerprint == data_fingerprint:
         before["data"], now["data"] = _without_paths(before.get("data")), _without_paths(now["data"])
     changes = []
@@ -92,15 +138,30 @@ def require_resumable(saved: Manifest, config: RunConfig, data_fingerprint: str 
 def _with_new_defaults(saved: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """`saved` with the defaults of settings that did not exist when it was written.
 
-    A section is read by the class that it has in `config`, so no name in `saved` is imported.
+    A section is read by the class that it has in `config`. Names in `saved` are imported only if `config`,
+    which the user gave, has them too.
     """
     completed = dict(saved)
     for section in ("data", "objective", "model", *_SECTIONS_TO_COMPARE):
         now, before = getattr(config, section), saved.get(section)
         if isinstance(now, Settings) and isinstance(before, Mapping):
+            given = set(_external_types(now.model_dump(mode="json")))
+            context = trusting(given.issuperset(_external_types(before)))
             with contextlib.suppress(ValidationError):  # another type, or a setting that no longer exists
-                completed[section] = type(now).model_validate(before).model_dump(mode="json")
+                read = type(now).model_validate(before, context=context)
+                completed[section] = read.model_dump(mode="json")
     return completed
+
+
+def _external_types(raw: Any) -> Iterator[str]:
+    """The names of classes outside distft, `module:Class`, in a configuration."""
+    if isinstance(raw, Mapping):
+        name = raw.get("type")
+        if isinstance(name, str) and ":" in name:
+            yield name
+    if isinstance(raw, Mapping | list | tuple):
+        for item in raw.values() if isinstance(raw, Mapping) else raw:
+            yield from _external_types(item)
 
 
 def _without_paths(data: Any) -> Any:
@@ -115,9 +176,18 @@ def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     return sorted(
         f"{section}.{key}"
         for section in _SECTIONS_TO_COMPARE
-        for key in {*saved.get(section, {}), *now[section]}
-        if saved.get(section, {}).get(key) != now[section].get(key)
+        for key in _comparable(saved.get(section), now[section])
+        if saved[section].get(key) != now[section].get(key)
     )
+
+
+def _comparable(before: Any, now: Mapping[str, Any]) -> set[str]:
+    """The settings of a section to compare: of another type only those that both types have."""
+    if not isinstance(before, Mapping):
+        return set()
+    if before.get("type") != now.get("type"):
+        return before.keys() & now.keys()
+    return before.keys() | now.keys()
 
 
 def _describe_changes(key: str, before: Any, after: Any) -> list[str]:

@@ -13,12 +13,19 @@ from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.store import LatestValid
 from distft.collectives import Collectives, all_or_none
 from distft.config import dump_yaml
-from distft.errors import ConfigError
+from distft.errors import ConfigError, StorageError
 from distft.run.inputs import RunInputs
 from distft.run.model import new_parameter_prefixes
 from distft.run.paths import CONFIG_FILE
 from distft.run.resume import changed_settings
-from distft.tracker import LEDGER_EVENT, Trackers, build_trackers
+from distft.tracker import (
+    EVENTS_FILE,
+    LEDGER_EVENT,
+    Trackers,
+    build_trackers,
+    last_logged_step,
+    read_lines,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,13 @@ class RunRecord:
 
     run_id: str
     trackers: Trackers  # log nothing on ranks other than 0
+
+    def announce_stop(self) -> None:
+        """Tell that the run was asked to stop. Any thread may call this."""
+        self.trackers.event(
+            "stop_requested",
+            next="saving after this step; a second Ctrl-C stops at once, without saving",
+        )
 
 
 def open_run_dir(
@@ -42,12 +56,18 @@ def open_run_dir(
     run_id = secrets.token_hex(4) if resumed is None else resumed.manifest.run_id
     run_id = collectives.broadcast(run_id)
     trackers = Trackers()
+    last_world_size = None
+    discarded_steps = 0  # logged by an earlier start after the commit from which this one resumes
     with all_or_none(collectives, ConfigError):
         if collectives.rank == 0:
-            run_dir = Path(config.run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            storage.commit_bytes(run_dir / CONFIG_FILE, dump_yaml(config).encode())
             trackers = build_trackers(config.trackers, max_steps=total_steps)
+    with all_or_none(collectives, StorageError):  # such as a full disk
+        if collectives.rank == 0:
+            run_dir = Path(config.run_dir)
+            # That of the last start, not of the manifest: several starts may resume from one commit.
+            last_world_size = _last_world_size(run_dir)
+            discarded_steps = last_logged_step(run_dir) - (0 if resumed is None else resumed.step)
+            storage.commit_bytes(run_dir / CONFIG_FILE, dump_yaml(config, redacted=True).encode())
             trackers.start(
                 run_id,
                 config.model_dump(mode="json"),
@@ -62,14 +82,34 @@ def open_run_dir(
         world_size=collectives.world_size,
         engine=config.engine.type,
         device=str(device),
+        **({"discarded_steps": discarded_steps} if discarded_steps > 0 else {}),
         **_origin(inputs, latest),
     )
+    for note in inputs.notes:
+        trackers.event("note", note=note)
+    if resumed is None:
+        _describe_data(inputs, trackers)
     if resumed is not None:
         trackers.event(LEDGER_EVENT, step=resumed.step, **ledger_fields(resumed.manifest.progress))
-        before = resumed.manifest.written_by.get("world_size")
-        if before not in {None, collectives.world_size}:
-            trackers.event("resize", before=before, after=collectives.world_size)
+        if last_world_size not in {None, collectives.world_size}:
+            trackers.event("resize", before=last_world_size, after=collectives.world_size)
     return RunRecord(run_id, trackers)
+
+
+def _describe_data(inputs: RunInputs, trackers: Trackers) -> None:
+    """Log what labelled texts or completions are like, once: their labels, lengths, and what is cut."""
+    for use, feed in (("training", inputs.train), ("validation", inputs.validation)):
+        if feed is not None:
+            for line in feed.summary.splitlines():
+                trackers.event("data", use=use, summary=line)
+
+
+def _last_world_size(run_dir: Path) -> int | None:
+    """The number of ranks of the last start; None if no start is recorded."""
+    starts = [
+        event for event in read_lines(run_dir / EVENTS_FILE) if event.get("kind") in {"start", "resume"}
+    ]
+    return starts[-1].get("world_size") if starts else None
 
 
 def ledger_fields(progress: Progress) -> dict[str, Any]:

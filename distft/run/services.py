@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 import distft
-from distft.checkpoint.background import CheckpointSaver
+from distft.checkpoint.background import CheckpointSaver, SaveResult
 from distft.checkpoint.manifest import GroupRecord, ProbeRecord, Progress, TokenizerRecord
 from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
+from distft.checkpoint.staging import copier_from
+from distft.checkpoint.store import CheckpointStore
 from distft.config import redact
 from distft.engine.interface import Engine
 from distft.objective.interface import ObjectiveContext
@@ -34,7 +36,8 @@ class RunServices(TrainerServices):
         inputs: RunInputs,
         engine: Engine,
         *,
-        saver: CheckpointSaver,
+        store: CheckpointStore,
+        last_saved_step: int | None,
         loss_probe: LossProbe,
         record: RunRecord,
         watchdog: Watchdog,
@@ -44,10 +47,13 @@ class RunServices(TrainerServices):
         self.heartbeat = watchdog.heartbeat
         self.last_metrics: dict[str, float] = {}  # the last value of each name
         self.last_checkpoint: str | None = None  # the last one committed by this process
+        self.last_saved_step = last_saved_step  # the last commit's; None without one
         self._inputs = inputs
         self._config = inputs.config
         self._engine = engine
-        self._saver = saver
+        self._saver = CheckpointSaver(
+            store, self._config.checkpoint, copier_from(engine.device), self._log_commit
+        )
         self._loss_probe = loss_probe
         self._run_id = record.run_id
         self._trackers = record.trackers
@@ -90,16 +96,14 @@ class RunServices(TrainerServices):
         probe = self._loss_probe.measure(self._engine, num_sequences)
         self._saving[progress.step] = progress
         self._saver.save(self._take_snapshot(progress, probe))
-        self._log_commits()
+        self._log_cleanup_problems()
 
     def before_update(self) -> None:
         self._saver.hold_update()
 
     def wait_for_saves(self) -> None:
-        try:
-            self._saver.wait()
-        finally:
-            self._log_commits()
+        self._saver.wait()
+        self._log_cleanup_problems()
 
     def has_failed_save(self) -> bool:
         return self._saver.has_failed
@@ -110,20 +114,25 @@ class RunServices(TrainerServices):
     def close(self) -> None:
         """Complete the save in progress; if it fails, raise nothing."""
         self._saver.join()
-        self._log_commits()
+        self._log_cleanup_problems()
 
-    def _log_commits(self) -> None:
+    def _log_commit(self, saved: SaveResult) -> None:
+        """Log a commit, in the thread that wrote it: the process may be killed at any time after it."""
+        self.last_checkpoint, self.last_saved_step = saved.path, saved.step
+        self._trackers.event(
+            "save",
+            step=saved.step,
+            path=saved.path,
+            stall_s=round(saved.stall_s, 3),
+            write_s=round(saved.write_s, 3),
+        )
+        progress = self._saving.pop(saved.step)
+        self._trackers.event(LEDGER_EVENT, step=saved.step, **ledger_fields(progress))
+
+    def _log_cleanup_problems(self) -> None:
         for saved in self._saver.collect():
-            self.last_checkpoint = saved.path
-            self._trackers.event(
-                "save",
-                step=saved.step,
-                path=saved.path,
-                stall_s=round(saved.stall_s, 3),
-                write_s=round(saved.write_s, 3),
-            )
-            progress = self._saving.pop(saved.step)
-            self._trackers.event(LEDGER_EVENT, step=saved.step, **ledger_fields(progress))
+            if saved.cleanup_problem:
+                self._trackers.event("cleanup_failed", step=saved.step, reason=saved.cleanup_problem)
 
     def _take_snapshot(self, progress: Progress, probe: ProbeRecord) -> CheckpointSnapshot:
         """The state and metadata that this rank saves.
@@ -143,7 +152,11 @@ class RunServices(TrainerServices):
                 run_id=self._run_id,
                 config=dict(redact(self._config.model_dump(mode="json"))),
                 label_names=None if inputs.label_names is None else list(inputs.label_names),
-                tokenizer=TokenizerRecord(fingerprint=inputs.tokenizer.fingerprint, file=TOKENIZER_FILE),
+                tokenizer=TokenizerRecord(
+                    fingerprint=inputs.tokenizer.fingerprint,
+                    file=TOKENIZER_FILE,
+                    document_start=inputs.train.document_start,
+                ),
                 written_by=self._written_by(),
                 groups=_group_records(inputs, updates),
                 tied=_tied_names(self._engine.module),

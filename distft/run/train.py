@@ -1,43 +1,41 @@
 """Trains a run as configured, on each rank, under any launcher."""
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from distft import storage
-from distft.checkpoint.background import CheckpointSaver
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.manifest import Progress
-from distft.checkpoint.staging import copier_from
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
 from distft.engine.interface import DTYPES
-from distft.errors import Preempted, SupersededError
+from distft.errors import Interrupted, Preempted, SupersededError
 from distft.model.counts import recomputed_flops
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
 from distft.run.config import RunConfig
 from distft.run.engines import build_collectives, build_engine, choose_device
+from distft.run.environment import launch_name
 from distft.run.inputs import RunInputs
-from distft.run.resume import find_resume_checkpoint
+from distft.run.resume import claim_run
 from distft.run.run_dir import RunRecord, open_run_dir
 from distft.run.services import RunServices
+from distft.run.stop_signals import stop_on_signals
 from distft.run.training_module import build_objective_context
 from distft.topology import BatchPlan, Topology
 from distft.train.loop import Trainer
 from distft.train.loss_probe import LossProbe
 from distft.train.schedule import TrainingSchedule
-from distft.train.services import StopReason, StopRequested, never_stop
+from distft.train.services import StopRequested, never_stop
 from distft.train.throughput import Throughput, peak_flops_per_s
 from distft.watch.device_clock import device_clock
 from distft.watch.watchdog import Watchdog
 
 _MIN_STRAGGLER_INTERVAL_STEPS = 10
+ENCODED_DIR = "encoded"  # of a run: labelled texts and completions, which one rank encodes for all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +52,14 @@ def run_training(
 ) -> RunResult:
     """Train from the run's latest checkpoint, or its beginning, to its end, on this rank.
 
-    Raises errors in the configuration and the data before it uses a device. Raises `Preempted` after a
-    SIGTERM, or after `stop_requested` of any rank returns a reason, once the run is saved.
+    Raises errors in the configuration and the data before it uses a device. Raises `Preempted` after SIGTERM
+    or Ctrl-C, or after `stop_requested` of any rank returns a reason, once the run is saved; `Interrupted`
+    after a second Ctrl-C.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    plan, inputs = check_run(config, topology)
+    cache_dir = storage.join(config.run_dir, ENCODED_DIR) if topology.world_size > 1 else None
+    plan, inputs = check_run(config, topology, cache_dir)
     device = choose_device(config, topology)
     collectives = build_collectives(config, topology, device)
     has_failed = True
@@ -111,9 +111,17 @@ class TrainingRun:
         # The saver's thread needs a group of its own: this thread uses the other one at the same time.
         self._store = CheckpointStore(directory, collectives.with_new_group())
         self._schedule = self._build_schedule()
+        self._step = 0  # completed steps of the run
+        self._saved_step: int | None = None  # the last one that is committed
 
     def train(self) -> RunResult:
-        latest = find_resume_checkpoint(self._store, self._inputs, self._collectives)
+        latest = claim_run(
+            self._store,
+            self._inputs,
+            self._collectives,
+            total_steps=self._schedule.total_steps,
+            launch=launch_name(),
+        )
         record = open_run_dir(
             self._inputs,
             latest,
@@ -122,10 +130,10 @@ class TrainingRun:
             total_steps=self._schedule.total_steps,
         )
         progress = Progress() if latest.checkpoint is None else latest.checkpoint.manifest.progress
+        self._step, self._saved_step = progress.step, None if latest.checkpoint is None else progress.step
         status = "failed"
         try:
             if progress.step < self._schedule.total_steps:
-                self._store.become_writer()
                 result = self._train_from(latest.checkpoint, progress, record)
             else:
                 result = self._log_nothing_to_do(progress, record)
@@ -133,13 +141,26 @@ class TrainingRun:
         except Preempted:
             status = "preempted"
             raise
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise Interrupted(self._describe_interruption()) from None
         except SupersededError as error:
             record.trackers.event("superseded", reason=str(error))
             status = "superseded"
             raise
         finally:
-            record.trackers.finish(status)
+            record.trackers.finish(status, step=self._step)
         return result
+
+    def _describe_interruption(self) -> str:
+        if self._saved_step is None:
+            return f"Interrupted at step {self._step}. Nothing is saved yet: the same command starts anew."
+        lost = self._step - self._saved_step
+        again = f", and does {lost} steps again" if lost else ""
+        return (
+            f"Interrupted at step {self._step}. Step {self._saved_step} is saved: the same command goes on "
+            f"from there{again}."
+        )
 
     def _log_nothing_to_do(self, progress: Progress, record: RunRecord) -> RunResult:
         total_steps = self._schedule.total_steps
@@ -157,11 +178,12 @@ class TrainingRun:
         )
         if checkpoint is not None:
             loss_probe.check(engine, checkpoint.manifest, checkpoint.path, self._collectives)
-        with stop_on_sigterm(self._stop_requested) as stop_requested:
+        with stop_on_signals(self._stop_requested, on_request=record.announce_stop) as stop_requested:
             services = RunServices(
                 inputs,
                 engine,
-                saver=CheckpointSaver(self._store, config.checkpoint, copier_from(self._device)),
+                store=self._store,
+                last_saved_step=self._saved_step,
                 loss_probe=loss_probe,
                 record=record,
                 watchdog=self._watchdog,
@@ -183,9 +205,15 @@ class TrainingRun:
             )
             try:
                 progress = trainer.run()
+            except KeyboardInterrupt:
+                raise  # without waiting for the save in progress
+            except BaseException:
+                services.close()  # the save in progress is valid
+                raise
             finally:
-                services.close()  # also after a failure: the save in progress is valid
+                self._step, self._saved_step = trainer.step, services.last_saved_step
                 engine.close()
+            services.close()
         return RunResult(
             step=progress.step, metrics=services.last_metrics, checkpoint=services.last_checkpoint
         )
@@ -224,25 +252,3 @@ class TrainingRun:
         if progress.loss_scale is not None:
             loss_scale.load_state_dict(progress.loss_scale)
         return loss_scale
-
-
-@contextmanager
-def stop_on_sigterm(stop_requested: StopRequested) -> Iterator[StopRequested]:
-    """Within the block, SIGTERM does not end the process: the yielded function then returns "requested".
-
-    Before a SIGTERM, it returns the result of `stop_requested`. Only the main thread of a process can set a
-    handler: in another thread, as in a Ray worker, SIGTERM keeps its effect.
-    """
-    is_terminated = threading.Event()
-
-    def reason() -> StopReason | None:
-        return "requested" if is_terminated.is_set() else stop_requested()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield reason
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: is_terminated.set())  # noqa: ARG005
-    try:
-        yield reason
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -4,14 +4,18 @@ Every file is written as a whole or not at all. Local paths use system calls, UR
 """
 
 from distft.storage.checksum import ChecksumWriter, checksum_of, checksum_of_bytes, verify
-from distft.storage.errors import full_disk_as_storage_error
+from distft.storage.errors import full_disk_as_storage_error, unreadable_as_unreachable
 from distft.storage.files import (
     Writer,
     commit_bytes,
+    commit_unless_changed,
     copy,
     exists,
     is_directory,
+    is_link,
     list_names,
+    list_sizes,
+    list_temporary_files,
     make_directory,
     open_read,
     open_write,
@@ -20,26 +24,36 @@ from distft.storage.files import (
     read_range,
     read_view,
     remove,
+    remove_files,
     remove_temporary_files,
     remove_tree,
     size,
+    sync_names,
+    version,
 )
+from distft.storage.lfs import check_not_lfs_pointer, is_lfs_pointer
 from distft.storage.paths import AnyPath, is_url, join, local_path, parent
 
 __all__ = [
     "AnyPath",
     "ChecksumWriter",
     "Writer",
+    "check_not_lfs_pointer",
     "checksum_of",
     "checksum_of_bytes",
     "commit_bytes",
+    "commit_unless_changed",
     "copy",
     "exists",
     "full_disk_as_storage_error",
     "is_directory",
+    "is_lfs_pointer",
+    "is_link",
     "is_url",
     "join",
     "list_names",
+    "list_sizes",
+    "list_temporary_files",
     "local_path",
     "make_directory",
     "open_read",
@@ -50,8 +64,12 @@ __all__ = [
     "read_range",
     "read_view",
     "remove",
+    "remove_files",
     "remove_temporary_files",
     "remove_tree",
     "size",
+    "sync_names",
+    "unreadable_as_unreachable",
     "verify",
+    "version",
 ]

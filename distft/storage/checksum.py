@@ -9,6 +9,7 @@ from typing import Protocol
 import xxhash
 
 from distft.errors import StorageError
+from distft.storage.errors import unreadable_as_unreachable
 from distft.storage.files import open_read, size
 from distft.storage.paths import AnyPath
 
@@ -60,18 +61,28 @@ def checksum_of(path: AnyPath) -> str:
 
 
 def verify(path: AnyPath, *, checksum: str, num_bytes: int | None = None) -> None:
-    """Raise `StorageError` unless the file exists, has `num_bytes` bytes, and has this checksum."""
+    """Raise `StorageError` unless the file exists, has `num_bytes` bytes, and has this checksum.
+
+    Raises `UnreachableError` if the file cannot be read now.
+    """
     try:
-        found_bytes = size(path)
-        if num_bytes is not None and found_bytes != num_bytes:
-            raise StorageError(f"{path} has {found_bytes:,} bytes instead of {num_bytes:,}.")
-        if not checksum.startswith(f"{_ALGORITHM}:"):
-            raise StorageError(
-                f"{path}: checksum {checksum!r} does not have the form {_ALGORITHM}:0123456789abcdef."
-            )
-        found = checksum_of(path)
+        with unreadable_as_unreachable(path):
+            _verify(path, checksum, num_bytes)
     except FileNotFoundError:
         raise StorageError(f"{path} is missing.") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise StorageError(f"{path} is not a file.") from None
+
+
+def _verify(path: AnyPath, checksum: str, num_bytes: int | None) -> None:
+    found_bytes = size(path)
+    if num_bytes is not None and found_bytes != num_bytes:
+        raise StorageError(f"{path} has {found_bytes:,} bytes instead of {num_bytes:,}.")
+    if not checksum.startswith(f"{_ALGORITHM}:"):
+        raise StorageError(
+            f"{path}: checksum {checksum!r} does not have the form {_ALGORITHM}:0123456789abcdef."
+        )
+    found = checksum_of(path)
     if found != checksum:
         raise StorageError(f"{path} is damaged: its checksum is {found} instead of {checksum}.")
 

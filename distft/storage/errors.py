@@ -3,14 +3,40 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from distft.errors import DistftError, StorageError, UnreachableError
 from distft.storage.paths import AnyPath, local_path
 
+T = TypeVar("T")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# Of network file systems and disks; they say nothing about the file, and often pass.
+_PASSING = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,  # NFS: the server forgot the file handle; opening the path anew helps
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ETIMEDOUT,
+        errno.EREMOTEIO,
+        errno.ECOMM,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,  # FUSE: its process is gone
+        errno.ESHUTDOWN,
+    }
+)
+_NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+RETRY_WAITS_S = (0.1, 0.5, 2.0)  # before the second, third and last attempt
 
 
 @contextmanager
@@ -30,6 +56,56 @@ def full_disk_as_storage_error(path: AnyPath, num_bytes: int | None = None) -> I
             f"{path}: no space left{quota}{wanted}; {_free_space(path)}. Free some space there or choose "
             "another path, then start again: files committed before are unharmed."
         ) from error
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether an error of a local file system tells nothing about the file, and may pass."""
+    return error.errno in _PASSING
+
+
+def retried(path: AnyPath, action: str, attempt: Callable[[], T]) -> T:
+    """The result of `attempt`, which reads a local file and is repeated after an error that may pass.
+
+    Raises `UnreachableError` if it does not pass within seconds, and any other error at once. `action` is a
+    gerund for the message. Stores have retries of their own, in their libraries.
+    """
+    waits: Sequence[float] = RETRY_WAITS_S
+    for wait_s in (*waits, None):
+        try:
+            return attempt()
+        except OSError as error:
+            if not is_passing(error):
+                raise
+            if wait_s is None:
+                raise _unreachable(path, action, error) from error
+            time.sleep(wait_s)
+    raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def unreadable_as_unreachable(path: AnyPath) -> Iterator[None]:
+    """Raise an `UnreachableError` for an `OSError` in the block, unless it says that no file is there.
+
+    Use it where a `StorageError` would count as damage: a file without read permission is not damaged.
+    """
+    try:
+        yield
+    except _NO_SUCH_FILE:
+        raise
+    except OSError as error:
+        raise _unreachable(path, "reading", error) from error
+
+
+def _unreachable(path: AnyPath, action: str, error: OSError) -> UnreachableError:
+    remedy = (
+        "Give this user the right to read it"
+        if isinstance(error, PermissionError)
+        else "Check the disk, its mount and the network"
+    )
+    return UnreachableError(
+        f"{path}: {action} failed: {error.strerror or error}. {remedy}, then start again: "
+        "nothing was changed."
+    )
 
 
 def _free_space(path: AnyPath) -> str:

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Protocol
 
-from distft.errors import StorageError
-from distft.storage.local import TEMPORARY_MARK, LocalStorage
+from distft.errors import StorageError, UnreachableError
+from distft.storage.local import TEMPORARY_MARK, LocalStorage, sync_directory
 from distft.storage.paths import AnyPath, join, local_path
 from distft.storage.remote import RemoteStorage
 
@@ -26,6 +26,10 @@ class Storage(Protocol):
 
     def open_read(self, path: str) -> BinaryIO: ...
     def open_write(self, path: str, *, durable: bool) -> AbstractContextManager[Writer]: ...
+    def commit_unless_changed(
+        self, path: str, data: bytes, expected: str | None, confirm: Callable[[], None]
+    ) -> bool: ...
+    def version(self, path: str) -> str | None: ...
     def read_into(self, path: str, start: int, out: memoryview) -> int: ...
     def read_view(self, path: str) -> memoryview: ...
     def list_names(self, path: str) -> list[str]: ...
@@ -33,6 +37,7 @@ class Storage(Protocol):
     def is_directory(self, path: str) -> bool: ...
     def size(self, path: str) -> int: ...
     def remove(self, path: str) -> None: ...
+    def remove_files(self, path: str, names: list[str]) -> None: ...
     def remove_tree(self, path: str) -> None: ...
     def make_directory(self, path: str) -> None: ...
 
@@ -67,6 +72,27 @@ def commit_bytes(path: AnyPath, data: bytes, *, durable: bool = True) -> None:
         file.write(data)
 
 
+def version(path: AnyPath) -> str | None:
+    """A text that changes whenever the file at `path` is replaced; None if there is no file."""
+    storage, name = _storage_of(path)
+    return storage.version(name)
+
+
+def commit_unless_changed(
+    path: AnyPath, data: bytes, *, expected: str | None, confirm: Callable[[], None]
+) -> bool:
+    """Replace a file's content if its `version` is still `expected`; returns whether it was.
+
+    `confirm` is called as late as possible before, and prevents the write by raising. Two writers that begin
+    with the same version never both succeed on S3, which compares by itself. On a local disk they do not if
+    the later one first makes the `confirm` of the earlier one raise, then removes the
+    `list_temporary_files`, and takes its `version` last. On other stores, the moment between look and write
+    is unguarded.
+    """
+    storage, name = _storage_of(path)
+    return storage.commit_unless_changed(name, data, expected, confirm)
+
+
 def read_bytes(path: AnyPath) -> bytes:
     """A file's whole content. Raises `FileNotFoundError`."""
     with open_read(path) as file:
@@ -80,8 +106,11 @@ def read_into(path: AnyPath, start: int, out: memoryview) -> None:
     """
     storage, name = _storage_of(path)
     if storage.read_into(name, start, out) != len(out):
+        stop, num_bytes = start + len(out), size(path)
+        if num_bytes >= stop:
+            raise UnreachableError(f"{path}: reading bytes {start:,} to {stop:,} failed: start again.")
         raise StorageError(
-            f"{path} is cut short: bytes {start:,} to {start + len(out):,} are needed, it has {size(path):,}."
+            f"{path} is cut short: bytes {start:,} to {stop:,} are needed, it has {num_bytes:,}."
         )
 
 
@@ -102,6 +131,13 @@ def list_names(path: AnyPath) -> list[str]:
     """The sorted names in a directory, without temporary files; empty if the directory does not exist."""
     storage, name = _storage_of(path)
     return storage.list_names(name)
+
+
+def list_sizes(path: AnyPath) -> dict[str, int]:
+    """Size in bytes of each file directly in a directory; on object stores one request per 1000 files."""
+    if local_path(path) is not None:
+        return {name: size(join(path, name)) for name in list_names(path)}
+    return RemoteStorage.of(os.fspath(path)).list_sizes(os.fspath(path))
 
 
 def exists(path: AnyPath) -> bool:
@@ -128,24 +164,50 @@ def remove(path: AnyPath) -> None:
     storage.remove(name)
 
 
+def remove_files(path: AnyPath, names: Sequence[str]) -> None:
+    """Remove the files `names` from a directory, those that exist, and then the directory if it is empty."""
+    storage, name = _storage_of(path)
+    storage.remove_files(name, list(names))
+
+
 def remove_tree(path: AnyPath, *, first: Sequence[str] = ()) -> None:
     """Remove a directory and everything below it, if it exists.
 
     The names in `first` are removed before the rest: a checkpoint's manifest goes first, so that a checkpoint
-    removed halfway does not count as committed.
+    removed halfway does not count as committed. Of a symbolic link only the link itself is removed.
     """
     storage, name = _storage_of(path)
-    for child in first:
+    for child in () if is_link(path) else first:
         storage.remove(join(name, child))
     storage.remove_tree(name)
 
 
+def list_temporary_files(path: AnyPath) -> list[str]:
+    """The names of files in a local directory that are being written, or that killed writers left."""
+    directory = local_path(path)
+    return [] if directory is None else [found.name for found in directory.glob(f"*{TEMPORARY_MARK}*")]
+
+
 def remove_temporary_files(path: AnyPath) -> None:
     """Remove temporary files that killed writers left in a local directory. Nobody may be writing there."""
-    directory = local_path(path)
-    if directory is not None and directory.is_dir():
-        for temporary in directory.glob(f"*{TEMPORARY_MARK}*"):
-            temporary.unlink(missing_ok=True)
+    for name in list_temporary_files(path):
+        remove(join(path, name))
+
+
+def is_link(path: AnyPath) -> bool:
+    """Whether `path` is a symbolic link on this machine."""
+    local = local_path(path)
+    return local is not None and local.is_symlink()
+
+
+def sync_names(directory: AnyPath) -> None:
+    """Have the disk store the names in a local directory: those of files written without this module.
+
+    Files that this module writes durably need no call.
+    """
+    local = local_path(directory)
+    if local is not None:
+        sync_directory(local)
 
 
 def make_directory(path: AnyPath) -> None:

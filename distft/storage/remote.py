@@ -6,7 +6,7 @@ import math
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
 
 from distft.errors import ConfigError, StorageError, UnreachableError
@@ -18,7 +18,7 @@ from distft.storage.errors import (
     s3_error_code,
 )
 from distft.storage.local import TEMPORARY_MARK
-from distft.storage.paths import parent_and_name
+from distft.storage.paths import join, parent_and_name
 
 _S3 = frozenset(["s3", "s3a"])
 _OBJECT_STORES = _S3 | {"gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "hf"}  # have no directories
@@ -27,6 +27,8 @@ _ATOMIC_PUT = _OBJECT_STORES | {"memory"}
 _IN_MEMORY_BYTES = 64 << 20  # larger files are uploaded from the local disk in parts
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 4  # parts of one file in memory
+_LARGEST_PUT = 5 << 30  # S3's limit for a file in one request
+_CONDITION_FAILED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
 _MAX_PARTS = 10_000  # per upload; S3's limit
 
 
@@ -167,6 +169,40 @@ class RemoteStorage:
                 options["chunksize"] = max(_PART_BYTES, math.ceil(writer.num_bytes / _MAX_PARTS))
             self._filesystem.put_file(writer.local_name, writer.path, **options)
 
+    def commit_unless_changed(
+        self, path: str, data: bytes, expected: str | None, confirm: Callable[[], None]
+    ) -> bool:
+        confirm()
+        condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
+        if not self._protocols & _S3:
+            if self.version(path) != expected:
+                return False
+            condition = {}
+        try:
+            with errors_as_unreachable(path, "writing"):
+                # In one request: the parts of an upload take no condition.
+                options = {**condition, "chunksize": _LARGEST_PUT} if condition else {}
+                self._filesystem.pipe_file(path, data, **options)
+        except FileNotFoundError as error:
+            if s3_error_code(error) == "NoSuchBucket":
+                raise bucket_missing(path) from error
+            return False  # the file that was to be replaced is gone
+        except UnreachableError as error:
+            if s3_error_code(error) not in _CONDITION_FAILED:
+                raise
+            # A repeated request, whose first answer was lost, finds its own file.
+            return self.version(path) is not None and bytes(self.read_view(path)) == data
+        return True
+
+    def version(self, path: str) -> str | None:
+        try:
+            found = self._look_up(path, self._filesystem.info)
+        except FileNotFoundError:
+            return None
+        if found["type"] != "file":
+            return None
+        return str(found["ETag"] if self._protocols & _S3 else self._filesystem.ukey(path))
+
     def read_into(self, path: str, start: int, out: memoryview) -> int:
         if not len(out):
             return 0
@@ -200,6 +236,19 @@ class RemoteStorage:
         }
         return sorted(name for name in names if TEMPORARY_MARK not in name)
 
+    def list_sizes(self, path: str) -> dict[str, int]:
+        try:
+            with errors_as_unreachable(path, "listing"):
+                self._filesystem.invalidate_cache(path)
+                found = self._filesystem.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {
+            str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"])
+            for entry in found
+            if entry["type"] == "file"
+        }
+
     def exists(self, path: str) -> bool:
         return bool(self._look_up(path, self._filesystem.exists))
 
@@ -222,6 +271,15 @@ class RemoteStorage:
             with errors_as_unreachable(path, "removing"):
                 self._filesystem.rm_file(path)
 
+    def remove_files(self, path: str, names: list[str]) -> None:
+        if not names:
+            return
+        with errors_as_unreachable(path, "removing"), suppress(FileNotFoundError):
+            self._filesystem.rm([join(path, name) for name in names])
+        # S3 lists the objects that it refused to delete in a response that s3fs ignores.
+        if left := set(names) & set(self.list_names(path)):
+            raise _still_there(join(path, min(left)))
+
     def remove_tree(self, path: str) -> None:
         if not self.exists(path):
             return
@@ -232,15 +290,19 @@ class RemoteStorage:
             pass  # another process is removing the same tree
         # S3 lists the objects that it refused to delete in a response that s3fs ignores.
         if self.exists(path):
-            raise UnreachableError(
-                f"{path}: removing failed: some files are still there. {remedy(PermissionError())}"
-            )
+            raise _still_there(path)
 
     def make_directory(self, path: str) -> None:
         # Never create a bucket: a misspelt name would become a new one.
         if not self._protocols & _OBJECT_STORES:
             with errors_as_unreachable(path, "creating the directory"):
                 self._filesystem.makedirs(path, exist_ok=True)
+
+
+def _still_there(path: str) -> UnreachableError:
+    return UnreachableError(
+        f"{path}: removing failed: some files are still there. {remedy(PermissionError())}"
+    )
 
 
 @functools.cache

@@ -1,17 +1,35 @@
 """Reads the vocabulary and settings of a sentencepiece model file, without generated protobuf classes.
 
-Field numbers are from `sentencepiece_model.proto`, which promises never to change them.
+Field numbers are from `sentencepiece_model.proto`, which promises never to change them. The file is not
+trusted: its pieces are checked before sentencepiece's own parser, which is native code, gets them.
 """
 
 import hashlib
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from math import isfinite
+from typing import TypeVar
 
 from distft.errors import DataError
+from distft.tokenizer.protobuf import encode_field, fields_of
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+MAX_MODEL_BYTES = 256 << 20  # of a file; the largest vocabularies in use take 5 MiB
+_MAX_PIECES = 1 << 22  # 16 times the largest vocabularies in use
+_MAX_PIECE_BYTES = 1 << 16
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3  # fields of a ModelProto
+# distft's own: the ids of bos, eos and pad (its fields 1, 2, 3) where they are not sentencepiece's, and
+# whether tokens were added (4). The schema keeps the numbers from 200 on for such extensions, and
+# sentencepiece skips them.
+ADDED = 1001
+_HAS_ADDED_TOKENS = 4
+SPECIAL_NAMES = ("bos", "eos", "pad")
+_Enum = TypeVar("_Enum", bound=IntEnum)
 
 
 class PieceType(IntEnum):
@@ -50,6 +68,8 @@ class ModelProto:
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
     escape_whitespaces: bool
+    special_ids: Mapping[str, int]  # of bos, eos and pad where they are not sentencepiece's
+    has_added_tokens: bool  # as transformers adds them: no dummy prefix comes before one
 
     @property
     def has_identity_normalization(self) -> bool:
@@ -73,8 +93,11 @@ class ModelProto:
         Shards and checkpoints store it: field order, and the name `Algorithm` in its repr, must not change.
         """
         digest = hashlib.blake2b(digest_size=16)
-        settings = [getattr(self, name) for name in self.__slots__ if name != "pieces"]
+        later = {"pieces", "special_ids", "has_added_tokens"}
+        settings = [getattr(self, name) for name in self.__slots__ if name not in later]
         digest.update(repr((settings, special_ids)).encode())
+        if self.has_added_tokens:
+            digest.update(b"added tokens")
         for piece in self.pieces:
             text = piece.text.encode("utf-8", "surrogateescape")
             digest.update(struct.pack("<IfB", len(text), piece.score, piece.type) + text)
@@ -83,14 +106,26 @@ class ModelProto:
 
 def parse_model_proto(model: bytes) -> ModelProto:
     """Parse a serialized `ModelProto`. Raises `DataError` if `model` is not one."""
+    pieces: list[Piece] = []
+    trainer_spec: dict[int, int | bytes] = {}
+    normalizer_spec: dict[int, int | bytes] = {}
+    added: dict[int, int | bytes] = {}
     try:
-        fields = list(_fields(model))
-        pieces = tuple(_piece(value) for number, value in fields if number == 1 and isinstance(value, bytes))
-        trainer_spec = _merged_message(fields, 2)
-        normalizer_spec = _merged_message(fields, 3)
-        proto = ModelProto(
-            pieces=pieces,
-            algorithm=Algorithm(_int_or(trainer_spec.get(3), Algorithm.UNIGRAM)),
+        for number, value in fields_of(model):
+            if number == PIECES:
+                if len(pieces) == _MAX_PIECES:
+                    raise ValueError(f"it has more than {_MAX_PIECES:,} pieces")
+                pieces.append(_piece(_message(value, "pieces"), len(pieces)))
+            elif number == TRAINER_SPEC:  # of a repeated field the last value counts
+                trainer_spec.update(fields_of(_message(value, "trainer_spec")))
+            elif number == NORMALIZER_SPEC:
+                normalizer_spec.update(fields_of(_message(value, "normalizer_spec")))
+            elif number == ADDED:
+                added = dict(fields_of(_message(value, "the field of added tokens")))
+        _check_pieces(pieces)
+        return ModelProto(
+            pieces=tuple(pieces),
+            algorithm=_enum(Algorithm, trainer_spec.get(3), Algorithm.UNIGRAM, "model_type"),
             byte_fallback=bool(_int_or(trainer_spec.get(35), 0)),
             treat_whitespace_as_suffix=bool(_int_or(trainer_spec.get(24), 0)),
             unk_surface=_bytes_or(trainer_spec.get(44), " \u2047 ".encode()).decode(),
@@ -98,33 +133,74 @@ def parse_model_proto(model: bytes) -> ModelProto:
             add_dummy_prefix=bool(_int_or(normalizer_spec.get(3), 1)),
             remove_extra_whitespaces=bool(_int_or(normalizer_spec.get(4), 1)),
             escape_whitespaces=bool(_int_or(normalizer_spec.get(5), 1)),
+            special_ids=_special_ids(added, len(pieces)),
+            has_added_tokens=bool(_int_or(added.get(_HAS_ADDED_TOKENS), 0)),
         )
     except (IndexError, ValueError, struct.error) as error:
-        raise DataError(f"not a sentencepiece model: {error}") from error
+        reason = "it ends within a field" if isinstance(error, IndexError) else error
+        raise DataError(f"not a sentencepiece model: {reason}") from error
+
+
+def _check_pieces(pieces: Sequence[Piece]) -> None:
+    """Raise `ValueError` for pieces that no model can have."""
     if not pieces:
-        raise DataError("not a sentencepiece model: it has no pieces")
-    return proto
+        raise ValueError("it has no pieces")
+    seen: set[str] = set()
+    for index, piece in enumerate(pieces):
+        if piece.text in seen:
+            raise ValueError(f"pieces {index} and an earlier one are both {piece.text[:40]!r}")
+        seen.add(piece.text)
+        if piece.type is PieceType.BYTE and not _BYTE_PIECE.fullmatch(piece.text):
+            raise ValueError(
+                f"piece {index} is of type BYTE, but its text is {piece.text[:40]!r}, not <0x00> to <0xFF>"
+            )
 
 
-def _piece(message: bytes) -> Piece:
+def _piece(message: bytes, index: int) -> Piece:
     end = 2 + message[1] if len(message) > 1 else 0
-    if message[:1] == b"\x0a" and message[1] < 0x80 and len(message) == end + 5 and message[end] == 0x15:
+    if message[:1] == b"\x0a" and 0 < message[1] < 0x80 and len(message) == end + 5 and message[end] == 0x15:
         # Nearly all pieces have a short text, a score and no type: this path is three times as fast.
-        text = message[2:end].decode("utf-8", "surrogateescape")
-        return Piece(text, struct.unpack_from("<f", message, end + 1)[0], PieceType.NORMAL)
-    fields = dict(_fields(message))
+        score = struct.unpack_from("<f", message, end + 1)[0]
+        if isfinite(score):
+            return Piece(message[2:end].decode("utf-8", "surrogateescape"), score, PieceType.NORMAL)
+    fields = dict(fields_of(message))
+    text = _bytes_or(fields.get(1), b"")
+    if not 0 < len(text) <= _MAX_PIECE_BYTES:
+        raise ValueError(
+            f"piece {index} has {len(text):,} bytes of text: 1 to {_MAX_PIECE_BYTES:,} are possible"
+        )
     score = struct.unpack("<f", _bytes_or(fields.get(2), b"\0\0\0\0"))[0]
-    text = _bytes_or(fields.get(1), b"").decode("utf-8", "surrogateescape")
-    return Piece(text, score, PieceType(_int_or(fields.get(3), PieceType.NORMAL)))
+    if not isfinite(score):
+        raise ValueError(f"piece {index} has the score {score}")
+    kind = _enum(PieceType, fields.get(3), PieceType.NORMAL, f"the type of piece {index}")
+    return Piece(text.decode("utf-8", "surrogateescape"), score, kind)
 
 
-def _merged_message(fields: list[tuple[int, int | bytes]], number: int) -> dict[int, int | bytes]:
-    """The fields of the message in field `number`; of repeated ones the last; empty if it is absent."""
-    merged: dict[int, int | bytes] = {}
-    for field_number, value in fields:
-        if field_number == number and isinstance(value, bytes):
-            merged.update(_fields(value))
-    return merged
+def _special_ids(fields: Mapping[int, int | bytes], num_pieces: int) -> dict[str, int]:
+    found = {}
+    for number, name in enumerate(SPECIAL_NAMES, start=1):
+        value = fields.get(number)
+        if value is None:
+            continue
+        if isinstance(value, bytes) or value >= num_pieces:
+            raise ValueError(f"the id of {name} is not that of a piece")
+        found[name] = value
+    return found
+
+
+def _message(value: int | bytes, name: str) -> bytes:
+    if isinstance(value, int):
+        raise ValueError(f"{name} is the number {value}, not a message")
+    return value
+
+
+def _enum(kind: type[_Enum], value: int | bytes | None, default: _Enum, name: str) -> _Enum:
+    if value is None:
+        return default
+    if isinstance(value, bytes) or value not in set(kind):
+        shown = value if isinstance(value, int) else f"{len(value)} bytes"
+        raise ValueError(f"{name} is {shown}: it must be {min(kind)} to {max(kind)}")
+    return kind(value)
 
 
 def _int_or(value: int | bytes | None, default: int) -> int:
@@ -135,34 +211,18 @@ def _bytes_or(value: int | bytes | None, default: bytes) -> bytes:
     return value if isinstance(value, bytes) else default
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) in order: an int for varints, bytes for all other wire types."""
-    position = 0
-    while position < len(message):
-        tag, position = _varint(message, position)
-        field_number, wire_type = tag >> 3, tag & 7
-        if wire_type == _VARINT:
-            value, position = _varint(message, position)
-            yield field_number, value
-            continue
-        if wire_type == _BYTES:
-            length, position = _varint(message, position)
-        elif wire_type in (_FIXED32, _FIXED64):
-            length = 4 if wire_type == _FIXED32 else 8
-        else:
-            raise ValueError(f"wire type {wire_type} at byte {position}")
-        if position + length > len(message):
-            raise ValueError(f"a field at byte {position} runs past the end")
-        yield field_number, message[position : position + length]
-        position += length
+def encode_added(special_ids: Mapping[str, int | None]) -> bytes:
+    """The content of the field `ADDED`, for a model with added tokens."""
+    ids = [(number, special_ids[name]) for number, name in enumerate(SPECIAL_NAMES, start=1)]
+    return b"".join(encode_field(n, i) for n, i in [*ids, (_HAS_ADDED_TOKENS, 1)] if i is not None)
 
 
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position += 1
-        if byte < 0x80:
-            return value, position
-        shift += 7
+def without_dummy_prefix(model: bytes) -> bytes:
+    """`model` without the space that it puts before each text."""
+    return model + encode_field(NORMALIZER_SPEC, encode_field(3, 0))  # repeated messages are merged
+
+
+def encode_piece(text: str, kind: PieceType) -> bytes:
+    """A serialized piece with the score 0."""
+    score = encode_field(2, 0.0)
+    return encode_field(1, text.encode("utf-8", "surrogateescape")) + score + encode_field(3, kind)

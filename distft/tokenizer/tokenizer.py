@@ -9,7 +9,17 @@ from numpy.typing import NDArray
 
 from distft import storage
 from distft.errors import DataError
-from distft.tokenizer.model_proto import Piece, PieceType, parse_model_proto
+from distft.storage import AnyPath
+from distft.tokenizer.added_tokens import with_added_tokens
+from distft.tokenizer.companions import TOKENIZER_JSON, read_companions
+from distft.tokenizer.model_proto import (
+    MAX_MODEL_BYTES,
+    SPECIAL_NAMES,
+    Piece,
+    PieceType,
+    parse_model_proto,
+    without_dummy_prefix,
+)
 from distft.tokenizer.pretokenization import META_SPACE, CachedWordEncoder, pretokenization_pattern
 
 
@@ -34,9 +44,14 @@ class Tokenizer:
         except (RuntimeError, ValueError) as error:
             raise DataError(f"sentencepiece rejects the model: {error}") from error
         self.vocab_size: int = self._processor.get_piece_size()
-        self.bos_id = _id_or_none(self._processor.bos_id())
-        self.eos_id = _id_or_none(self._processor.eos_id())
-        self.pad_id = _id_or_none(self._processor.pad_id())
+        self.adds_bos = (
+            False  # whether transformers puts bos before a text, as the files beside the model say
+        )
+        self.notes: tuple[str, ...] = ()  # on what the files beside the model say and it cannot represent
+        special_ids = self.model_proto.special_ids
+        self.bos_id = special_ids.get("bos", _id_or_none(self._processor.bos_id()))
+        self.eos_id = special_ids.get("eos", _id_or_none(self._processor.eos_id()))
+        self.pad_id = special_ids.get("pad", _id_or_none(self._processor.pad_id()))
         self.unk_id = _id_or_none(self._processor.unk_id())
         self._byte_ids = self.model_proto.byte_ids()
         self.is_lossless = self.model_proto.has_identity_normalization and len(self._byte_ids) == 256
@@ -46,19 +61,33 @@ class Tokenizer:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a `.model` file from a path or fsspec URL. Raises `DataError` if it cannot be read."""
+    def load(cls, path: AnyPath) -> "Tokenizer":
+        """Read a `.model` file from a path or fsspec URL, and what the files beside it add to it.
+
+        Those are transformers' `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and
+        `added_tokens.json`. Raises `DataError` if the model cannot be read, or they are of another one.
+        """
+        model = _read_model(path)
         try:
-            model = storage.read_bytes(path)
-        except OSError as error:
-            raise DataError(
-                f"tokenizer {path} cannot be read: {error}. Train one with `distft tokenizer train`, or "
-                "import a sentencepiece .model with `distft tokenizer import`."
-            ) from error
-        try:
-            return cls(model)
+            tokenizer = cls(model)
+            companions = read_companions(storage.parent(path))
+            if not companions.names:
+                return tokenizer
+            special_ids = {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_NAMES}
+            merged, notes = with_added_tokens(
+                model,
+                tokenizer.model_proto,
+                special_ids,
+                companions,
+                is_export=companions.fingerprint == tokenizer.fingerprint,
+            )
+            if merged != model:
+                tokenizer = cls(merged)
         except DataError as error:
             raise DataError(f"tokenizer {path}: {error}") from error
+        tokenizer.notes = tuple(notes)
+        tokenizer.adds_bos = bool(companions.adds_bos) and tokenizer.bos_id is not None
+        return tokenizer
 
     @cached_property
     def fingerprint(self) -> str:
@@ -85,6 +114,8 @@ class Tokenizer:
     def encode_array(self, text: str) -> NDArray[np.int32]:
         """`encode` as an array, faster for long texts."""
         try:
+            if self._symbols and text.startswith(self._symbols):
+                return self._without_dummy_prefix.encode_array(text)
             if META_SPACE in text:
                 return self._encode_with_meta_space(text)
             if self._word_encoder:
@@ -98,7 +129,7 @@ class Tokenizer:
         """`encode` of each text, in order; the ids do not depend on `num_threads`."""
         if num_threads == 1:
             return [self.encode(text) for text in texts]
-        plain = [index for index, text in enumerate(texts) if META_SPACE not in text]
+        plain = [i for i, s in enumerate(texts) if META_SPACE not in s and not s.startswith(self._symbols)]
         arrays = self._encode_with_sentencepiece([texts[index] for index in plain], num_threads)
         encoded = dict(zip(plain, arrays, strict=True))
         return [encoded[i].tolist() if i in encoded else self.encode(text) for i, text in enumerate(texts)]
@@ -125,6 +156,18 @@ class Tokenizer:
             for piece, surface in zip(self.model_proto.pieces, self._surfaces, strict=True)
         ]
         return np.array(lengths, dtype=np.int64)
+
+    @cached_property
+    def _symbols(self) -> tuple[str, ...]:
+        """Added tokens, before which transformers puts no dummy prefix; empty without such a prefix."""
+        if not (self.model_proto.has_added_tokens and self.model_proto.add_dummy_prefix):
+            return ()
+        symbols = [piece.text for piece in self.model_proto.pieces if piece.type is PieceType.USER_DEFINED]
+        return tuple(symbol.replace(META_SPACE, " ") for symbol in symbols)
+
+    @cached_property
+    def _without_dummy_prefix(self) -> "Tokenizer":
+        return Tokenizer(without_dummy_prefix(self._model))
 
     @cached_property
     def _surfaces(self) -> list[bytes]:
@@ -166,6 +209,42 @@ _MIN_BATCH_TEXTS = (
 _NO_IDS = np.empty(0, dtype=np.int32)
 
 
+def _read_model(path: AnyPath) -> bytes:
+    """The bytes of a `.model` file. Raises `DataError` for another file, with what can be done about it."""
+    try:
+        if storage.exists(path) and storage.is_directory(path):
+            raise DataError(f"tokenizer {path} is a directory: name the .model file in it.{_json_hint(path)}")
+        size = storage.size(path)
+        if size > MAX_MODEL_BYTES:
+            raise DataError(f"tokenizer {path} has {size:,} bytes, more than a sentencepiece model can have.")
+        model = storage.read_range(path, 0, size)
+    except OSError as error:
+        raise DataError(
+            f"tokenizer {path} cannot be read: {error}. Train one with `distft tokenizer train`, or "
+            f"import a sentencepiece .model with `distft tokenizer import`.{_json_hint(storage.parent(path))}"
+        ) from error
+    storage.check_not_lfs_pointer(path, model)
+    if str(path).endswith(".json") or model[:1] == b"{":
+        raise DataError(f"tokenizer {path} is not a sentencepiece model, but JSON.{_JSON_REMEDY}")
+    return model
+
+
+def _json_hint(directory: AnyPath) -> str:
+    """What to do about a directory that has a tokenizer.json, but no sentencepiece model."""
+    if not storage.exists(storage.join(directory, TOKENIZER_JSON)):
+        return ""
+    return f" {directory} has a {TOKENIZER_JSON} only.{_JSON_REMEDY}"
+
+
+_JSON_REMEDY = (
+    f" A {TOKENIZER_JSON} of the tokenizers library is not read by itself, as its ids need not be those of "
+    "any sentencepiece model. For a model of the Llama 2 or Mistral kind, get the tokenizer.model that was "
+    "published with it and name that: the tokens that the .json adds are then used too. A vocabulary of "
+    "byte-level BPE (GPT-2, Llama 3, Qwen) has no sentencepiece form: train a tokenizer with `distft "
+    "tokenizer train`, and a model from the beginning."
+)
+
+
 def check_text(text: str) -> None:
     """Raise `DataError` for lone surrogates, which have no UTF-8 encoding."""
     try:
@@ -178,7 +257,10 @@ def check_text(text: str) -> None:
 
 
 def import_tokenizer(path: str | Path, output: str | Path) -> Tokenizer:
-    """Copy an existing sentencepiece model to `output` after checking that it loads and encodes."""
+    """Copy a sentencepiece model to `output`, with what the files beside it add to it.
+
+    Checks that it loads and encodes; raises `DataError` otherwise.
+    """
     tokenizer = Tokenizer.load(path)
     tokenizer.encode("trial text")
     tokenizer.save(output)

@@ -2,7 +2,14 @@
 
 from distft.tracker.console import ConsoleTracker
 from distft.tracker.interface import LEDGER_EVENT, Metrics, Tracker
-from distft.tracker.jsonl import EVENTS_FILE, METRICS_FILE, EventLog, JsonlTracker, read_lines
+from distft.tracker.jsonl import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    EventLog,
+    JsonlTracker,
+    last_logged_step,
+    read_lines,
+)
 from distft.tracker.progress import ProgressDisplay, progress
 from distft.tracker.tensorboard_tracker import TensorBoardConfig, TensorBoardTracker
 from distft.tracker.trackers import TrackerConfig, Trackers, build_trackers
@@ -25,6 +32,7 @@ __all__ = [
     "WandbConfig",
     "WandbTracker",
     "build_trackers",
+    "last_logged_step",
     "progress",
     "read_lines",
 ]

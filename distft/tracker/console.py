@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from distft.tracker.interface import LEDGER_EVENT, Metrics, plain_number
+from distft.tracker.jsonl import METRICS_FILE
 from distft.tracker.number_format import duration, number, step_line
 
 _WIDE_COLUMNS = 120  # a narrower terminal shows fewer metrics beside the bar
@@ -19,7 +20,8 @@ _NARROW_METRICS = ("loss", "tokens_per_s", "skipped_steps", "steps_without_targe
 class ConsoleTracker:
     """Shows steps with loss, lr, speed and time left. Metrics without a loss, and events, get their own line.
 
-    `interval_s` is the minimum time between plain lines; the first and the last step are always shown.
+    `interval_s` is the minimum time between plain lines; the first and the last step are always shown, and
+    that others are not is told once.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class ConsoleTracker:
         self._first_logged: tuple[float, int] | None = None  # time and step
         self._printed_at = float("-inf")
         self._unprinted = ""
+        self._has_told_of_gaps = False
 
     @property
     def console(self) -> Console:
@@ -79,6 +82,9 @@ class ConsoleTracker:
             bar.update(task, completed=step, description=escape(self._line(numbers, step)))
         elif step >= self._max_steps or self._clock() - self._printed_at >= self._interval_s:
             self._print_step()
+        elif not self._has_told_of_gaps:
+            self._has_told_of_gaps = True
+            self._print(f"a line every {self._interval_s:g} s; {METRICS_FILE} has all logged steps")
 
     def event(self, kind: str, **fields: Any) -> None:
         if kind == LEDGER_EVENT:

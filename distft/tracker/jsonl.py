@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distft import storage
+from distft.config import redact
 from distft.errors import StorageError
 from distft.tracker.interface import Metrics, finite_or_none, plain_number
 
@@ -50,7 +52,8 @@ class LineWriter:
 class JsonlTracker:
     """`metrics.jsonl`: one object per line, `{"step": 40, "time": ..., "loss": ...}`; NaN, infinity are null.
 
-    On a resume, lines after the resumed step are dropped, so every step appears once.
+    On a resume, lines after the resumed step are dropped, so every step appears once, also if an earlier
+    start of the run still writes: it keeps the old file.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
@@ -86,7 +89,8 @@ class JsonlTracker:
 class EventLog:
     """`events.jsonl`: the events of all attempts of a run; lines are never dropped.
 
-    A line is `{"time": seconds since 1970, "kind": "resume", ...}`. Several processes may append.
+    A line is `{"time": seconds since 1970, "kind": "resume", ...}`, without secrets. Several processes may
+    append.
     """
 
     def __init__(self, run_dir: Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -95,28 +99,29 @@ class EventLog:
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event. Raises `StorageError` when the disk is full."""
-        self._lines.append({"time": round(self._clock(), 3), "kind": kind, **fields})
+        self._lines.append({"time": round(self._clock(), 3), "kind": kind, **redact(fields)})
 
     def close(self) -> None:
         self._lines.close()
 
 
 def drop_lines_after(path: Path, resume_step: int | None) -> None:
-    """Drop torn lines and lines after `resume_step` from `path` (all lines for None), atomically.
-
-    Does not touch a file without such lines.
-    """
-    if not path.exists() or all(is_kept for _, is_kept in _classify_lines(path, resume_step)):
+    """Replace `path`, atomically, by a copy without torn lines and lines after `resume_step` (None: all)."""
+    if not path.exists():
         return
-    temporary = path.with_name(f"{path.name}.draft")
     try:
-        with temporary.open("wb") as file:
-            file.writelines(line for line, is_kept in _classify_lines(path, resume_step) if is_kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with storage.open_write(path) as file:
+            for line, is_kept in _classify_lines(path, resume_step):
+                if is_kept:
+                    file.write(line)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def last_logged_step(run_dir: Path) -> int:
+    """The last step in the run's `metrics.jsonl`; 0 without one."""
+    steps = (record.get("step") for record in read_lines(run_dir / METRICS_FILE))
+    return max((step for step in steps if isinstance(step, int)), default=0)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

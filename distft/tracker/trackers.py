@@ -1,6 +1,8 @@
 """All trackers of a run as one; a failing optional tracker does not end the run."""
 
 import logging
+import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,13 +25,16 @@ class Trackers:
     """Sends the same plain numbers to every tracker, and events also to `events.jsonl`.
 
     An exception of a `required` tracker propagates. An `optional` tracker that fails is disabled, with one
-    warning in the log. Without trackers (on ranks other than 0), every method does nothing.
+    warning in the log. Without trackers (on ranks other than 0), every method does nothing. Any thread may
+    call the methods after `start`. In `events.jsonl` all events have a `start_id`: starts may overlap.
     """
 
     def __init__(self, required: Sequence[Tracker] = (), optional: Sequence[Tracker] = ()) -> None:
         self._required = list(required)
         self._optional = list(optional)
         self._events: EventLog | None = None
+        self._start_id = secrets.token_hex(4)
+        self._lock = threading.RLock()  # trackers are not made for several threads
 
     def start(
         self, run_id: str, config: Mapping[str, Any], run_dir: Path, *, resume_step: int | None = None
@@ -44,25 +49,31 @@ class Trackers:
     def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
         """Record metrics (Python, NumPy or torch scalars) after `step` optimizer steps."""
         numbers: Metrics = {name: plain_number(value) for name, value in metrics.items()}
-        self._for_each(lambda tracker: tracker.log(numbers, step=step))
+        with self._lock:
+            self._for_each(lambda tracker: tracker.log(numbers, step=step))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event, without secrets."""
         public = redact(fields)
+        with self._lock:
+            self._write_event(kind, public)
+
+    def _write_event(self, kind: str, public: Mapping[str, Any]) -> None:
         if self._events is not None:
-            self._events.write(kind, **public)
+            self._events.write(kind, **public, start_id=self._start_id)
         self._for_each(lambda tracker: tracker.event(kind, **public))
 
-    def finish(self, status: str) -> None:
-        """End every tracker with status `completed`, `preempted` or `failed`."""
+    def finish(self, status: str, *, step: int) -> None:
+        """End every tracker with status `completed`, `preempted` or `failed`, after `step` steps."""
         errors: list[DistftError] = []
         endings: list[Callable[[], None]] = [partial(tracker.finish, status) for tracker in self._required]
         if (events := self._events) is not None:
             self._events = None
-            endings = [partial(events.write, "finish", status=status), events.close, *endings]
-        for end in endings:
+            end = partial(events.write, "finish", status=status, step=step, start_id=self._start_id)
+            endings = [end, events.close, *endings]
+        for ending in endings:
             try:
-                end()
+                ending()
             except DistftError as error:  # such as a full disk: still end the others
                 errors.append(error)
         self._for_each_optional(lambda tracker: tracker.finish(status))
@@ -82,7 +93,10 @@ class Trackers:
                 self._optional.remove(tracker)
                 name = type(tracker).__name__
                 _log.warning(
-                    "%s failed and is disabled from here on (%s: %s)", name, type(error).__name__, error
+                    "%s failed and is disabled from here on (%s: %s)",
+                    name,
+                    type(error).__name__,
+                    redact(str(error)),
                 )
 
 

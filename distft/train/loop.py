@@ -10,7 +10,7 @@ from distft.data.batch import Batch
 from distft.data.device_copy import batch_copier
 from distft.data.feed import Feed, Prefetcher
 from distft.engine.interface import Engine
-from distft.errors import Preempted, Resized, TrainingError
+from distft.errors import DivergedError, Preempted, Resized
 from distft.model.dropout import row_keys
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
@@ -66,7 +66,7 @@ class Trainer:
     def run(self) -> Progress:
         """Train to the last step; returns the final progress.
 
-        Raises `TrainingError` after too many consecutive steps with non-finite gradients, and `Preempted`
+        Raises `DivergedError` after too many consecutive steps with non-finite gradients, and `Preempted`
         after a requested stop, once the run is saved.
         """
         if self._loss_scale is not None:
@@ -154,7 +154,7 @@ class Trainer:
             self._engine.set_loss_scale(self._loss_scale.scale)
 
     def _check_skipped_steps(self, result: StepResult) -> None:
-        """Raise `TrainingError` if too many steps updated nothing, so that no failure counts as completed."""
+        """Raise `DivergedError` if too many steps updated nothing, so that no failure counts as completed."""
         in_a_row, skipped = self._progress.skipped_in_a_row, self._progress.skipped_steps
         is_last = self._schedule.is_last(self.step)
         remedy = (
@@ -164,12 +164,12 @@ class Trainer:
         if in_a_row >= self._schedule.max_skipped_in_a_row or (is_last and in_a_row >= _MAX_SKIPPED_AT_END):
             limit = f"the limit is train.max_skipped_in_a_row={self._schedule.max_skipped_in_a_row}"
             at_end = f"at the end of the run it is {_MAX_SKIPPED_AT_END - 1}"
-            raise TrainingError(
+            raise DivergedError(
                 f"Steps {self.step - in_a_row + 1} to {self.step} all had gradients that are not finite, so "
                 f"the weights are still those of step {self.step - in_a_row} ({limit}; {at_end}). {remedy}"
             )
         if is_last and skipped > self._schedule.max_skipped_share * self._schedule.total_steps:
-            raise TrainingError(
+            raise DivergedError(
                 f"{skipped} of {self._schedule.total_steps} steps had gradients that are not finite and "
                 f"updated nothing, more than train.max_skipped_share={self._schedule.max_skipped_share}. "
                 f"{remedy}"

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from distft.config import Settings
 
+_LEAST_SHARE = 0.1  # of the interval of evaluations, between the last two of a run
+
 
 class TrainConfig(Settings):
     """How long a run trains and how often it logs. Set either `max_steps` or `num_epochs`."""
@@ -61,7 +63,13 @@ class TrainingSchedule:
         return _is_multiple(step, self.save_every_steps) or self.is_last(step)
 
     def is_evaluation_due(self, step: int) -> bool:
-        return _is_multiple(step, self.evaluate_every_steps) or (self.evaluate_at_end and self.is_last(step))
+        """Not shortly before the end, if the run is evaluated there anyway."""
+        if self.evaluate_at_end and self.is_last(step):
+            return True
+        if self.evaluate_every_steps is None or step % self.evaluate_every_steps:
+            return False
+        steps_to_end = self.total_steps - step
+        return not self.evaluate_at_end or steps_to_end >= _LEAST_SHARE * self.evaluate_every_steps
 
 
 def _is_multiple(step: int, every_steps: int | None) -> bool:

@@ -3,7 +3,7 @@
 import json
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,10 +77,16 @@ class HeartbeatExchange:
         """The report that a rank published, once this rank has read it."""
         return self._received
 
-    def advance(self, elapsed_s: float) -> Mapping[int, LastSeen]:
-        """Add `elapsed_s` to the time since each rank was last seen; return when each was."""
+    @property
+    def last_seen(self) -> Mapping[int, LastSeen]:
+        """When each watched rank was last seen; empty before the first exchange."""
         with self._lock:
-            self._last_seen = {rank: seen.advanced(elapsed_s) for rank, seen in self._last_seen.items()}
+            return dict(self._last_seen)
+
+    def advance(self, elapsed_s: Callable[[int], float]) -> Mapping[int, LastSeen]:
+        """Add `elapsed_s(rank)` to the time since each rank was last seen; return when each was."""
+        with self._lock:
+            self._last_seen = {rank: seen.advanced(elapsed_s(rank)) for rank, seen in self._last_seen.items()}
             return dict(self._last_seen)
 
     def publish(self, report: HangReport, timeout_s: float) -> None:

@@ -30,15 +30,16 @@ class RankProcess:
     def __str__(self) -> str:
         return f"{self.host}, pid {self.pid}"
 
+    def shares_machine_with(self, other: "RankProcess") -> bool:
+        """Whether the pid of `other` is that of a process here; False if unknown."""
+        return bool(self.pid_namespace) and self.pid_namespace == other.pid_namespace
+
     def kill_sibling(self, other: "RankProcess") -> bool:
         """SIGKILL `other` if the same launcher on the same machine started it; returns whether it did.
 
         Launchers send SIGTERM first, which does not end a stopped process, and then wait for 30 s.
         """
-        has_same_launcher = bool(self.pid_namespace) and (self.pid_namespace, self.parent_pid) == (
-            other.pid_namespace,
-            other.parent_pid,
-        )
+        has_same_launcher = self.shares_machine_with(other) and self.parent_pid == other.parent_pid
         # The pid may belong to a new process by now.
         if not has_same_launcher or other.pid == self.pid or _parent_of(other.pid) != self.parent_pid:
             return False

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +13,7 @@ from typing import Self
 from distft.collectives import Collectives
 from distft.errors import DistftError, TrainingError
 from distft.tracker import EventLog
+from distft.watch.cpu_wait import CpuWaits, counted_s
 from distft.watch.device_clock import DeviceClock
 from distft.watch.hang_detection import HANG, Hang, LastSeen, describe_hang, find_hang, hang_event
 from distft.watch.heartbeat import HeartbeatRecorder
@@ -22,6 +23,8 @@ from distft.watch.stragglers import Straggler, StragglerDetector
 
 _NUM_DECIDERS = 2  # ranks that watch all; the others watch only these, so the store's load is O(ranks)
 _STORE_TIMEOUT_S = 2.0  # for a store whose process may have stopped
+_CLOSER_LOOK = 0.25  # of `hang_timeout_s`, from which on the waits for a CPU are read
+_POLL_S = 0.1
 _OUTPUT_S = 1.0  # time for Ray's thread to forward a rank's last output to the driver
 
 
@@ -60,6 +63,7 @@ class Watchdog:
         self._num_checks_of_hang = 0
         self._straggler_detector = StragglerDetector(interval_steps=interval_steps)
         self._stragglers: list[tuple[Straggler, RankProcess]] = []
+        self._cpu_waits = CpuWaits()
         self._own_process = RankProcess.current()
         self._processes: list[RankProcess] = []
         self._exchange: HeartbeatExchange | None = None
@@ -108,7 +112,7 @@ class Watchdog:
         while self._exchange.is_running and not self._is_closed.wait(self._heartbeat_s):
             now_s = time.monotonic()
             # More time passed only if this process itself was stopped, which says nothing about the others.
-            last_seen = self._exchange.advance(min(now_s - last_s, 2 * self._heartbeat_s))
+            last_seen = self._advance(min(now_s - last_s, 2 * self._heartbeat_s))
             last_s = now_s
             if (report := self._exchange.hang_report) is not None:
                 self._end_run(report.ranks, report.text)
@@ -128,6 +132,37 @@ class Watchdog:
                 works = {rank: seen.heartbeat.work for rank, seen in last_seen.items()}
                 for straggler in self._straggler_detector.update(works, now_s):
                     self._stragglers.append((straggler, self._processes[straggler.rank]))
+
+    def _advance(self, elapsed_s: float) -> Mapping[int, LastSeen]:
+        """When each rank was last seen, without the time for which its heartbeats waited for a CPU here.
+
+        On their way are the rank, this process, and rank 0 or the launcher: one of those serves the store.
+        """
+        assert self._exchange is not None
+        last_seen = self._exchange.last_seen
+        if all(seen.unmoved_s < self._hang_timeout_s * _CLOSER_LOOK for seen in last_seen.values()):
+            return self._exchange.advance(lambda _: elapsed_s)
+        waited = {pid: self._cpu_waits.since_last(pid) for pid in self._pids_on_the_way(last_seen)}
+        return self._exchange.advance(
+            lambda rank: counted_s(elapsed_s, sum(waited[pid] for pid in self._pids_on_the_way([rank])))
+        )
+
+    def _pids_on_the_way(self, ranks: Iterable[int]) -> set[int]:
+        processes = [self._processes[rank] for rank in {0, *ranks}]
+        here = {process.pid for process in processes if self._own_process.shares_machine_with(process)}
+        return {*here, self._own_process.pid, self._own_process.parent_pid}
+
+    def _is_closed_within(self, seconds: float) -> bool:
+        """Whether the block ends in `seconds`, without the time for which this process waits for a CPU."""
+        waits, last_s = CpuWaits(), time.monotonic()
+        waits.since_last(self._own_process.pid)
+        while seconds > 0:
+            if self._is_closed.wait(min(seconds, _POLL_S)):
+                return True
+            now_s = time.monotonic()
+            seconds -= counted_s(now_s - last_s, waits.since_last(self._own_process.pid))
+            last_s = now_s
+        return False
 
     def _is_reporter(self, hang: Hang, last_seen: Mapping[int, LastSeen]) -> bool:
         """The first rank that does not hang reports; a later one only if the ranks before it do not."""
@@ -163,7 +198,7 @@ class Watchdog:
         """Kill `ranks` to free the ranks that wait for them; end this process if its block does not end."""
         self._hang_message = message
         self._kill(ranks)
-        if self._is_closed.wait(_OUTPUT_S + 2 * self._heartbeat_s):
+        if self._is_closed_within(_OUTPUT_S + 2 * self._heartbeat_s):
             return
         print(f"training error: {message}", file=sys.stderr, flush=True)
         time.sleep(_OUTPUT_S)

@@ -104,6 +104,7 @@ def copy_to(prepared: Prepared, disk: Path) -> CheckpointStore:
     if prepared.root.exists():
         copytree(prepared.root, disk / "checkpoints")
     store = CheckpointStore(str(disk / "checkpoints"), SingleProcess())
+    store.become_writer()
     store.resume_from(store.find_latest_valid())
     return store
 
@@ -156,6 +157,7 @@ def recover(case: Case, disk: Path) -> Recovery:
     """Start on the disk, resume, and train and save up to the last step."""
     store = CheckpointStore(str(disk / "checkpoints"), SingleProcess())
     damaged = {s for s in committed_steps(store.root) if Checkpoint.open(store.path(s)).find_damage()}
+    store.become_writer()
     found = store.find_latest_valid()
     store.resume_from(found)
     steps = [*([case.saves] if case.saves else []), case.last_step]
@@ -168,8 +170,16 @@ def recover(case: Case, disk: Path) -> Recovery:
         losses=losses,
         final_step=None if final.checkpoint is None else final.checkpoint.step,
         final_damage=final.damage,
-        final_names=names_in(disk),
+        final_names=plain_names_in(disk),
     )
+
+
+def plain_names_in(disk: Path) -> set[str]:
+    """The names on the disk, without those of the starts that wrote the files."""
+    return {
+        re.sub("_[0-9a-f]{8}(?=[./]|$)", "", re.sub(r"(step|frozen)_0{6}", r"\1_", name))
+        for name in names_in(disk)
+    }
 
 
 def surviving_step(prepared: Prepared, done: list[Operation]) -> int | None:
@@ -204,7 +214,7 @@ def undisturbed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) ->
         found.checkpoint.step: resume(case, found.checkpoint).run(case.last_step),
     }
     train_on(case, store, found.checkpoint, [case.last_step])
-    return Undisturbed(prepared, recorded.operations, losses, names_in(disk))
+    return Undisturbed(prepared, recorded.operations, losses, plain_names_in(disk))
 
 
 @pytest.mark.parametrize("how", ["die", "torn"])

@@ -1,6 +1,7 @@
 """Checkpoints on an S3 server: runs, the tools, and failed requests."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def test_a_run_on_s3_resumes_at_another_world_size_and_keeps_its_last_commits(
         )
     for message in messages:
         assert message.startswith("UnreachableError: ")
-        assert f"{bucket}/runs/a/step_00000008/rank_00001.safetensors: writing failed" in message
+        assert f"{bucket}/runs/a/step_00000008/rank_00001_" in message
+        assert ".safetensors: writing failed" in message
         assert "Check the network" in message
     assert committed_steps(f"{bucket}/runs/a") == [4]
     assert len(Checkpoint.open(f"{bucket}/runs/a/step_00000004").manifest.files) == 2
@@ -90,7 +92,7 @@ def test_a_run_on_s3_resumes_at_another_world_size_and_keeps_its_last_commits(
     kept = {f"runs/a/step_{step:08d}" for step in (8, 12)}
     keys = set(s3.keys(bucket)) - {f"runs/a/{WRITER_FILE}"}
     assert {key.rpartition("/")[0] for key in keys} == kept
-    assert {key.rpartition("/")[2] for key in keys} == {
+    assert {re.sub(r"_\w{8}\.", ".", key.rpartition("/")[2]) for key in keys} == {
         "manifest.json",
         "rank_00000.safetensors",
         *([] if find_checkpoint(f"{bucket}/runs/a").manifest.tokenizer is None else ["tokenizer.model"]),

@@ -111,8 +111,11 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     store = _three_saves(tmp_path)
     Path(store.path(3), "rank_00007.safetensors").write_bytes(b"of a killed save with more ranks")
     training = run_alone(Scenario(), 3)
-    training.save(str(tmp_path))
-    assert sorted(p.name for p in Path(store.path(3)).iterdir()) == [MANIFEST, "rank_00000.safetensors"]
+    store.save(training.take_snapshot())
+    assert Path(store.path(3), "rank_00000.safetensors").exists()  # until the new commit is complete
+    store.prune(CheckpointConfig(keep_last=3))
+    names = sorted(p.name for p in Path(store.path(3)).iterdir())
+    assert names == [MANIFEST, Checkpoint.open(store.path(3)).manifest.files[0].name]
     found = store.find_latest_valid()
     assert found.checkpoint is not None
     assert found.checkpoint.step == 3

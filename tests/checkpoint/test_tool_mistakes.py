@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoint_cli import SavedTraining, cli
-from support.damage import flip_bit
+from support.damage import flip_bit, rank_file
 from support.small_runs import pretraining
 
 from distft.checkpoint.formats.detect import open_source
@@ -125,10 +125,11 @@ def test_inspect_marks_missing_files(copied_run: Path, capsys: pytest.CaptureFix
     commit = copied_run / "checkpoints" / "step_00000004"
     assert cli("inspect", copied_run) == 0
     assert "MISSING" not in capsys.readouterr().out
-    (commit / "rank_00000.safetensors").unlink()
+    file = rank_file(commit)
+    file.unlink()
     assert cli("inspect", copied_run) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "MISSING" in line]
-    assert "rank_00000.safetensors" in line
+    assert file.name in line
     (commit / "tokenizer.model").unlink()
     assert cli("inspect", copied_run, "--json") == 0
     found = json.loads(capsys.readouterr().out)

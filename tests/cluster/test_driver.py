@@ -1,7 +1,10 @@
 """Runs on real Ray: a local one that the driver starts, and a cluster of two nodes."""
 
 import json
+import re
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +45,7 @@ def test_mistakes_are_reported_before_a_cluster_is_contacted(
     project: Path, environment: Mapping[str, str], overrides: list[str], message: str
 ) -> None:
     nowhere = {**environment, "RAY_ADDRESS": "192.0.2.1:6379"}  # an attempt to connect would take minutes
-    done = call_python("launch/ray_train.py", "c.yaml", *overrides, env=nowhere, cwd=project, timeout_s=60)
+    done = call_python("launch/ray_train.py", "c.yaml", *overrides, env=nowhere, cwd=project, timeout_s=280)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -115,6 +118,67 @@ def test_a_start_timeout_names_the_requested_and_the_available_resources(
         in done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_temporary_directory_that_is_too_long_for_rays_sockets_is_named(
+    project: Path, environment: Mapping[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / ("long_" * 20)
+    folder.mkdir()
+    done = call_python(
+        "launch/ray_train.py", "c.yaml", env={**environment, "TMPDIR": str(folder)}, cwd=project
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert re.search(rf"config error: TMPDIR={folder} is too long for Ray's sockets.* 107 bytes", done.stderr)
+
+
+def test_a_ray_that_cannot_start_is_one_error(project: Path, environment: Mapping[str, str]) -> None:
+    nowhere = {**environment, "RAY_TMPDIR": "/proc/none"}
+    done = call_python("launch/ray_train.py", "c.yaml", env=nowhere, cwd=project)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert "launch error: Could not start Ray here: [Errno 2]" in done.stderr
+    assert "'/proc/none'" in done.stderr
+
+
+@pytest.mark.parametrize("num_interrupts", [1, 2])
+def test_ctrl_c_saves_and_a_second_one_ends_at_once_without_a_traceback(
+    project: Path, environment: Mapping[str, str], tmp_path: Path, num_interrupts: int
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["c.yaml", f"run_dir={run_dir}", "train.max_steps=4000", "checkpoint.every_steps=5"]
+    command = [sys.executable, "launch/ray_train.py", *arguments]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            env=environment,
+            cwd=project,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as driver,
+    ):
+        while '"kind": "save"' not in _text(run_dir / "events.jsonl"):
+            assert driver.poll() is None, log.read_text()
+            time.sleep(0.1)
+        driver.send_signal(signal.SIGINT)
+        while "A second Ctrl-C stops at once" not in log.read_text():
+            time.sleep(0.05)
+        if num_interrupts == 2:
+            driver.send_signal(signal.SIGINT)
+        driver.wait(timeout=120)
+    text = log.read_text()
+    assert "Traceback" not in text
+    if num_interrupts == 1:
+        assert driver.returncode == 75, text
+        assert re.search(r"Stopped at step \d+ as asked; start again to resume", text)
+    else:
+        assert driver.returncode == 130 or "Stopped at step" in text, text
+        assert re.search(r"Step \d+ is saved: the same command goes on|Stopped at step", text), text
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ def test_the_duration_ends_with_the_job_or_now() -> None:
     ended = describe(job(status="FAILED", has_ended=True, exit_code=75, ended=STARTED + 7), now=STARTED + 61)
     assert (running["duration_s"], ended["duration_s"]) == (61.0, 7.0)
     assert (running["exit_code"], ended["exit_code"]) == (None, 75)
+    assert (running["state"], ended["state"]) == ("RUNNING", "SAVED")  # to Ray 75 is a failure
     header, first, second = format_table([running, ended])
     assert first.split()[-3:] == ["01:01", "-", "/nowhere/x"]
     assert second.split()[-3:] == ["00:07", "75", "/nowhere/x"]

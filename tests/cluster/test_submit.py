@@ -48,7 +48,7 @@ from distft.cluster.client.jobs import JobClient
 from distft.cluster.client.submit import JobRequest, run_job
 address, job_id, *options = sys.argv[1:]
 request = JobRequest(job_id=job_id, entrypoint="echo up; exec sleep 300", runtime_env={}, metadata={})
-client = JobClient(address, os.environ, retry_s=30)
+client = JobClient(address, os.environ, retry_s=120)
 sys.exit(run_job(client, request, stop_on_interrupt="--stop-on-interrupt" in options))
 """
 
@@ -79,7 +79,7 @@ def test_all_mistakes_are_reported_before_anything_is_sent(
     with_token = {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "not to be sent"}
     wrong = ["cluster.wokers=2", "cluster.env={HF_TOKEN: of-mine}", "--address", "http://192.0.2.1:8265"]
     arguments = ["-m", "distft", "submit", "c.yaml", *wrong]
-    done = call_python(*arguments, env=with_token, cwd=project, timeout_s=60)
+    done = call_python(*arguments, env=with_token, cwd=project, timeout_s=280)
     assert (done.returncode, done.stdout) == (2, "")
     for message in ("'workers'", "cluster.env=... looks like a secret", "in clear text"):
         assert message in done.stderr
@@ -170,7 +170,7 @@ def test_an_unknown_job_is_a_mistake_and_the_known_runs_are_listed(
 ) -> None:
     environment = {**cluster, "RAY_ADDRESS": "http://192.0.2.1:8265"}  # --address takes precedence
     arguments = ["-m", "distft", "logs", "unknown", "--address", cluster["dashboard"]]
-    done = call_python(*arguments, env=environment, cwd=project, timeout_s=60)
+    done = call_python(*arguments, env=environment, cwd=project, timeout_s=280)
     assert (done.returncode, done.stdout) == (2, "")
     for job_id, is_named in (("unknown", True), ("saved", True), ("killed", True), ("foreign", False)):
         assert (job_id in done.stderr) is is_named
@@ -179,7 +179,7 @@ def test_an_unknown_job_is_a_mistake_and_the_known_runs_are_listed(
 @pytest.mark.usefixtures("ended")
 def test_status_lists_the_runs_of_distft_newest_first(cluster: Mapping[str, str], project: Path) -> None:
     arguments = ["-m", "distft", "status", "--json", "--address", cluster["dashboard"]]
-    done = call_python(*arguments, env=cluster, cwd=project, timeout_s=60)
+    done = call_python(*arguments, env=cluster, cwd=project, timeout_s=280)
     rows = json.loads(done.stdout)
     assert [row["job"] for row in rows][:2] == ["killed", "saved"]
     assert [row["exit_code"] for row in rows][:2] == [-9, 75]
@@ -236,12 +236,12 @@ def test_a_dashboard_that_does_not_answer_is_an_error() -> None:
 def test_a_client_waits_for_a_dashboard_that_is_starting(cluster: Mapping[str, str]) -> None:
     port, made = free_port(), list[JobClient]()
     thread = threading.Thread(
-        target=lambda: made.append(JobClient(f"http://127.0.0.1:{port}", {}, retry_s=30))
+        target=lambda: made.append(JobClient(f"http://127.0.0.1:{port}", {}, retry_s=120))
     )
     thread.start()
     time.sleep(0.5)
     with proxied(cluster, port):
-        thread.join(timeout=30)
+        thread.join(timeout=120)
     assert len(made) == 1
 
 
@@ -250,7 +250,7 @@ def test_a_submission_is_repeated_until_the_cluster_takes_the_job_and_answers(
 ) -> None:
     port = free_port()
     with proxied(cluster, port) as proxy:
-        client = JobClient(f"http://127.0.0.1:{port}", {}, retry_s=30)
+        client = JobClient(f"http://127.0.0.1:{port}", {}, retry_s=120)
         proxy.faults = ["no agent", "no agent", "lost answer"]
         client.submit("repeated-1", "true", runtime_env={}, metadata={})
         assert proxy.faults == []
@@ -263,7 +263,7 @@ def test_a_log_stream_that_breaks_off_is_continued_without_gap_or_repetition(
     numbers = "for i in $(seq 0 24); do echo line $i; sleep 0.15; done"
     port, shown = free_port(), list[str]()
     with proxied(cluster, port) as proxy:
-        client = JobClient(f"http://127.0.0.1:{port}", {}, retry_s=30)
+        client = JobClient(f"http://127.0.0.1:{port}", {}, retry_s=120)
         client.submit("broken-1", numbers, runtime_env={}, metadata={})
 
         def show(text: str) -> None:

@@ -1,13 +1,18 @@
 """Secrets are masked; settings with similar names are not."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distft.config import redact
+from distft.checkpoint.average import AveragedCheckpoint
+from distft.checkpoint.manifest import Manifest, Progress
+from distft.config import Settings, dump_yaml, parse, parse_yaml, redact, redact_message
 from distft.config.redaction import MASK
+from distft.config.yaml_text import to_yaml
+from distft.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -67,3 +72,118 @@ def test_masking_is_idempotent_and_keeps_data_without_secrets(value: Any) -> Non
     assert redact(value) == value
     secret = {"password": value, "x": value}
     assert redact(redact(secret)) == redact(secret)
+
+
+_WORD = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", min_size=36, max_size=44)
+_HEX = st.text("0123456789abcdef", min_size=32, max_size=32)
+_KEYS = {  # every form of a key that is recognised by itself: name -> its text, from a random word
+    "hugging face": lambda word: f"hf_{word}",
+    "openai": lambda word: f"sk-proj-{word}",
+    **{f"github {kind}": lambda word, kind=kind: f"gh{kind}_{word}" for kind in "opsur"},
+    "github fine-grained": lambda word: f"github_pat_{word}",
+    "gitlab": lambda word: f"glpat-{word}",
+    **{f"slack {kind}": lambda word, kind=kind: f"xox{kind}-{word}" for kind in "abprs"},
+    "aws": lambda word: f"AKIA{word[:16].upper()}",
+    "aws for a session": lambda word: f"ASIA{word[:16].upper()}",
+    "google": lambda word: f"AIza{word}",
+    "google oauth": lambda word: f"ya29.{word}",
+    "stripe": lambda word: f"sk_live_{word}",
+    "nvidia": lambda word: f"nvapi-{word}",
+    "npm": lambda word: f"npm_{word}",
+    "pypi": lambda word: f"pypi-{word}",
+    "json web token": lambda word: f"eyJ{word}.eyJ{word}.{word}",
+    "bearer": lambda word: f"Bearer {word}",
+    "basic": lambda word: f"Authorization: Basic {word}==",
+    "private key": lambda word: f"-----BEGIN RSA PRIVATE KEY-----\n{word}\n-----END RSA PRIVATE KEY-----",
+}
+_NAMES = (  # of settings, headers and parameters of a URL whose value is a secret
+    "password", "db_passwd", "passphrase", "passkey", "passcode", "pwd", "secret", "clientSecrets",
+    "credential", "aws_credentials", "apikey", "api_key", "X-Api-Key", "access_key", "AWSAccessKeyId",
+    "secret_key", "SecretKey", "private_key", "auth_key", "AccountKey", "storage_key", "shared_key",
+    "signing-key", "X-Amz-Signature", "jwt", "session_cookie", "token", "hf_token", "accessToken",
+    "X-Amz-Security-Token", "auth", "authorization", "bearer", "sig", "sas",
+)  # fmt: skip
+_PLACES = (  # where a text stands among others
+    "{}",
+    "before {} after",
+    "s3://bucket/path and {}",
+    "line one\n{}\nline three",
+    "('{}',)",
+    '"{}"',
+)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) + to_yaml(value)
+
+
+@pytest.mark.parametrize("kind", _KEYS)
+@pytest.mark.parametrize("place", _PLACES)
+@given(word=_WORD)
+def test_no_key_of_a_known_form_is_shown_wherever_it_stands(kind: str, place: str, word: str) -> None:
+    text = place.format(_KEYS[kind](word))
+    for public in (redact(text), redact({"note": [text]}), redact({text: 1}), redact_message(text)):
+        assert word[:16] not in _shown(public)
+        assert word[:16].upper() not in _shown(public)
+
+
+@pytest.mark.parametrize("name", _NAMES)
+@given(word=_WORD)
+def test_no_value_of_a_secret_name_is_shown_in_data_or_in_text(name: str, word: str) -> None:
+    for value in (
+        {name: word},
+        {"a": [{name: [word, {"b": word}]}]},
+        f"{name}={word}",
+        f"--{name}={word}",
+        f"{name}: {word}",
+        f'{{"{name}": "{word}"}}',
+        f"{name}='{word} {word}'",
+        f"https://host/path?a=1&{name}={word}&b=2",
+    ):
+        assert word not in _shown(redact(value)), value
+    assert word not in redact_message(f"cannot open https://host/p?x=1&{name}={word}: refused")
+
+
+_LOGINS = st.text(
+    st.characters(exclude_categories=["Cs", "Cc", "Z"], exclude_characters="/?#:"), min_size=8, max_size=20
+)
+
+
+@given(_LOGINS, _LOGINS, st.sampled_from(["s3", "https", "postgres", "simplecache::s3", "hdfs"]))
+def test_no_login_in_a_url_is_shown_and_the_rest_of_it_is(user: str, password: str, protocol: str) -> None:
+    url = f"{protocol}://{user}:{password}@bucket/path"
+    for public in (redact(url), redact_message(f"{url} does not exist"), *redact({url: 0}), *redact([url])):
+        assert f"{protocol}://{MASK}@bucket/path" in public
+        assert user not in public.replace(protocol, "")
+        assert password not in public
+
+
+class Places(Settings):
+    path: str
+    api_key: str = "hunter2"
+
+
+def test_a_configuration_for_others_has_no_secrets_and_still_parses() -> None:
+    settings = Places(path="s3://me:pw@bucket/x")
+    text = dump_yaml(settings, redacted=True)
+    assert "hunter2" not in text
+    assert "pw" not in text
+    assert parse(Places, parse_yaml(text)) == Places(path=f"s3://{MASK}@bucket/x", api_key=MASK)
+
+
+def test_a_wrong_setting_with_a_login_is_told_without_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Places, {"path": "x", "pathh": "s3://me:pw@bucket/x"})
+    assert "me:pw" not in str(caught.value)
+
+
+def test_an_average_names_its_sources_without_logins() -> None:
+    progress = Progress(step=1)
+    manifest = Manifest(run_id="a", progress=progress, config={}, written_by={}, parameters={}, files=[])
+    sources: Any = [
+        SimpleNamespace(path=f"s3://me:pw{i}@bucket/step_{i}", manifest=manifest, format="distft")
+        for i in (1, 2)
+    ]
+    average = AveragedCheckpoint(sources)
+    assert list(average.manifest.written_by["average_of"]) == [f"s3://{MASK}@bucket/step_{i}" for i in (1, 2)]
+    assert "me:pw" not in average.summary

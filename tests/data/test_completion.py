@@ -112,3 +112,25 @@ def test_a_batch_without_rows_is_one_row_without_targets(tmp_path: Path) -> None
     assert batch.input_ids.shape == batch.targets[NEXT_TOKEN].shape == (1, 2)
     assert (batch.targets[NEXT_TOKEN] == IGNORE_INDEX).all()
     assert batch.num_targets[NEXT_TOKEN] == batch.num_target_bytes == 0
+
+
+def test_half_a_character_is_told_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'completion' has a lone surrogate"):
+        CompletionConfig(path=str(path)).build(CONTEXT)
+
+
+def test_prompts_begin_with_bos_if_set_and_generation_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "abcdef", "completion": "xy"}\n')
+    context = replace(CONTEXT, bos_id=1)
+    for prepend_bos in (False, True):
+        feed = CompletionConfig(path=str(path), prepend_bos=prepend_bos).build(context)
+        assert feed.document_start == ((1,) if prepend_bos else ())
+        plain = CompletionConfig(path=str(path)).build(context).batch(0, 1).input_ids[0].tolist()
+        found = feed.batch(0, 1).input_ids[0].tolist()
+        assert (found[0] == 1) == prepend_bos
+        assert found[-2:] == plain[-2:]
+    with pytest.raises(DataError, match="prepend_bos=true, but the tokenizer has no bos"):
+        CompletionConfig(path=str(path), prepend_bos=True).build(replace(CONTEXT, bos_id=None))

@@ -143,3 +143,32 @@ def test_each_training_epoch_is_another_permutation_of_the_rows(tmp_path: Path) 
     epochs = [feed.batch(50 * i, 50 * i + 50).input_ids[:, 0].tolist() for i in range(3)]
     assert all(sorted(epoch) == list(range(65, 115)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_half_a_character_is_told_with_file_and_line(tmp_path: Path, column: str) -> None:
+    row = {"text": "who", "label": "HUM"} | {column: "late \ud83d"}
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in ({"text": "how", "label": "NUM"}, row)))
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: '{column}' has a lone surrogate"):
+        LabelledConfig(path=str(path)).build(CONTEXT)
+
+
+def test_the_summary_describes_labels_lengths_and_what_is_cut(tmp_path: Path) -> None:
+    rows = [("a" * n, label) for n, label in zip([1, 2, 3, 4, 20], "xyxxz", strict=True)]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert LabelledConfig(path=path).build(CONTEXT).summary.splitlines() == [
+        f"{path}: 5 rows, 3 labels, 1 cut to seq_len=8",
+        f"{path}: labels: 'x' 3, 'y' 1, 'z' 1",
+        f"{path}: tokens of a text: median 3, 95 % at most 20, longest 20",
+        f"{path}: once only: the labels 'y', 'z'",
+    ]
+
+
+def test_many_labels_are_shown_in_short(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [("a", str(i % 30)) for i in range(75)])
+    (line,) = [
+        line for line in LabelledConfig(path=path).build(CONTEXT).summary.splitlines() if ": labels" in line
+    ]
+    assert line.count(",") == 20
+    assert line.endswith("and 10 more with 2 to 2")

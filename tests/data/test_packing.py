@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.data.packing import PackedRows
-from distft.data.shard_writer import ShardLayout, ShardWriter
+from distft.data.shard_layout import ShardLayout
+from distft.data.shard_writer import ShardWriter
 from distft.data.shards import TokenShards
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import DataError
@@ -26,6 +27,10 @@ class Stream:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         assert 0 <= start < stop <= self.num_tokens
         return self._tokens[start:stop].astype(np.uint16)
+
+    def read_rows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        for row, start in zip(out, starts.tolist(), strict=True):
+            row[:] = self.tokens(start, start + len(row))
 
 
 def expected_row(stream: Stream, row: int, seq_len: int) -> list[tuple[int, int, int, int]]:

@@ -143,8 +143,8 @@ def test_a_file_without_rows_is_an_error(tmp_path: Path, name: str, content: byt
 def test_a_truncated_or_invalid_compressed_file_is_an_error(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows.jsonl{suffix}"
     whole = COMPRESSORS[suffix](encoded(ROWS * 100, ".jsonl"))
-    assert f"{path} cannot be read" in error_of(path, whole[:-5])
-    assert f"{path} cannot be read" in error_of(path, b"not compressed at all")
+    assert f"{path} is damaged" in error_of(path, whole[:-5])
+    assert f"{path} is damaged" in error_of(path, b"not compressed at all")
 
 
 def test_the_error_for_a_missing_file_suggests_similar_names(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.damage import flip_bit
 
+from distft.data.shard_layout import MANIFEST, ShardLayout, token_dtype
 from distft.data.shard_writer import ShardWriter
-from distft.data.shards import MANIFEST, ShardLayout, TokenShards, token_dtype
+from distft.data.shards import TokenShards
 from distft.errors import ConfigError, DataError
 
 
@@ -161,13 +162,14 @@ def test_a_range_beyond_the_end_is_an_index_error(shards: Path) -> None:
 
 def test_files_that_do_not_match_the_progress_cannot_be_resumed(tmp_path: Path) -> None:
     for damage, problem in ((b"", "has 0 bytes where 8 were recorded"), (b"xxxxxxxx", "is damaged")):
-        writer = ShardWriter(tmp_path, layout())
+        folder = tmp_path / str(len(damage))
+        writer = ShardWriter(folder, layout())
         write(writer, [[1, 2, 3, 4]])
         progress = copy.deepcopy(writer.flush())
         writer.abort()
-        (tmp_path / "shard_00000.bin").write_bytes(damage)
+        (folder / "shard_00000.bin").write_bytes(damage)
         with pytest.raises(DataError, match=problem):
-            ShardWriter(tmp_path, layout(), progress)
+            ShardWriter(folder, layout(), progress)
 
 
 def test_a_full_disk_is_an_error_and_work_resumes_from_the_last_flush(
@@ -175,17 +177,19 @@ def test_a_full_disk_is_an_error_and_work_resumes_from_the_last_flush(
 ) -> None:
     uninterrupted, full = tmp_path / "uninterrupted", tmp_path / "full"
     rows = [[i, i + 1, 2] for i in range(10)]
-    writer = ShardWriter(uninterrupted, layout())
+    writer = ShardWriter(uninterrupted, layout(), work="ab12")
     write(writer, rows)
     writer.commit()
-    writer = ShardWriter(full, layout())
+    writer = ShardWriter(full, layout(), work="ab12")
     write(writer, rows[:4])
     progress = copy.deepcopy(writer.flush())
     real_open = Path.open
 
     def open_on_full_disk(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
         # Like a full disk, /dev/full accepts buffered writes and fails at the flush.
-        return real_open(Path("/dev/full") if path.name == "shard_00002.bin" else path, mode, *rest, **named)
+        return real_open(
+            Path("/dev/full") if path.name == "shard_00002-ab12.bin" else path, mode, *rest, **named
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_on_full_disk)
@@ -194,7 +198,7 @@ def test_a_full_disk_is_an_error_and_work_resumes_from_the_last_flush(
         ):
             write(writer, rows[4:])
     writer.abort()
-    writer = ShardWriter(full, layout(), progress)
+    writer = ShardWriter(full, layout(), progress, work="ab12")
     write(writer, rows[4:])
     writer.commit()
     assert bytes_in(full) == bytes_in(uninterrupted)

@@ -7,7 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from distft.data.dataset import DataContext
-from distft.data.shard_writer import ShardLayout, ShardWriter
+from distft.data.shard_layout import ShardLayout
+from distft.data.shard_writer import ShardWriter
 from distft.data.targets import NEXT_TOKEN
 from distft.data.tokens import TokensConfig
 from distft.errors import DataError

@@ -129,7 +129,7 @@ def test_before_the_time_limit_the_driver_gets_sigterm_and_an_unfinished_job_is_
     assert ("resumes from its last checkpoint" in output) is is_requeued
 
 
-def _wait_for(path: Path, timeout_s: float = 30) -> None:
+def _wait_for(path: Path, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"

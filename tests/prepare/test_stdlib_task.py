@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distft.errors import DataError
+from distft.errors import ConfigError, DataError
 from distft.prepare.stdlib_task import (
     AREAS,
     Function,
@@ -122,6 +122,19 @@ def test_a_directory_without_a_library_is_an_error_and_nothing_is_written(tmp_pa
     with pytest.raises(DataError, match="0 functions in 0 known areas"):
         write_stdlib_task(tmp_path / "out", root=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl", "task.json"])
+def test_other_files_with_the_names_of_the_task_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    modules = {"tarfile.py": functions_of("tar", 50), "argparse.py": functions_of("arg", 50)}
+    library = make_library(tmp_path / "library", modules)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("of the user")
+    with pytest.raises(ConfigError, match=rf"{name} would be overwritten"):
+        write_stdlib_task(tmp_path / "out", root=library)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    write_stdlib_task(tmp_path / "own", root=library)
+    write_stdlib_task(tmp_path / "own", root=library)  # the same content is no other file
 
 
 def test_no_module_belongs_to_two_areas() -> None:

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from distft.data.feed import Prefetcher
 from distft.objective.causal_lm import CausalLM
 from distft.topology import Topology
 from distft.train.transfers import DeferredRead
+from distft.watch.heartbeat_exchange import HeartbeatExchange
 
 HANG_STEP = 7
 HANG_CALL = 2 * (HANG_STEP - 1)  # each step has two micro-batches on every rank
-HANG_TIMEOUT_S = 1.0
+HANG_TIMEOUT_S = 1.0  # without the time in which a rank waits for a CPU
+LIMIT_S = 300.0  # only for a run that would never end
 
 
 def _config(data: Path, run_dir: Path, zero_stage: int = 1, **changes: Any) -> dict[str, Any]:
@@ -48,8 +50,10 @@ def _before_each_call(owner: type, method: str, act: Callable[[int], None]) -> N
     setattr(owner, method, call)
 
 
-def _hang_here(*, stops_process: bool) -> None:
-    time.sleep(0.3)  # some heartbeats carry this stack
+def _hang_here(exchanges: Mapping[str, int], *, stops_process: bool) -> None:
+    begun = exchanges["begun"]
+    while exchanges["begun"] < begun + 3:  # a heartbeat with this stack has been sent
+        time.sleep(0.01)
     if stops_process:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(1000)
@@ -58,10 +62,13 @@ def _hang_here(*, stops_process: bool) -> None:
 def _hang_before(
     owner: type, method: str, topology: Topology, hung_rank: int, *, stops_process: bool
 ) -> None:
+    exchanges = {"begun": 0}
+
     def act(earlier_calls: int) -> None:
         if topology.rank == hung_rank and earlier_calls == HANG_CALL:
-            _hang_here(stops_process=stops_process)
+            _hang_here(exchanges, stops_process=stops_process)
 
+    _before_each_call(HeartbeatExchange, "_exchange", lambda earlier: exchanges.update(begun=earlier))
     _before_each_call(owner, method, act)
 
 
@@ -118,7 +125,7 @@ def test_a_hung_gpu_is_named_though_every_host_only_waits_for_its_device(
 ) -> None:
     with start_ranks(hang_on_gpu, 2, _config(data, tmp_path), 1, phase) as ranks:
         with pytest.raises(RanksError) as caught:
-            ranks.wait(timeout_s=60, grace_s=10)
+            ranks.wait(timeout_s=LIMIT_S, grace_s=LIMIT_S)
         pid = ranks.pids[1]
     failures = caught.value.failures
     assert "was killed by SIGKILL" in failures[1]
@@ -167,7 +174,7 @@ def hung_run(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytes
     raw = _config(data, run_dir, zero_stage)
     with start_ranks(train_and_hang, world_size, raw, rank) as ranks:
         with pytest.raises(RanksError) as caught:
-            ranks.wait(timeout_s=60, grace_s=10)
+            ranks.wait(timeout_s=LIMIT_S, grace_s=LIMIT_S)
         pid = ranks.pids[rank]
     return HungRun(
         raw=raw,
@@ -220,24 +227,27 @@ def test_a_run_whose_ranks_are_all_suspended_for_a_while_does_not_hang(
             for rank in range(2):
                 ranks.kill(rank, number)
             time.sleep(pause_s)
-        ranks.wait(timeout_s=60)
+        ranks.wait(timeout_s=LIMIT_S)
     assert "hang" not in {event["kind"] for event in events(tmp_path)}
     assert logged(tmp_path) == pytest.approx(logged(pretrained), abs=1e-5)
 
 
-def _run_slowly(topology: Topology, raw: dict[str, Any], slow_rank: int | None = None) -> None:
+def _run_slowly(
+    topology: Topology, raw: dict[str, Any], slow_rank: int | None = None, delay_s: float = 0.03
+) -> None:
     """Train with a slow forward on `slow_rank`, or on all ranks."""
-    delay_s = 0.03 if slow_rank in {None, topology.rank} else 0.0
+    delay_s = delay_s if slow_rank in {None, topology.rank} else 0.0
     _before_each_call(CausalLM, "loss_sums", lambda _: time.sleep(delay_s))
     run(topology, raw)
 
 
 @pytest.mark.ranks
 def test_a_slow_rank_is_named_by_its_own_work(data: Path, tmp_path: Path) -> None:
-    raw = _config(data, tmp_path, train={"max_steps": 30, "log_every_steps": 1})
-    with start_ranks(_run_slowly, 2, raw, 1) as ranks:
-        ranks.wait(timeout_s=60)
+    raw = _config(data, tmp_path, train={"max_steps": 14, "log_every_steps": 1})
+    delay_s = 0.15  # far above the time of a step, also on a busy machine
+    with start_ranks(_run_slowly, 2, raw, 1, delay_s) as ranks:
+        ranks.wait(timeout_s=LIMIT_S)
         pid = ranks.pids[1]
     [straggler] = (event for event in events(tmp_path) if event["kind"] == "straggler")
     assert (straggler["rank"], straggler["pid"]) == (1, pid)
-    assert straggler["own_s"] > 0.06 > straggler["others_own_s"]
+    assert straggler["own_s"] > 2 * delay_s > straggler["others_own_s"]

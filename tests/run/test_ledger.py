@@ -53,6 +53,18 @@ def test_steps_on_changing_numbers_of_ranks_leave_one_interval(
     assert merge_intervals(used) == (((0, len(world_sizes) * global_batch_size),), ())
 
 
+@given(gaps_and_sizes=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=12))
+def test_a_ledger_joins_adjacent_micro_batches_and_no_others(gaps_and_sizes: list[tuple[int, int]]) -> None:
+    ledger, used, position = SequenceLedger(), list[int](), 0
+    for gap, size in gaps_and_sizes:
+        start, position = position + gap, position + gap + size
+        ledger.add(MicroBatch(start, position))
+        used += range(start, position)
+    taken = ledger.take()
+    assert [number for start, stop in taken for number in range(start, stop)] == used
+    assert all(a[1] < b[0] for a, b in pairwise(taken))
+
+
 def test_an_empty_micro_batch_adds_no_interval() -> None:
     ledger = SequenceLedger()
     ledger.add(MicroBatch(5, 5))

@@ -1,14 +1,20 @@
 """Runs that would train nonsense, or nothing, are refused or fail; they never end as completed."""
 
+import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.small_runs import events, fine_tuning, logged, pretraining, run
 
+from distft.checkpoint.manifest import MANIFEST, Manifest
+from distft.cli.main import main
 from distft.collectives import require_same_device
 from distft.config import dump_yaml, parse
-from distft.errors import ConfigError, TrainingError
+from distft.config.yaml_text import to_yaml
+from distft.errors import ConfigError, DistftError, TrainingError
 from distft.objective.causal_lm import CausalLM
 from distft.run.config import RunConfig, load_run_config
 from distft.topology import Topology
@@ -129,3 +135,76 @@ def test_ranks_on_different_devices_are_named() -> None:
     require_same_device(["cuda"] * 4)
     with pytest.raises(ConfigError, match=r"rank 2 \(cpu\), the others cuda"):
         require_same_device(["cuda", "cuda", "cpu", "cuda"])
+
+
+@pytest.fixture
+def hostile(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the pretrained run whose configuration names classes in a module that can be imported."""
+    (tmp_path / "modules").mkdir()
+    module = tmp_path / "modules" / "hostile_module.py"
+    module.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemError('code ran')")
+    monkeypatch.syspath_prepend(module.parent)
+    copied = tmp_path / "hostile"
+    shutil.copytree(pretrained, copied)
+    named = {"type": "hostile_module:Anything", "peak_step": 3}
+    for manifest in copied.rglob(MANIFEST):
+        saved = Manifest.from_bytes(manifest.read_bytes(), str(manifest))
+        config = {
+            **saved.config,
+            "optim": {**saved.config["optim"], "schedule": named},
+            "objective": named,
+            "validation": named,
+            "engine": named,
+            "trackers": [named],
+        }
+        manifest.write_bytes(saved.model_copy(update={"config": config}).to_bytes())
+        last = config
+    (copied / "config.yaml").write_text(to_yaml(last))
+    return copied
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate {run}",
+        "generate {run} --prompt the",
+        "audit {run}",
+        "checkpoint inspect {run}",
+        "checkpoint verify {run}",
+        "checkpoint diff {run} {run}",
+        "checkpoint plan {run}",
+        "checkpoint reshard {run} {out}",
+        "checkpoint convert {run} {out} --to huggingface",
+        "checkpoint average {run} {run} -o {out}",
+        "config check {yaml} init_from={run}",
+    ],
+)
+def test_no_configuration_out_of_a_file_that_is_read_runs_code(
+    data: Path, hostile: Path, tmp_path: Path, command: str
+) -> None:
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(dump_yaml(parse(RunConfig, pretraining(data, tmp_path / "new"))))
+    main(command.format(run=hostile, out=tmp_path / "out", yaml=yaml).split())
+    assert not (tmp_path / "ran").exists()
+    assert "hostile_module" not in sys.modules
+
+
+def test_no_start_from_a_checkpoint_and_no_resume_runs_code_of_its_configuration(
+    data: Path, hostile: Path, tmp_path: Path
+) -> None:
+    for raw in (
+        pretraining(data, tmp_path / "new", init_from=str(hostile)),
+        pretraining(data, hostile, train={"max_steps": 13}),
+    ):
+        with suppress(DistftError):
+            run(Topology(), raw)
+        assert not (tmp_path / "ran").exists()
+
+
+def test_with_trust_the_same_configuration_is_imported(
+    hostile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(hostile), "--prompt", "the"]) == 2
+    assert "pass --trust if you know who wrote it" in capsys.readouterr().err
+    assert main(["generate", str(hostile), "--prompt", "the", "--trust"]) == 2
+    assert (tmp_path / "ran").exists()

@@ -11,7 +11,8 @@ from distft.checkpoint.committed import find_checkpoint
 from distft.config import parse
 from distft.run.config import RunConfig
 from distft.run.engines import choose_device
-from distft.run.pretrained import evaluate_checkpoint, generate_text
+from distft.run.generate import GenerationOptions, generate_text
+from distft.run.pretrained import evaluate_checkpoint
 from distft.topology import Topology
 
 
@@ -42,10 +43,11 @@ def test_a_low_precision_run_resumes_exactly_with_its_loss_scale(
 def test_low_precision_losses_are_close_to_those_of_fp32(
     data: Path, pretrained: Path, tmp_path: Path
 ) -> None:
-    for precision in ("bf16", "fp16"):
+    # Seen: 2.9e-4 and 4e-5.
+    for precision, tolerance in (("bf16", 1e-3), ("fp16", 2e-4)):
         engine = {"type": "local", "param_dtype": precision}
         run(Topology(), pretraining(data, tmp_path / precision, engine=engine))
-        assert logged(tmp_path / precision) == pytest.approx(logged(pretrained), abs=0.03)
+        assert logged(tmp_path / precision) == pytest.approx(logged(pretrained), abs=tolerance)
 
 
 def _evaluate(topology: Topology, path: str, overrides: list[str]) -> dict[str, float]:
@@ -71,10 +73,16 @@ def test_evaluate_reproduces_the_last_evaluation_of_a_run(classifier: Path) -> N
 
 
 def test_generation_depends_only_on_its_seed_and_starts_with_the_prompt(pretrained: Path) -> None:
-    options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": None, "top_p": 0.9}
-    first = generate_text(str(pretrained), ["the cat", "a"], seed=1, **options)
-    assert first == generate_text(str(pretrained), ["the cat", "a"], seed=1, **options)
-    assert first != generate_text(str(pretrained), ["the cat", "a"], seed=2, **options)
+    first, second, other = (
+        generate_text(
+            str(pretrained),
+            ["the cat", "a"],
+            GenerationOptions(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=seed),
+            on_note=lambda _: None,
+        )
+        for seed in (1, 1, 2)
+    )
+    assert first == second != other
     assert first[0].startswith("the cat")
 
 

@@ -1,6 +1,11 @@
 """Stop requests are heard at the next step, whatever the logging interval; empty batches; moved data."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +16,14 @@ from support.small_runs import events, logged, pretraining, run
 from distft.config import parse
 from distft.data.packing import PackedRows
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
-from distft.errors import ConfigError, Preempted
+from distft.errors import ConfigError, Interrupted, Preempted
+from distft.run.audit import audit_run
 from distft.run.config import RunConfig
+from distft.run.stop_signals import stop_on_signals
 from distft.run.train import run_training
 from distft.topology import Topology
+from distft.train.loop import Trainer
+from distft.train.services import never_stop
 
 SPARSE_LOG = {"max_steps": 12, "log_every_steps": 100}
 
@@ -52,6 +61,94 @@ def test_all_ranks_stop_in_the_step_in_which_one_rank_was_asked_to(
     assert run(Topology(), {**raw, "engine": {"type": "local"}}).metrics["loss"] == pytest.approx(
         run(Topology(), straight).metrics["loss"], abs=2e-6
     )
+
+
+def _interrupt_after(step: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a run gets SIGINT, as by Ctrl-C, `times` times, once `step` steps are complete."""
+    run_step = Trainer._run_step
+
+    def run_step_and_interrupt(trainer: Trainer, *arguments: Any) -> Any:
+        signals = run_step(trainer, *arguments)
+        if trainer.step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)  # both are delivered
+        return signals
+
+    monkeypatch.setattr(Trainer, "_run_step", run_step_and_interrupt)
+
+
+def test_ctrl_c_saves_as_sigterm_does(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = pretraining(data, tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        _interrupt_after(5, 1, patch)
+        with pytest.raises(Preempted, match="Stopped at step 6 as asked; start again to resume"):
+            run(Topology(), raw)
+    told = events(tmp_path)
+    assert [event["step"] for event in told if event["kind"] == "save"] == [4, 6]
+    assert (told[-1]["status"], told[-1]["step"]) == ("preempted", 6)
+    assert "second Ctrl-C" in next(event for event in told if event["kind"] == "stop_requested")["next"]
+    assert signal.getsignal(signal.SIGINT) is handler
+    run(Topology(), raw)
+    assert audit_run(str(tmp_path))[0].num_lost_steps == 0
+
+
+def test_a_second_ctrl_c_ends_at_once_and_says_which_step_is_safe(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt_after(6, 2, monkeypatch)
+    with pytest.raises(Interrupted) as caught:
+        run(Topology(), pretraining(data, tmp_path, checkpoint={"every_steps": 4, "in_background": False}))
+    assert caught.value.exit_code == 130
+    assert str(caught.value) == (
+        "Interrupted at step 6. Step 4 is saved: the same command goes on from there, and does 2 steps again."
+    )
+    last = events(tmp_path)[-1]
+    assert (last["kind"], last["status"], last["step"]) == ("finish", "interrupted", 6)
+
+
+def test_a_second_ctrl_c_before_the_first_commit_says_that_nothing_is_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt_after(2, 2, monkeypatch)
+    with pytest.raises(Interrupted, match=r"at step 2\. Nothing is saved yet: the same command starts anew"):
+        run(Topology(), pretraining(data, tmp_path))
+
+
+BLOCKED = """
+import hashlib
+from distft.run import stop_signals
+stop_signals._UNWIND_S = 0.1
+with stop_signals.stop_on_signals(lambda: None, on_request=lambda: print("asked", flush=True)):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # half an hour of native code
+"""
+
+
+def test_a_second_ctrl_c_ends_a_process_that_is_blocked_in_native_code() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (130, "Interrupted while waiting for other ranks or a device.\n")
+
+
+def test_a_process_that_ignores_interrupts_goes_on_to_ignore_them() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signals(never_stop) as stop_requested:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop_requested() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop_requested() == "requested"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_save_that_failed_ends_the_run_at_the_next_step(

@@ -13,7 +13,7 @@ from distft.checkpoint.committed import find_checkpoint
 from distft.checkpoint.writer_fence import WRITER_FILE
 from distft.cli.main import main
 from distft.config import load_yaml, parse
-from distft.errors import ConfigError, DataError, DistftError, Preempted, TrainingError
+from distft.errors import ConfigError, DataError, DistftError, DivergedError, Preempted
 from distft.run.config import RunConfig
 from distft.topology import Topology
 from distft.train.loop import Trainer
@@ -33,6 +33,7 @@ def test_a_run_learns_and_writes_metrics_events_and_checkpoints(pretrained: Path
     }
     assert [event["kind"] for event in events(pretrained)] == [
         "start",
+        *["data"] * 2,
         *["save", "ledger"] * 3,
         "finish",
     ]
@@ -179,13 +180,13 @@ def test_a_run_dir_that_cannot_be_created_is_refused(data: Path, tmp_path: Path)
     for run_dir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=r"file is a file\. Choose another run_dir"):
             run(Topology(), pretraining(data, run_dir))
-    with pytest.raises(ConfigError, match="No such file or directory: /proc/nowhere"):
+    with pytest.raises(ConfigError, match=r"/proc/nowhere/run cannot be created: No such file"):
         run(Topology(), pretraining(data, Path("/proc/nowhere/run")))
 
 
 def test_missing_data_is_reported_rather_than_its_missing_tokenizer(data: Path, tmp_path: Path) -> None:
     raw = pretraining(data, tmp_path, data={"type": "tokens", "sources": [{"path": str(tmp_path / "no")}]})
-    with pytest.raises(DataError, match=r"data.sources.0.path=.*no does not exist"):
+    with pytest.raises(DataError, match=r"data\.sources\.0\.path: .*no does not exist"):
         run(Topology(), raw)
 
 
@@ -259,7 +260,7 @@ def test_consecutive_steps_with_non_finite_gradients_end_the_run_and_keep_the_la
     raw = pretraining(
         data, tmp_path, train={"max_steps": 12, "log_every_steps": 1, "max_skipped_in_a_row": 3}
     )
-    with pytest.raises(TrainingError, match="Steps 5 to 7 all had gradients that are not finite"):
+    with pytest.raises(DivergedError, match="Steps 5 to 7 all had gradients that are not finite"):
         run(Topology(), raw)
     assert max(logged(tmp_path, "skipped_steps").values()) == 2  # the third ends the run before it is logged
     assert find_checkpoint(str(tmp_path)).step == 4

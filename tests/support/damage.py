@@ -8,3 +8,9 @@ def flip_bit(file: Path, offset: int = -1) -> None:
     data = bytearray(file.read_bytes())
     data[offset] ^= 16
     file.write_bytes(data)
+
+
+def rank_file(commit: Path, rank: int = 0) -> Path:
+    """The file of a rank in a commit; its name carries that of the start that wrote it."""
+    (file,) = commit.glob(f"rank_{rank:05d}*.safetensors")
+    return file

@@ -130,16 +130,18 @@ class FaultyDisk:
         def operation(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **options: Any) -> Any:
             if isinstance(file, int) or not set(mode) & set("wax+") or not _full(file).startswith(self._root):
                 return real(file, mode, buffering, *args, **options)
-            assert mode == "wb", f"{mode=} is not supported here"
+            assert mode in {"wb", "ab", "r+b"}, f"{mode=} is not supported here"
             self.record("open", _full(file))
-            return io.BufferedWriter(_CountedFile(file, self), buffering if buffering > 1 else 1 << 13)
+            opened = _CountedFile(file, self, mode)
+            size = buffering if buffering > 1 else 1 << 13
+            return io.BufferedRandom(opened, size) if mode == "r+b" else io.BufferedWriter(opened, size)
 
         return operation
 
 
 class _CountedFile(io.FileIO):
-    def __init__(self, path: Any, disk: FaultyDisk) -> None:
-        super().__init__(path, "wb")
+    def __init__(self, path: Any, disk: FaultyDisk, mode: str) -> None:
+        super().__init__(path, mode)
         self._disk = disk
         self._path = _full(path)
 

@@ -193,3 +193,14 @@ def _masters(engine: Any) -> dict[int, Tensor]:
         return {}
     pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
     return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+
+def save_after_steps(
+    topology: Any, script: Script, save_to: str, steps: tuple[int, ...], exclude_frozen: bool = False
+) -> None:
+    """Train, and save a tag after each of `steps`."""
+    engine = start(script, topology.world_size, script.seed or 1)
+    for step in range(max(steps)):
+        _step(engine, topology, step)
+        if step + 1 in steps:
+            engine.save_checkpoint(save_to, exclude_frozen_parameters=exclude_frozen)

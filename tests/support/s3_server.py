@@ -69,6 +69,7 @@ class S3Server:
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.most_parts_at_once = 0
+        self.num_bytes_sent = 0  # bodies of responses
         self._parts_now = 0
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
@@ -161,7 +162,13 @@ class S3Server:
                 return _refuse(fault, request, environ, start_response)
         with self._counting_parts(request):
             answer: Iterable[bytes] = self._moto(environ, start_response)
-        return answer
+        return self._counted(answer)
+
+    def _counted(self, answer: Iterable[bytes]) -> Iterator[bytes]:
+        for body in answer:
+            with self._lock:
+                self.num_bytes_sent += len(body)
+            yield body
 
     @contextmanager
     def _counting_parts(self, request: Request) -> Iterator[None]:

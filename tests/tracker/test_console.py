@@ -53,6 +53,16 @@ def test_plain_lines_appear_at_intervals_and_for_the_last_step() -> None:
         tracker.log({"loss": 1.0}, step=step)
     steps = [int(n) for n in re.findall(r"^step (\d+)/", out.getvalue(), re.MULTILINE)]
     assert steps == [*range(1, 200, 10), 200]
+    assert out.getvalue().count("a line every 5 s; metrics.jsonl has all logged steps\n") == 1
+
+
+def test_nothing_is_said_of_gaps_while_there_are_none() -> None:
+    tracker, out, clock = plain()
+    tracker.start("run", {}, Path())
+    for step in (1, 2):
+        clock.now += 6
+        tracker.log({"loss": 1.0}, step=step)
+    assert "every" not in out.getvalue()
 
 
 def test_the_last_step_of_a_preempted_run_is_shown() -> None:

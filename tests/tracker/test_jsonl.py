@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from distft.errors import StorageError
 from distft.tracker import EventLog, JsonlTracker, read_lines
-from distft.tracker.jsonl import LineWriter, drop_lines_after
+from distft.tracker.jsonl import LineWriter
 
 
 def attempt(run_dir: Path, steps: range, *, resume_step: int | None, mark: int) -> None:
@@ -44,12 +44,19 @@ def test_after_crashes_and_resumes_every_step_appears_once(
     assert all((line["mark"] == -1) == (line["step"] > start) for line in lines)
 
 
-def test_a_file_without_superseded_lines_is_not_touched(tmp_path: Path) -> None:
-    attempt(tmp_path, range(1, 4), resume_step=None, mark=0)
-    path = tmp_path / "metrics.jsonl"
-    before = path.stat()
-    drop_lines_after(path, 3)
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+def test_two_starts_that_overlap_log_every_step_once(tmp_path: Path) -> None:
+    old, new = JsonlTracker(), JsonlTracker()
+    old.start("run", {}, tmp_path)
+    for step in (1, 2):
+        old.log({"loss": 1.0}, step=step)
+    new.start("run", {}, tmp_path, resume_step=2)  # nothing is to be dropped
+    for step in (3, 4):
+        old.log({"loss": 1.0}, step=step)
+        new.log({"loss": 2.0}, step=step)
+    for tracker in (old, new):
+        tracker.finish("completed")
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
 def test_a_line_is_written_as_soon_as_it_is_logged(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def run(trackers: Trackers, run_dir: Path) -> None:
     trackers.log({"loss": np.float32(0.5), "tokens_seen": np.int64(7)}, step=4)
     trackers.event("save", step=4, url=f"s3://me:{SECRET}@host")
     trackers.log({"loss": 0.25}, step=5)
-    trackers.finish("completed")
+    trackers.finish("completed", step=5)
 
 
 def test_all_trackers_get_the_same_plain_numbers_and_no_secret(tmp_path: Path) -> None:
@@ -99,13 +101,36 @@ def test_a_failing_required_tracker_ends_the_run_and_the_others_finish(tmp_path:
     assert second.calls[-1] == ("finish", "completed")
     failed = Trackers([Recorder("finish", StorageError("full"))])
     failed.start("run", {}, tmp_path)
-    failed.finish("failed")  # the run raises its own error
+    failed.finish("failed", step=1)  # the run raises its own error
 
 
 def test_events_and_the_final_status_are_in_the_events_file(tmp_path: Path) -> None:
     run(Trackers([JsonlTracker()]), tmp_path)
     save, finish = read_lines(tmp_path / "events.jsonl")
-    assert (save["kind"], save["step"], finish["status"]) == ("save", 4, "completed")
+    assert (save["kind"], save["step"], finish["status"], finish["step"]) == ("save", 4, "completed", 5)
+    assert save["start_id"] == finish["start_id"]
+    assert SECRET not in (tmp_path / "events.jsonl").read_text()
+
+
+def test_events_of_several_threads_do_not_meet_in_a_tracker(tmp_path: Path) -> None:
+    class Meeting(Recorder):
+        num_inside = 0
+
+        def _record(self, *call: Any) -> None:
+            super()._record(*call)
+            assert self.num_inside == 0
+            self.num_inside += 1
+            time.sleep(0.001)
+            self.num_inside -= 1
+
+    trackers = Trackers([Meeting()])
+    trackers.start("run", {}, tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        events = [pool.submit(trackers.event, "save", step=step) for step in range(20)]
+        logs = [pool.submit(trackers.log, {"loss": 1.0}, step=step) for step in range(20)]
+        for future in (*events, *logs):
+            future.result()
+    trackers.finish("completed", step=20)
 
 
 def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
@@ -166,7 +191,7 @@ def test_wandb_works_offline_continues_its_run_and_writes_no_secret(
             trackers.log({"loss": 1 / step, "bad": float("nan")}, step=step)
         trackers.event("save", step=3)
         assert dict(tracker._run.summary)["loss"] == pytest.approx(0.2)
-        trackers.finish("completed")
+        trackers.finish("completed", step=1)
         assert trackers._optional == [tracker]  # it did not fail
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(path.suffix == ".wandb" for path in files) == 2
@@ -179,4 +204,4 @@ def test_trackers_get_a_config_that_is_json(tmp_path: Path) -> None:
     trackers = Trackers([recorder])
     trackers.start("run", {"a": (1, 2), "b": {"c": None}}, tmp_path)
     assert json.loads(json.dumps(recorder.calls[0][2])) == {"a": [1, 2], "b": {"c": None}}
-    trackers.finish("completed")
+    trackers.finish("completed", step=1)

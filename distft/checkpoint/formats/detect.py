@@ -6,7 +6,13 @@ The readers are imported for a checkpoint that they read: a wrong path is report
 from typing import TYPE_CHECKING
 
 from distft import storage
-from distft.checkpoint.formats.names import CONFIG_FILE, LATEST, LATEST_UNIVERSAL
+from distft.checkpoint.formats.names import (
+    CONFIG_FILE,
+    LATEST,
+    LATEST_UNIVERSAL,
+    MODEL_STATES,
+    list_tags,
+)
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.steps import (
     committed_steps,
@@ -17,13 +23,23 @@ from distft.checkpoint.steps import (
 from distft.errors import UnsupportedFormatError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from distft.checkpoint.sources import CheckpointSource
 
 
-def open_source(path: str, *, trust: bool = False) -> "CheckpointSource":
+def open_source(
+    path: str,
+    *,
+    trust: bool = False,
+    weights_only: bool = False,
+    parameter_groups: "Sequence[Sequence[str]] | None" = None,
+) -> "CheckpointSource":
     """Open the checkpoint at `path`, of any format; reads headers, but no tensors.
 
-    `trust` imports unknown classes that DeepSpeed's pickles name, which can run code. Raises
+    `trust` imports unknown classes that DeepSpeed's pickles name, which can run code. With `weights_only`, no
+    states of the optimizer are needed: model.safetensors beside DeepSpeed's files is preferred to them.
+    `parameter_groups` names the parameters of DeepSpeed's stage 0, group by group. Raises
     `UnsupportedFormatError` if there is no checkpoint that distft reads, `CheckpointError` for a damaged one.
     """
     format_name = detect_format(path)
@@ -32,13 +48,14 @@ def open_source(path: str, *, trust: bool = False) -> "CheckpointSource":
 
         return find_checkpoint(path)
     if format_name == "universal":
-        from distft.checkpoint.formats.universal import UniversalCheckpoint
+        from distft.checkpoint.formats.deepspeed.transformers_model import with_distft_names
+        from distft.checkpoint.formats.deepspeed.universal import UniversalCheckpoint
 
-        return UniversalCheckpoint.open(path, trust=trust)
+        return with_distft_names(UniversalCheckpoint.open(path, trust=trust), path)
     if format_name == "deepspeed":
-        from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
+        from distft.checkpoint.formats.deepspeed.transformers_model import open_deepspeed
 
-        return DeepSpeedCheckpoint.open(path, trust=trust)
+        return open_deepspeed(path, trust=trust, groups=parameter_groups, weights_only=weights_only)
     from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint
 
     return HuggingFaceCheckpoint.open(path)
@@ -59,8 +76,13 @@ def detect_format(path: str) -> str:
         return "distft"
     if LATEST_UNIVERSAL in names or "zero" in names:
         return "universal"
-    if LATEST in names or any(name.endswith("_model_states.pt") for name in names):
+    if LATEST in names or any(MODEL_STATES.fullmatch(name) for name in names):
         return "deepspeed"
+    has_weights = any(name.endswith((".safetensors", ".safetensors.index.json", ".bin")) for name in names)
+    if CONFIG_FILE in names and has_weights:
+        return "huggingface"
+    if list_tags(path):
+        return "deepspeed"  # without `latest`: its reader names the tags
     if CONFIG_FILE in names:
         return "huggingface"
     if looks_uncommitted(path, names):

@@ -4,12 +4,17 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from distft import storage
-from distft.checkpoint.formats.safetensors_file import TensorLocation, read_header
+from distft.checkpoint.manifest import PlainName
+from distft.checkpoint.safetensors_header import AbsentFileError, TensorLocation, read_safetensors_header
 from distft.errors import CheckpointError, UnsupportedFormatError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_WEIGHT_MAP = TypeAdapter(dict[str, PlainName])  # tensor -> file
 
 
 @dataclass(slots=True)
@@ -20,6 +25,7 @@ class TensorScan:
     unreadable: set[str] = field(default_factory=set)  # tensors in damaged or missing files
     is_weights_file_unreadable: bool = False  # the only file is damaged, so its tensors are unknown
     damage: list[str] = field(default_factory=list)
+    is_incomplete: bool = False  # a file is not there at all
 
     def is_reported(self, name: str) -> bool:
         """Whether `damage` already explains why this tensor is missing."""
@@ -29,11 +35,13 @@ class TensorScan:
 def scan_tensors(path: str) -> TensorScan:
     """Read the headers of all files in a model directory.
 
-    Raises `CheckpointError` if there is neither a weights file nor an index.
+    Raises `CheckpointError` if there is neither a weights file nor an index, and with all damage if a file
+    is missing or a git-LFS pointer.
     """
+    scan = TensorScan()
     if storage.exists(storage.join(path, WEIGHTS_FILE)):
-        scan = TensorScan()
         _add_file(scan, storage.join(path, WEIGHTS_FILE), None)
+        _require_files(scan)
         return scan
     index = storage.join(path, INDEX_FILE)
     if not storage.exists(index):
@@ -43,18 +51,24 @@ def scan_tensors(path: str) -> TensorScan:
             "as pytorch_model.bin, save them as safetensors first, with save_pretrained of transformers."
         )
     indexed = _read_index(index)
-    scan = TensorScan()
     for file in sorted(indexed):
         _add_file(scan, storage.join(path, file), indexed[file])
+    _require_files(scan)
     return scan
+
+
+def _require_files(scan: TensorScan) -> None:
+    if scan.is_incomplete:
+        raise CheckpointError("\n".join(scan.damage))
 
 
 def _add_file(scan: TensorScan, path: str, indexed: set[str] | None) -> None:
     """Add the tensors of one file; `indexed` are those that the index lists, None without an index."""
     try:
-        header = read_header(path)
+        header = read_safetensors_header(path)
     except CheckpointError as error:
         scan.damage.append(str(error))
+        scan.is_incomplete |= isinstance(error, AbsentFileError)
         scan.is_weights_file_unreadable |= indexed is None
         scan.unreadable |= indexed or set()
         return
@@ -69,23 +83,33 @@ def _add_file(scan: TensorScan, path: str, indexed: set[str] | None) -> None:
 
 
 def _read_index(path: str) -> dict[str, set[str]]:
-    """The names of each file's tensors, from the index."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
+    """The names of each file's tensors, from the index, which can name files in its own directory only."""
+    raw = read_json(path)
+    if not isinstance(raw.get("weight_map"), dict):
         raise CheckpointError(f"{path} has no weight_map: download it again.")
+    try:
+        weight_map = _WEIGHT_MAP.validate_python(raw["weight_map"])
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"{path} says that {found['loc'][0]!r} is in {str(found['input'])[:200]!r}, which is not the "
+            "name of a file beside it, and no other file is read. Download it again."
+        ) from None
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        files.setdefault(str(file), set()).add(str(name))
+        files.setdefault(file, set()).add(name)
     return files
 
 
 def read_json(path: str) -> dict[str, Any]:
     """The object in a JSON file. Raises `CheckpointError` if there is none."""
     try:
-        raw = json.loads(storage.read_bytes(path))
-    except FileNotFoundError:
+        data = storage.read_bytes(path)
+        storage.check_not_lfs_pointer(path, data, error=CheckpointError)
+        raw = json.loads(data)
+    except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"{path} is missing: the directory is not a model of transformers.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): download it again.") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is JSON, but not an object: download it again.")

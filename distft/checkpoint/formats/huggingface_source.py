@@ -9,26 +9,27 @@ import torch
 from torch import Tensor
 
 from distft import storage
-from distft.checkpoint.formats.huggingface_architecture import HuggingFaceModelSpec
-from distft.checkpoint.formats.huggingface_config import parse_config
+from distft.checkpoint.formats.huggingface_config import HuggingFaceModelSpec, parse_config
 from distft.checkpoint.formats.huggingface_files import read_json, scan_tensors
 from distft.checkpoint.formats.huggingface_tensors import (
-    ParameterLocation,
     TensorMap,
     base_prefix,
     map_tensors,
+    read_parameter,
 )
 from distft.checkpoint.formats.huggingface_tokenizer import TOKENIZER_FILE
 from distft.checkpoint.formats.names import CONFIG_FILE
-from distft.checkpoint.formats.safetensors_file import TensorLocation
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord, TokenizerRecord
 from distft.checkpoint.rank_file import read_elements
+from distft.checkpoint.safetensors_header import TensorLocation
 from distft.errors import CheckpointError, ConfigError, DataError
 from distft.tokenizer import Tokenizer
 
 LM_HEAD = "lm_head.weight"
 
+_MOST_NOTES = 5
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CHUNK_BYTES = 16 << 20  # read at a time from a tensor that has to be read whole
 # Buffers that older versions of transformers saved; newer ones compute them.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
@@ -57,6 +58,7 @@ class HuggingFaceCheckpoint:
     ) -> None:
         self.path = path
         self.manifest = manifest
+        self.notes = [*matched.problems[:_MOST_NOTES]]  # for the user
         self._spec = spec
         self._tensor_map = matched.tensor_map
         self._locations = matched.locations
@@ -65,7 +67,8 @@ class HuggingFaceCheckpoint:
     def open(cls, path: str) -> "HuggingFaceCheckpoint":
         """Open the model at `path`; reads headers, but no weights.
 
-        Raises `CheckpointError` if there is no model, `ConfigError` with its unsupported features.
+        Raises `CheckpointError` if there is no model or a file is missing, `ConfigError` with its unsupported
+        features.
         """
         raw = read_json(storage.join(path, CONFIG_FILE))
         try:
@@ -94,12 +97,13 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{self.path} has no {state} of {parameter!r}.")
         location = self._tensor_map.parameters[parameter]
         stored = self._locations[location.tensor.name]
-        if location.tensor.is_transposed:
-            return _read_transposed(stored, location, start, stop)
-        assert stored.dtype is not None
-        first = location.first_row * (location.tensor.numel // location.tensor.shape[0]) + start
-        return read_elements(
-            stored.path, stored.offset + first * stored.dtype.itemsize, stored.dtype, stop - start
+        dtype = stored.dtype
+        assert dtype is not None
+        return read_parameter(
+            location,
+            lambda a, b: read_elements(stored.path, stored.offset + a * dtype.itemsize, dtype, b - a),
+            start,
+            stop,
         )
 
     def find_damage(self) -> list[str]:
@@ -108,25 +112,6 @@ class HuggingFaceCheckpoint:
         The format has no checksums, so wrong values are found only in a tied head that is stored as a copy.
         """
         return _match_tensors(self.path, self._spec, compare_tied=True).problems
-
-
-def _read_transposed(stored: TensorLocation, location: ParameterLocation, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a parameter whose rows are columns of the stored tensor."""
-    assert stored.dtype is not None
-    num_stored_rows, num_columns = location.tensor.shape
-    first, last = start // num_stored_rows, -(-stop // num_stored_rows)  # rows of the parameter
-    out = torch.empty((last - first, num_stored_rows), dtype=stored.dtype)
-    row_bytes = num_columns * stored.dtype.itemsize
-    chunk_rows = max(_CHUNK_BYTES // row_bytes, 1)
-    for row in range(0, num_stored_rows, chunk_rows):
-        num_rows = min(chunk_rows, num_stored_rows - row)
-        chunk = read_elements(
-            stored.path, stored.offset + row * row_bytes, stored.dtype, num_rows * num_columns
-        )
-        columns = chunk.view(num_rows, num_columns)[:, location.first_row + first : location.first_row + last]
-        out[:, row : row + num_rows] = columns.T
-    offset = first * num_stored_rows
-    return out.view(-1)[start - offset : stop - offset]
 
 
 def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool = False) -> _MatchedTensors:
@@ -161,7 +146,7 @@ def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool 
                 f"{location.path}: {name} has shape {list(location.shape)}, but {CONFIG_FILE} requires "
                 f"{list(tensor.shape)}."
             )
-        elif location.dtype is None:
+        elif location.dtype not in _DTYPES:
             problems.append(
                 f"{location.path}: {name} has dtype {location.dtype_code}, which distft does not read."
             )
@@ -205,7 +190,7 @@ def _manifest(
         progress=Progress(),
         config={"model": spec.model.model_dump(mode="json")},
         label_names=None if spec.label_names is None else list(spec.label_names),
-        tokenizer=_find_tokenizer(path),
+        tokenizer=find_tokenizer(path),
         written_by={"architecture": spec.architecture, "transformers": raw.get("transformers_version")},
         parameters=parameters,
         tied={LM_HEAD: "embed.weight"} if is_tied else {},
@@ -213,10 +198,32 @@ def _manifest(
     )
 
 
-def _find_tokenizer(path: str) -> TokenizerRecord | None:
-    """The directory's sentencepiece model; None if tokenizer.model is of another kind, such as tiktoken's."""
-    try:
-        model = storage.read_bytes(storage.join(path, TOKENIZER_FILE))
-        return TokenizerRecord(fingerprint=Tokenizer(model).fingerprint, file=TOKENIZER_FILE)
-    except (FileNotFoundError, DataError):
+def find_tokenizer(path: str) -> TokenizerRecord | None:
+    """The directory's sentencepiece model, with what the files beside it add to it.
+
+    None if tokenizer.model is missing or of another kind, such as tiktoken's. Raises `DataError` for a
+    git-LFS pointer, and for files of another model beside it.
+    """
+    where = storage.join(path, TOKENIZER_FILE)
+    if not storage.exists(where):
         return None
+    storage.check_not_lfs_pointer(where)
+    try:
+        tokenizer = Tokenizer.load(where)
+    except DataError:
+        if _is_sentencepiece(where):
+            raise
+        return None
+    return TokenizerRecord(
+        fingerprint=tokenizer.fingerprint,
+        file=TOKENIZER_FILE,
+        document_start=() if tokenizer.bos_id is None or not tokenizer.adds_bos else (tokenizer.bos_id,),
+    )
+
+
+def _is_sentencepiece(path: str) -> bool:
+    try:
+        Tokenizer(storage.read_bytes(path))
+    except DataError:
+        return False
+    return True

@@ -5,13 +5,20 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from distft import storage
-from distft.checkpoint.formats.huggingface_architecture import (
+from distft.checkpoint.formats.huggingface_classifier import (
+    CLASSIFIER,
+    HEAD_FILE,
+    README_FILE,
+    head_files,
+    padding_id,
+)
+from distft.checkpoint.formats.huggingface_config import (
     HeadKind,
     HuggingFaceModelSpec,
     choose_architecture,
@@ -21,8 +28,8 @@ from distft.checkpoint.formats.huggingface_files import INDEX_FILE, WEIGHTS_FILE
 from distft.checkpoint.formats.huggingface_tensors import HuggingFaceTensor, TensorMap, map_tensors
 from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
 from distft.checkpoint.formats.names import CONFIG_FILE
-from distft.checkpoint.formats.safetensors_file import header_bytes
 from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.safetensors_header import safetensors_header
 from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.target import UNFINISHED_MARKER
 from distft.config import parse
@@ -30,11 +37,15 @@ from distft.errors import CheckpointError, ConfigError
 from distft.model.config import ModelConfig
 from distft.tokenizer import Tokenizer
 
-_CLASSIFIER, _LM_HEAD = "classifier.weight", "lm_head.weight"
+_LM_HEAD = "lm_head.weight"
+_NO_PADDING = (
+    "There is no pad id, which a classifier of transformers needs to find the last token of a padded row: "
+    "classify one row at a time."
+)
 _CHUNK_NUMEL = 1 << 22  # elements read and written at a time
 _EXPORT_FILES = re.compile(  # names of the files that an export writes before config.json
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-    r"|tokenizer(\.model|\.json|_config\.json)|generation_config\.json"
+    r"|tokenizer(\.model|\.json|_config\.json)|generation_config\.json|classifier\.safetensors|classifier\.md"
 )
 
 
@@ -63,10 +74,12 @@ def write_huggingface(
     max_shard_bytes: int = 5 << 30,
     architecture: str | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Write the model of `source` to the directory `target`; returns notes on what it had to leave out.
 
-    `dtype` None keeps the dtype of each tensor; `architecture` None chooses the first that fits.
+    `on_note` gets them before the work. `dtype` None keeps the dtype of each tensor; `architecture` None
+    chooses the first that fits.
     `on_progress` gets the number of bytes of weights written since the last call. `config.json` is written
     last: a directory without it is not a model, and the next export replaces its files.
 
@@ -75,13 +88,21 @@ def write_huggingface(
     """
     model = _model_config(source)
     chosen = choose_architecture(model, architecture)
-    head, notes = _choose_head(source, model)
+    head, pooling, notes = _choose_head(source, model)
     labels = source.manifest.label_names if head == "classifier" else None
     spec = HuggingFaceModelSpec(
         architecture=chosen, model=model, head=head, label_names=None if labels is None else tuple(labels)
     )
     tensor_map = map_tensors(model, chosen, head, num_labels=len(labels or ()), has_prefix=head != "none")
     _check_parameters(source, tensor_map)
+    files, special_ids, tokenizer_notes = _tokenizer_files(
+        source, model, is_classifier=head == "classifier" or pooling is not None
+    )
+    notes += tokenizer_notes
+    notes += _dropout_notes(model, chosen)
+    if on_note is not None:
+        for note in notes:
+            on_note(note)
     _prepare_directory(target)
     export = _Export(
         source=source,
@@ -91,20 +112,13 @@ def write_huggingface(
         on_progress=on_progress or (lambda _: None),
     )
     _write_weights(export, max_shard_bytes)
-    special_ids = _write_tokenizer(export, model, notes)
+    if pooling is not None:
+        files |= head_files(source, pooling, list(source.manifest.label_names or ()))
+    for name, data in files.items():
+        storage.commit_bytes(storage.join(target, name), data)
     if head == "language_model":
         ids = {f"{name}_token_id": i for name, i in special_ids.items() if i is not None}
         _commit_json(target, "generation_config.json", ids)
-    if head == "classifier" and special_ids.get("pad") is None:
-        notes.append(
-            "The tokenizer has no pad id, which a classifier of transformers needs to find the last token of "
-            "a padded row: classify one row at a time."
-        )
-    if model.dropout and chosen != "gpt2":
-        notes.append(
-            f"dropout={model.dropout} is left out, as {chosen} has dropout on attention weights only. This "
-            "affects training only."
-        )
     widest = _widest([export.dtype_of(tensor) for tensor in tensor_map.tensors.values()])
     raw = make_config(spec, dtype=str(widest).removeprefix("torch."), special_ids=special_ids)
     _commit_json(target, CONFIG_FILE, raw)
@@ -122,29 +136,39 @@ def _model_config(source: CheckpointSource) -> ModelConfig:
     return config
 
 
-def _choose_head(source: CheckpointSource, model: ModelConfig) -> tuple[HeadKind, list[str]]:
-    """The head to export, and a note if the source's head cannot be exported."""
+def _choose_head(
+    source: CheckpointSource, model: ModelConfig
+) -> tuple[HeadKind, Literal["mean", "first"] | None, list[str]]:
+    """The head to export, how to pool for one that lies beside the model, and notes on what is left out."""
     parameters = source.manifest.parameters
-    record = parameters.get(_CLASSIFIER)
+    record = parameters.get(CLASSIFIER)
     if record is None:
         if model.tie_embeddings or _LM_HEAD in parameters:
-            return "language_model", []
-        return "none", [f"{source.path} has no head, so the export has none."]
-    objective = source.manifest.config.get("objective")
-    pooling = objective.get("pooling", "last") if isinstance(objective, dict) else "last"
+            return "language_model", None, []
+        return "none", None, [f"{source.path} has no head, so the export has none."]
     names = source.manifest.label_names
-    if pooling != "last":
-        return "none", [
-            f"The classifier is left out: it pools {pooling!r}, but classifiers of transformers pool the "
-            "last token."
-        ]
     if names is None or len(names) != record.shape[0]:
         count = "no" if names is None else len(names)
-        return "none", [
-            f"The classifier is left out: it has {record.shape[0]} classes, but the checkpoint has {count} "
-            "names for them."
-        ]
-    return "classifier", []
+        note = f"it has {record.shape[0]} classes, but the checkpoint has {count} names for them."
+        return "none", None, [f"The classifier is left out: {note}"]
+    objective = source.manifest.config.get("objective")
+    pooling = objective.get("pooling", "last") if isinstance(objective, dict) else "last"
+    if pooling == "last":
+        return "classifier", None, []
+    note = (
+        f"The classifier is not one of transformers: it pools {pooling!r}, but those pool the last token. "
+        f"Its weights are written to {HEAD_FILE}, and {README_FILE} shows the lines that apply them."
+    )
+    return "none", "first" if pooling == "first" else "mean", [note]
+
+
+def _dropout_notes(model: ModelConfig, architecture: str) -> list[str]:
+    if not model.dropout or architecture == "gpt2":
+        return []
+    return [
+        f"dropout={model.dropout} is left out, as {architecture} has dropout on attention weights only. This "
+        "affects training only."
+    ]
 
 
 def _check_parameters(source: CheckpointSource, tensor_map: TensorMap) -> None:
@@ -182,7 +206,7 @@ def _write_weights(export: _Export, max_shard_bytes: int) -> None:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         with storage.open_write(storage.join(export.target, name), durable=False) as file:
-            file.write(header_bytes((t.name, export.dtype_of(t), t.shape) for t in shard))
+            file.write(safetensors_header((t.name, export.dtype_of(t), t.shape) for t in shard))
             for tensor in shard:
                 for chunk in _tensor_chunks(export, tensor):
                     file.write(_bytes_of(chunk))
@@ -273,18 +297,32 @@ def _bytes_of(values: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def _write_tokenizer(export: _Export, model: ModelConfig, notes: list[str]) -> dict[str, int | None]:
-    """Write the source's tokenizer, if it has one; returns its bos, eos and pad ids."""
-    record = export.source.manifest.tokenizer
+def _tokenizer_files(
+    source: CheckpointSource, model: ModelConfig, *, is_classifier: bool
+) -> tuple[dict[str, bytes], dict[str, int | None], list[str]]:
+    """The files of the source's tokenizer, if it has one, its bos, eos and pad ids, and notes."""
+    record = source.manifest.tokenizer
     if record is None or record.file is None:
-        notes.append(f"{export.source.path} has no tokenizer, so the export has none.")
-        return {}
-    tokenizer = Tokenizer.load(storage.join(export.source.path, record.file))
-    files, tokenizer_notes = tokenizer_files(tokenizer, max_seq_len=model.max_seq_len)
-    for name, data in files.items():
-        storage.commit_bytes(storage.join(export.target, name), data)
-    notes += tokenizer_notes
-    return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        notes = [f"{source.path} has no tokenizer, so the export has none."]
+        return {}, {}, [*notes, *([_NO_PADDING] if is_classifier else [])]
+    tokenizer = Tokenizer.load(storage.join(source.path, record.file))
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    notes = []
+    if is_classifier and tokenizer.pad_id is None:
+        ids["pad"] = padding_id(tokenizer)
+        piece = "" if ids["pad"] is None else tokenizer.model_proto.pieces[ids["pad"]].text
+        notes = [
+            f"The tokenizer has no pad: the export pads with {piece!r}, which no text has."
+            if piece
+            else _NO_PADDING
+        ]
+    files, tokenizer_notes = tokenizer_files(
+        tokenizer,
+        max_seq_len=model.max_seq_len,
+        pad_id=ids["pad"],
+        begins_with_bos=tokenizer.bos_id is not None and record.document_start == (tokenizer.bos_id,),
+    )
+    return files, ids, [*notes, *tokenizer_notes]
 
 
 def _commit_json(target: str, name: str, value: dict[str, Any]) -> None:

@@ -1,11 +1,15 @@
 """Maps distft's parameters to transformers' tensors: names, shapes, and rows of joined tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import Tensor
 
-from distft.checkpoint.formats.huggingface_architecture import Architecture, HeadKind
+from distft.checkpoint.formats.huggingface_config import Architecture, HeadKind
+from distft.checkpoint.formats.names import CONFIG_FILE
+from distft.errors import ConfigError
 from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 from distft.model.transformer import Transformer
 
@@ -37,6 +41,7 @@ _GPT2_MODULES = {
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
 }
+_CHUNK_NUMEL = 1 << 22  # read at a time from a tensor that has to be read whole
 _HEADS = {"lm_head": "lm_head", "classifier": "score"}
 _CONV1D = frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"})  # weights are [in, out]
 
@@ -118,6 +123,29 @@ def map_tensors(
     )
 
 
+def read_parameter(
+    location: ParameterLocation, read: Callable[[int, int], Tensor], start: int, stop: int
+) -> Tensor:
+    """Elements [start, stop) of a parameter; `read` gives elements of the tensor that it is in.
+
+    A transposed tensor is read whole, `_CHUNK_NUMEL` elements at a time.
+    """
+    tensor = location.tensor
+    if not tensor.is_transposed:
+        offset = location.first_row * (tensor.numel // tensor.shape[0])
+        return read(offset + start, offset + stop)
+    num_stored_rows, num_columns = tensor.shape
+    first, last = start // num_stored_rows, -(-stop // num_stored_rows)  # rows: columns of the tensor
+    parts = []
+    chunk_rows = max(_CHUNK_NUMEL // num_columns, 1)
+    for row in range(0, num_stored_rows, chunk_rows):
+        end = min(row + chunk_rows, num_stored_rows)
+        columns = read(row * num_columns, end * num_columns).view(end - row, num_columns).T
+        parts.append(columns[location.first_row + first : location.first_row + last].contiguous())
+    offset = first * num_stored_rows
+    return torch.cat(parts, dim=1).view(-1)[start - offset : stop - offset]
+
+
 def parameter_shapes(
     config: ModelConfig, head: HeadKind, *, num_labels: int = 0
 ) -> dict[str, tuple[int, ...]]:
@@ -127,8 +155,12 @@ def parameter_shapes(
         "classifier": {"classifier": ClassificationHead(num_labels=max(num_labels, 1))},
         "none": {},
     }
-    with torch.device("meta"):
-        module = Transformer(config, heads[head])
+    try:
+        with torch.device("meta"):
+            module = Transformer(config, heads[head])
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{CONFIG_FILE} describes a model that torch cannot make: {reason}") from None
     return {name: tuple(param.shape) for name, param in module.named_parameters()}
 
 

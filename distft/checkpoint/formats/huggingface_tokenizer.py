@@ -5,21 +5,23 @@ becomes that piece's id, as always in transformers. The export adds no bos or eo
 """
 
 import json
+import re
 from typing import Any
 
 from distft.tokenizer import Tokenizer
+from distft.tokenizer.companions import FINGERPRINT_KEY
 from distft.tokenizer.model_proto import Algorithm, ModelProto, Piece, PieceType
 from distft.tokenizer.pretokenization import META_SPACE
 
 TOKENIZER_FILE = "tokenizer.model"
 
-# Split texts here: the tokenizers library's unigram model would match the text "<0x0A>" to the byte piece.
-_BYTE_PIECE_START = "<(?=0x[0-9A-F]{2}>)"
-_SYMBOL_BONUS = 0.1  # score per UTF-8 byte after the first of a symbol; measured with sentencepiece 0.2.3
 
+def tokenizer_files(
+    tokenizer: Tokenizer, *, max_seq_len: int, pad_id: int | None = None, begins_with_bos: bool = False
+) -> tuple[dict[str, bytes], list[str]]:
+    """File contents by name, and notes on what is left out.
 
-def tokenizer_files(tokenizer: Tokenizer, *, max_seq_len: int) -> tuple[dict[str, bytes], list[str]]:
-    """File contents by name, and notes on how transformers' ids may differ.
+    `pad_id` is for a tokenizer without pad. With `begins_with_bos` transformers puts bos before each text.
 
     `tokenizer.model` is always included; it is the only file if a tokenizer.json would give other ids.
     """
@@ -30,25 +32,22 @@ def tokenizer_files(tokenizer: Tokenizer, *, max_seq_len: int) -> tuple[dict[str
             f"The tokenizer is written as {TOKENIZER_FILE} only, as a tokenizer.json would give other ids: "
             f"{'; '.join(reasons)}."
         ]
-    files["tokenizer.json"] = _json(_tokenizer_json(tokenizer))
+    tokenizer_json = _tokenizer_json(tokenizer)
+    if begins_with_bos:
+        tokenizer_json["post_processor"] = _bos_template(tokenizer)
+    files["tokenizer.json"] = _json(tokenizer_json)
     files["tokenizer_config.json"] = _json(
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_seq_len,
             "padding_side": "right",
             "clean_up_tokenization_spaces": False,
+            FINGERPRINT_KEY: tokenizer.fingerprint,
             "model_input_names": ["input_ids", "attention_mask"],
-            **{f"{name}_token": piece for name, piece in _special_pieces(tokenizer).items()},
+            **{f"{name}_token": piece for name, piece in _special_pieces(tokenizer, pad_id).items()},
         }
     )
-    notes = []
-    if tokenizer.model_proto.algorithm is Algorithm.UNIGRAM:
-        notes.append(
-            "The tokenizer is a unigram model. transformers adds scores in float64, sentencepiece in "
-            "float32, so ids may differ where two segmentations have almost equal scores, as in long runs of "
-            "spaces."
-        )
-    return files, notes
+    return files, []
 
 
 def _json(value: dict[str, Any]) -> bytes:
@@ -60,6 +59,9 @@ def _unsupported_features(model: ModelProto) -> list[str]:
     reasons = []
     if model.algorithm is Algorithm.WORD:
         reasons.append("it is a word model")
+    if model.algorithm is Algorithm.UNIGRAM:
+        # They choose differently between segmentations of almost equal scores, as in long runs of spaces.
+        reasons.append("it is a unigram model, whose scores transformers adds up in another precision")
     if model.precompiled_charsmap:
         reasons.append("it normalizes characters")
     if model.remove_extra_whitespaces:
@@ -72,10 +74,33 @@ def _unsupported_features(model: ModelProto) -> list[str]:
         reasons.append("it has pieces that are not UTF-8")
     if model.algorithm is Algorithm.BPE:
         reasons += _bpe_reasons(model)
-    has_symbols = any(piece.type is PieceType.USER_DEFINED for piece in model.pieces)
-    if model.add_dummy_prefix and has_symbols and model.algorithm is not Algorithm.UNIGRAM:
+    if model.add_dummy_prefix and _symbols(model) and not model.has_added_tokens:
         reasons.append("it adds a space before each text and has user-defined symbols")
     return reasons
+
+
+def _symbols(model: ModelProto) -> list[str]:
+    return [piece.text for piece in model.pieces if piece.type is PieceType.USER_DEFINED]
+
+
+def _bos_template(tokenizer: Tokenizer) -> dict[str, Any]:
+    bos = _special_pieces(tokenizer)["bos"]
+    before = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [before, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [before, *({"Sequence": {"id": name, "type_id": 0}} for name in "AB")],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
+
+
+def _prefix(model: ModelProto) -> dict[str, Any]:
+    """The normalizer that puts a space before a text, unless it begins with an added token."""
+    if not (model.has_added_tokens and _symbols(model)):
+        return {"type": "Prepend", "prepend": META_SPACE}
+    symbols = "|".join(re.escape(text.replace(META_SPACE, " ")) for text in _symbols(model))
+    pattern = {"Regex": rf"\A(?=[\s\S])(?!{symbols})"}
+    return {"type": "Replace", "pattern": pattern, "content": META_SPACE}
 
 
 def _bpe_reasons(model: ModelProto) -> list[str]:
@@ -90,22 +115,22 @@ def _bpe_reasons(model: ModelProto) -> list[str]:
     return reasons
 
 
-def _special_pieces(tokenizer: Tokenizer) -> dict[str, str]:
+def _special_pieces(tokenizer: Tokenizer, pad_id: int | None = None) -> dict[str, str]:
     pieces = tokenizer.model_proto.pieces
     ids = {
         "unk": tokenizer.unk_id,
         "bos": tokenizer.bos_id,
         "eos": tokenizer.eos_id,
-        "pad": tokenizer.pad_id,
+        "pad": pad_id if tokenizer.pad_id is None else tokenizer.pad_id,
     }
     return {name: pieces[index].text for name, index in ids.items() if index is not None}
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     model = tokenizer.model_proto
-    is_unigram = model.algorithm is Algorithm.UNIGRAM
+    special_ids = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
     prefix: list[dict[str, Any]] = [
-        {"type": "Prepend", "prepend": META_SPACE},
+        _prefix(model),
         {"type": "Replace", "pattern": {"String": " "}, "content": META_SPACE},
     ]
     decoders: list[dict[str, Any]] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -115,13 +140,9 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             *decoders,
             {"type": "Strip", "content": " ", "start": 1, "stop": 0},
         ]
-    split_at = None
-    if model.byte_fallback and is_unigram:
-        split_at = _BYTE_PIECE_START
-    elif not model.byte_fallback and not model.add_dummy_prefix:
-        # A run of unknown characters is one id, but in sentencepiece a META_SPACE does not join such a run.
-        split_at = META_SPACE
-    split = {"type": "Split", "pattern": {"Regex": split_at}, "behavior": "Isolated", "invert": False}
+    # A run of unknown characters is one id, but in sentencepiece a META_SPACE does not join such a run.
+    is_split = not model.byte_fallback and not model.add_dummy_prefix
+    split = {"type": "Split", "pattern": {"Regex": META_SPACE}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "truncation": None,
@@ -133,25 +154,24 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": False,
-                "normalized": False,
-                "special": piece.type is not PieceType.USER_DEFINED,
+                # Of a model that adds a space, tokens are looked for where it has been added.
+                "normalized": piece.type is PieceType.USER_DEFINED and model.add_dummy_prefix,
+                "special": piece.type is not PieceType.USER_DEFINED or index in special_ids,
             }
             for index, piece in enumerate(model.pieces)
-            if _is_added(piece, model)
+            if _is_added(piece)
         ],
         "normalizer": {"type": "Sequence", "normalizers": prefix} if model.add_dummy_prefix else None,
-        "pre_tokenizer": split if split_at else None,
+        "pre_tokenizer": split if is_split else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _unigram(tokenizer) if is_unigram else _bpe(tokenizer),
+        "model": _bpe(tokenizer),
     }
 
 
-def _is_added(piece: Piece, model: ModelProto) -> bool:
+def _is_added(piece: Piece) -> bool:
     """Whether the tokenizers library must match the piece in a text before its model runs."""
-    if piece.type is PieceType.USER_DEFINED:
-        return model.algorithm is not Algorithm.UNIGRAM  # a unigram model scores symbols like other pieces
-    return piece.type in {PieceType.CONTROL, PieceType.UNKNOWN}
+    return piece.type in {PieceType.USER_DEFINED, PieceType.CONTROL, PieceType.UNKNOWN}
 
 
 def _vocabulary_text(piece: Piece, model: ModelProto) -> str:
@@ -193,25 +213,4 @@ def _bpe(tokenizer: Tokenizer) -> dict[str, Any]:
         "ignore_merges": False,
         "vocab": {_vocabulary_text(piece, model): index for index, piece in enumerate(model.pieces)},
         "merges": merges,
-    }
-
-
-def _unigram(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `model` entry of a unigram model."""
-    model = tokenizer.model_proto
-    scores = [piece.score for piece in model.pieces if piece.type is PieceType.NORMAL]
-    lowest = min(scores, default=0.0)
-
-    def score(piece: Piece) -> float:
-        if piece.type is PieceType.USER_DEFINED:
-            return (len(piece.text.encode()) - 1) * _SYMBOL_BONUS
-        # No text contains these pieces. Their score must not be below the others: the tokenizers library
-        # derives the score of unknown characters from the lowest.
-        return piece.score if piece.type is PieceType.NORMAL else lowest
-
-    return {
-        "type": "Unigram",
-        "unk_id": tokenizer.unk_id,
-        "byte_fallback": model.byte_fallback,
-        "vocab": [[_vocabulary_text(piece, model), score(piece)] for piece in model.pieces],
     }

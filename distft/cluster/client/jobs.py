@@ -5,10 +5,12 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from distft.cluster.client.address import ADDRESS_VARIABLES
 from distft.cluster.client.retry import CLIENT_ERRORS, print_to_stderr, retry, short_reason
+from distft.cluster.client.upload import check_upload
 from distft.cluster.ray_internals import (
     connect_job_client,
     http_status,
@@ -89,13 +91,12 @@ class JobClient:
                 if not is_job_id_taken(error, job_id):
                     raise
 
+        if working_dir := runtime_env.get("working_dir"):
+            check_upload(Path(working_dir))
         try:
             self._retry(attempt)
         except ValueError as error:
-            raise ConfigError(
-                f"{runtime_env.get('working_dir')} cannot be uploaded: {error} List files that the run does "
-                "not need in .gitignore."
-            ) from None
+            raise ConfigError(f"{working_dir} cannot be uploaded: {error}") from None
         except RuntimeError as error:
             raise LaunchError(f"The cluster refused the job: {error}") from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.cluster.client.jobs import Job, JobClient
-from distft.errors import ConfigError
+from distft.errors import ConfigError, Preempted
 from distft.tracker import EVENTS_FILE, METRICS_FILE
 from distft.tracker.number_format import duration, step_line
 
@@ -39,11 +39,14 @@ def require_job(client: JobClient, job_id: str) -> Job:
 
 
 def describe(job: Job, *, now: float) -> dict[str, Any]:
-    """A job as plain data. `now` and all times in seconds since 1970."""
+    """A job as plain data. `now` and all times in seconds since 1970.
+
+    The state is Ray's, or SAVED if the run was asked to stop, and saved: submitted again it goes on.
+    """
     ended = now if job.ended is None else job.ended
     return {
         "job": job.job_id,
-        "state": job.status,
+        "state": _state(job),
         "started": job.started,
         "duration_s": None if job.started is None else max(round(ended - job.started, 3), 0.0),
         "exit_code": job.exit_code,
@@ -51,6 +54,11 @@ def describe(job: Job, *, now: float) -> dict[str, Any]:
         "run_dir": job.metadata.get("run_dir"),
         "message": job.message if job.has_ended and job.exit_code is None else None,
     }
+
+
+def _state(job: Job) -> str:
+    """Ray's word, except for runs that stopped on request: to Ray any exit code but 0 is a failure."""
+    return "SAVED" if job.has_ended and job.exit_code == Preempted.exit_code else job.status
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ import distft
 from distft.cluster.client.address import check_clear_text, choose_address
 from distft.cluster.paths import RUN_ROOT, RunPaths
 from distft.config import apply_overrides, redact
-from distft.errors import ConfigError, ErrorCollector, LaunchError
+from distft.errors import ConfigError, ErrorCollector, Interrupted, LaunchError
 from distft.run.config import RunConfig, load_run_config
 
 if TYPE_CHECKING:  # Ray's client takes 1.5 s to import: mistakes are reported before
@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # Ray's client takes 1.5 s to import: mistakes are reported b
 
 DRIVER = ("python", "-m", "distft.cli.ray_driver")
 STOP_GRACE_S = 60  # between SIGTERM and SIGKILL for the driver of a job that is stopped; Ray's default is 3
-INTERRUPTED = 130  # the exit code that shells give after Ctrl-C
+INTERRUPTED = Interrupted.exit_code
+_SHELL_SIGNAL = 128
+_LOG_TAIL = "last available logs"  # in Ray's messages
 
 _NOT_IN_A_JOB_ID = re.compile(r"[^A-Za-z0-9._-]+")
 _MAX_NAME_CHARS = 40
@@ -194,14 +196,16 @@ def follow_job(client: "JobClient", job_id: str) -> int:
 
 def exit_code(job: "Job") -> int:
     """The driver's own exit code. Raises `LaunchError` if the driver was killed or never ran."""
-    if job.exit_code is not None and job.exit_code >= 0:
-        return job.exit_code
-    if job.exit_code is not None:
-        problem = f"its driver was killed by signal {-job.exit_code}"
+    code = job.exit_code
+    if code is not None and (0 <= code <= _SHELL_SIGNAL or code == INTERRUPTED):
+        return code
+    if code is not None:  # the shell of the entry point gives 128 + N for a signal N, Python -N
+        problem = f"its driver was killed by signal {-code if code < 0 else code - _SHELL_SIGNAL}"
     elif job.status == "STOPPED":
         problem = "it was stopped"
     else:
-        problem = f"it {job.status.lower()}: {job.message.strip()}"
+        # Ray's message may end with the end of the log, which has been printed.
+        problem = f"it {job.status.lower()}: {job.message.partition(_LOG_TAIL)[0].strip(' ,:')}"
     raise LaunchError(f"{job.job_id}: {problem}. Submit the run again: it resumes from its last checkpoint.")
 
 

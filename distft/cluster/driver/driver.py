@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from distft.cluster.paths import RUN_ROOT, RunPaths
 from distft.errors import ConfigError, DistftError
-from distft.run.check import describe_run
+from distft.run import check
 from distft.run.config import RunConfig, load_run_config
+from distft.topology import Topology
 
 if TYPE_CHECKING:
     from distft.cluster.worker import TrainFn
@@ -55,8 +56,7 @@ def check_run(config: RunConfig) -> None:
             f"device=cpu, but cluster.gpus_per_worker={gpus:g}: set it to 0, or set device=cuda."
         )
     for world_size in sorted({config.cluster.min_workers, config.cluster.max_workers}):
-        for _ in describe_run(config, world_size):
-            pass  # `distft config check` prints it; here only the errors matter
+        check.check_run(config, Topology(world_size=world_size))
 
 
 def _with_output_paths(config: RunConfig, paths: RunPaths) -> RunConfig:

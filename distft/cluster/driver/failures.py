@@ -17,7 +17,7 @@ from distft.cluster.ray_internals import (
     process_of,
 )
 from distft.errors import DistftError, LaunchError, Preempted, Resized, StorageError, TrainingError
-from distft.tracker import EVENTS_FILE, METRICS_FILE, EventLog, read_lines
+from distft.tracker import EVENTS_FILE, EventLog, last_logged_step, read_lines
 from distft.watch.hang_detection import HANG, HUNG_RANK, STACK_FOLLOWS, describe_hang_event
 
 _LOST_PEER = re.compile(
@@ -34,7 +34,7 @@ class RankFailure:
 
     @property
     def is_retryable(self) -> bool:
-        """Whether new workers may succeed: not after the user's mistakes or a request to stop."""
+        """Whether new workers may succeed: not after a user's mistake, a divergence or a request to stop."""
         if isinstance(self.error, Preempted):
             return isinstance(self.error, Resized)
         return getattr(self.error, "exit_code", 1) != 2
@@ -129,7 +129,7 @@ class FailureCallback(UserCallback):  # type: ignore[misc]  # Ray has no types
         if not cause.is_retryable:
             raise error
         if isinstance(cause.error, Resized):
-            self._log_event("restart", step=self._last_logged_step(), reason=str(error))
+            self._log_event("restart", step=last_logged_step(Path(self._run_dir)), reason=str(error))
             self._mailbox.write.remote("stderr", f"{error}\n")
             return
         rank = cause.rank
@@ -141,7 +141,7 @@ class FailureCallback(UserCallback):  # type: ignore[misc]  # Ray has no types
         self._last_step = step
         self._log_event(
             "fault",
-            step=self._last_logged_step(),
+            step=last_logged_step(Path(self._run_dir)),
             rank=rank,
             reason=str(error).partition("\n")[0].removesuffix(STACK_FOLLOWS),
             attempt=self._num_failures,
@@ -165,10 +165,6 @@ class FailureCallback(UserCallback):  # type: ignore[misc]  # Ray has no types
             return max(committed_steps(self._checkpoints), default=-1)
         except (StorageError, OSError):  # unreachable now: count as if nothing new had been committed
             return self._last_step
-
-    def _last_logged_step(self) -> int:
-        lines = read_lines(Path(self._run_dir) / METRICS_FILE)
-        return int(lines[-1].get("step", 0)) if lines else 0
 
     def _log_event(self, kind: str, **fields: Any) -> None:
         try:

@@ -17,9 +17,10 @@ import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from distft import storage
+from distft.checkpoint.steps import committed_steps
 from distft.cluster.driver.failures import FailureCallback, explain
 from distft.cluster.driver.reservations import stale_reservation_released
 from distft.cluster.driver.resources import (
@@ -35,11 +36,13 @@ from distft.cluster.paths import RunPaths
 from distft.cluster.ray_internals import (
     make_torch_trainer,
     set_ray_environment,
+    socket_path_limit,
     worker_start_environment,
 )
 from distft.cluster.tokens import ensure_token
 from distft.cluster.worker import TrainFn, WorkerTask, run_worker
-from distft.errors import ConfigError, LaunchError
+from distft.config import redact
+from distft.errors import ConfigError, DistftError, Interrupted, LaunchError, StorageError
 from distft.run.cluster_config import ClusterConfig
 from distft.run.config import RunConfig
 from distft.run.environment import RECORD_COLLECTIVES
@@ -49,6 +52,7 @@ from distft.run.train import RunResult, run_training
 # attempt early, and start again on the remaining nodes.
 _ELASTIC_START_ATTEMPT_S = 10.0
 _NEVER_S = 1e9
+_ABORT_TIMEOUT_S = 5.0
 _HANG_REPORT_S = 20.0  # the time that ranks need to report a hang and to end
 # Only a configuration and some text pass through the object store; Ray's minimum is 75 MB.
 _OBJECT_STORE_BYTES = 100_000_000
@@ -96,15 +100,25 @@ def _ray_connection(config: RunConfig, environ: MutableMapping[str, str]) -> Ite
                 include_dashboard=False,
                 **quiet,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        problem = (
-            f"connect to the cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
-        )
-        raise LaunchError(f"Could not {problem}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        ray.shutdown()  # of what has started
+        raise _connection_error(error, address, environ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _connection_error(error: Exception, address: str | None, environ: Mapping[str, str]) -> DistftError:
+    """The `DistftError` for an error of `ray.init`."""
+    if (limit := socket_path_limit(error)) is not None:
+        name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if environ.get(name)), "TMPDIR")
+        return ConfigError(
+            f"{name}={environ.get(name, '')} is too long for Ray's sockets, whose paths may have {limit} "
+            "bytes: set RAY_TMPDIR to a short directory of your own."
+        )
+    problem = f"connect to the cluster at RAY_ADDRESS={redact(address)}" if address else "start Ray here"
+    return LaunchError(f"Could not {problem}: {redact(str(error))}")
 
 
 @contextlib.contextmanager
@@ -132,6 +146,7 @@ def _train(
     config: RunConfig, paths: RunPaths, train: TrainFn, marker: Path | None, environ: Mapping[str, str]
 ) -> RunResult:
     cluster = config.cluster
+    print(f"If this driver is killed, the same command goes on from the last checkpoint in {config.run_dir}.")
     checkpoints = config.checkpoint.directory or storage.join(config.run_dir, "checkpoints")
     with open_mailbox() as mailbox, tempfile.TemporaryDirectory(prefix="distft_ray_") as scratch:
         task = WorkerTask(
@@ -141,7 +156,7 @@ def _train(
             working_dir=None if paths.is_uploaded else paths.working_dir,
             storage_marker=marker,
         )
-        trainer: TorchTrainer = make_torch_trainer(
+        trainer = make_torch_trainer(
             partial(run_worker, task),
             torch_config=TorchConfig(
                 backend="nccl" if cluster.gpus_per_worker > 0 else "gloo",
@@ -171,14 +186,25 @@ def _train(
                 result: RunResult = trainer.fit().return_value
         except TrainingFailedError as error:
             raise explain(error, describe_request(cluster)) from None
-        except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of SIGINT raises SystemExit
-            raise (start_timeout.error or KeyboardInterrupt) from None
+        except KeyboardInterrupt:
+            trainer.abort(_ABORT_TIMEOUT_S)
+            raise (start_timeout.error or Interrupted(_describe_interruption(checkpoints))) from None
         except RayError as error:
             raise LaunchError(
                 f"Ray Train's controller is gone ({type(error).__name__}): the run was interrupted, or the "
                 "node of this driver failed. Start the run again: it resumes from its last checkpoint."
             ) from None
         return result
+
+
+def _describe_interruption(checkpoints: str) -> str:
+    try:
+        step = max(committed_steps(checkpoints), default=None)
+    except (StorageError, OSError):
+        return "Interrupted. The same command goes on from the last checkpoint."
+    if step is None:
+        return "Interrupted. Nothing is saved yet: the same command starts anew."
+    return f"Interrupted. Step {step} is saved: the same command goes on from there."
 
 
 def _scaling_config(cluster: ClusterConfig) -> ScalingConfig:
@@ -213,6 +239,7 @@ def _worker_environment(config: RunConfig, environ: Mapping[str, str]) -> Mappin
     num_threads = config.num_threads or max(1, int(config.cluster.cpus_per_worker))
     env = {
         "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # as `prepare_for_torch` does
         # torch and DeepSpeed emit deprecation warnings about each other, which users cannot act on.
         "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
         **worker_start_environment(environ),

@@ -11,9 +11,9 @@ from support.plain_deepspeed import Script, train
 from support.rank_pool import run_ranks
 
 from distft.checkpoint.committed import Checkpoint
-from distft.checkpoint.formats.deepspeed_model import ExtraState
-from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
-from distft.checkpoint.formats.deepspeed_target import write_deepspeed
+from distft.checkpoint.formats.deepspeed.model import ExtraState
+from distft.checkpoint.formats.deepspeed.reader import DeepSpeedCheckpoint
+from distft.checkpoint.formats.deepspeed.writer import write_deepspeed
 from distft.checkpoint.formats.torch_file import read_torch_file
 from distft.errors import CheckpointError, ConfigError
 from distft.storage.local import LocalStorage
@@ -166,7 +166,8 @@ def test_deepspeed_resumes_from_a_written_checkpoint_with_equal_losses(case: Any
     [resumed, *_] = run_ranks(train, other_world_size, other, (MIDDLE, END), str(tmp_path))
     for key, expected in result["saved"].items():
         assert torch.equal(resumed["loaded"][key].float(), expected.float()), key
-    tolerance = 2e-6 if script.dtype == "fp32" else 1e-2
+    # bf16 gradients are summed over another number of ranks, seen: 1.1e-3.
+    tolerance = 2e-6 if script.dtype == "fp32" else 3e-3
     assert resumed["losses"] == pytest.approx(result["losses"][MIDDLE:], abs=tolerance, rel=0)
     assert resumed["client_state"]["epoch"] == 4
     assert torch.equal(resumed["client_state"]["noise"], torch.ones(2))

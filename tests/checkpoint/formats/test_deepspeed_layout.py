@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distft.checkpoint.formats.deepspeed_layout import (
+from distft.checkpoint.formats.deepspeed.layout import (
     Span,
     stage3_partition_numel,
     stage3_spans,
@@ -15,7 +15,7 @@ from distft.checkpoint.formats.deepspeed_layout import (
     stage12_spans,
     sub_groups,
 )
-from distft.checkpoint.formats.unnamed_parameters import assign_names
+from distft.checkpoint.formats.deepspeed.stage0_reader import assign_names
 
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -87,12 +87,11 @@ class ShapesOnly:
         self._model, self._shapes = model, shapes
         self.end = len(shapes)
 
-    def next_position(self, position: int, name: str) -> int | None:
-        fits = position < self.end and self._shapes[position] in (self._model[name], None)
-        return position + 1 if fits else None
-
-    def num_positions(self, name: str) -> int:  # noqa: ARG002
+    def size(self, name: str) -> int:  # noqa: ARG002
         return 1
+
+    def fits(self, name: str, position: int) -> bool:
+        return self._shapes[position] in (self._model[name], None)
 
 
 MODEL = {f"{layer}.{kind}": (2, 2) if kind == "w" else (2,) for layer in "abc" for kind in ("w", "b")}
@@ -106,8 +105,8 @@ MODEL = {f"{layer}.{kind}": (2, 2) if kind == "w" else (2,) for layer in "abc" f
         ([[None] * 6], [list(MODEL)]),
         ([[(2, 2), (2,)] * 2], "several orders fit"),  # one layer is frozen, but any of the three could be
         ([[(2, 2)], [(2, 2), (2,), (2,)] * 1], "several orders fit"),
-        ([[(2, 2)] * 4], "no order"),
-        ([[(3, 3)]], "no order"),
+        ([[(2, 2)] * 4], "do not fit in the model's order"),
+        ([[(3, 3)]], "do not fit in the model's order"),
     ],
 )
 def test_names_are_assigned_only_if_exactly_one_order_fits(

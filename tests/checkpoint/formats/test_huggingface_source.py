@@ -215,7 +215,9 @@ def test_each_missing_or_damaged_shard_is_reported_once(saved: Path, tmp_path: P
     shards[0].unlink()
     shards[1].write_bytes(shards[1].read_bytes()[:-5])
     shards[2].write_bytes(b"no such file")
-    problems = HuggingFaceCheckpoint.open(str(folder)).find_damage()
+    with pytest.raises(CheckpointError) as failure:
+        HuggingFaceCheckpoint.open(str(folder))
+    problems = str(failure.value).splitlines()
     assert len(problems) == 3
     assert f"{shards[0]} is missing" in problems[0]
     assert f"{shards[1]} is cut short" in problems[1]

@@ -9,8 +9,8 @@ import torch
 from support.plain_deepspeed import Script, train
 from support.rank_pool import run_ranks
 
-from distft.checkpoint.formats.deepspeed_source import DeepSpeedCheckpoint
-from distft.checkpoint.formats.universal import UniversalCheckpoint, write_universal
+from distft.checkpoint.formats.deepspeed.reader import DeepSpeedCheckpoint
+from distft.checkpoint.formats.deepspeed.universal import UniversalCheckpoint, write_universal
 from distft.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.ranks

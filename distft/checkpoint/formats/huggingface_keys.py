@@ -1,0 +1,81 @@
+"""The keys of `config.json` that distft looks at, with their types and the defaults of transformers 5.23."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Modules without memory are built to learn the shapes: more layers than any model has would take minutes.
+_Layers = Annotated[int, Field(ge=0, le=2000)]
+_Size = Annotated[int, Field(ge=0, le=1 << 28)]
+
+
+class Keys(BaseModel):
+    """Keys of all architectures, with the defaults of transformers 5.23."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    vocab_size: _Size = 32000
+    initializer_range: float | None = 0.02
+    tie_word_embeddings: bool = False
+    architectures: list[str] | None = None
+    problem_type: str | None = None
+    id2label: dict[int, str] | None = None
+    quantization_config: Any = None
+    auto_map: Any = None
+
+
+class LlamaKeys(Keys):
+    hidden_size: _Size = 4096
+    intermediate_size: _Size = 22016
+    num_hidden_layers: _Layers = 32
+    num_attention_heads: _Size = 32
+    num_key_value_heads: _Size | None = None  # None: num_attention_heads
+    head_dim: _Size | None = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: _Size = 32768
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: _Size | None = None
+    use_sliding_window: bool = False
+    max_window_layers: _Size = 28
+    layer_types: list[str] | None = None
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    partial_rotary_factor: float | None = None
+
+
+class Gpt2Keys(Keys):
+    vocab_size: _Size = 50257
+    n_positions: _Size = 1024
+    n_embd: _Size = 768
+    n_layer: _Layers = 12
+    n_head: _Size = 12
+    n_inner: _Size | None = None  # None: 4 * n_embd
+    activation_function: str = "gelu_new"
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    add_cross_attention: bool = False
+
+
+_QWEN = {"vocab_size": 151936, "sliding_window": 4096, "num_key_value_heads": 32}
+DEFAULTS: Mapping[str, dict[str, Any]] = {  # where they differ from those above
+    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "gpt2": {},
+}

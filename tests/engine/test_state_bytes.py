@@ -1,0 +1,131 @@
+"""The predicted bytes of states are those that engines allocate."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from support.engine_scenarios import VOCAB_SIZE, Scenario, Training, collectives_for
+from support.rank_pool import run_ranks
+from torch import Tensor
+
+from distft.engine import zero_layout
+from distft.engine.deepspeed_config import ZeroConfig
+from distft.engine.settings import EngineSettings, LocalConfig
+from distft.engine.state_bytes import StateBytes, state_bytes
+from distft.optim.adamw import parameter_groups
+from distft.topology import Topology
+
+FROZEN = ("blocks.1.*", "norm.weight")  # trainable; the rest is frozen
+
+
+def _storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _gradients(training: Training) -> list[Tensor | None]:
+    """All tensors in which the engine has gradients at this moment."""
+    params = list(training.engine.module.parameters())
+    found = [*(p.grad for p in params), *(getattr(p, "grad_accum", None) for p in params)]
+    engine: Any = getattr(training.engine, "_engine", None)
+    if engine is None:
+        return [*found, *(m.grad for m in training.engine._masters.values())]  # type: ignore[attr-defined]
+    optimizer = engine.optimizer
+    found += [p.grad for group in zero_layout.inner_optimizer(engine).param_groups for p in group["params"]]
+    found += getattr(optimizer, "fp32_groups_gradients_flat", [])  # stage 1 in bf16
+    found.append(getattr(optimizer, "grad_partitions_flat_buffer", None))  # stage 3
+    for gradients in getattr(optimizer, "averaged_gradients", {}).values():
+        found += gradients or []
+    return found
+
+
+def _measure(topology: Topology, scenarios: list[Scenario]) -> list[tuple[StateBytes, StateBytes]]:
+    """By scenario: what was predicted, and what is allocated."""
+    results = []
+    for scenario in scenarios:
+        training = Training(scenario, topology, collectives_for(scenario, topology))
+        engine = training.engine
+        peak = 0
+
+        def note_gradients(training: Training = training) -> None:
+            nonlocal peak
+            peak = max(peak, _storage_bytes(_gradients(training)))
+
+        training.before_update = note_gradients
+        hook = engine.module.register_forward_pre_hook(lambda *_: note_gradients())  # between micro-batches
+        training.run(1)
+        _inner(engine).register_step_pre_hook(lambda *_: note_gradients())  # after copies for the update
+        training.run(2)
+        hook.remove()
+        params = list(engine.module.parameters())
+        weights = _storage_bytes(
+            [*(p.data for p in params), *(getattr(p, "ds_tensor", None) for p in params)]
+        )
+        zero = getattr(engine, "_engine", None)
+        inner = _inner(engine)
+        states = [
+            values for state in inner.state.values() for name, values in state.items() if name != "step"
+        ]
+        own = {p.untyped_storage().data_ptr() for p in params}
+        masters = [p for p in inner.state if p.untyped_storage().data_ptr() not in own]
+        averages = [fragment.values for fragment in engine._average.fragments()]  # type: ignore[attr-defined]
+        buffers = _reduction_buffers(zero)
+        settings: EngineSettings
+        if scenario.stage is None:
+            settings = LocalConfig.model_validate({"param_dtype": scenario.precision})
+        else:
+            settings = ZeroConfig.model_validate(
+                {"zero_stage": scenario.stage, "param_dtype": scenario.precision, **scenario.zero}
+            )
+        groups = parameter_groups(training.shapes, training.trainable, scenario.optim, {})
+        predicted = state_bytes(training.shapes, groups, settings, scenario.optim, topology.world_size)
+        optimizer = _storage_bytes([*states, *masters, *averages])
+        allocated = StateBytes(weights=weights, gradients=peak, optimizer=optimizer, buffers=buffers)
+        results.append((predicted, allocated))
+        engine.close()
+    return results
+
+
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    zero = getattr(engine, "_engine", None)
+    found: torch.optim.Optimizer = engine._optimizer if zero is None else zero_layout.inner_optimizer(zero)
+    return found
+
+
+def _reduction_buffers(engine: Any) -> int:
+    """What DeepSpeed keeps between steps to reduce gradients in."""
+    buckets = getattr(getattr(engine, "optimizer", None), "ipg_buckets", {})
+    held = [getattr(bucket, "buffer", None) for bucket in buckets.values()]
+    return _storage_bytes(chain.from_iterable(one if isinstance(one, list) else [one] for one in held))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_predicted_states_are_allocated(precision: str, num_ranks: int) -> None:
+    scenarios = [
+        Scenario(stage=stage, precision=precision, trainable=trainable)
+        for stage in (None, 0, 1, 2, 3)
+        for trainable in (("*",), FROZEN)
+        if stage is not None or num_ranks == 1
+    ]
+    by_rank = run_ranks(_measure, num_ranks, scenarios)
+    for scenario, *ranks in zip(scenarios, *by_rank, strict=True):
+        predicted, found = ranks[0][0], [allocated for _, allocated in ranks]
+        assert {one.weights for one in found} == {predicted.weights}, scenario
+        assert max(one.optimizer for one in found) == predicted.optimizer, scenario
+        most = max(one.gradients for one in found)
+        if scenario.stage in {1, 2} and precision == "fp32" and num_ranks > 1:
+            largest = (
+                4 * VOCAB_SIZE * scenario.model.d_model
+            )  # one in each of two groups may lie on two ranks
+            assert predicted.gradients <= most <= predicted.gradients + 2 * largest, scenario
+        else:
+            assert most == predicted.gradients, scenario
+        assert {one.buffers for one in found} == {predicted.buffers}, scenario
