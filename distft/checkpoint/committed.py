@@ -79,7 +79,7 @@ class Checkpoint:
         """The parts of [start, stop) in the files; owners are numbers of files.
 
         A rank that resumes finds nearly all of its state in one file, so that file is tried first: otherwise
-        512 ranks take 0.4 s for a model of 70B. Raises `ValueError` with the first element that is in no file.
+        512 ranks take 0.4 s for a model of 70B. Raises `ValueError` with the first element that no file has.
         """
         if parameter not in self.manifest.parameters:
             raise ValueError(start)

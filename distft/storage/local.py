@@ -22,7 +22,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 class LocalWriter:
-    """Writes to a temporary file in the same directory; `commit` renames it to `path`.
+    """Writes to a temporary file in the same directory; `publish` renames it to `path`.
 
     Raises `StorageError` about `path` when the disk is full.
     """

@@ -270,15 +270,15 @@ def test_an_interrupted_conversion_stays_unfinished_and_can_be_rerun(
     from distft.storage import local
 
     calls = {"left": 2}
-    commit = local.LocalWriter.commit
+    publish = local.LocalWriter.publish
 
     def interrupted(writer: Any) -> None:
         calls["left"] -= 1
         if calls["left"] < 0:
             raise StorageError("the disk is gone")
-        commit(writer)
+        publish(writer)
 
-    monkeypatch.setattr(local.LocalWriter, "commit", interrupted)
+    monkeypatch.setattr(local.LocalWriter, "publish", interrupted)
     assert cli("convert", saved.path, tmp_path / "out", "--to", to) == 1
     monkeypatch.undo()
     assert (tmp_path / "out" / UNFINISHED_MARKER).exists()

@@ -2,12 +2,15 @@
 
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
+from distft.checkpoint.manifest import MANIFEST
+from distft.checkpoint.steps import step_name
 from distft.cluster.driver.failures import FailureCallback, explain, root_cause
 from distft.errors import (
     ConfigError,
@@ -16,11 +19,12 @@ from distft.errors import (
     DivergedError,
     LaunchError,
     Preempted,
+    Resized,
     StorageError,
     SupersededError,
     TrainingError,
 )
-from distft.tracker import EVENTS_FILE, EventLog, read_lines
+from distft.tracker import EVENTS_FILE, METRICS_FILE, EventLog, read_lines
 from distft.watch.hang_detection import HANG
 
 LOST_PEER = TrainingError("RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:3711")
@@ -125,3 +129,71 @@ def test_a_logged_hang_is_the_cause_whichever_rank_ray_saw_die(tmp_path: Path) -
     first, second = (event for event in read_lines(tmp_path / EVENTS_FILE) if event["kind"] == "fault")
     assert (first["rank"], first["reason"].endswith("in step 7, forward")) == (1, True)
     assert (second["rank"], "died" in second["reason"]) == (0, True)
+
+
+class Restarts:
+    """A FailureCallback, what it told the driver, and the events that it logged."""
+
+    def __init__(self, folder: Path, max_failures: int = 2) -> None:
+        self.run_dir, self.checkpoints, self.mailbox = folder / "run", folder / "checkpoints", FakeMailbox()
+        self.callback = FailureCallback(
+            self.mailbox,
+            max_failures=max_failures,
+            run_dir=str(self.run_dir),
+            checkpoints=str(self.checkpoints),
+        )
+
+    def fail(self, **errors: Exception) -> None:
+        self.callback.after_exception(None, {int(rank[1:]): error for rank, error in errors.items()})
+
+    def commit(self, step: int) -> None:
+        (self.checkpoints / step_name(step)).mkdir(parents=True)
+        (self.checkpoints / step_name(step) / MANIFEST).touch()
+
+    def events(self) -> list[tuple[Any, ...]]:
+        keys = ("kind", "step", "rank", "attempt", "reason")
+        return [tuple(event.get(key) for key in keys) for event in read_lines(self.run_dir / EVENTS_FILE)]
+
+
+def test_workers_start_again_until_max_failures_in_a_row_brought_no_new_checkpoint(tmp_path: Path) -> None:
+    restarts = Restarts(tmp_path)
+    restarts.run_dir.mkdir()
+    (restarts.run_dir / METRICS_FILE).write_text('{"step": 4}\n{"step": 6}\n')
+    lost = TrainingError("no memory\nand more lines")
+    for commit, attempt in ((None, 1), (3, 1), (None, 2), (5, 1), (5, 2)):
+        if commit is not None and not (restarts.checkpoints / step_name(commit)).exists():
+            restarts.commit(commit)
+        restarts.fail(r1=lost)
+        assert restarts.mailbox.written[-1] == (
+            f"rank 1: no memory\nand more lines\nStarting the workers again ({attempt} of 2).\n"
+        )
+        assert restarts.events()[-1] == ("fault", 6, 1, attempt, "rank 1: no memory")
+    with pytest.raises(TrainingError, match="rank 1: no memory\nand more lines"):
+        restarts.fail(r1=lost)
+    assert [event[3] for event in restarts.events()] == [1, 1, 2, 1, 2, 3]
+    assert len(restarts.mailbox.written) == 5
+
+
+def test_an_error_that_new_workers_would_meet_again_ends_the_run_at_once(tmp_path: Path) -> None:
+    restarts = Restarts(tmp_path)
+    with pytest.raises(DataError, match=r"^a bad row$"):
+        restarts.fail(r0=LOST_PEER, r1=DataError("a bad row"))
+    assert restarts.mailbox.written == []
+    assert restarts.events() == []
+
+
+def test_a_change_of_the_number_of_ranks_is_no_failure(tmp_path: Path) -> None:
+    restarts = Restarts(tmp_path, max_failures=1)
+    for _ in range(3):
+        restarts.fail(r0=LOST_PEER, r2=Resized("continues with 3 workers"))
+    assert restarts.mailbox.written == ["rank 2: continues with 3 workers\n"] * 3
+    assert restarts.events() == [("restart", 0, None, None, "rank 2: continues with 3 workers")] * 3
+
+
+def test_a_run_directory_that_cannot_be_written_stops_no_restart(tmp_path: Path) -> None:
+    restarts = Restarts(tmp_path)
+    restarts.run_dir.touch()
+    restarts.fail(r0=TrainingError("lost"))
+    told, restart = restarts.mailbox.written
+    assert str(restarts.run_dir) in told
+    assert restart == "rank 0: lost\nStarting the workers again (1 of 2).\n"

@@ -54,7 +54,15 @@ def test_a_mixture_does_not_depend_on_the_ranges_it_is_looked_up_in(
     ranges = [sampler.lookup(a, b) for a, b in pairwise(bounds)]
     whole = sampler.lookup(bounds[0], bounds[-1])
     for i in (0, 1):  # dataset ids, rows
+        assert whole[i].dtype == np.int64
         assert np.array_equal(np.concatenate([found[i] for found in ranges]), whole[i])
+
+
+def test_the_order_is_the_same_in_every_version_of_distft() -> None:
+    """Golden values: if they change, runs resumed with this version read other sequences."""
+    dataset_ids, rows = MixtureSampler([(10, 2.0), (3000, 1.0)], 7).lookup(0, 9)
+    assert dataset_ids.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 1]
+    assert rows.tolist() == [9, 3, 1881, 1, 5, 2496, 0, 4, 2973]
 
 
 def test_each_dataset_has_its_own_epochs() -> None:
@@ -113,9 +121,11 @@ def test_the_sequential_sampler_reads_every_row_of_every_dataset_once(
     start = data.draw(st.integers(0, len(expected)))
     stop = data.draw(st.integers(start, len(expected)))
     dataset_ids, rows = sampler.lookup(start, stop)
+    assert (dataset_ids.dtype, rows.dtype) == (np.int64, np.int64)
     assert list(zip(dataset_ids.tolist(), rows.tolist(), strict=True)) == expected[start:stop]
 
 
 def test_the_sequential_sampler_ends_with_the_last_row() -> None:
-    with pytest.raises(ValueError, match="5"):
-        SequentialSampler([2, 3]).lookup(4, 6)
+    for start, stop in ((8, 10), (-1, 1)):
+        with pytest.raises(ValueError, match=rf"\[{start}, {stop}\) are outside the 9 "):
+            SequentialSampler([2, 3, 4]).lookup(start, stop)

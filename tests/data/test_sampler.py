@@ -37,6 +37,15 @@ def test_the_order_does_not_depend_on_the_ranges_it_is_read_in(
     assert np.array_equal(np.concatenate(ranges), sampler.indices(bounds[0], bounds[-1]))
 
 
+@pytest.mark.parametrize("num_sequences", [2, 1024, 1025, 3000])
+def test_a_range_may_end_with_the_first_row_of_an_epoch_or_begin_with_the_last(num_sequences: int) -> None:
+    sampler = EpochSampler(num_sequences, 3)
+    for end in range(num_sequences, 9 * num_sequences, num_sequences):
+        whole = sampler.indices(end - num_sequences, end + num_sequences)
+        across = sampler.indices(end - 1, end + 1)
+        assert across.tolist() == whole[num_sequences - 1 : num_sequences + 1].tolist()
+
+
 @given(num_sequences=st.integers(1025, 2**40), seed=SEEDS, start=st.integers(0, 2**45))
 @example(num_sequences=2**40, seed=0, start=2**40 - 50)
 @settings(max_examples=50, deadline=None)
@@ -103,3 +112,6 @@ def test_the_order_is_the_same_in_every_version_of_distft() -> None:
     assert EpochSampler(10, 0).indices(0, 10).tolist() == [9, 4, 3, 2, 0, 7, 1, 5, 8, 6]
     later = EpochSampler(10**6, 0).indices(10**6, 10**6 + 5)
     assert later.tolist() == [770321, 398604, 541499, 854475, 251178]
+    # Powers of two, and one less: where a wrong number of bits would show.
+    assert EpochSampler(2048, 0).indices(2048, 2053).tolist() == [1510, 1248, 63, 136, 1760]
+    assert EpochSampler(2047, 0).indices(2047, 2052).tolist() == [1510, 1248, 63, 136, 1760]

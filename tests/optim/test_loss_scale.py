@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,11 +65,19 @@ def test_the_scale_starts_at_65536_and_never_falls_below_its_minimum() -> None:
     assert scale.scale == 1.0
 
 
-def test_the_scale_does_not_grow_to_infinity() -> None:
-    scale = LossScaleConfig(growth_steps=1).build()
+@pytest.mark.parametrize(("initial", "largest"), [(2.0**16, 2.0**127), (1.25 * 2.0**16, 1.25 * 2.0**127)])
+def test_the_scale_grows_as_far_as_its_double_is_finite(initial: float, largest: float) -> None:
+    scale = LossScaleConfig(initial_scale=initial, growth_steps=1).build()
     for _ in range(200):
         scale.update(is_overflow=False)
-    assert scale.scale == 2.0**127
+    assert scale.scale == largest
+
+
+def test_scale_and_counters_are_on_the_device_from_the_start() -> None:
+    """An update on the host would wait for the device in every step."""
+    scale = LossScaleConfig().build(torch.device("meta"))
+    tensors = [value for value in vars(scale).values() if isinstance(value, torch.Tensor)]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 3
 
 
 @given(overflows=OVERFLOWS)

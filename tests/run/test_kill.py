@@ -75,7 +75,7 @@ def _train_and_die_in_save(topology: Topology, raw: dict[str, Any], where: str) 
     from distft.checkpoint import store
 
     seen = {"saves": 0}
-    write, commit = store.write_rank_file, storage.commit_bytes
+    write, commit = store.write_rank_file, storage.commit_unless_changed
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -93,13 +93,13 @@ def _train_and_die_in_save(topology: Topology, raw: dict[str, Any], where: str) 
             die()
         return written
 
-    def commit_bytes(path: Any, data: bytes, **options: Any) -> None:
+    def commit_unless_changed(path: Any, data: bytes, **options: Any) -> bool:
         if seen["saves"] == 2 and str(path).endswith("manifest.json") and where == "before the manifest":
             die()
-        commit(path, data, **options)
+        return commit(path, data, **options)
 
     store.write_rank_file = write_rank_file
-    storage.commit_bytes = commit_bytes
+    storage.commit_unless_changed = commit_unless_changed
     run(topology, raw)
 
 

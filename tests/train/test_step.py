@@ -98,6 +98,44 @@ def test_a_batch_without_any_target_has_no_finite_loss_so_that_engines_skip_it()
     assert result.num_targets.sum().item() == 0
 
 
+def test_a_micro_batch_that_does_not_name_a_term_has_no_targets_of_it() -> None:
+    unnamed = Batch(input_ids=torch.tensor([1.0]), targets={}, num_targets={"squares": 1})
+    result = train_step(
+        FakeEngine(),
+        [unnamed, batch_of([2.0], num_pairs=1)],
+        loss_sums=lambda _, batch: {"squares": batch.input_ids.sum(), "pairs": batch.input_ids.sum()},
+        num_targets=lambda batch: batch.num_targets,
+        weights={"squares": 1.0, "pairs": 1.0},
+        group_lr=lambda _: 0.1,
+    )
+    assert result.num_targets.tolist() == [2, 1]
+
+
+def test_the_objective_gets_the_engines_model_and_the_result_has_what_the_update_said() -> None:
+    engine: Any = FakeEngine()
+    models = []
+
+    def forward(_: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
+        return loss_terms(forward, batch_of([1.0]))
+
+    def squares_of(model: Any, _: Batch) -> Mapping[str, Tensor]:
+        models.append(model)
+        return {"squares": torch.ones(())}
+
+    engine.forward_backward = forward
+    engine.step = lambda _: UpdateResult(torch.tensor(3.0), torch.tensor(1.0))
+    result = train_step(
+        engine,
+        [batch_of([1.0])],
+        loss_sums=squares_of,
+        num_targets=lambda batch: batch.num_targets,
+        weights={"squares": 1.0},
+        group_lr=lambda _: 0.1,
+    )
+    assert models == [forward]
+    assert (result.grad_norm.item(), result.is_skipped.item()) == (3.0, 1.0)
+
+
 def test_rates_are_asked_for_each_group() -> None:
     engine = FakeEngine()
     step(engine, [batch_of([1.0])], {"squares": 1.0})
