@@ -6,7 +6,7 @@ from distft import storage
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.frozen import FrozenWeights
 from distft.checkpoint.manifest import MANIFEST
-from distft.checkpoint.steps import list_steps, own_files, step_name
+from distft.checkpoint.steps import is_rank_file, list_steps, own_files, step_name
 from distft.errors import StorageError
 
 
@@ -52,6 +52,8 @@ def delete_own_files(path: str, *, check: Callable[[], None], keep: Collection[s
     if storage.is_link(path):
         return f"{path} is a symbolic link, which is not followed: remove what is no longer needed yourself."
     names = [name for name in own_files(storage.list_names(path)) if name not in keep]
+    if MANIFEST not in names and not any(map(is_rank_file, names)):
+        names = []  # a tokenizer alone may be anybody's
     drafts = storage.list_temporary_files(path)
     check()  # after the names are known: what a later start writes is not among them
     manifest = storage.join(path, MANIFEST)
@@ -61,5 +63,7 @@ def delete_own_files(path: str, *, check: Callable[[], None], keep: Collection[s
         storage.remove(manifest)
     elif MANIFEST not in keep and storage.exists(manifest):
         return ""  # an earlier start has committed it just now
-    storage.remove_files(path, [name for name in names if name != MANIFEST])
+    # The ranks' files last: they show whose directory it is.
+    rest = sorted((name for name in names if name != MANIFEST), key=is_rank_file)
+    storage.remove_files(path, rest)
     return ""

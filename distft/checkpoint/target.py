@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 from distft import storage
 from distft.checkpoint.manifest import MANIFEST
-from distft.checkpoint.steps import absolute
 from distft.errors import ConfigError
 
 UNFINISHED_MARKER = "UNFINISHED.txt"
@@ -30,6 +29,8 @@ def target_directory(path: str, source: str) -> Iterator[None]:
     """
     marker = storage.join(path, UNFINISHED_MARKER)
     require_outside(path, _all_commits(source))
+    if _is_within(source, path):
+        raise ConfigError(f"the source {source} lies in {path}, which is the target: choose another target.")
     names = storage.list_names(path)
     if names and not (UNFINISHED_MARKER in names and _is_own_marker(marker)):
         raise ConfigError(f"{path} is not empty: choose another target, or remove it.")
@@ -71,7 +72,9 @@ def require_outside(path: str, source: str) -> None:
 
 def _all_commits(source: str) -> str:
     """The `checkpoints` directory that a commit lies in; otherwise the source itself."""
-    parent = storage.parent(absolute(source))
+    local = storage.local_path(source)
+    real = source if local is None else str(local.resolve())  # a link to a commit is that commit
+    parent = storage.parent(real)
     return parent if parent.rpartition("/")[2] == "checkpoints" else source
 
 

@@ -63,9 +63,10 @@ def tokenizer_train(
     """Train a sentencepiece vocabulary on a sample of a corpus."""
     from distft.config import apply_overrides, parse
     from distft.data import corpus as corpora
-    from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
+    from distft.tokenizer import TokenizerTrainConfig, require_tokenizer_target, train_tokenizer
     from distft.tracker import progress
 
+    require_tokenizer_target(output)
     raw: dict[str, Any] = {"algorithm": algorithm, "user_defined_symbols": symbol or []}
     if vocab_size is not None:
         raw["vocab_size"] = vocab_size

@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -24,13 +24,15 @@ _MAX_BYTES = 1 << 28  # of a manifest: 2 million shards
 _MAX_COUNT = 1 << 62
 _MAX_PROBLEMS = 5  # told of one manifest
 
+ShardFileName = Annotated[str, Field(pattern=r"^(shard_[0-9]{5,12}|document_starts)(-[0-9a-f]{1,64})?\.bin$")]
+
 
 class ShardFile(Settings):
     """A shard or the positions of documents: its name in the directory, and how to verify it."""
 
     model_config = ConfigDict(strict=True)
 
-    name: str = Field(pattern=r"^(shard_[0-9]{5,12}|document_starts)(-[0-9a-f]{1,64})?\.bin$")
+    name: ShardFileName
     size_bytes: int = Field(ge=0, lt=_MAX_COUNT)
     crc32: str = Field(pattern=r"^[0-9a-f]{8}$")
 

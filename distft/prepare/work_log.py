@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from distft import storage
 from distft.config import Settings
-from distft.data.shard_manifest import require_regular_file
+from distft.data.shard_manifest import ShardFileName, require_regular_file
 from distft.data.shard_writer import WriterProgress
 from distft.errors import DataError, StorageError
 
@@ -29,6 +29,9 @@ LOG = "unfinished.work"
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 _MAX_COUNT = 1 << 62
 _HOLDER_BYTES = 256  # of the first line, which each process that gets the lock overwrites
+
+
+_SplitName = Annotated[str, Field(pattern="^(train|validation)$")]
 
 
 class WorkHeader(Settings):
@@ -40,7 +43,7 @@ class WorkHeader(Settings):
     work: str = Field(pattern=r"^[0-9a-f]{16}$")  # in the names of its files
     claim: str = ""  # content of the claim of an output at a URL
     # The committed shards that it replaces when it is complete: by split, name and size of each file.
-    replaces: dict[str, dict[str, int]] = Field({})
+    replaces: dict[_SplitName, dict[ShardFileName, int]] = Field({})
 
 
 class _Counts(Settings):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distft.checkpoint.manifest import Progress
 from distft.config import load_yaml, parse
-from distft.errors import ConfigError, DistftError
+from distft.errors import ConfigError, DataError, DistftError
 from distft.run.check import check_run
 from distft.run.config import RunConfig
 from distft.run.paths import CONFIG_FILE
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distft.data.feed import Feed
 
 _CHUNK_ROWS = 1 << 20
+_MAX_COUNT = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +68,13 @@ def audit_events(events: Sequence[Mapping[str, Any]], committed: Progress | None
         raise ConfigError("Nothing to audit: no event records a checkpoint and the sequences that it covers.")
     step, last = max(ledgers.items())
     starts[-1].last_step = max(starts[-1].last_step, step)
-    num_sequences = int(last["sequences_seen"])
-    used = [(int(start), int(stop)) for start, stop in last["used"]]
+    num_sequences = _count(last, "sequences_seen")
+    used = _intervals(last, "used")
     return Audit(
         step=step,
         num_sequences=num_sequences,
         missing=_gaps(used, num_sequences),
-        repeated=tuple((int(a), int(b)) for a, b in last["used_again"]),
+        repeated=tuple(_intervals(last, "used_again")),
         num_starts=len(starts),
         num_lost_steps=sum(one.last_step - one.first_step for one in starts) - starts[-1].last_step,
         num_uncommitted_steps=starts[-1].last_step - step,
@@ -86,12 +87,12 @@ def _starts(events: Sequence[Mapping[str, Any]]) -> list[_Start]:
     starts: list[_Start] = []
     by_id: dict[str, _Start] = {}
     for event in events:
-        kind, step = event.get("kind"), int(event.get("step", 0))
+        kind, step = event.get("kind"), _count(event, "step", default=0)
         if kind in {"start", "resume"}:
             if starts:
-                reached = step + int(event.get("discarded_steps", 0))
+                reached = step + _count(event, "discarded_steps", default=0)
                 starts[-1].last_step = max(starts[-1].last_step, reached)
-            starts.append(_Start(step, int(event["world_size"]), last_step=step))
+            starts.append(_Start(step, _count(event, "world_size"), last_step=step))
             by_id[str(event.get("start_id", "unknown"))] = starts[-1]
         elif starts and kind != HANG:  # whose step is not complete
             start = by_id.get(str(event.get("start_id", "")), starts[-1])
@@ -99,6 +100,33 @@ def _starts(events: Sequence[Mapping[str, Any]]) -> list[_Start]:
             if kind == LEDGER_EVENT:
                 start.ledgers[step] = event
     return starts
+
+
+def _count(event: Mapping[str, Any], field: str, *, default: int | None = None) -> int:
+    """An integer of at least 0. Raises `DataError` for anything else."""
+    value = event.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MAX_COUNT:
+        raise _damaged(event, field, value)
+    return value
+
+
+def _intervals(event: Mapping[str, Any], field: str) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for pair in event.get(field) or ():
+        match pair:
+            case [int(start), int(stop)] if 0 <= start <= stop < _MAX_COUNT:
+                found.append((start, stop))
+            case _:
+                raise _damaged(event, field, pair)
+    return found
+
+
+def _damaged(event: Mapping[str, Any], field: str, value: Any) -> DataError:
+    kind = str(event.get("kind"))[:60]
+    return DataError(
+        f"{EVENTS_FILE}: the event {kind!r} has {field}={str(value)[:60]}, which distft does not write: the "
+        "file is damaged, so it proves nothing."
+    )
 
 
 def _gaps(used: Sequence[tuple[int, int]], stop: int) -> tuple[tuple[int, int], ...]:

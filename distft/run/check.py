@@ -107,6 +107,8 @@ def describe_run(
     speed = None if expected is None else Speed(mfu=expected[0], peak_tflops=expected[1])
     needs = run_needs(inputs, plan, speed)
     ranks = f"{world_size:,} rank{'s' * (world_size > 1)}"
+    num_micro = plan.gradient_accumulation_steps
+    largest = min(plan.micro_batch_size, -(-plan.global_batch_size // world_size))
     tokenizer = inputs.tokenizer
     lines = [
         f"model       {needs.num_parameters:,} parameters, {needs.num_trainable:,} of them trainable",
@@ -118,7 +120,7 @@ def describe_run(
         lines += [f"validation  {line}" for line in inputs.validation.summary.splitlines()]
     lines += [
         f"batch       {plan.global_batch_size} sequences of {plan.seq_len} tokens a step; on {ranks} "
-        f"{plan.gradient_accumulation_steps} micro-batches of at most {plan.micro_batch_size}",
+        f"{num_micro} micro-batch{'es' * (num_micro > 1)} of at most {largest}",
         *describe_needs(needs, config, speed),
     ]
     return CheckedRun(lines, remarks(inputs, plan, has_gpu=torch.cuda.is_available()), needs)

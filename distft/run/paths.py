@@ -12,9 +12,11 @@ from distft.checkpoint.formats.detect import detect_format
 from distft.data.tokens import TokensConfig
 from distft.errors import CheckpointError, ConfigError, DataError, ErrorCollector
 from distft.run.config import RunConfig
+from distft.tracker.jsonl import EVENTS_FILE, METRICS_FILE, read_lines
 
 TOKENIZER_FILE = "tokenizer.model"  # in a checkpoint, and beside token shards
 CONFIG_FILE = "config.yaml"  # of a run, in its directory
+CONFIG_HEADER = "# Written by distft at each start of this run.\n"
 
 
 def check_paths(config: RunConfig) -> None:
@@ -51,6 +53,31 @@ def require_outputs(config: RunConfig, errors: ErrorCollector) -> None:
         if local is not None:
             with errors.collect():
                 _require_writable(setting, local)
+    with errors.collect():
+        _require_own(Path(config.run_dir))
+
+
+def _require_own(run_dir: Path) -> None:
+    """Raise `ConfigError` if a start would replace a file in `run_dir` that distft has not written."""
+    if any(event.get("kind") for event in read_lines(run_dir / EVENTS_FILE, limit=10)):
+        return  # a run's directory
+    foreign = [name for name in (METRICS_FILE, EVENTS_FILE) if is_nonempty_file(run_dir / name)]
+    config = run_dir / CONFIG_FILE
+    if is_nonempty_file(config):
+        with config.open("rb") as file:
+            if file.read(len(CONFIG_HEADER)) != CONFIG_HEADER.encode():
+                foreign.append(CONFIG_FILE)
+    elif not foreign:
+        return
+    if foreign:
+        raise ConfigError(
+            f"run_dir={run_dir} has a {' and a '.join(foreign)} that no run of distft wrote, and a start "
+            "would replace: choose another run_dir, such as a new directory below it."
+        )
+
+
+def is_nonempty_file(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _require_writable(setting: str, directory: Path) -> None:

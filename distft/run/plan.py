@@ -140,8 +140,17 @@ def describe_needs(needs: RunNeeds, config: RunConfig, speed: Speed | None) -> I
     if speed is None or needs.hours is None:
         yield "time        depends on the machine: give --mfu and --peak-tflops"
     else:
-        time = f"{needs.hours:,.1f} hours" if needs.hours >= 1 else f"{needs.hours * 60:.2g} minutes"
+        time = show_hours(needs.hours)
         yield f"time        {time} at {speed.mfu:.0%} of {speed.peak_tflops:g} TFLOP/s a rank"
+
+
+def show_hours(hours: float) -> str:
+    """In hours, minutes or seconds, whichever is at least one of them."""
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    if hours * 60 >= 1:
+        return f"{hours * 60:.1f} minutes"
+    return f"{hours * 3600:.1f} seconds" if hours * 3600 >= 1 else "less than a second"
 
 
 def show_bytes(num_bytes: int) -> str:

@@ -16,7 +16,7 @@ from distft.config import dump_yaml
 from distft.errors import ConfigError, StorageError
 from distft.run.inputs import RunInputs
 from distft.run.model import new_parameter_prefixes
-from distft.run.paths import CONFIG_FILE
+from distft.run.paths import CONFIG_FILE, CONFIG_HEADER
 from distft.run.resume import changed_settings
 from distft.tracker import (
     EVENTS_FILE,
@@ -67,7 +67,8 @@ def open_run_dir(
             # That of the last start, not of the manifest: several starts may resume from one commit.
             last_world_size = _last_world_size(run_dir)
             discarded_steps = last_logged_step(run_dir) - (0 if resumed is None else resumed.step)
-            storage.commit_bytes(run_dir / CONFIG_FILE, dump_yaml(config, redacted=True).encode())
+            settings = CONFIG_HEADER + dump_yaml(config, redacted=True)
+            storage.commit_bytes(run_dir / CONFIG_FILE, settings.encode())
             trackers.start(
                 run_id,
                 config.model_dump(mode="json"),

@@ -5,12 +5,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from distft.tokenizer.tokenizer import Tokenizer, import_tokenizer
+from distft.tokenizer.tokenizer import Tokenizer, import_tokenizer, require_tokenizer_target
 
 if TYPE_CHECKING:
     from distft.tokenizer.train import TokenizerTrainConfig, train_tokenizer
 
-__all__ = ["Tokenizer", "TokenizerTrainConfig", "import_tokenizer", "train_tokenizer"]
+__all__ = [
+    "Tokenizer",
+    "TokenizerTrainConfig",
+    "import_tokenizer",
+    "require_tokenizer_target",
+    "train_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:

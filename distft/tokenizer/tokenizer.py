@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distft import storage
-from distft.errors import DataError
+from distft.errors import ConfigError, DataError
 from distft.storage import AnyPath
 from distft.tokenizer.added_tokens import with_added_tokens
 from distft.tokenizer.companions import TOKENIZER_JSON, read_companions
@@ -256,12 +256,27 @@ def check_text(text: str) -> None:
         ) from None
 
 
+def require_tokenizer_target(path: str | Path) -> None:
+    """Raise `ConfigError` if a file is at `path` that is no tokenizer: it would be overwritten."""
+    local = storage.local_path(path)
+    if local is None or not local.exists() or (local.is_file() and local.stat().st_size == 0):
+        return
+    try:
+        Tokenizer.load(local)
+    except DataError:
+        raise ConfigError(
+            f"{path} exists and is no sentencepiece model, so it is not overwritten: choose another output."
+        ) from None
+
+
 def import_tokenizer(path: str | Path, output: str | Path) -> Tokenizer:
     """Copy a sentencepiece model to `output`, with what the files beside it add to it.
 
-    Checks that it loads and encodes; raises `DataError` otherwise.
+    Checks that it loads and encodes; raises `DataError` otherwise, and `ConfigError` if something else than
+    a tokenizer is at `output`.
     """
     tokenizer = Tokenizer.load(path)
+    require_tokenizer_target(output)
     tokenizer.encode("trial text")
     tokenizer.save(output)
     return tokenizer

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,12 @@ def last_logged_step(run_dir: Path) -> int:
     return max((step for step in steps if isinstance(step, int)), default=0)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines, without torn lines; empty if the file does not exist."""
+def read_lines(path: Path, *, limit: int | None = None) -> list[dict[str, Any]]:
+    """The objects in the first `limit` lines of JSON (None: all), without torn ones; none without a file."""
     if not path.exists():
         return []
     with path.open("rb") as file:
-        return [record for line in file if (record := _parse_line(line)) is not None]
+        return [record for line in islice(file, limit) if (record := _parse_line(line)) is not None]
 
 
 def _unwritable(path: Path, error: OSError) -> StorageError:
@@ -149,7 +150,7 @@ def _classify_lines(path: Path, resume_step: int | None) -> Iterator[tuple[bytes
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: a line of brackets
         return None
     return record if isinstance(record, dict) and line.endswith(b"\n") else None
 

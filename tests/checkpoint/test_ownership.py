@@ -221,3 +221,30 @@ def test_a_launcher_whose_start_was_taken_over_from_does_not_take_over_again(tmp
         start("b")
     start("c").check()
     start(None).check()
+
+
+def test_a_tokenizer_alone_in_a_step_is_not_deleted(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    mine = tmp_path / "step_00000001" / "tokenizer.model"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("the only copy")
+    run_alone(Scenario(), 2).save(str(tmp_path))
+    store.prune(KEEP_ONE)
+    assert mine.read_text() == "the only copy"
+
+
+def test_a_tool_does_not_empty_a_target_that_contains_its_source(tmp_path: Path) -> None:
+    run_alone(Scenario(), 1).save(str(tmp_path))
+    (tmp_path / UNFINISHED_MARKER).write_text("Being written from x.")
+    with pytest.raises(ConfigError, match=r"lies in .*, which is the target"):
+        write_distft(Checkpoint.open(str(tmp_path / "step_00000001")), str(tmp_path))
+    assert Checkpoint.open(str(tmp_path / "step_00000001")).find_damage() == []
+
+
+def test_a_link_to_a_commit_is_that_commit(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    run_alone(Scenario(), 1).save(str(root))
+    link = tmp_path / "latest"
+    link.symlink_to(root / "step_00000001")
+    with pytest.raises(ConfigError, match="lies in the source"):
+        write_distft(Checkpoint.open(str(link)), str(root / "step_00000002"))

@@ -40,3 +40,14 @@ def test_tokenize_prints_document_in_singular_or_plural(
     assert main(["tokenizer", "train", corpus, "-o", model, "--algorithm", "char"]) == 0
     assert main(["tokenize", corpus, "-t", model, "-o", str(tmp_path / "out"), "--workers", "1"]) == 0
     assert f" tokens of {counted}(" in capsys.readouterr().out
+
+
+def test_a_tokenizer_replaces_only_a_tokenizer(tmp_path: Path) -> None:
+    corpus, model = tmp_path / "a.txt", tmp_path / "a.model"
+    corpus.write_text("a few words of text")
+    train = ["tokenizer", "train", str(corpus), "--algorithm", "char", "-o"]
+    assert main([*train, str(corpus)]) == 2
+    assert main([*train, str(model)]) == 0
+    assert main([*train, str(model)]) == 0
+    assert main(["tokenizer", "import", str(model), "-o", str(corpus)]) == 2
+    assert corpus.read_text() == "a few words of text"

@@ -312,3 +312,19 @@ def test_unfinished_work_of_an_earlier_version_is_refused_and_kept(
     with pytest.raises(ConfigError, match="unfinished work of an earlier version"):
         tokenize(settings(corpus, model, tmp_path / "out"), overwrite=True)
     assert list(content(tmp_path / "out")) == ["unfinished.json"]
+
+
+@pytest.mark.parametrize("split", ["../victim", "train/../../victim", "{victim}", "train"])
+def test_a_forged_log_names_no_file_to_remove(corpus: Path, model: str, tmp_path: Path, split: str) -> None:
+    output, victim = tmp_path / "out", tmp_path / "victim"
+    for path in (victim / "f.txt", output / "train" / "f.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text("mine\n")
+    header = {"identity": {}, "work": "0123456789abcdef", "replaces": {split: {"f.txt": 5}}}
+    holder = json.dumps({"pid": 1, "host": "x"}).ljust(255) + "\n"
+    log = json.dumps(header).replace("{victim}", str(victim))
+    (output / LOG).write_text(f"{holder}{log}\n")
+    with pytest.raises(DistftError):
+        tokenize(settings(corpus, model, output), overwrite=True)
+    assert (victim / "f.txt").exists()
+    assert (output / "train" / "f.txt").exists()

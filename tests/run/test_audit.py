@@ -12,6 +12,7 @@ from support.small_runs import events, pretraining, run, run_until_power_cut
 
 from distft.checkpoint.background import SaveResult
 from distft.cli.main import main
+from distft.errors import DataError
 from distft.run.audit import Audit, audit_events, audit_run
 from distft.run.services import RunServices
 from distft.topology import BatchPlan, MicroBatch, Topology
@@ -181,3 +182,17 @@ def test_a_run_without_a_commit_cannot_be_audited(tmp_path: Path, capsys: pytest
     (tmp_path / "events.jsonl").write_text(json.dumps(_start(0, 1)) + "\n")
     assert main(["audit", str(tmp_path)]) == 2
     assert "Nothing to audit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"kind": "start", "step": "x", "world_size": 1},
+        {"kind": "start", "step": 0, "world_size": []},
+        {"kind": "start", "step": 1.5, "world_size": 1},
+        {"kind": "resume", "step": -1, "world_size": 1},
+    ],
+)
+def test_a_damaged_event_is_named(event: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="which distft does not write"):
+        audit_events([event])

@@ -222,7 +222,7 @@ def test_the_command_prints_a_table_or_json_and_warnings_apart(data: Path, tmp_p
         app, ["config", "check", str(path), "--mfu", "0.4", "--peak-tflops", "989"], catch_exceptions=False
     )
     assert done.exit_code == 0
-    assert "minutes at 40% of 989 TFLOP/s a rank" in done.stdout
+    assert "less than a second at 40% of 989 TFLOP/s a rank" in done.stdout
     assert "warning: optim.peak_lr=1e+09" in done.stderr
     done = CliRunner().invoke(app, ["config", "check", str(path), "--json"], catch_exceptions=False)
     found = json.loads(done.stdout)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from support.small_runs import events, fine_tuning, logged, pretraining, run
 
+from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.cli.main import main
 from distft.collectives import require_same_device
 from distft.config import dump_yaml, parse
 from distft.config.yaml_text import to_yaml
-from distft.errors import ConfigError, DistftError, TrainingError
+from distft.errors import ConfigError, DistftError, ErrorCollector, TrainingError
 from distft.objective.causal_lm import CausalLM
 from distft.run.config import RunConfig, load_run_config
+from distft.run.paths import require_outputs
 from distft.topology import Topology
 
 
@@ -208,3 +210,12 @@ def test_with_trust_the_same_configuration_is_imported(
     assert "pass --trust if you know who wrote it" in capsys.readouterr().err
     assert main(["generate", str(hostile), "--prompt", "the", "--trust"]) == 2
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "events.jsonl"])
+def test_a_start_replaces_no_file_of_the_user(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine: 1\n")
+    errors = ErrorCollector()
+    require_outputs(RunConfig.model_construct(run_dir=str(tmp_path), checkpoint=CheckpointConfig()), errors)
+    with pytest.raises(ConfigError, match=f"{name} that no run of distft wrote"):
+        errors.raise_if_any()
