@@ -87,13 +87,16 @@ def generate_text(
             longest, *(len(row) + len(new) - 1 for row, new in zip(rows, continuations, strict=True))
         )
         texts += [prompt + stops.cut(i, continuations[i]) for i, prompt in enumerate(batch)]
-    max_seq_len = module.config.max_seq_len
-    if longest > max_seq_len:
-        on_note(
-            f"a text grew beyond model.max_seq_len={max_seq_len} tokens: from there on the model saw only "
-            f"its last {max_seq_len // 2} to {max_seq_len} tokens."
-        )
+    if longest > module.config.max_seq_len:
+        on_note(_window_note(module.config.max_seq_len))
     return texts
+
+
+def _window_note(max_seq_len: int) -> str:
+    return (
+        f"a text grew beyond model.max_seq_len={max_seq_len} tokens: from there on the model saw only its last "
+        f"{max_seq_len // 2} to {max_seq_len} tokens."
+    )
 
 
 def read_prompts(path: str) -> list[str]:
