@@ -94,8 +94,8 @@ def generate_text(
 
 def _window_note(max_seq_len: int) -> str:
     return (
-        f"a text grew beyond model.max_seq_len={max_seq_len} tokens: from there on the model saw only its last "
-        f"{max_seq_len // 2} to {max_seq_len} tokens."
+        f"a text grew beyond model.max_seq_len={max_seq_len} tokens: from there on the model saw only its "
+        f"last {max_seq_len // 2} to {max_seq_len} tokens."
     )
 
 
