@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -62,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
         patch.setenv(name, value)
     for name in REMOVED:
         patch.delenv(name, raising=False)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background; children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's hook, which reads the groups

@@ -13,8 +13,7 @@ from distft.run.check import check_run
 from distft.run.config import RunConfig
 from distft.run.paths import CONFIG_FILE
 from distft.topology import Topology
-from distft.tracker import EVENTS_FILE, LEDGER_EVENT, read_lines
-from distft.watch.hang_detection import HANG
+from distft.tracker import EVENTS_FILE, HANG_EVENT, LEDGER_EVENT, read_lines
 
 if TYPE_CHECKING:
     from distft.data.feed import Feed
@@ -94,7 +93,7 @@ def _starts(events: Sequence[Mapping[str, Any]]) -> list[_Start]:
                 starts[-1].last_step = max(starts[-1].last_step, reached)
             starts.append(_Start(step, _count(event, "world_size"), last_step=step))
             by_id[str(event.get("start_id", "unknown"))] = starts[-1]
-        elif starts and kind != HANG:  # whose step is not complete
+        elif starts and kind != HANG_EVENT:  # whose step is not complete
             start = by_id.get(str(event.get("start_id", "")), starts[-1])
             start.last_step = max(start.last_step, step)
             if kind == LEDGER_EVENT:

@@ -1,7 +1,7 @@
 """Destinations of a run's metrics and events: files, console, wandb, TensorBoard. Progress of long work."""
 
 from distft.tracker.console import ConsoleTracker
-from distft.tracker.interface import LEDGER_EVENT, Metrics, Tracker
+from distft.tracker.interface import HANG_EVENT, LEDGER_EVENT, Metrics, Tracker
 from distft.tracker.jsonl import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -17,6 +17,7 @@ from distft.tracker.wandb_tracker import WandbConfig, WandbTracker
 
 __all__ = [
     "EVENTS_FILE",
+    "HANG_EVENT",
     "LEDGER_EVENT",
     "METRICS_FILE",
     "ConsoleTracker",

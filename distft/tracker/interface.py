@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Metrics = Mapping[str, float | int]
+HANG_EVENT = "hang"  # the kind of event that names a rank that hangs
 LEDGER_EVENT = "ledger"  # the kind of event that lists the sequences covered by a checkpoint
 
 

@@ -11,7 +11,6 @@ from distft.watch.heartbeat import Heartbeat, Phase
 # may be busy for long while the rest wait.
 _PHASES_IN_STEP: frozenset[Phase] = frozenset({"data", "forward", "backward and update", "after the step"})
 
-HANG = "hang"  # the kind of the event
 # The start and the end of the first line about a hung rank; distft.cluster.driver.failures matches them.
 HUNG_RANK = re.compile(r"rank \d+ \(")
 STACK_FOLLOWS = "; its Python stack was:"

@@ -12,10 +12,10 @@ from typing import Self
 
 from distft.collectives import Collectives
 from distft.errors import DistftError, TrainingError
-from distft.tracker import EventLog
+from distft.tracker import HANG_EVENT, EventLog
 from distft.watch.cpu_wait import CpuWaits, counted_s
 from distft.watch.device_clock import DeviceClock
-from distft.watch.hang_detection import HANG, Hang, LastSeen, describe_hang, find_hang, hang_event
+from distft.watch.hang_detection import Hang, LastSeen, describe_hang, find_hang, hang_event
 from distft.watch.heartbeat import HeartbeatRecorder
 from distft.watch.heartbeat_exchange import HangReport, HeartbeatExchange
 from distft.watch.rank_process import RankProcess
@@ -191,7 +191,7 @@ class Watchdog:
             for rank in hang.ranks:
                 process = self._processes[rank]
                 fields = hang_event(hang.reason, rank, last_seen[rank])
-                log.write(HANG, **fields, host=process.host, pid=process.pid, found_by=self._rank)
+                log.write(HANG_EVENT, **fields, host=process.host, pid=process.pid, found_by=self._rank)
             log.close()
 
     def _end_run(self, ranks: tuple[int, ...], message: str) -> None:

@@ -24,8 +24,7 @@ from distft.errors import (
     SupersededError,
     TrainingError,
 )
-from distft.tracker import EVENTS_FILE, METRICS_FILE, EventLog, read_lines
-from distft.watch.hang_detection import HANG
+from distft.tracker import EVENTS_FILE, HANG_EVENT, METRICS_FILE, EventLog, read_lines
 
 LOST_PEER = TrainingError("RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:3711")
 HANG_REPORT = TrainingError("rank 1 (node4, pid 12) has not answered for 12 s, in step 7, forward")
@@ -113,7 +112,7 @@ def test_a_logged_hang_is_the_cause_whichever_rank_ray_saw_die(tmp_path: Path) -
     about = {"reason": "silent", "step": 7, "phase": "forward", "silent_s": 12.0, "unmoved_s": 12.0}
     log = EventLog(tmp_path)
     log.write("start", step=0)
-    log.write(HANG, rank=1, host="node4", pid=12, stack=["loop.py:173 _run_step"], **about)
+    log.write(HANG_EVENT, rank=1, host="node4", pid=12, stack=["loop.py:173 _run_step"], **about)
     log.close()
     mailbox = FakeMailbox()
     callback = FailureCallback(

@@ -17,8 +17,8 @@ from distft.cluster.ray_internals import (
     process_of,
 )
 from distft.errors import DistftError, LaunchError, Preempted, Resized, StorageError, TrainingError
-from distft.tracker import EVENTS_FILE, EventLog, last_logged_step, read_lines
-from distft.watch.hang_detection import HANG, HUNG_RANK, STACK_FOLLOWS, describe_hang_event
+from distft.tracker import EVENTS_FILE, HANG_EVENT, EventLog, last_logged_step, read_lines
+from distft.watch.hang_detection import HUNG_RANK, STACK_FOLLOWS, describe_hang_event
 
 _LOST_PEER = re.compile(
     r"connection (reset|closed|refused)|broken pipe|peer|timed out waiting", re.IGNORECASE
@@ -158,7 +158,7 @@ class FailureCallback(UserCallback):  # type: ignore[misc]  # Ray has no types
         except (StorageError, OSError):
             return []
         start = max((n for n, event in enumerate(events) if event["kind"] in {"start", "resume"}), default=0)
-        return [event for event in events[start:] if event["kind"] == HANG]
+        return [event for event in events[start:] if event["kind"] == HANG_EVENT]
 
     def _last_committed_step(self) -> int:
         try:
