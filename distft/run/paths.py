@@ -53,8 +53,8 @@ def require_outputs(config: RunConfig, errors: ErrorCollector) -> None:
         if local is not None:
             with errors.collect():
                 _require_writable(setting, local)
-    with errors.collect():
-        _require_own(Path(config.run_dir))
+                if setting == "run_dir":
+                    _require_own(local)
 
 
 def _require_own(run_dir: Path) -> None:
