@@ -218,21 +218,11 @@ def measure_stall(model: ModelConfig, folder: Path) -> dict[str, float]:
 
 
 def _snapshot(step: int, shapes: dict[str, tuple[int, ...]], fragments: list[Fragment]) -> CheckpointSnapshot:
-    metadata = RunMetadata(
-        run_id="benchmark",
-        config={},
-        label_names=None,
-        tokenizer=None,
-        written_by={},
-        groups=[],
-        tied={},
-        probe=None,
-    )
     return CheckpointSnapshot(
         progress=Progress(step=step),
         fragments=fragments,
         parameters={name: ParameterInfo(shape, True, step) for name, shape in shapes.items()},
-        metadata=metadata,
+        metadata=RunMetadata(run_id="benchmark", config={}, written_by={}),
         attachments={},
     )
 

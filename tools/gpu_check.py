@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a directory for the results")
     parser.add_argument("--phase", nargs="+", choices=[phase.name for phase in PHASES], help="only these")
-    parser.add_argument("--case", nargs="+", default=[], help="only cases whose names match these globs")
+    parser.add_argument("--case", nargs="+", default=["*"], help="only cases whose names match these globs")
     parser.add_argument("--budget-s", type=float, default=480, help="for all phases together; not with --dry")
     parser.add_argument("--dry", action="store_true", help="a tiny size on a CPU")
     arguments = parser.parse_args()

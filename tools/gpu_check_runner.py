@@ -107,7 +107,7 @@ class Runner:
         budget_s: float,
         emit: Callable[[JsonRow], None],
         dry: bool = False,
-        case_patterns: Sequence[str] = (),
+        case_patterns: Sequence[str] = ("*",),
     ) -> None:
         self._case_patterns = list(case_patterns)
         self._command = list(command)

@@ -49,7 +49,7 @@ class Request:
 
     phase: str
     first_case: int  # the cases before it are done
-    case_patterns: Sequence[str]  # glob patterns of names; none: all cases
+    case_patterns: Sequence[str]  # globs: the cases to run
     work_dir: str  # for files that later workers need
     dry: bool
 
@@ -78,11 +78,10 @@ def _serve_phase(
     request: Request, phases: Phases, needs_new_process: NeedsNewProcess, send: Callable[..., None]
 ) -> bool:
     """Run the phase's cases from `first_case` on; return whether this process can run more."""
-    patterns = request.case_patterns or ["*"]
     cases = [
         case
         for case in phases[request.phase](request)
-        if any(fnmatchcase(case.name, pattern) for pattern in patterns)
+        if any(fnmatchcase(case.name, pattern) for pattern in request.case_patterns)
     ]
     send("cases", names=[case.name for case in cases])
     reason = None

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from distft.checkpoint.fragments import WEIGHT
-from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
-from distft.checkpoint.sources import CheckpointSource
+from distft.checkpoint.manifest import ParameterRecord, Progress, StateRecord
+from distft.checkpoint.sources import CheckpointSource, ManifestSource
 from distft.config import redact
 from distft.errors import ConfigError
 
 
-class AveragedCheckpoint:
+class AveragedCheckpoint(ManifestSource):
     """Mean of the weights in fp32, without moments: those of the sources do not fit the mean.
 
     Everything else, buffers included, comes from the last source that has a run's configuration, or from the
@@ -33,9 +33,8 @@ class AveragedCheckpoint:
         self._sources = tuple(sources)
         self._factors = [factor / sum(factors) for factor in factors]
         self._base = _last_with_config(sources)
-        self.path = self._base.path
         base = self._base.manifest
-        self.manifest: Manifest = base.model_copy(
+        manifest = base.model_copy(
             update={
                 "progress": Progress(step=base.progress.step, tokens_seen=base.progress.tokens_seen),
                 "parameters": {name: self._record(record) for name, record in base.parameters.items()},
@@ -49,6 +48,7 @@ class AveragedCheckpoint:
                 },
             }
         )
+        super().__init__(self._base.path, manifest)
 
     @property
     def summary(self) -> str:
@@ -60,15 +60,6 @@ class AveragedCheckpoint:
     def _record(self, record: ParameterRecord) -> ParameterRecord:
         dtype = record.states[WEIGHT].dtype if record.is_buffer else "float32"
         return record.model_copy(update={"updates": 0, "states": {WEIGHT: StateRecord(dtype=dtype)}})
-
-    def has(self, parameter: str, state: str) -> bool:
-        return state == WEIGHT and parameter in self.manifest.parameters
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        return self._base.shape(parameter)
-
-    def updates(self, parameter: str) -> int:  # noqa: ARG002
-        return 0
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
         if self.manifest.parameters[parameter].is_buffer:

@@ -11,6 +11,7 @@ from distft import storage
 from distft.checkpoint.fragments import Interval, StoredIntervals
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.checkpoint.rank_file import FragmentLocation, read_header, read_values
+from distft.checkpoint.sources import ManifestSource
 from distft.checkpoint.steps import STEP_PREFIX, absolute, find_checkpoint_directory
 from distft.collectives import Collectives, all_or_none
 from distft.errors import CheckpointError, DataError, StorageError, UnreachableError
@@ -20,14 +21,13 @@ SIBLING_PREFIX = "../"  # begins the name of a file in another directory of the 
 _THREADS = min(4, os.cpu_count() or 1)
 
 
-class Checkpoint:
+class Checkpoint(ManifestSource):
     """A committed distft checkpoint: its manifest, and its state by name and interval."""
 
     format = "distft"
 
     def __init__(self, path: str, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
+        super().__init__(path, manifest)
         self._headers: dict[int, dict[tuple[str, str], FragmentLocation]] = {}  # by file number
         self._intervals: dict[str, StoredIntervals] = {}  # by parameter that was read; owners: file numbers
         self._last_owner = 0  # the file that the last read was from
@@ -49,23 +49,10 @@ class Checkpoint:
             return storage.join(self.path, name)
         below = name.removeprefix(SIBLING_PREFIX)
         beside = storage.join(storage.parent(absolute(self.path)), below)
-        if storage.is_link(self.path) and not storage.exists(
-            beside
-        ):  # such as ./latest -> run/checkpoints/step
+        if storage.is_link(self.path) and not storage.exists(beside):
+            # Such as ./latest -> run/checkpoints/step_00000500.
             return storage.join(os.path.realpath(self.path), "..", below)
         return beside
-
-    def has(self, parameter: str, state: str) -> bool:
-        record = self.manifest.parameters.get(parameter)
-        return record is not None and state in record.states
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        record = self.manifest.parameters.get(parameter)
-        return None if record is None else record.shape
-
-    def updates(self, parameter: str) -> int:
-        record = self.manifest.parameters.get(parameter)
-        return 0 if record is None else record.updates
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> torch.Tensor:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from math import prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
@@ -45,11 +46,8 @@ class ParameterRecord(Settings):
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
-        numel = 1
-        for size in self.shape:
-            numel *= max(size, 1)
-            if numel > _MOST_ELEMENTS:
-                raise ValueError(f"a shape of {self.shape} has more than {_MOST_ELEMENTS:,} elements")
+        if prod(max(size, 1) for size in self.shape) > _MOST_ELEMENTS:
+            raise ValueError(f"a shape of {self.shape} has more than {_MOST_ELEMENTS:,} elements")
         return self
 
 

@@ -71,7 +71,7 @@ def write_rank_file(
         writer.write(header)
         for fragment in fragments:
             for chunk in fragment.chunks():
-                writer.write(_bytes_of(chunk))
+                writer.write(bytes_of(chunk))
     return FileRecord(
         name=name,
         num_bytes=writer.num_bytes,
@@ -80,7 +80,8 @@ def write_rank_file(
     )
 
 
-def _bytes_of(values: Tensor) -> memoryview:
+def bytes_of(values: Tensor) -> memoryview:
+    """The bytes of a tensor's elements in order; without a copy if it is contiguous and on the CPU."""
     flat: Any = values.cpu().contiguous().view(torch.uint8).numpy()
     return memoryview(flat)
 

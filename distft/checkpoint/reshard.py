@@ -19,7 +19,7 @@ from distft import storage
 from distft.checkpoint.damage import require_undamaged
 from distft.checkpoint.fingerprint import fingerprint, fingerprint_text
 from distft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, ParameterRecord, StateRecord
-from distft.checkpoint.rank_file import LazyFragment, write_rank_file
+from distft.checkpoint.rank_file import LazyFragment, bytes_of, write_rank_file
 from distft.checkpoint.sources import CheckpointSource, stored_states
 from distft.checkpoint.steps import rank_file_name
 from distft.checkpoint.target import target_directory
@@ -86,7 +86,7 @@ def estimate_seconds(source: CheckpointSource, plan: ReshardPlan) -> float:
         for state in record.states:
             values = source.read(name, state, 0, numel)
             fingerprint(values, 0)
-            checksum_of_bytes(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            checksum_of_bytes(bytes_of(values))
             num_read += values.numel() * values.element_size()
         if num_read > 4 * _SAMPLE_NUMEL:
             break

@@ -1,7 +1,7 @@
 """Everything that one commit stores: progress, fragments, and a description of the run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distft.checkpoint.fragments import WEIGHT, Fragment
@@ -32,12 +32,12 @@ class RunMetadata:
 
     run_id: str
     config: dict[str, Any]
-    label_names: list[str] | None
-    tokenizer: TokenizerRecord | None
     written_by: dict[str, Any]
-    groups: list[GroupRecord]
-    tied: dict[str, str]
-    probe: ProbeRecord | None
+    label_names: list[str] | None = None
+    tokenizer: TokenizerRecord | None = None
+    groups: list[GroupRecord] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+    probe: ProbeRecord | None = None
     data_fingerprint: str | None = None
 
 

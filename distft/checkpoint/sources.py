@@ -1,5 +1,6 @@
 """Sources of an engine's state: an initialiser, a checkpoint, or several in order of preference."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Protocol
@@ -43,6 +44,36 @@ class CheckpointSource(StateSource, Protocol):
 
     def find_damage(self) -> list[str]:
         """Read every byte; return a message for each damaged file, as far as the format shows damage."""
+
+
+class ManifestSource(ABC):
+    """A `CheckpointSource` with the states that its manifest lists."""
+
+    format: str
+
+    def __init__(self, path: str, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def has(self, parameter: str, state: str) -> bool:
+        record = self.manifest.parameters.get(parameter)
+        return record is not None and state in record.states
+
+    def shape(self, parameter: str) -> tuple[int, ...] | None:
+        record = self.manifest.parameters.get(parameter)
+        return None if record is None else record.shape
+
+    def updates(self, parameter: str) -> int:
+        record = self.manifest.parameters.get(parameter)
+        return 0 if record is None else record.updates
+
+    @abstractmethod
+    def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
+        """As `StateSource.read`."""
+
+    @abstractmethod
+    def find_damage(self) -> list[str]:
+        """As `CheckpointSource.find_damage`."""
 
 
 def notes_of(source: StateSource) -> list[str]:

@@ -33,6 +33,11 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     print(redact_message(text), file=file or sys.stdout)
 
 
+def print_note(note: str) -> None:
+    """Print to stderr what the user should know."""
+    say(f"note: {note}", file=sys.stderr)
+
+
 def existing_checkpoint(path: str) -> str:
     """For a command's argument: raises `UnsupportedFormatError` if there is no checkpoint at `path`.
 

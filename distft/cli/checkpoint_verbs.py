@@ -1,13 +1,12 @@
 """`distft checkpoint`: inspect, verify, compare, convert, average and prune checkpoints of any format."""
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distft.cli.arguments import existing_checkpoint, existing_checkpoints, expanded, say
+from distft.cli.arguments import existing_checkpoint, existing_checkpoints, expanded, print_note, say
 from distft.cli.opening import ParameterGroupsFile, Trust, open_with_notes
 
 if TYPE_CHECKING:
@@ -326,7 +325,7 @@ def prune(
     store = CheckpointStore(root, SingleProcess())
     found = store.find_latest_valid()
     for damage in found.damage:
-        say(f"note: {damage}", file=sys.stderr)
+        print_note(damage)
     store.resume_from(found)
     pruned = steps_to_prune(store.valid_steps(), config) if dry_run else store.prune(config)
     kept = [step for step in store.valid_steps() if step not in pruned]
@@ -353,7 +352,6 @@ def _convert(
     run_config: str | None = None,
     parameter_groups: str | None = None,
 ) -> None:
-
     source = open_with_notes(
         checkpoint, trust, weights_only=settings["to"] == "huggingface", groups=parameter_groups
     )
@@ -389,11 +387,7 @@ def _write(
     for path in given:
         require_outside(target, path)
     with progress(num_state_bytes(source), f"writing {config.to}", "bytes") as display:
-        notes = convert(source, target, config, display.advance, _print_note)
+        notes = convert(source, target, config, display.advance, print_note)
     for note in notes:
-        _print_note(note)
+        print_note(note)
     say(f"{target}: {summary}, as {config.to}")
-
-
-def _print_note(note: str) -> None:
-    say(f"note: {note}", file=sys.stderr)

@@ -2,12 +2,11 @@
 
 import json
 import os
-import sys
 from typing import Annotated
 
 import typer
 
-from distft.cli.arguments import ConfigPath, Overrides, existing_checkpoint, expanded
+from distft.cli.arguments import ConfigPath, Overrides, existing_checkpoint, expanded, print_note
 from distft.topology import Topology
 
 CheckpointPath = Annotated[
@@ -62,7 +61,7 @@ def evaluate(
     prepare_for_torch()
     from distft.run.pretrained import evaluate_checkpoint
 
-    on_note = _print_note if topology.is_main else (lambda _: None)
+    on_note = print_note if topology.is_main else (lambda _: None)
     metrics = evaluate_checkpoint(checkpoint, overrides or (), topology, trust=trust, on_note=on_note)
     if not topology.is_main:
         return
@@ -120,7 +119,7 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    continued = generate_text(checkpoint, texts, options, trust=trust, on_note=_print_note)
+    continued = generate_text(checkpoint, texts, options, trust=trust, on_note=print_note)
     for number, (text, result) in enumerate(zip(texts, continued, strict=True)):
         if as_json:
             print(json.dumps({"prompt": text, "text": result}))
@@ -128,10 +127,6 @@ def generate(
         if number:
             print("---")
         print(result)
-
-
-def _print_note(note: str) -> None:
-    print(f"note: {note}", file=sys.stderr)
 
 
 def audit(
@@ -150,11 +145,11 @@ def audit(
     else:
         sizes = " -> ".join(map(str, found.world_sizes))
         print(
-            f"step {found.step}, {found.num_starts} starts, ranks {sizes}, "
-            f"{found.num_lost_steps} steps done again"
+            f"step {found.step}, {_count(found.num_starts, 'start')}, ranks {sizes}, "
+            f"{_count(found.num_lost_steps, 'step')} done again"
         )
         if found.num_uncommitted_steps:
-            print(f"{found.num_uncommitted_steps} steps after step {found.step} are not saved yet")
+            print(f"not saved yet: {_count(found.num_uncommitted_steps, 'step')} after step {found.step}")
         for use, intervals in (("never used", found.missing), ("used more than once", found.repeated)):
             for start, stop in intervals:
                 print(f"sequences {start:,} to {stop - 1:,} of the run's order were {use}")
@@ -167,3 +162,7 @@ def audit(
             print(f"uses per row of the data were not counted: {why_not_counted}")
     if not found.is_exact:
         raise typer.Exit(1)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"

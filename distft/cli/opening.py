@@ -1,11 +1,10 @@
 """Opens checkpoints for the commands, and says on stderr what was used of them."""
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distft.cli.arguments import expanded
+from distft.cli.arguments import expanded, print_note
 
 if TYPE_CHECKING:
     from distft.checkpoint.sources import CheckpointSource
@@ -45,5 +44,5 @@ def open_with_notes(
     if isinstance(source, Checkpoint) and source.path != path:
         notes += uncommitted_notes(storage.parent(source.path), after=source.step)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print_note(note)
     return source

@@ -1,7 +1,7 @@
 """`distft tokenizer`, `tokenize` and `task`: prepare text for training."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +10,9 @@ import typer
 from distft.cli.arguments import all_expanded, expanded, say
 
 if TYPE_CHECKING:
-    from distft.data.corpus import CorpusConfig
+    from distft.data.corpus import CorpusConfig, ListedCorpus
     from distft.prepare import TokenizeConfig, TokenizeResult
-    from distft.prepare.worker import WorkerPool
+    from distft.tracker.progress import ProgressDisplay
 
 tokenizer_app = typer.Typer(help="Train a tokenizer, or import one.", no_args_is_help=True)
 
@@ -71,11 +71,10 @@ def tokenizer_train(
     if vocab_size is not None:
         raw["vocab_size"] = vocab_size
     config: TokenizerTrainConfig = parse(TokenizerTrainConfig, apply_overrides(raw, setting or []))
-    source = corpus_from_arguments(corpus, text_column, documents)
-    num_bytes = corpora.source_bytes(source)
-    for line in corpora.describe_files(source):
+    source = corpora.ListedCorpus(corpus_from_arguments(corpus, text_column, documents))
+    for line in source.describe():
         print(line)
-    with progress(num_bytes, "reading", "bytes") as display:
+    with progress(source.source_bytes, "reading", "bytes") as display:
 
         def texts() -> Any:
             for document in corpora.read_documents(source):
@@ -134,27 +133,24 @@ def tokenize(
     ] = None,
 ) -> None:
     """Turn a corpus into token shards on all cores; resumes interrupted work."""
-    from distft.prepare.worker import worker_pool
+    from distft.config import apply_overrides, parse
+    from distft.data.corpus import ListedCorpus
+    from distft.prepare import TokenizeConfig
 
-    with worker_pool(workers or 1, tokenizer) as pool:  # it starts beside the imports below
-        from distft.config import apply_overrides, parse
-        from distft.data.corpus import describe_files
-        from distft.prepare import TokenizeConfig
-
-        with _telling_of_tokenizer_too(tokenizer):
-            source = corpus_from_arguments(corpus, text_column, documents)
-            raw = {
-                "corpus": source.model_dump(mode="json"),
-                "tokenizer": tokenizer,
-                "output": output,
-                "holdout": holdout,
-                "num_workers": workers,
-            }
-            config: TokenizeConfig = parse(TokenizeConfig, apply_overrides(raw, setting or []), trust=True)
-            lines = describe_files(config.corpus)
-        for line in lines:
-            print(line)
-        result = _tokenize_with_progress(config, pool, overwrite=overwrite)
+    with _telling_of_tokenizer_too(tokenizer):
+        source = corpus_from_arguments(corpus, text_column, documents)
+        raw = {
+            "corpus": source.model_dump(mode="json"),
+            "tokenizer": tokenizer,
+            "output": output,
+            "holdout": holdout,
+            "num_workers": workers,
+        }
+        config: TokenizeConfig = parse(TokenizeConfig, apply_overrides(raw, setting or []), trust=True)
+        listed = ListedCorpus(config.corpus)
+    for line in listed.describe():
+        print(line)
+    result = _tokenize_with_progress(config, listed, overwrite=overwrite)
     for split, shards in (("train", result.train), ("validation", result.validation)):
         if shards is not None:
             say(
@@ -183,22 +179,30 @@ def _telling_of_tokenizer_too(path: str) -> Iterator[None]:
 
 
 def _tokenize_with_progress(
-    config: "TokenizeConfig", pool: "WorkerPool | None", *, overwrite: bool
+    config: "TokenizeConfig", corpus: "ListedCorpus", *, overwrite: bool
 ) -> "TokenizeResult":
     from distft.prepare import TokenizeProgress
     from distft.prepare import tokenize as run_tokenize
     from distft.tracker import progress
 
-    with progress(None, "tokenizing", "bytes") as display:
-        shown_bytes = 0
+    display: ProgressDisplay | None = None
+    shown_bytes = 0
+    with ExitStack() as displayed:
+
+        def start(num_bytes: int) -> None:
+            nonlocal display
+            display = displayed.enter_context(progress(num_bytes, "tokenizing", "bytes"))
 
         def show(now: TokenizeProgress) -> None:
             nonlocal shown_bytes
-            display.set_total(now.total_source_bytes)
+            assert display is not None
             display.advance(now.source_bytes - shown_bytes)
             shown_bytes = now.source_bytes
 
-        return run_tokenize(config, on_progress=show, overwrite=overwrite, pool=pool)
+        result = run_tokenize(config, corpus=corpus, on_start=start, on_progress=show, overwrite=overwrite)
+    if display is None:
+        print(f"{config.output} was already complete: nothing was done.")
+    return result
 
 
 def task(

@@ -89,6 +89,8 @@ def reason_of(detail: ErrorDetails) -> str:
         return _plain(detail["msg"])
     context = {name: _shown(item) for name, item in detail.get("ctx", {}).items()}
     reason = _ONE.sub(r"1 \1", _REASONS[kind].format_map(context))
+    if value is None and kind.endswith("_type"):
+        return f"{reason}; a setting without a value is null"
     return f"{reason}{_remedy(kind, value, context)}"
 
 

@@ -6,7 +6,7 @@ a path names is the rule of `corpus_listing`; what a row and a text are is that 
 
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from math import ceil
 from pathlib import Path
@@ -32,7 +32,7 @@ from distft.data.corpus_files import DocumentUnit
 from distft.data.corpus_kinds import SUFFIXES
 from distft.data.corpus_listing import Listing, SourceFile, list_files
 from distft.data.corpus_parquet import parquet_chunks
-from distft.errors import DataError
+from distft.errors import DataError, ErrorCollector
 
 CHUNK_BYTES = 1 << 20  # minimum size on disk of a chunk: 0.05 to 0.3 s of tokenization
 
@@ -45,7 +45,28 @@ def _as_tuple(value: Any) -> Any:
 Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
-class TextCorpus(Settings):
+class _FileCorpus(Settings):
+    """What all corpora of files have in common."""
+
+    def listing(self) -> Listing:
+        """The files to read. Opens none, except for a look at small ones."""
+        raise NotImplementedError
+
+    def files(self) -> list[SourceFile]:
+        return list(self.listing().files.values())
+
+    def chunks(
+        self, chunk_bytes: int = CHUNK_BYTES, *, files: Iterable[SourceFile] | None = None
+    ) -> Iterator[CorpusChunk]:
+        """The units of reading; `files` are those of the listing, if the caller has it."""
+        files = self.files() if files is None else files
+        return group_chunks(self._chunks_of(files, chunk_bytes), chunk_bytes)
+
+    def _chunks_of(self, files: Iterable[SourceFile], chunk_bytes: int) -> Iterator[CorpusChunk]:
+        raise NotImplementedError
+
+
+class TextCorpus(_FileCorpus):
     """Plain text files (also `.gz` and `.zst`)."""
 
     type: Literal["text"] = "text"
@@ -65,25 +86,20 @@ class TextCorpus(Settings):
         return self
 
     def listing(self) -> Listing:
-        return list_files(self.paths, self.suffixes)
-
-    def files(self) -> list[SourceFile]:
-        files = list(self.listing().files.values())
-        compressed = [file.url for file in files if file.is_compressed]
+        listing = list_files(self.paths, self.suffixes)
+        compressed = [file.url for file in listing.files.values() if file.is_compressed]
         if compressed and self.span != (0.0, 1.0):
             raise DataError(
                 f"span needs uncompressed files, whose length is known; {compressed[0]} is compressed."
             )
-        return files
+        return listing
 
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
+    def _chunks_of(self, files: Iterable[SourceFile], chunk_bytes: int) -> Iterator[CorpusChunk]:
         range_bytes = self.max_document_bytes if self.documents == "file" else chunk_bytes
-        text_format = TextFormat(self.documents, self.errors)
-        ranges = _file_chunks(self.files(), text_format, range_bytes, self.span)
-        return group_chunks(ranges, chunk_bytes)
+        return _file_chunks(files, TextFormat(self.documents, self.errors), range_bytes, self.span)
 
 
-class JsonlCorpus(Settings):
+class JsonlCorpus(_FileCorpus):
     """JSON objects, one per line (also `.gz` and `.zst`)."""
 
     type: Literal["jsonl"] = "jsonl"
@@ -94,15 +110,11 @@ class JsonlCorpus(Settings):
     def listing(self) -> Listing:
         return list_files(self.paths, self.suffixes)
 
-    def files(self) -> list[SourceFile]:
-        return list(self.listing().files.values())
-
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
-        ranges = _file_chunks(self.files(), JsonlFormat(self.text_column), chunk_bytes)
-        return group_chunks(ranges, chunk_bytes)
+    def _chunks_of(self, files: Iterable[SourceFile], chunk_bytes: int) -> Iterator[CorpusChunk]:
+        return _file_chunks(files, JsonlFormat(self.text_column), chunk_bytes)
 
 
-class CsvCorpus(Settings):
+class CsvCorpus(_FileCorpus):
     """CSV or TSV files with a header, one document per row (also `.gz` and `.zst`).
 
     One process reads a file. Convert large ones to JSONL or Parquet, whose parts are read in parallel.
@@ -116,15 +128,11 @@ class CsvCorpus(Settings):
     def listing(self) -> Listing:
         return list_files(self.paths, self.suffixes)
 
-    def files(self) -> list[SourceFile]:
-        return list(self.listing().files.values())
-
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
-        chunks = (CsvFileChunk(file, chunk_bytes, self.text_column) for file in self.files())
-        return group_chunks(chunks, chunk_bytes)
+    def _chunks_of(self, files: Iterable[SourceFile], chunk_bytes: int) -> Iterator[CorpusChunk]:
+        return (CsvFileChunk(file, chunk_bytes, self.text_column) for file in files)
 
 
-class ParquetCorpus(Settings):
+class ParquetCorpus(_FileCorpus):
     """Parquet files, one document per row."""
 
     type: Literal["parquet"] = "parquet"
@@ -135,30 +143,27 @@ class ParquetCorpus(Settings):
     def listing(self) -> Listing:
         return list_files(self.paths, self.suffixes)
 
-    def files(self) -> list[SourceFile]:
-        return list(self.listing().files.values())
-
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
-        return group_chunks(parquet_chunks(self.files(), self.text_column, chunk_bytes), chunk_bytes)
+    def _chunks_of(self, files: Iterable[SourceFile], chunk_bytes: int) -> Iterator[CorpusChunk]:
+        return parquet_chunks(files, self.text_column, chunk_bytes)
 
 
-class StdlibCorpus(Settings):
+class StdlibCorpus(_FileCorpus):
     """Source files of the running Python's standard library, without its tests: about 12 MB."""
 
     type: Literal["stdlib"] = "stdlib"
 
-    def files(self) -> list[SourceFile]:
+    def listing(self) -> Listing:
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = (path for path in root.rglob("*.py") if not _NOT_STDLIB & set(path.relative_to(root).parts))
         sized = [(str(path), path.stat().st_size) for path in sorted(paths)]
-        files = [SourceFile(path, size, "") for path, size in sized if size]
+        files = {path: SourceFile(path, size, "") for path, size in sized if size}
         if not files:
             raise DataError(f"corpus type stdlib: this Python has no library sources under {root}.")
-        return files
+        return Listing(files)
 
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
+    def _chunks_of(self, files: Iterable[SourceFile], chunk_bytes: int) -> Iterator[CorpusChunk]:  # noqa: ARG002
         text_format = TextFormat("file", errors="replace")  # a few sources are not UTF-8
-        return group_chunks(_file_chunks(self.files(), text_format, 1 << 30), chunk_bytes)
+        return _file_chunks(files, text_format, 1 << 30)
 
 
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -186,22 +191,10 @@ class MixtureCorpus(Settings):
     sources: tuple[WeightedCorpus, ...] = Field(min_length=1)
 
     def files(self) -> list[SourceFile]:
-        problems, files = [], []
-        for source in self.sources:
-            try:
-                files += source.corpus.files()
-            except DataError as error:
-                problems.append(str(error))
-        if problems:
-            raise DataError("\n".join(problems))
-        return files
+        return ListedCorpus(self).files
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[CorpusChunk]:
-        for index, source in enumerate(self.sources):
-            for repetition in range(ceil(source.weight)):
-                fraction = min(source.weight - repetition, 1.0)
-                for chunk in source.corpus.chunks(chunk_bytes):
-                    yield chunk if fraction == 1 else SampledChunk(chunk, fraction, f"sample {index}")
+        return ListedCorpus(self).chunks(chunk_bytes)
 
 
 CorpusConfig = Annotated[
@@ -210,42 +203,80 @@ CorpusConfig = Annotated[
 ]
 
 
-def read_documents(corpus: CorpusConfig) -> Iterator[Document]:
+class ListedCorpus:
+    """A corpus and its files, listed once for all that is asked about them. Only `chunks` opens files."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        """List the files. Raises `DataError` with the problems of all sources."""
+        self.config = config
+        weighted: list[tuple[SingleCorpusConfig, float]]
+        if isinstance(config, MixtureCorpus):
+            weighted = [(source.corpus, source.weight) for source in config.sources]
+        else:
+            weighted = [(config, 1.0)]
+        self._sources: list[tuple[SingleCorpusConfig, float, Listing]] = []
+        errors = ErrorCollector()
+        for corpus, weight in weighted:
+            with errors.collect():
+                self._sources.append((corpus, weight, corpus.listing()))
+        errors.raise_if_any()
+
+    @property
+    def files(self) -> list[SourceFile]:
+        return [file for _, _, listing in self._sources for file in listing.files.values()]
+
+    def chunks(self, chunk_bytes: int | None = None) -> Iterator[CorpusChunk]:
+        """The units of reading of all sources, as often as their weights say."""
+        sizes = () if chunk_bytes is None else (chunk_bytes,)
+        for index, (corpus, weight, listing) in enumerate(self._sources):
+            for repetition in range(ceil(weight)):
+                fraction = min(weight - repetition, 1.0)
+                for chunk in corpus.chunks(*sizes, files=listing.files.values()):
+                    yield chunk if fraction == 1 else SampledChunk(chunk, fraction, f"sample {index}")
+
+    def describe(self) -> list[str]:
+        """Lines for a person: what is read, and what is passed over, by ending."""
+        if isinstance(self.config, StdlibCorpus):
+            return []
+        described = [listing.describe() for _, _, listing in self._sources]
+        if not isinstance(self.config, MixtureCorpus):
+            return described[0]
+        return [f"Source {n}: {line}" for n, lines in enumerate(described, start=1) for line in lines]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes on disk that reading the corpus once takes, for a progress bar."""
+        total = 0
+        for corpus, weight, listing in self._sources:
+            fraction = corpus.span[1] - corpus.span[0] if isinstance(corpus, TextCorpus) else 1.0
+            total += round(sum(file.size for file in listing.files.values()) * fraction) * ceil(weight)
+        return total
+
+    @property
+    def num_files_with_one_reader(self) -> int:
+        """Number of files that cannot be read in parts."""
+        return sum(
+            file.is_compressed or isinstance(corpus, CsvCorpus)
+            for corpus, _, listing in self._sources
+            for file in listing.files.values()
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the settings and of the files' names, sizes and versions."""
+        files = [(file.url, file.size, file.version) for file in self.files]
+        description = json.dumps([self.config.model_dump(mode="json"), files], sort_keys=True)
+        return blake2b(description.encode(), digest_size=16).hexdigest()
+
+
+def read_documents(corpus: CorpusConfig | ListedCorpus) -> Iterator[Document]:
     """Every document of `corpus` in order, read in this process."""
     for chunk in corpus.chunks():
         yield from chunk.documents()
 
 
-def describe_files(corpus: CorpusConfig) -> list[str]:
-    """Lines for a person about the files of `corpus`: what is read, and what is passed over, by ending."""
-    if isinstance(corpus, StdlibCorpus):
-        return []
-    if isinstance(corpus, MixtureCorpus):
-        return [
-            f"Source {number}: {line}"
-            for number, source in enumerate(corpus.sources, start=1)
-            for line in describe_files(source.corpus)
-        ]
-    return corpus.listing().describe()
-
-
-def source_bytes(corpus: CorpusConfig) -> int:
-    """Bytes on disk that reading `corpus` once takes, for a progress bar. Opens no file."""
-    if isinstance(corpus, MixtureCorpus):
-        return sum(source_bytes(source.corpus) * ceil(source.weight) for source in corpus.sources)
-    fraction = corpus.span[1] - corpus.span[0] if isinstance(corpus, TextCorpus) else 1.0
-    return round(sum(file.size for file in corpus.files()) * fraction)
-
-
-def corpus_fingerprint(corpus: CorpusConfig) -> str:
-    """Hex digest of the settings and of the files' names, sizes and versions. Opens no file."""
-    files = [(file.url, file.size, file.version) for file in corpus.files()]
-    description = json.dumps([corpus.model_dump(mode="json"), files], sort_keys=True)
-    return blake2b(description.encode(), digest_size=16).hexdigest()
-
-
 def _file_chunks(
-    files: list[SourceFile],
+    files: Iterable[SourceFile],
     document_format: DocumentFormat,
     chunk_bytes: int,
     span: tuple[float, float] = (0.0, 1.0),

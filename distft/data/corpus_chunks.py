@@ -95,7 +95,7 @@ class TextFormat:
             text = self._decode(block.data[first:], block, first)
             is_whole = not block.offset and block.is_end
             if text and not (is_whole and text.isspace()):
-                yield Document(text, _num_bytes(text), f"{block.url}:0", not block.is_start, not block.is_end)
+                yield Document(text, utf8_size(text), f"{block.url}:0", not block.is_start, not block.is_end)
             elif is_whole:
                 skipped[EMPTY] += 1
             return
@@ -103,7 +103,7 @@ class TextFormat:
         for start, data in pieces:
             text = self._decode(data, block, start)
             if text and not text.isspace():
-                yield Document(text, _num_bytes(text), f"{block.url}:{block.offset + start}")
+                yield Document(text, utf8_size(text), f"{block.url}:{block.offset + start}")
 
     def _decode(self, data: bytes, block: Block, start: int) -> str:
         try:
@@ -133,7 +133,7 @@ class JsonlFormat:
             if isinstance(text, RowProblem):
                 raise DataError(f"{block.url}:{block.line_number(start)}: {text.message}")
             if text is not None:
-                yield Document(text, _num_bytes(text), f"{block.url}:{block.offset + start}")
+                yield Document(text, utf8_size(text), f"{block.url}:{block.offset + start}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +184,11 @@ class ByteRangeChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class CompressedFileChunk:
-    """A whole compressed file, of any size: it can only be read by one reader, from its start."""
+class WholeFileChunk:
+    """A file of any size that can only be read by one reader, from its start."""
 
     file: SourceFile
     block_bytes: int  # of text in memory at a time
-    format: DocumentFormat
 
     @property
     def source_bytes(self) -> int:
@@ -198,6 +197,16 @@ class CompressedFileChunk:
     def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
         for part in self.parts():
             yield from part.documents(skipped)
+
+    def parts(self) -> Iterator[CorpusChunk]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedFileChunk(WholeFileChunk):
+    """A compressed file."""
+
+    format: DocumentFormat
 
     def parts(self) -> Iterator[CorpusChunk]:
         for block, num_bytes in read_compressed(self.file, self.block_bytes, self.format.unit):
@@ -303,6 +312,6 @@ def _paragraphs(data: bytes, start: int) -> Iterator[tuple[int, bytes]]:
     yield start, data[start:].rstrip(b"\r\n")
 
 
-def _num_bytes(text: str) -> int:
-    """UTF-8 size."""
+def utf8_size(text: str) -> int:
+    """The bytes of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())

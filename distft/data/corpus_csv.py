@@ -10,29 +10,20 @@ from distft.data.corpus_chunks import (
     Document,
     RowProblem,
     Skipped,
+    WholeFileChunk,
     text_of_row,
+    utf8_size,
 )
 from distft.data.corpus_files import check_unchanged, read_decompressed
-from distft.data.corpus_listing import SourceFile
 from distft.data.rows import csv_rows
 from distft.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class CsvFileChunk:
-    """A whole file with a header, of any size, compressed or not."""
+class CsvFileChunk(WholeFileChunk):
+    """A file with a header, compressed or not."""
 
-    file: SourceFile
-    block_bytes: int  # of text in memory at a time
     text_column: str
-
-    @property
-    def source_bytes(self) -> int:
-        return self.file.size
-
-    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
-        for part in self.parts():
-            yield from part.documents(skipped)
 
     def parts(self) -> Iterator[CorpusChunk]:
         num_read = 0
@@ -52,7 +43,7 @@ class CsvFileChunk:
             if isinstance(text, RowProblem):
                 raise DataError(f"{self.file.url}:{line}: {text.message}")
             if text is not None:
-                documents.append(Document(text, len(text.encode()), f"{self.file.url}:{line}"))
+                documents.append(Document(text, utf8_size(text), f"{self.file.url}:{line}"))
                 num_bytes += documents[-1].num_bytes
             if num_bytes >= self.block_bytes:
                 yield RowsChunk(tuple(documents), dict(skipped), num_read - num_reported)

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 
 from distft.data.corpus_listing import counted, ending_of, find_entries
-from distft.errors import ConfigError
+from distft.errors import ConfigError, DataError
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "text": (".txt", ".text", ".md", ".rst"),
@@ -36,8 +36,8 @@ def kind_of_corpus(paths: list[str]) -> str:
     for path in paths:
         try:
             found = _kinds(path)
-        except (OSError, ValueError, ImportError) as error:
-            problems.append(f"corpus path {path} cannot be read: {error}.")
+        except DataError as error:
+            problems.append(str(error))
             continue
         if isinstance(found, str):
             problems.append(found)

@@ -5,8 +5,8 @@ A path names one file, a directory, or a glob.
 - A directory is searched recursively for files with the endings of the corpus (in any case, optionally
   followed by `.gz` or `.zst`). Links to files are followed. A link to a directory is followed if it leads
   outside of what is searched, so that nothing is read twice and no cycle is followed.
-- A glob takes the files that it matches. One that leaves the ending open (`data/*`) takes only the endings of
-  the corpus, and searches the directories that it matches.
+- A glob takes the files that it matches, with its ending in any case. One that leaves the ending open
+  (`data/*`) takes only the endings of the corpus, and searches the directories that it matches.
 - A file that is named by itself is read whatever its ending.
 
 Empty files never count; hidden files and directories, and what other programs leave beside data (`_SUCCESS`,
@@ -39,7 +39,7 @@ _MARKERS = re.compile(
     re.IGNORECASE,
 )
 _MARKER_DIRECTORIES = frozenset({"_delta_log", "_temporary", "_spark_metadata", "__macosx", "__pycache__"})
-_ENDING_OF_GLOB = re.compile(r"\.[^*?\[\]/.]+$")
+_ENDING_OF_GLOB = re.compile(r"\.[^*?\[\]/.]+(\.(gz|zst))?$", re.IGNORECASE)
 _GLOB = re.compile(r"[*?\[]")
 _PART_OF_SET = re.compile(r"(.*?)(\d{5})-of-(\d{5})(?!\d)(.*)")
 _BROKEN_LINK = frozenset({errno.ENOENT, errno.ELOOP})
@@ -117,8 +117,8 @@ def list_files(patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> Listing:
     for pattern in patterns:
         try:
             named = find_entries(pattern)
-        except (OSError, ValueError, ImportError) as error:
-            problems.append(f"corpus path {pattern} cannot be read: {error}.")
+        except DataError as error:
+            problems.append(str(error))
             continue
         found = named.entries
         taken, passed_over = _select(found, None if named.takes_any else suffixes)
@@ -195,11 +195,17 @@ def _pointers(files: list[SourceFile]) -> list[str]:
 
 
 def find_entries(pattern: str) -> PathEntries:
-    """The files that a file name, directory or glob names. Raises `UnreachableError` about a store."""
-    if not storage.is_url(pattern):
-        return _find_entries(pattern, is_local=True)
-    with errors_as_unreachable(pattern, "listing"):
-        return _find_entries(pattern, is_local=False)
+    """The files that a file name, directory or glob names.
+
+    Raises `DataError` if it cannot be listed, and `UnreachableError` about a store.
+    """
+    try:
+        if not storage.is_url(pattern):
+            return _find_entries(pattern, is_local=True)
+        with errors_as_unreachable(pattern, "listing"):
+            return _find_entries(pattern, is_local=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"corpus path {pattern} cannot be read: {error}.") from error
 
 
 def _find_entries(pattern: str, *, is_local: bool) -> PathEntries:
@@ -216,7 +222,10 @@ def _find_entries(pattern: str, *, is_local: bool) -> PathEntries:
     if is_local and not is_directory and Path(path).exists():
         raise ValueError("it is no regular file, but a pipe, device or socket: copy it to a file")
     wildcard = None if is_directory else _GLOB.search(path)
-    takes_any = bool(wildcard and _ENDING_OF_GLOB.search(path))
+    ending = _ENDING_OF_GLOB.search(path) if wildcard else None
+    takes_any = ending is not None
+    if ending:  # as in directories
+        path = path[: ending.start()] + _in_any_case(ending[0])
     top = path[: wildcard.start()].rpartition("/")[0] if wildcard else path
     if not is_local:
         found = list(_remote_files(filesystem, path, top))
@@ -226,6 +235,11 @@ def _find_entries(pattern: str, *, is_local: bool) -> PathEntries:
         found = list(_matches(filesystem.glob(path), top, takes_any))
     found.sort(key=lambda entry: entry.file.url)
     return PathEntries(found, is_directory, takes_any)
+
+
+def _in_any_case(ending: str) -> str:
+    """A glob for an ending in any case: `.[jJ][sS]` for `.js`."""
+    return "".join(f"[{c.lower()}{c.upper()}]" if c.isascii() and c.isalpha() else c for c in ending)
 
 
 def _remote_files(filesystem: Any, path: str, top: str) -> Iterator[Entry]:

@@ -1,11 +1,11 @@
 """Parquet files as corpus chunks of row groups, which are the smallest unit that can be read alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from distft.data.compressed import read_error
-from distft.data.corpus_chunks import CorpusChunk, Document, RowProblem, Skipped, text_of_row
+from distft.data.corpus_chunks import CorpusChunk, Document, RowProblem, Skipped, text_of_row, utf8_size
 from distft.data.corpus_files import check_unchanged
 from distft.data.corpus_listing import SourceFile
 from distft.data.range_file import open_ranges
@@ -35,8 +35,7 @@ class RowGroupChunk:
                 if isinstance(text, RowProblem):
                     raise DataError(f"{self.file.url}:{row}: {text.message}")
                 if text is not None:
-                    num_bytes = len(text) if text.isascii() else len(text.encode())
-                    yield Document(text, num_bytes, f"{self.file.url}:{row}")
+                    yield Document(text, utf8_size(text), f"{self.file.url}:{row}")
                 row += 1
         check_unchanged(self.file)
 
@@ -61,7 +60,7 @@ class RowGroupChunk:
             raise _unreadable(self.file, error) from error
 
 
-def parquet_chunks(files: list[SourceFile], text_column: str, min_bytes: int) -> Iterator[CorpusChunk]:
+def parquet_chunks(files: Iterable[SourceFile], text_column: str, min_bytes: int) -> Iterator[CorpusChunk]:
     """The row groups of all files, in order, those of a file grouped until they have `min_bytes`.
 
     Raises `DataError` if the column is missing or not text.

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -14,10 +14,7 @@ from distft.config import PathText, Settings
 from distft.data.corpus import (
     CHUNK_BYTES,
     CorpusConfig,
-    CsvCorpus,
-    MixtureCorpus,
-    corpus_fingerprint,
-    source_bytes,
+    ListedCorpus,
 )
 from distft.data.shard_layout import ShardLayout
 from distft.data.shard_writer import ShardWriter
@@ -26,7 +23,7 @@ from distft.errors import ConfigError, DataError
 from distft.prepare.output import TRAIN, VALIDATION, Output
 from distft.prepare.spill import TokenizedPiece
 from distft.prepare.work_log import WorkHeader, WorkLog, WorkProgress
-from distft.prepare.worker import TokenizeOptions, WorkerPool, tokenize_chunks, worker_pool
+from distft.prepare.worker import TokenizeOptions, tokenize_chunks
 from distft.tokenizer import Tokenizer
 
 _SYNC_INTERVAL_S = 10.0  # at most so much work is lost in a power failure
@@ -72,9 +69,10 @@ class TokenizeResult:
 def tokenize(
     config: TokenizeConfig,
     *,
+    corpus: ListedCorpus | None = None,
+    on_start: Callable[[int], None] | None = None,
     on_progress: Callable[[TokenizeProgress], None] | None = None,
     overwrite: bool = False,
-    pool: WorkerPool | None = None,
 ) -> TokenizeResult:
     """Write token shards and a copy of the tokenizer to `config.output`.
 
@@ -82,16 +80,17 @@ def tokenize(
     `ConfigError` if the directory contains other work. With `overwrite` unfinished work is removed and
     started again, and committed shards are replaced when the new ones are complete. Raises `StorageError` if
     another process writes the output, and `DataError` if something cannot be read or written; the progress
-    up to there is kept. `pool` has the worker processes, if the caller has started some.
+    up to there is kept. `corpus` is `config.corpus` if the caller has listed its files. `on_start` gets the
+    bytes on disk to read when the work begins; it is not called if all is committed already.
     """
     tokenizer = Tokenizer.load(config.tokenizer)
     options = _tokenize_options(config, tokenizer)
     output = Output(config.output, config.staging)
-    output_spec = _output_spec(config, options, tokenizer)
+    corpus = corpus or ListedCorpus(config.corpus)
+    output_spec = _output_spec(config, corpus, options)
     splits = [TRAIN, VALIDATION] if config.holdout else [TRAIN]
     committed = output.manifests()
-    files = config.corpus.files()
-    output.check_inputs(files, committed)
+    output.check_inputs(corpus.files, committed)
     if committed and not overwrite and not output.has_unfinished_work():
         return _open_committed(output, splits, output_spec)
     output.check_tokenizer(tokenizer, committed.values())
@@ -102,10 +101,12 @@ def tokenize(
             return _open_committed(output, splits, output_spec)
         header = saved[0] if saved else output.begin(log, output_spec, older=older, take_over=overwrite)
         if saved:
-            output.check_inputs(files, committed, header.work)
-        work = _Work(config, options, output, header, log, tokenizer)
+            output.check_inputs(corpus.files, committed, header.work)
+        work = _Work(config, corpus, options, output, header, log, tokenizer)
+        if on_start:
+            on_start(corpus.source_bytes)
         try:
-            work.write(saved[1] if saved else [], on_progress, pool)
+            work.write(saved[1] if saved else [], on_progress)
         except EmptySplitError:
             output.remove_work(header)  # resuming would fail the same way
             log.remove()
@@ -138,6 +139,7 @@ class _Work:
     """The writing of one output, from its last progress to the commit."""
 
     config: TokenizeConfig
+    corpus: ListedCorpus
     options: TokenizeOptions
     output: Output
     header: WorkHeader
@@ -149,19 +151,16 @@ class _Work:
         return [TRAIN, VALIDATION] if self.config.holdout else [TRAIN]
 
     def write(
-        self,
-        saved: list[WorkProgress],
-        on_progress: Callable[[TokenizeProgress], None] | None,
-        pool: WorkerPool | None,
+        self, saved: list[WorkProgress], on_progress: Callable[[TokenizeProgress], None] | None
     ) -> None:
         """Write and commit all shards, from the newest of the `saved` progresses that the files match."""
         progress, writers = self._open_writers(saved)
-        num_bytes = source_bytes(self.config.corpus)
+        num_bytes = self.corpus.source_bytes
         last_sync = time.monotonic()
         with ExitStack() as open_writers:
             for writer in writers.values():
                 open_writers.callback(writer.abort)
-            with closing(self._pieces(progress, pool, num_bytes)) as pieces:
+            with closing(self._pieces(progress, num_bytes)) as pieces:
                 for piece in pieces:
                     _append(piece, writers, progress)
                     if not piece.ends_part:
@@ -212,24 +211,20 @@ class _Work:
             opened.pop_all()
         return writers
 
-    def _pieces(
-        self, progress: WorkProgress, pool: WorkerPool | None, num_bytes: int
-    ) -> Generator[TokenizedPiece]:
-        corpus = self.config.corpus
+    def _pieces(self, progress: WorkProgress, num_bytes: int) -> Generator[TokenizedPiece]:
         num_workers = self.config.num_workers or _default_num_workers(num_bytes)
-        is_started = pool is not None and pool.num_workers == num_workers
-        with nullcontext(pool) if is_started else worker_pool(num_workers, self.config.tokenizer) as workers:
-            yield from tokenize_chunks(
-                islice(corpus.chunks(), progress.num_chunks, None),
-                replace(self.options, spill_prefix=str(self.output.working / f"spill-{self.header.work}-")),
-                workers,
-                num_skipped=progress.num_parts,
-                # With fewer, some workers would have nothing to do.
-                whole_chunks=_num_files_with_one_reader(corpus) >= num_workers,
-            )
+        return tokenize_chunks(
+            islice(self.corpus.chunks(), progress.num_chunks, None),
+            replace(self.options, spill_prefix=str(self.output.working / f"spill-{self.header.work}-")),
+            num_workers,
+            num_skipped=progress.num_parts,
+            # With fewer, some workers would have nothing to do.
+            whole_chunks=self.corpus.num_files_with_one_reader >= num_workers,
+        )
 
     def _commit(self, writers: dict[str, ShardWriter], progress: WorkProgress) -> None:
-        if corpus_fingerprint(self.config.corpus) != self.header.identity["corpus"]:
+        now = ListedCorpus(self.config.corpus)  # listed anew
+        if now.fingerprint != self.header.identity["corpus"]:
             raise DataError(
                 "the files of the corpus changed while they were tokenized: some were added, removed or "
                 "written. Leave them as they are, and start again with --overwrite."
@@ -259,13 +254,6 @@ def _append(piece: TokenizedPiece, writers: dict[str, ShardWriter], progress: Wo
         progress.num_parts += 1
 
 
-def _num_files_with_one_reader(corpus: CorpusConfig) -> int:
-    """Number of files that cannot be read in parts."""
-    if isinstance(corpus, MixtureCorpus):
-        return sum(_num_files_with_one_reader(source.corpus) for source in corpus.sources)
-    return sum(file.is_compressed or isinstance(corpus, CsvCorpus) for file in corpus.files())
-
-
 def _default_num_workers(num_bytes: int) -> int:
     """One per core; fewer if starting them would take longer than tokenizing `num_bytes`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -293,11 +281,11 @@ def _tokenize_options(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeO
     )
 
 
-def _output_spec(config: TokenizeConfig, options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+def _output_spec(config: TokenizeConfig, corpus: ListedCorpus, options: TokenizeOptions) -> dict[str, Any]:
     """Everything that determines the bytes of the shards: not the paths, nor the number of workers."""
     return {
-        "corpus": corpus_fingerprint(config.corpus),
-        "tokenizer": tokenizer.fingerprint,
+        "corpus": corpus.fingerprint,
+        "tokenizer": options.tokenizer_fingerprint,
         "shard_tokens": config.shard_tokens,
         "bos_id": options.bos_id,
         "eos_id": options.eos_id,
@@ -306,9 +294,9 @@ def _output_spec(config: TokenizeConfig, options: TokenizeOptions, tokenizer: To
 
 
 def _open_committed(output: Output, splits: list[str], output_spec: dict[str, Any]) -> TokenizeResult:
-    committed = list(output.manifests())
-    opened = [TokenShards.open(output.split(split)) for split in committed]
-    if committed != splits or any(shards.extra.get("identity") != output_spec for shards in opened):
+    committed = output.manifests()
+    opened = [TokenShards(output.split(split), manifest) for split, manifest in committed.items()]
+    if list(committed) != splits or any(shards.extra.get("identity") != output_spec for shards in opened):
         raise ConfigError(
             f"output={output.path} has token shards of another corpus, tokenizer or setting. "
             "Choose another output, or replace them with --overwrite."

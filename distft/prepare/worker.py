@@ -5,10 +5,9 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing.connection import wait
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from distft.data.corpus_chunks import ChunkGroup, CorpusChunk, Document
 from distft.data.shard_layout import token_dtype
-from distft.errors import DataError, DistftError, TrainingError
+from distft.errors import DataError, TrainingError
 from distft.prepare.spill import EncodedDocuments, SpilledPiece, SpillFile, TokenizedPiece
 from distft.tokenizer import Tokenizer
 
@@ -68,70 +67,43 @@ def tokenize_chunk(
         yield from _tokenize_part(_EMPTY_CHUNK, options)
 
 
-class WorkerPool:
-    """Processes that run tasks; they start at once, and read the tokenizer."""
-
-    def __init__(self, num_workers: int, tokenizer_path: str) -> None:
-        self.num_workers = num_workers
-        context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(num_workers, context, initializer=_start_worker)
-        for _ in range(num_workers):  # each starts one process
-            self._executor.submit(_read_ahead, tokenizer_path)
-
-    def run(self, tasks: Iterable[_Task], options: TokenizeOptions) -> Iterator[TokenizedPiece]:
-        """The pieces of all tasks, in order; up to `2 * num_workers + 2` tasks are waiting at a time."""
-        pending: deque[tuple[_Task, Future[list[TokenizedPiece | SpilledPiece]]]] = deque()
-        try:
-            for task in tasks:
-                pending.append((task, self._executor.submit(_run_task, task, options)))
-                if len(pending) > 2 * self.num_workers + 1:
-                    yield from _results(*pending.popleft())
-            while pending:
-                yield from _results(*pending.popleft())
-        except BrokenProcessPool as error:
-            raise TrainingError(
-                f"a tokenizer process died ({error}), often because memory ran out. "
-                "Run the same command again with a smaller num_workers: it resumes where it stopped."
-            ) from error
-
-    def close(self) -> None:
-        """End the processes after the tasks that they have begun."""
-        self._executor.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def worker_pool(num_workers: int, tokenizer_path: str) -> Iterator[WorkerPool | None]:
-    """A pool for the block; None for a single worker, which is this process."""
-    if num_workers == 1:
-        yield None
-        return
-    pool = WorkerPool(num_workers, tokenizer_path)
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
 def tokenize_chunks(
     chunks: Iterable[CorpusChunk],
     options: TokenizeOptions,
-    pool: WorkerPool | None,
+    num_workers: int,
     *,
     num_skipped: int = 0,
     whole_chunks: bool = False,
-) -> Iterator[TokenizedPiece]:
-    """Yield the pieces of each chunk in order, computed by the processes of `pool` (None: by this one).
+) -> Generator[TokenizedPiece]:
+    """Yield the pieces of each chunk in order, computed by `num_workers` processes (1: this one).
 
     The first `num_skipped` parts of the first chunk are left out. Chunks of several parts (compressed files)
     are read by the workers if `whole_chunks`, each by one; else this process reads them, and the workers
-    encode the parts. The pieces are the same. Each waiting task has up to 16 MiB in memory.
+    encode the parts. The pieces are the same. Up to `2 * num_workers + 2` tasks are waiting at a time, each
+    with up to 16 MiB in memory.
     """
-    if pool is not None:
-        yield from pool.run(_tasks(chunks, options, num_skipped, whole_chunks=whole_chunks), options)
+    if num_workers == 1:
+        for chunk in chunks:
+            yield from _with_end(tokenize_chunk(chunk, options, num_skipped), ends_chunk=True)
+            num_skipped = 0
         return
-    for chunk in chunks:
-        yield from _with_end(tokenize_chunk(chunk, options, num_skipped), ends_chunk=True)
-        num_skipped = 0
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker)
+    pending: deque[tuple[_Task, Future[list[TokenizedPiece | SpilledPiece]]]] = deque()
+    try:
+        for task in _tasks(chunks, options, num_skipped, whole_chunks=whole_chunks):
+            pending.append((task, pool.submit(_run_task, task, options)))
+            if len(pending) > 2 * num_workers + 1:
+                yield from _results(*pending.popleft())
+        while pending:
+            yield from _results(*pending.popleft())
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            f"a tokenizer process died ({error}), often because memory ran out. "
+            "Run the same command again with a smaller num_workers: it resumes where it stopped."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _tasks(
@@ -249,21 +221,12 @@ class _SplitEncoder:
         return np.array([] if token_id is None else [token_id], dtype=self._dtype)
 
 
+@lru_cache(maxsize=1)
 def _load_tokenizer(path: str, fingerprint: str) -> Tokenizer:
-    tokenizer = _read_tokenizer(path)
+    tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{path} was replaced by another tokenizer during the work: start again.")
     return tokenizer
-
-
-@lru_cache(maxsize=1)
-def _read_tokenizer(path: str) -> Tokenizer:
-    return Tokenizer.load(path)
-
-
-def _read_ahead(tokenizer_path: str) -> None:
-    with suppress(DistftError):  # the process that started this one tells it
-        _ = _read_tokenizer(tokenizer_path).fingerprint
 
 
 def _start_worker() -> None:

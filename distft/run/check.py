@@ -58,8 +58,9 @@ def check_engine(config: RunConfig, topology: Topology) -> None:
     """Raise `ConfigError` if the engine cannot run on these ranks or is not installed."""
     if isinstance(config.engine, LocalConfig) and topology.world_size > 1:
         raise ConfigError(
-            f"engine.type=local is one process, but {topology.world_size} ranks were started: "
-            "set engine.type=zero (zero_stage=0 for plain data parallelism), or start one."
+            f"engine.type=local is one process, but {topology.world_size} ranks are to run: set "
+            "engine.type=zero (zero_stage=0 for plain data parallelism), or start one rank "
+            "(for `distft config check`: --world-size 1)."
         )
     if isinstance(config.engine, LocalConfig):
         return

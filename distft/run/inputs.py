@@ -52,6 +52,11 @@ class RunInputs:
         return _total_steps(self.config, self.train)
 
     @property
+    def num_epochs(self) -> float:
+        """How often the whole run uses each row of the training data, on average."""
+        return self.total_steps * self.config.batch.global_batch_size / self.train.num_sequences
+
+    @property
     def training_flops(self) -> Flops:
         """FLOPs of forward and backward, on rows of the run's length."""
         return training_flops(self.model, self.config.batch.seq_len, self.heads, self.trainable)

@@ -61,14 +61,12 @@ def _require_own(run_dir: Path) -> None:
     """Raise `ConfigError` if a start would replace a file in `run_dir` that distft has not written."""
     if any(event.get("kind") for event in read_lines(run_dir / EVENTS_FILE, limit=10)):
         return  # a run's directory
-    foreign = [name for name in (METRICS_FILE, EVENTS_FILE) if is_nonempty_file(run_dir / name)]
+    foreign = [name for name in (METRICS_FILE, EVENTS_FILE) if _is_nonempty_file(run_dir / name)]
     config = run_dir / CONFIG_FILE
-    if is_nonempty_file(config):
+    if _is_nonempty_file(config):
         with config.open("rb") as file:
             if file.read(len(CONFIG_HEADER)) != CONFIG_HEADER.encode():
                 foreign.append(CONFIG_FILE)
-    elif not foreign:
-        return
     if foreign:
         raise ConfigError(
             f"run_dir={run_dir} has a {' and a '.join(foreign)} that no run of distft wrote, and a start "
@@ -76,7 +74,7 @@ def _require_own(run_dir: Path) -> None:
         )
 
 
-def is_nonempty_file(path: Path) -> bool:
+def _is_nonempty_file(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 

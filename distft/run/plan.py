@@ -88,7 +88,7 @@ def run_needs(inputs: RunInputs, plan: BatchPlan, speed: Speed | None) -> RunNee
         num_trainable=sum(numel[name] for name in inputs.trainable),
         num_steps=num_steps,
         num_tokens=num_steps * plan.global_batch_tokens,
-        num_epochs=num_steps * plan.global_batch_size / inputs.train.num_sequences,
+        num_epochs=inputs.num_epochs,
         flops=inputs.run_flops,
         state=state_bytes(inputs.shapes, groups, config.engine, config.optim, world_size),
         checkpoint_bytes=own + shared,

@@ -61,11 +61,10 @@ def _on_optimizer(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
 
 def _on_length(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
     total = inputs.total_steps
-    epochs = total * config.batch.global_batch_size / inputs.train.num_sequences
-    if epochs > _MOST_EPOCHS:
+    if inputs.num_epochs > _MOST_EPOCHS:
         yield (
             f"train: {total:,} steps use each of the {inputs.train.num_sequences:,} rows "
-            f"{epochs:,.0f} times: check train.max_steps, and whether data is the whole of it."
+            f"{inputs.num_epochs:,.0f} times: check train.max_steps, and whether data is the whole of it."
         )
     for key, every, consequence in (
         ("train.log_every_steps", config.train.log_every_steps, "only the last step is logged"),

@@ -90,7 +90,7 @@ def open_run_dir(
         trackers.event("note", note=note)
     if resumed is None:
         _describe_data(inputs, trackers)
-    if resumed is not None:
+    else:
         trackers.event(LEDGER_EVENT, step=resumed.step, **ledger_fields(resumed.manifest.progress))
         if last_world_size not in {None, collectives.world_size}:
             trackers.event("resize", before=last_world_size, after=collectives.world_size)

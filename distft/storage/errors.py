@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -58,23 +58,17 @@ def full_disk_as_storage_error(path: AnyPath, num_bytes: int | None = None) -> I
         ) from error
 
 
-def is_passing(error: OSError) -> bool:
-    """Whether an error of a local file system tells nothing about the file, and may pass."""
-    return error.errno in _PASSING
-
-
 def retried(path: AnyPath, action: str, attempt: Callable[[], T]) -> T:
     """The result of `attempt`, which reads a local file and is repeated after an error that may pass.
 
     Raises `UnreachableError` if it does not pass within seconds, and any other error at once. `action` is a
     gerund for the message. Stores have retries of their own, in their libraries.
     """
-    waits: Sequence[float] = RETRY_WAITS_S
-    for wait_s in (*waits, None):
+    for wait_s in (*RETRY_WAITS_S, None):
         try:
             return attempt()
         except OSError as error:
-            if not is_passing(error):
+            if error.errno not in _PASSING:
                 raise
             if wait_s is None:
                 raise _unreachable(path, action, error) from error

@@ -33,6 +33,7 @@ class Storage(Protocol):
     def read_into(self, path: str, start: int, out: memoryview) -> int: ...
     def read_view(self, path: str) -> memoryview: ...
     def list_names(self, path: str) -> list[str]: ...
+    def list_sizes(self, path: str) -> dict[str, int]: ...
     def exists(self, path: str) -> bool: ...
     def is_directory(self, path: str) -> bool: ...
     def size(self, path: str) -> int: ...
@@ -134,10 +135,12 @@ def list_names(path: AnyPath) -> list[str]:
 
 
 def list_sizes(path: AnyPath) -> dict[str, int]:
-    """Size in bytes of each file directly in a directory; on object stores one request per 1000 files."""
-    if local_path(path) is not None:
-        return {name: size(join(path, name)) for name in list_names(path)}
-    return RemoteStorage.of(os.fspath(path)).list_sizes(os.fspath(path))
+    """Size in bytes of each file directly in a directory; on object stores one request per 1000 files.
+
+    Temporary files are left out, as by `list_names`.
+    """
+    storage, name = _storage_of(path)
+    return storage.list_sizes(name)
 
 
 def exists(path: AnyPath) -> bool:
@@ -170,15 +173,9 @@ def remove_files(path: AnyPath, names: Sequence[str]) -> None:
     storage.remove_files(name, list(names))
 
 
-def remove_tree(path: AnyPath, *, first: Sequence[str] = ()) -> None:
-    """Remove a directory and everything below it, if it exists.
-
-    The names in `first` are removed before the rest: a checkpoint's manifest goes first, so that a checkpoint
-    removed halfway does not count as committed. Of a symbolic link only the link itself is removed.
-    """
+def remove_tree(path: AnyPath) -> None:
+    """Remove a directory and everything below it, if it exists; of a symbolic link only the link itself."""
     storage, name = _storage_of(path)
-    for child in () if is_link(path) else first:
-        storage.remove(join(name, child))
     storage.remove_tree(name)
 
 

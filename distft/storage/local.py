@@ -256,11 +256,17 @@ class LocalStorage:
     def list_sizes(self, path: str) -> dict[str, int]:
         def attempt() -> dict[str, int]:
             with os.scandir(path) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                return {
+                    entry.name: entry.stat().st_size
+                    for entry in entries
+                    if TEMPORARY_MARK not in entry.name and entry.is_file()
+                }
 
         try:
             return retried(path, "listing", attempt)
         except FileNotFoundError:
+            if self.exists(path):  # a file in it was removed in between
+                raise
             return {}
 
     def exists(self, path: str) -> bool:

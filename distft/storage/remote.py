@@ -173,15 +173,14 @@ class RemoteStorage:
         self, path: str, data: bytes, expected: str | None, confirm: Callable[[], None]
     ) -> bool:
         confirm()
-        condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
-        if not self._protocols & _S3:
-            if self.version(path) != expected:
-                return False
-            condition = {}
+        options: dict[str, Any] = {}
+        if self._protocols & _S3:
+            condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
+            options = {**condition, "chunksize": _LARGEST_PUT}  # in one request: parts take no condition
+        elif self.version(path) != expected:
+            return False
         try:
             with errors_as_unreachable(path, "writing"):
-                # In one request: the parts of an upload take no condition.
-                options = {**condition, "chunksize": _LARGEST_PUT} if condition else {}
                 self._filesystem.pipe_file(path, data, **options)
         except FileNotFoundError as error:
             if s3_error_code(error) == "NoSuchBucket":
@@ -221,33 +220,26 @@ class RemoteStorage:
             return memoryview(self._filesystem.cat_file(path))
 
     def list_names(self, path: str) -> list[str]:
+        return sorted({name for name, _ in self._list(path)})
+
+    def list_sizes(self, path: str) -> dict[str, int]:
+        return {name: int(entry["size"]) for name, entry in self._list(path) if entry["type"] == "file"}
+
+    def _list(self, path: str) -> list[tuple[str, dict[str, Any]]]:
+        """The names in a directory, and what the store tells of each; none if there is no directory."""
         own = self._filesystem._strip_protocol(path).rstrip("/")
         try:
             with errors_as_unreachable(path, "listing"):
                 self._filesystem.invalidate_cache(path)
-                found = self._filesystem.ls(path, detail=False)
+                found = self._filesystem.ls(path, detail=True)
         except FileNotFoundError as error:
             if s3_error_code(error) == "NoSuchBucket":
                 raise bucket_missing(path) from error
             return []
+        entries = [(str(entry["name"]).rstrip("/"), entry) for entry in found]
         # Some stores list the "directory" itself, an empty object.
-        names = {
-            str(entry).rstrip("/").rpartition("/")[2] for entry in found if str(entry).rstrip("/") != own
-        }
-        return sorted(name for name in names if TEMPORARY_MARK not in name)
-
-    def list_sizes(self, path: str) -> dict[str, int]:
-        try:
-            with errors_as_unreachable(path, "listing"):
-                self._filesystem.invalidate_cache(path)
-                found = self._filesystem.ls(path, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {
-            str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"])
-            for entry in found
-            if entry["type"] == "file"
-        }
+        named = [(path.rpartition("/")[2], entry) for path, entry in entries if path != own]
+        return [(name, entry) for name, entry in named if TEMPORARY_MARK not in name]
 
     def exists(self, path: str) -> bool:
         return bool(self._look_up(path, self._filesystem.exists))

@@ -56,27 +56,27 @@ class Trackers:
         """Record an event, without secrets."""
         public = redact(fields)
         with self._lock:
-            self._write_event(kind, public)
-
-    def _write_event(self, kind: str, public: Mapping[str, Any]) -> None:
-        if self._events is not None:
-            self._events.write(kind, **public, start_id=self._start_id)
-        self._for_each(lambda tracker: tracker.event(kind, **public))
+            if self._events is not None:
+                self._events.write(kind, **public, start_id=self._start_id)
+            self._for_each(lambda tracker: tracker.event(kind, **public))
 
     def finish(self, status: str, *, step: int) -> None:
         """End every tracker with status `completed`, `preempted` or `failed`, after `step` steps."""
         errors: list[DistftError] = []
-        endings: list[Callable[[], None]] = [partial(tracker.finish, status) for tracker in self._required]
-        if (events := self._events) is not None:
-            self._events = None
-            end = partial(events.write, "finish", status=status, step=step, start_id=self._start_id)
-            endings = [end, events.close, *endings]
-        for ending in endings:
-            try:
-                ending()
-            except DistftError as error:  # such as a full disk: still end the others
-                errors.append(error)
-        self._for_each_optional(lambda tracker: tracker.finish(status))
+        with self._lock:
+            endings: list[Callable[[], None]] = [
+                partial(tracker.finish, status) for tracker in self._required
+            ]
+            if (events := self._events) is not None:
+                self._events = None
+                end = partial(events.write, "finish", status=status, step=step, start_id=self._start_id)
+                endings = [end, events.close, *endings]
+            for ending in endings:
+                try:
+                    ending()
+                except DistftError as error:  # such as a full disk: still end the others
+                    errors.append(error)
+            self._for_each_optional(lambda tracker: tracker.finish(status))
         if errors and status != "failed":  # a failed run raises its own error
             raise errors[0]
 

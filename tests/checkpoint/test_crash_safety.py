@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support.damage import flip_bit
-from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.engine_scenarios import PARTLY, Scenario, Training, collectives_for, run_alone
 from support.faulty_disk import Died, FaultyDisk, Operation, error_of, names_in, temporary_files_in
 from support.rank_pool import RanksError, run_ranks
 
@@ -31,7 +31,6 @@ from distft.storage.local import TEMPORARY_MARK
 from distft.topology import Topology
 
 ALL = Scenario(micro_batch_size=8)
-PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))
 KEEP_ONE = CheckpointConfig(keep_last=1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engine_scenarios import Scenario, run_alone
+from support.engine_scenarios import PARTLY, run_alone
 from support.faulty_disk import Died, FaultyDisk, Operation, error_of, names_in, temporary_files_in
 
 from distft.checkpoint.committed import Checkpoint
@@ -17,8 +17,6 @@ from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.reshard import write_distft
 from distft.checkpoint.target import UNFINISHED_MARKER
 from distft.errors import CheckpointError
-
-PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))
 
 
 @pytest.fixture(autouse=True)

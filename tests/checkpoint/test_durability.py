@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.engine_scenarios import Scenario, run_alone
+from support.engine_scenarios import PARTLY, run_alone
 from support.faulty_disk import FaultyDisk
 
 from distft import storage
@@ -18,8 +18,6 @@ from distft.checkpoint.store import CheckpointStore
 from distft.checkpoint.writer_fence import WRITER_FILE
 from distft.collectives import SingleProcess
 from distft.storage.local import TEMPORARY_MARK
-
-PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))
 
 
 def _save(folder: Path) -> None:

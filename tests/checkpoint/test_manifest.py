@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checkpoint_cli import FROZEN, cli
 from support.damage import rank_file
 from support.engine_scenarios import Scenario, run_alone
 
@@ -20,7 +21,6 @@ from distft.checkpoint.manifest import (
     StateRecord,
     TokenizerRecord,
 )
-from distft.cli.main import main
 from distft.errors import CheckpointError, UnsupportedFormatError
 from distft.storage import checksum_of_bytes
 
@@ -95,56 +95,35 @@ def test_a_text_that_is_no_unicode_is_refused_before_anything_counts() -> None:
         make(label_names=["good", "\ud800"]).to_bytes()
 
 
+PARAMETER: dict[str, Any] = {"shape": [1], "trainable": True, "updates": 0, "states": {}}
+FILE: dict[str, Any] = {"name": "a.safetensors", "num_bytes": 1, "checksum": "x", "intervals": {}}
 HOSTILE: dict[str, dict[str, Any]] = {
     "tokenizer above": {"tokenizer": {"fingerprint": "f", "file": "../../x"}},
     "tokenizer elsewhere": {"tokenizer": {"fingerprint": "f", "file": "/etc/passwd"}},
     "tokenizer is the directory": {"tokenizer": {"fingerprint": "f", "file": "."}},
-    "absolute parameter": {
-        "parameters": {"/abs": {"shape": [1], "trainable": True, "updates": 0, "states": {}}}
-    },
-    "parameter above": {
-        "parameters": {"../..": {"shape": [1], "trainable": True, "updates": 0, "states": {}}}
-    },
-    "parameter with NUL": {
-        "parameters": {"a\0b": {"shape": [1], "trainable": True, "updates": 0, "states": {}}}
-    },
-    "long parameter": {
-        "parameters": {"a" * 300: {"shape": [1], "trainable": True, "updates": 0, "states": {}}}
-    },
-    "negative shape": {"parameters": {"w": {"shape": [-1], "trainable": True, "updates": 0, "states": {}}}},
-    "huge shape": {
-        "parameters": {"w": {"shape": [1 << 40, 1 << 40], "trainable": True, "updates": 0, "states": {}}}
-    },
-    "many dimensions": {
-        "parameters": {"w": {"shape": [1] * 100, "trainable": True, "updates": 0, "states": {}}}
-    },
-    "attribute of torch": {
-        "parameters": {
-            "w": {"shape": [1], "trainable": True, "updates": 0, "states": {"weight": {"dtype": "load"}}}
-        }
-    },
-    "state above": {
-        "parameters": {
-            "w": {"shape": [1], "trainable": True, "updates": 0, "states": {"../x": {"dtype": "float32"}}}
-        }
-    },
-    "file above": {
-        "files": [{"name": "../../../x.safetensors", "num_bytes": 1, "checksum": "x", "intervals": {}}]
-    },
-    "absolute file": {
-        "files": [{"name": "/x.safetensors", "num_bytes": 1, "checksum": "x", "intervals": {}}]
-    },
-    "file twice": {
-        "files": [{"name": "a.safetensors", "num_bytes": 1, "checksum": "x", "intervals": {}}] * 2
-    },
-    "negative size": {
-        "files": [{"name": "a.safetensors", "num_bytes": -1, "checksum": "x", "intervals": {}}]
-    },
+    "absolute parameter": {"parameters": {"/abs": PARAMETER}},
+    "parameter above": {"parameters": {"../..": PARAMETER}},
+    "parameter with NUL": {"parameters": {"a\0b": PARAMETER}},
+    "long parameter": {"parameters": {"a" * 300: PARAMETER}},
+    "negative shape": {"parameters": {"w": {**PARAMETER, "shape": [-1]}}},
+    "huge shape": {"parameters": {"w": {**PARAMETER, "shape": [1 << 40, 1 << 40]}}},
+    "many dimensions": {"parameters": {"w": {**PARAMETER, "shape": [1] * 100}}},
+    "attribute of torch": {"parameters": {"w": {**PARAMETER, "states": {"weight": {"dtype": "load"}}}}},
+    "state above": {"parameters": {"w": {**PARAMETER, "states": {"../x": {"dtype": "float32"}}}}},
+    "file above": {"files": [{**FILE, "name": "../../../x.safetensors"}]},
+    "absolute file": {"files": [{**FILE, "name": "/x.safetensors"}]},
+    "file twice": {"files": [FILE] * 2},
+    "negative size": {"files": [{**FILE, "num_bytes": -1}]},
     "negative step": {"progress": {"step": -1}},
     "tied above": {"tied": {"../a": "w"}},
     "files are no list": {"files": {"a": 1}},
     "version is a boolean": {"format_version": True, "parameters": 3},
 }
+
+
+def test_the_parts_of_hostile_manifests_are_good_themselves() -> None:
+    raw = {**make().model_dump(mode="json"), "parameters": {"w": PARAMETER}, "files": [FILE]}
+    assert Manifest.from_bytes(signed(raw), "here").parameters.keys() == {"w"}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -186,15 +165,14 @@ def test_a_hostile_tokenizer_name_writes_nothing_outside_the_target(
     (commit / MANIFEST).write_bytes(signed(raw))
     before = sorted(tmp_path.rglob("*"))
     for command in (("verify", commit), ("reshard", commit, tmp_path / "a" / "b" / "out")):
-        assert main(["checkpoint", *map(str, command)]) in {1, 2}
+        assert cli(*command) in {1, 2}
         assert "tokenizer.file" in "".join(capsys.readouterr())
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_whole_commit_is_whole_by_any_path_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with frozen weights, which lie in a directory beside it."""
-    scenario = Scenario(trainable=("blocks.*", "norm.weight"))
-    commit = Path(run_alone(scenario, 1).save(str(tmp_path / "run" / "checkpoints")))
+    commit = Path(run_alone(FROZEN, 1).save(str(tmp_path / "run" / "checkpoints")))
     links = tmp_path / "links"
     links.mkdir()
     (links / "step").symlink_to(commit)
@@ -212,9 +190,9 @@ def test_a_whole_commit_is_whole_by_any_path_to_it(tmp_path: Path, monkeypatch: 
         str(links / "run"),
     ]
     for path in paths:
-        assert main(["checkpoint", "verify", path]) == 0, path
+        assert cli("verify", path) == 0, path
     monkeypatch.chdir(links / "step")
-    assert main(["checkpoint", "verify", "."]) == 0
+    assert cli("verify", ".") == 0
     assert Checkpoint.open(".").find_damage() == []
     rank_file(commit).write_bytes(b"")
-    assert main(["checkpoint", "verify", "."]) == 1
+    assert cli("verify", ".") == 1

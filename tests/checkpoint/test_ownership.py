@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engine_scenarios import Scenario, run_alone
+from support.engine_scenarios import PARTLY, Scenario, run_alone
 
 from distft import storage
 from distft.checkpoint import retention
@@ -24,7 +24,6 @@ from distft.errors import ConfigError, StorageError, SupersededError, Unreachabl
 from distft.storage import errors
 
 KEEP_ONE = CheckpointConfig(keep_last=1)
-PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))
 
 
 def _store(root: Path) -> CheckpointStore:
@@ -73,7 +72,7 @@ def test_removing_the_tree_of_a_link_removes_the_link_alone(tmp_path: Path) -> N
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "manifest.json").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    storage.remove_tree(tmp_path / "link", first=["manifest.json"])
+    storage.remove_tree(tmp_path / "link")
     assert [path.name for path in tmp_path.rglob("*")] == ["real", "manifest.json"]
 
 
@@ -170,10 +169,6 @@ def test_an_error_of_the_disk_never_makes_a_run_go_back(
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "open", fail)
-    monkeypatch.setattr(
-        "distft.storage.local._open_for_reading",
-        lambda path: os.fdopen(os.open(path, os.O_RDONLY), "rb", buffering=0),
-    )
     found = _store(tmp_path).find_latest_valid()
     assert found.checkpoint is not None
     assert (found.checkpoint.step, found.damage) == (2, [])

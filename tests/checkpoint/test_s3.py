@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoint_cli import FROZEN, cli
 from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
 from support.rank_pool import run_ranks
 from support.s3_server import Request, S3Server
@@ -21,12 +22,9 @@ from distft.checkpoint.steps import committed_steps
 from distft.checkpoint.store import CheckpointStore
 from distft.checkpoint.target import UNFINISHED_MARKER
 from distft.checkpoint.writer_fence import WRITER_FILE
-from distft.cli.main import main
 from distft.collectives import SingleProcess
 from distft.errors import DistftError, StorageError, UnreachableError
 from distft.topology import Topology
-
-FROZEN = Scenario(trainable=("blocks.*", "norm.weight"))
 
 
 @pytest.fixture
@@ -268,10 +266,6 @@ def test_a_failed_deletion_damages_no_commit(s3: S3Server, bucket: str) -> None:
 
 
 # The tools
-
-
-def cli(*arguments: object) -> int:
-    return main(["checkpoint", *map(str, arguments)])
 
 
 def ranks_option(to: str, ranks: int) -> tuple[object, ...]:

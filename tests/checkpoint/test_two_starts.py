@@ -42,16 +42,7 @@ def snapshot(step: int, writer: int) -> CheckpointSnapshot:
             Fragment("stays", WEIGHT, 0, torch.tensor([float(writer)])),
         ],
         parameters={"moves": ParameterInfo((2,), True, step), "stays": ParameterInfo((1,), False, 0)},
-        metadata=RunMetadata(
-            run_id="test",
-            config={},
-            label_names=None,
-            tokenizer=None,
-            written_by={},
-            groups=[],
-            tied={},
-            probe=None,
-        ),
+        metadata=RunMetadata(run_id="test", config={}, written_by={}),
         attachments={"tokenizer.model": b"of writer %d" % writer},
     )
 

@@ -1,5 +1,6 @@
 """Plain data is measured before it is copied, however often a value appears in it."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -20,8 +21,18 @@ trees = st.recursive(leaves, lambda v: st.lists(v) | st.dictionaries(st.text("ab
 
 
 @given(trees)
-def test_ordinary_data_passes(tree: Any) -> None:
-    require_bounded(tree)
+def test_ordinary_data_passes_unchanged(tree: Any) -> None:
+    before = deepcopy(tree)
+    assert _refusal(tree) == ""
+    assert tree == before
+
+
+def _refusal(value: Any) -> str:
+    try:
+        require_bounded(value)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 @given(trees, st.sampled_from([float("nan"), float("inf"), 2**64, -(2**63) - 1, "a\ud800", {"\udfff": 1}]))

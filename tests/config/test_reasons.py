@@ -46,6 +46,7 @@ def test_no_kind_of_error_speaks_of_python_or_json(known: dict[str, Any]) -> Non
         (bool, "True", "must be true or false; leave out the quotes"),
         (bool, 1, "must be true or false"),
         (str, 3, "must be a text; put it in quotes"),
+        (str, None, "must be a text; a setting without a value is null"),
         (tuple[str, ...], "lm_head.*", "must be a list, such as [a, b]; write [lm_head.*]"),
         (list[int], {"a": 1}, "must be a list, such as [a, b]"),
         (dict[str, int], [1], "must be a mapping of settings"),

@@ -21,14 +21,13 @@ from distft.data import corpus_files
 from distft.data.corpus import (
     CorpusConfig,
     JsonlCorpus,
+    ListedCorpus,
     MixtureCorpus,
     ParquetCorpus,
     StdlibCorpus,
     TextCorpus,
     WeightedCorpus,
-    corpus_fingerprint,
     read_documents,
-    source_bytes,
 )
 from distft.data.corpus_chunks import CorpusChunk
 from distft.errors import DataError
@@ -116,7 +115,9 @@ def test_jsonl_rows_are_read_once_each_in_order_for_any_chunk_size(
     path = write(folder / f"rows.jsonl{suffix}", data.encode())
     corpus = JsonlCorpus(paths=(path,), text_column="body")
     assert texts(corpus.chunks(chunk_bytes)) == ["x", *(row for row in rows if row.strip())]
-    assert sum(chunk.source_bytes for chunk in corpus.chunks(chunk_bytes)) == source_bytes(corpus)
+    assert (
+        sum(chunk.source_bytes for chunk in corpus.chunks(chunk_bytes)) == ListedCorpus(corpus).source_bytes
+    )
 
 
 def test_num_bytes_of_a_document_is_its_utf8_size(folder: Path) -> None:
@@ -286,7 +287,7 @@ def test_sources_are_read_in_sequence_and_their_errors_reported_together(tmp_pat
     }
     mixture: MixtureCorpus = parse(CorpusConfig, raw)
     assert texts(mixture.chunks()) == ["b", "b", "a", "a"]
-    assert source_bytes(mixture) == 4
+    assert ListedCorpus(mixture).source_bytes == 4
     Path(a).unlink()
     Path(b).unlink()
     with pytest.raises(DataError) as caught:
@@ -322,8 +323,8 @@ def test_a_span_of_a_compressed_file_is_refused(tmp_path: Path) -> None:
 def test_a_fingerprint_depends_on_files_and_settings_only(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"text")
     corpora = [TextCorpus(paths=(path,)), TextCorpus(paths=(path,), documents="line")]
-    first = [corpus_fingerprint(corpus) for corpus in corpora]
+    first = [ListedCorpus(corpus).fingerprint for corpus in corpora]
     assert len(set(first)) == 2
-    assert first == [corpus_fingerprint(corpus) for corpus in corpora]
+    assert first == [ListedCorpus(corpus).fingerprint for corpus in corpora]
     write(tmp_path / "a.txt", b"other text")
-    assert corpus_fingerprint(corpora[0]) != first[0]
+    assert ListedCorpus(corpora[0]).fingerprint != first[0]

@@ -9,11 +9,11 @@ import pytest
 
 from distft.data.corpus import (
     JsonlCorpus,
+    ListedCorpus,
     MixtureCorpus,
     StdlibCorpus,
     TextCorpus,
     WeightedCorpus,
-    describe_files,
 )
 from distft.data.corpus_kinds import SUFFIXES, kind_of_corpus
 from distft.data.corpus_listing import list_files
@@ -114,11 +114,11 @@ def test_what_is_passed_over_is_counted_by_ending_or_reason(tmp_path: Path) -> N
     names, passed_over = read(here)
     assert names == ["a.JSONL.GZ", "b/x.jsonl"]
     assert passed_over == {".md": 2, "hidden": 2, "_SUCCESS": 1, ".bin": 1, "empty": 1, "special file": 1}
-    lines = describe_files(JsonlCorpus(paths=(here,)))
+    lines = ListedCorpus(JsonlCorpus(paths=(here,))).describe()
     assert lines[0].startswith("Reading 2 .jsonl (18 bytes). Passed over: 2 hidden, 2 .md, 1 _SUCCESS, ")
     mixture = MixtureCorpus(sources=(WeightedCorpus(corpus=JsonlCorpus(paths=(here,))),) * 2)
-    assert describe_files(mixture) == [f"Source {n}: {lines[0]}" for n in (1, 2)]
-    assert describe_files(StdlibCorpus()) == []
+    assert ListedCorpus(mixture).describe() == [f"Source {n}: {lines[0]}" for n in (1, 2)]
+    assert ListedCorpus(StdlibCorpus()).describe() == []
 
 
 def test_the_order_is_by_whole_name_for_directories_and_globs(tmp_path: Path) -> None:
@@ -126,6 +126,23 @@ def test_the_order_is_by_whole_name_for_directories_and_globs(tmp_path: Path) ->
     here = make(tmp_path, *names)
     assert read(here, "text")[0] == sorted(names)
     assert read(f"{here}/*", "text")[0] == [f"{here}/{name}".lstrip("/") for name in sorted(names)]
+
+
+@pytest.mark.parametrize("protocol", ["", "memory://"])
+def test_endings_of_globs_are_of_any_case_as_in_directories(tmp_path: Path, protocol: str) -> None:
+    filesystem = fsspec.filesystem("memory" if protocol else "file")
+    names = ["UP.JSONL", "a.jsonl", "b/c.Jsonl", "d.JSONL.gz", "e.jsonl.GZ", "f.jsonlx", "g.jsonl.zst"]
+    for name in names:
+        filesystem.makedirs(f"{tmp_path}/b", exist_ok=True)
+        filesystem.pipe_file(f"{tmp_path}/{name}", b"text")
+
+    def found(pattern: str) -> list[str]:
+        files = list_files((f"{protocol}{tmp_path}/{pattern}",), SUFFIXES["jsonl"]).files
+        return [url.rpartition("/")[2] for url in files]
+
+    assert found("**/*.jsonl") == ["UP.JSONL", "a.jsonl", "c.Jsonl"]
+    assert found("*.jsonl.gz") == ["d.JSONL.gz", "e.jsonl.GZ"]
+    assert found("[A-Z]*.JSONL") == ["UP.JSONL"]  # the rest of a glob is as it is written
 
 
 def test_links_to_files_are_followed_as_in_a_hub_cache(tmp_path: Path) -> None:
@@ -174,10 +191,10 @@ def test_git_lfs_pointers_are_named_before_anything_is_read(tmp_path: Path, path
 
 def test_missing_files_of_a_numbered_set_are_told(tmp_path: Path) -> None:
     here = make(tmp_path, *(f"train-{n:05}-of-00004.jsonl" for n in (0, 1, 3)), "test-00000-of-00001.jsonl")
-    lines = describe_files(JsonlCorpus(paths=(here,)))
+    lines = ListedCorpus(JsonlCorpus(paths=(here,))).describe()
     assert lines[1:] == [f"1 of the 4 files {here}/train-*-of-00004.jsonl are missing: 00002."]
     make(tmp_path, "train-00002-of-00004.jsonl", "shard-00001-of-99999.jsonl")
-    assert describe_files(JsonlCorpus(paths=(here,)))[1:] == [
+    assert ListedCorpus(JsonlCorpus(paths=(here,))).describe()[1:] == [
         f"99,998 of the 99,999 files {here}/shard-*-of-99999.jsonl are missing: "
         "00002, 00003, 00004, 00005, 00006, ...."
     ]

@@ -7,7 +7,7 @@ import fsspec.implementations.local
 import pyarrow.parquet
 
 from distft.cli.text_verbs import corpus_from_arguments
-from distft.data.corpus import describe_files
+from distft.data.corpus import ListedCorpus
 from distft.data.records import read_records
 
 MODULES = (fsspec.implementations.local, pyarrow.parquet)  # imported once, in the server
@@ -15,8 +15,8 @@ MODULES = (fsspec.implementations.local, pyarrow.parquet)  # imported once, in t
 
 def read_corpus(path: str, documents: str = "file") -> dict[str, Any]:
     """List and read everything, and keep nothing."""
-    corpus = corpus_from_arguments([path], "text", documents)
-    lines = describe_files(corpus)
+    corpus = ListedCorpus(corpus_from_arguments([path], "text", documents))
+    lines = corpus.describe()
     skipped: Counter[str] = Counter()
     num_documents = num_bytes = 0
     for chunk in corpus.chunks():

@@ -129,7 +129,7 @@ def make_subjects(directory: Path) -> list[Subject]:
     data = make_text_data(directory / "data", num_documents=40)
     (data / "run.yaml").write_text(yaml.safe_dump(pretraining(data, directory / "new")))
     checkpoint = _checkpoint(directory, data)
-    subjects = [
+    return [
         Subject(name="checkpoint", source=checkpoint, function=READ_CHECKPOINT, arguments=("{}",)),
         Subject(
             name="checkpoint to huggingface",
@@ -150,7 +150,6 @@ def make_subjects(directory: Path) -> list[Subject]:
         *_texts(directory, data),
         *_settings(directory, data),
     ]
-    return [subject for subject in subjects if subject.files()]
 
 
 def _checkpoint(directory: Path, data: Path) -> Path:

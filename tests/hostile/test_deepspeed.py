@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from hostile.checkpoints import READ
 from hostile.guard import Guard
 
-READ = "hostile.readers:read_checkpoint"
 RUN = "hostile.readers:run_cli"
 TAG = "global_step2"
 Files = dict[str, dict[str, Any]]
@@ -151,6 +151,10 @@ FILES: dict[str, tuple[Callable[[Files], None], str]] = {
     "an absolute name": (rename("/tmp/x"), "module./tmp/x"),
     "a name with a line break": (rename("a\nb"), "module"),
     "a name of a megabyte": (rename("a" * 2**20), "module"),
+    "a stage that is no number": (
+        set_everywhere("zero_stage", "two"),
+        "layout of DeepSpeed 0.19 (ValueError",
+    ),
     "a huge shape": (set_shape((2**40, 2**40)), "elements of group 0"),
     "a negative shape": (set_shape((-4, -3)), "param_shapes"),
     "a shape of a thousand dimensions": (set_shape((1,) * 1000), "param_shapes"),
@@ -222,3 +226,11 @@ def test_a_parameters_name_never_leaves_a_universal_checkpoint(
     torch.save({"param_groups": [{"params": [0]}]}, root / TAG / "zero" / "optimizer_state.pt")
     (root / "latest_universal").write_text(TAG)
     guard.run(READ, str(root), directories=[root]).check_refused("module", "should match pattern")
+
+
+def test_a_universal_checkpoint_of_another_layout_is_refused(tmp_path: Path, guard: Guard) -> None:
+    root = write(tmp_path, {"mp_rank_00_model_states.pt": model(plain_files())})
+    (root / TAG / "zero").mkdir()
+    torch.save([1, 2], root / TAG / "zero" / "optimizer_state.pt")
+    (root / "latest_universal").write_text(TAG)
+    guard.run(READ, str(root), directories=[root]).check_refused("layout of ds_to_universal (TypeError")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from distft.cli.main import main
-from distft.data.corpus import JsonlCorpus
+from distft.data import corpus_listing
+from distft.data.corpus import JsonlCorpus, MixtureCorpus, WeightedCorpus
 from distft.errors import DataError
 from distft.prepare import TokenizeConfig, TokenizeProgress, tokenize
 from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
@@ -37,9 +38,12 @@ def test_files_are_told_before_the_work_and_skipped_rows_after_it(
     corpus: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["tokenize", str(corpus), "-t", model, "-o", str(tmp_path / "out")]
-    for _ in range(2):  # the second finds committed work
+    for is_complete in (False, True):
         assert main([*arguments, "--workers", "1"]) == 0
-        lines = capsys.readouterr().out.splitlines()
+        shown = capsys.readouterr()
+        lines = shown.out.splitlines()
+        assert ("tokenizing:" in shown.err) is not is_complete
+        assert (f"{tmp_path}/out was already complete: nothing was done." in lines) is is_complete
         assert lines[0].startswith("Reading 2 .jsonl (")
         assert lines[0].endswith(" bytes). Passed over: 1 .md.")
         assert lines[-1] == "Skipped rows without text: 4 empty, 4 null."
@@ -72,6 +76,24 @@ def test_skipped_rows_are_counted_by_any_number_of_workers_and_across_an_interru
     assert result.train.num_documents == 4
     assert result.skipped == {"null": 4, "empty": 4}
     assert tokenize(config).skipped == result.skipped
+
+
+@pytest.mark.parametrize("num_sources", [1, 2])
+def test_the_files_are_listed_once_and_anew_before_the_commit(
+    corpus: Path, model: str, tmp_path: Path, num_sources: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+
+    def counted(pattern: str) -> corpus_listing.PathEntries:
+        listed.append(pattern)
+        return find_entries(pattern)
+
+    find_entries = corpus_listing.find_entries
+    monkeypatch.setattr(corpus_listing, "find_entries", counted)
+    single = JsonlCorpus(paths=(str(corpus),))
+    mixture = MixtureCorpus(sources=(WeightedCorpus(corpus=single, weight=2),) * num_sources)
+    tokenize(TokenizeConfig(corpus=mixture, tokenizer=model, output=str(tmp_path / "out"), num_workers=1))
+    assert listed == [str(corpus)] * num_sources * 2
 
 
 def test_a_corpus_that_changes_meanwhile_is_not_committed(corpus: Path, model: str, tmp_path: Path) -> None:

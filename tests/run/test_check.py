@@ -239,6 +239,11 @@ def test_a_number_of_ranks_that_cannot_be_is_refused(tmp_path: Path, world_size:
     assert "--world-size" in done.stderr
 
 
+def test_an_engine_of_one_process_is_refused_for_several_ranks(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"one process, but 8 ranks are to run: .*--world-size 1"):
+        checked(pretraining(data, tmp_path / "run"), world_size=8)
+
+
 def test_half_an_expectation_of_speed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs both --mfu and --peak-tflops"):
         CliRunner().invoke(app, ["config", "check", str(tmp_path), "--mfu", "0.4"], catch_exceptions=False)

@@ -4,6 +4,8 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from support.damage import flip_bit, rank_file
 from support.rank_pool import run_ranks
 from support.small_runs import events, fine_tuning, logged, pretraining, run, run_until_power_cut
 
+from distft import storage
 from distft.checkpoint.committed import find_checkpoint
 from distft.checkpoint.writer_fence import WRITER_FILE
 from distft.config import parse
@@ -19,6 +22,7 @@ from distft.errors import CheckpointError, ConfigError, DistftError
 from distft.run.config import RunConfig
 from distft.run.pretrained import open_model
 from distft.run.resume import changed_settings
+from distft.storage.local import LocalWriter
 from distft.topology import Topology
 
 
@@ -44,26 +48,33 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(data: Path, tmp_
     assert f"{damaged.name} is damaged" in damage["reason"]
 
 
-def _run_until_disk_is_full(topology: Topology, raw: dict[str, Any], full_rank: int) -> str:
-    """Run with a disk that is full on one rank at the second save; returns this rank's error message."""
-    from distft import storage
-    from distft.storage import local
-
-    write = local.LocalWriter.write
+@contextmanager
+def _full_disk(is_full: Callable[[Path], bool]) -> Iterator[None]:
+    """Let the disk have no space for the files of which `is_full` is true."""
+    write = LocalWriter.write
 
     def refuse(writer: Any, data: Any, /) -> int:
-        if topology.rank == full_rank and f"step_00000008/rank_{full_rank:05d}" in str(writer.path):
+        if is_full(writer.path):
             with storage.full_disk_as_storage_error(writer.path, len(data)):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(writer, data)
 
-    local.LocalWriter.write = refuse  # type: ignore[method-assign]
-    try:
-        run(topology, raw)
-    except DistftError as error:
-        return str(error)
-    finally:
-        local.LocalWriter.write = write  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalWriter, "write", refuse)
+        yield
+
+
+def _run_until_disk_is_full(topology: Topology, raw: dict[str, Any], full_rank: int) -> str:
+    """Run with a disk that is full on one rank at the second save; returns this rank's error message."""
+
+    def is_full(path: Path) -> bool:
+        return topology.rank == full_rank and f"step_00000008/rank_{full_rank:05d}" in str(path)
+
+    with _full_disk(is_full):
+        try:
+            run(topology, raw)
+        except DistftError as error:
+            return str(error)
     return "no error"
 
 
@@ -150,24 +161,11 @@ def test_a_start_that_is_refused_leaves_the_claim_to_the_one_that_runs(data: Pat
 
 def _run_with_a_disk_that_is_full_for(topology: Topology, raw: dict[str, Any], name: str) -> int:
     """Run with a disk that has no space for the file `name`; returns this rank's exit code."""
-    from distft import storage
-    from distft.storage import local
-
-    write = local.LocalWriter.write
-
-    def refuse(writer: Any, data: Any, /) -> int:
-        if writer.path.name == name:
-            with storage.full_disk_as_storage_error(writer.path, len(data)):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(writer, data)
-
-    local.LocalWriter.write = refuse  # type: ignore[method-assign]
-    try:
-        run(topology, raw)
-    except DistftError as error:
-        return error.exit_code if "no space left" in str(error) else 0
-    finally:
-        local.LocalWriter.write = write  # type: ignore[method-assign]
+    with _full_disk(lambda path: path.name == name):
+        try:
+            run(topology, raw)
+        except DistftError as error:
+            return error.exit_code if "no space left" in str(error) else 0
     return 0
 
 

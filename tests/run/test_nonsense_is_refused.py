@@ -212,6 +212,17 @@ def test_with_trust_the_same_configuration_is_imported(
     assert (tmp_path / "ran").exists()
 
 
+def test_an_audit_of_sequences_needs_no_trust_and_tells_why_rows_are_not_counted(
+    hostile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(hostile)]) == 0
+    told = capsys.readouterr().out
+    assert "step 12, 1 start, ranks 1, 0 steps done again" in told
+    assert "was used exactly once" in told
+    assert "uses per row of the data were not counted: " in told
+    assert "pass --trust" in told
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "events.jsonl"])
 def test_a_start_replaces_no_file_of_the_user(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine: 1\n")

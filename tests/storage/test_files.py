@@ -100,9 +100,17 @@ def test_names_are_listed_in_order_and_removed_as_a_tree(root: str) -> None:
     storage.remove(storage.join(root, "b"))
     storage.remove(storage.join(root, "b"))
     assert storage.list_names(root) == ["d", "z"]
-    storage.remove_tree(root, first=["z", "not-there"])
+    storage.remove_tree(root)
     assert not storage.exists(root)
     storage.remove_tree(root)
+
+
+def test_sizes_are_listed_of_the_files_that_names_are_listed_of(root: str) -> None:
+    assert storage.list_sizes(root) == {}
+    for name in ("z", "b", "d/e", f"b{TEMPORARY_MARK}0123abcd"):
+        storage.commit_bytes(storage.join(root, *name.split("/")), b"x" * len(name), durable=False)
+    assert storage.list_sizes(root) == {"b": 1, "z": 1}
+    assert storage.list_names(root) == ["b", "d", "z"]
 
 
 def test_a_range_beyond_the_end_and_a_missing_file_are_errors(root: str) -> None:

@@ -23,6 +23,7 @@ READS: dict[str, Callable[[Path], Any]] = {
     "is_directory": storage.is_directory,
     "version": storage.version,
     "list_names": lambda path: storage.list_names(path.parent),
+    "list_sizes": lambda path: storage.list_sizes(path.parent),
     "verify": lambda path: storage.verify(path, checksum=storage.checksum_of_bytes(b"content")),
 }
 
@@ -53,7 +54,7 @@ def _fail(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int, times: flo
 
         return call
 
-    for module, name in ((os, "open"), (os, "stat"), (os, "listdir"), (io, "open")):
+    for module, name in ((os, "open"), (os, "stat"), (os, "listdir"), (os, "scandir"), (io, "open")):
         monkeypatch.setattr(module, name, failing(name, getattr(module, name)))
     return failed
 

@@ -221,7 +221,7 @@ def test_a_dead_endpoint_and_missing_credentials_are_unreachable_errors(
 def test_a_missing_bucket_is_an_error_and_is_not_created(s3: S3Server) -> None:
     url = "s3://misspelt-bucket/run"
     storage.make_directory(url)
-    for use in (storage.list_names, lambda url: storage.commit_bytes(f"{url}/a", b"x")):
+    for use in (storage.list_names, storage.list_sizes, lambda url: storage.commit_bytes(f"{url}/a", b"x")):
         with pytest.raises(UnreachableError, match=r"s3://misspelt-bucket/run.*no such bucket"):
             use(url)
     assert "misspelt-bucket" not in [found["Name"] for found in s3.client().list_buckets()["Buckets"]]

@@ -85,6 +85,9 @@ class Scenario:
         )
 
 
+PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))
+
+
 def collectives_for(scenario: Scenario, topology: Topology) -> Collectives:
     return SingleProcess() if scenario.stage is None else ProcessGroup(topology, CPU, 60)
 
@@ -218,12 +221,7 @@ class Training:
             metadata=RunMetadata(
                 run_id="test",
                 config={"model": self.scenario.model.model_dump(mode="json")},
-                label_names=None,
-                tokenizer=None,
                 written_by={},
-                groups=[],
-                tied={},
-                probe=None,
             ),
             attachments={},
         )

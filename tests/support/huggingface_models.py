@@ -60,6 +60,25 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt2_untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": None}),
 }
+DISTFT_GPT2: dict[str, Any] = {
+    "norm": "layernorm",
+    "positions": "learned",
+    "mlp": "gelu",
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+# model_type, and options of `ModelConfig`
+DISTFT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_untied": ("llama", {"tie_embeddings": False, "num_kv_heads": 2, "norm_eps": 1e-3}),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    "llama_padded": ("llama", {"pad_vocab_to": 8, "rope_theta": 57.0, "qkv_bias": False}),
+    "qwen2": ("qwen2", {"qkv_bias": True, "num_heads": 3, "num_kv_heads": 1, "head_dim": 6}),
+    "qwen3": ("qwen3", {"qk_norm": True, "num_kv_heads": 2, "head_dim": 10, "tie_embeddings": False}),
+    "qwen3_biases": ("qwen3", {"qk_norm": True, "attention_bias": True, "qkv_bias": True}),
+    "gpt2": ("gpt2", {**DISTFT_GPT2, "d_ff": 37}),
+    "gpt2_untied": ("gpt2", {**DISTFT_GPT2, "tie_embeddings": False, "pad_vocab_to": 8, "dropout": 0.1}),
+}
 
 
 def make_hf_model(kind: str, auto_class: str = "AutoModelForCausalLM", **changes: Any) -> Any:
@@ -82,6 +101,20 @@ def randomize(model: torch.nn.Module) -> None:
         for name, param in model.named_parameters():
             values = torch.randn(param.shape, generator=generator) * 0.2
             param.copy_(values + 1 if "norm" in name or ".ln_" in name else values)
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    sizes = {"vocab_size": VOCAB_SIZE, "max_seq_len": MAX_SEQ_LEN, "d_model": 24, "num_layers": 2}
+    return ModelConfig.model_validate({**sizes, "num_heads": 4, "d_ff": 29, **changes})
+
+
+def loaded(target: Path, auto_class: str = "AutoModelForCausalLM") -> Any:
+    """Load the model with transformers, which must report no missing, unexpected or mismatched tensors."""
+    import transformers
+
+    model, problems = getattr(transformers, auto_class).from_pretrained(target, output_loading_info=True)
+    assert not any(problems.values()), problems
+    return model.eval()
 
 
 def random_ids() -> Tensor:
@@ -144,9 +177,6 @@ def save_model(
             tokenizer=tokenizer
             and TokenizerRecord(fingerprint=tokenizer.fingerprint, file="tokenizer.model"),
             written_by={},
-            groups=[],
-            tied={},
-            probe=None,
         ),
         attachments={"tokenizer.model": tokenizer.to_bytes()} if tokenizer else {},
     )

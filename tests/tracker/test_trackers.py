@@ -125,12 +125,13 @@ def test_events_of_several_threads_do_not_meet_in_a_tracker(tmp_path: Path) -> N
 
     trackers = Trackers([Meeting()])
     trackers.start("run", {}, tmp_path)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         events = [pool.submit(trackers.event, "save", step=step) for step in range(20)]
         logs = [pool.submit(trackers.log, {"loss": 1.0}, step=step) for step in range(20)]
-        for future in (*events, *logs):
+        ending = pool.submit(trackers.finish, "completed", step=20)
+        late = [pool.submit(trackers.event, "save", step=step) for step in range(20, 30)]
+        for future in (*events, *logs, ending, *late):
             future.result()
-    trackers.finish("completed", step=20)
 
 
 def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:

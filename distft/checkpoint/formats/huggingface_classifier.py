@@ -3,9 +3,8 @@
 import json
 from math import prod
 
-import torch
-
 from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.rank_file import bytes_of
 from distft.checkpoint.safetensors_header import safetensors_header
 from distft.checkpoint.sources import CheckpointSource
 from distft.tokenizer import Tokenizer
@@ -59,7 +58,7 @@ def padding_id(tokenizer: Tokenizer) -> int | None:
 def head_files(source: CheckpointSource, pooling: str, label_names: list[str]) -> dict[str, bytes]:
     """The files of a head that transformers cannot hold: its weights, and how to apply them."""
     record = source.manifest.parameters[CLASSIFIER]
-    values = source.read(CLASSIFIER, WEIGHT, 0, prod(record.shape)).contiguous()
+    values = source.read(CLASSIFIER, WEIGHT, 0, prod(record.shape))
     header = safetensors_header([(CLASSIFIER, values.dtype, record.shape)])
     readme = _README.format(
         head_file=HEAD_FILE,
@@ -68,6 +67,6 @@ def head_files(source: CheckpointSource, pooling: str, label_names: list[str]) -
         pooling=_POOLING[pooling],
     )
     return {
-        HEAD_FILE: header + values.view(torch.uint8).numpy().tobytes(),
+        HEAD_FILE: header + bytes_of(values),
         README_FILE: readme.encode(),
     }

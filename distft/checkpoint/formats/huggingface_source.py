@@ -12,9 +12,9 @@ from distft import storage
 from distft.checkpoint.formats.huggingface_config import HuggingFaceModelSpec, parse_config
 from distft.checkpoint.formats.huggingface_files import read_json, scan_tensors
 from distft.checkpoint.formats.huggingface_tensors import (
+    LM_HEAD,
     TensorMap,
-    base_prefix,
-    map_tensors,
+    map_saved_tensors,
     read_parameter,
 )
 from distft.checkpoint.formats.huggingface_tokenizer import TOKENIZER_FILE
@@ -23,10 +23,9 @@ from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord, TokenizerRecord
 from distft.checkpoint.rank_file import read_elements
 from distft.checkpoint.safetensors_header import TensorLocation
+from distft.checkpoint.sources import ManifestSource
 from distft.errors import CheckpointError, ConfigError, DataError
 from distft.tokenizer import Tokenizer
-
-LM_HEAD = "lm_head.weight"
 
 _MOST_NOTES = 5
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +43,7 @@ class _MatchedTensors:
     problems: list[str]
 
 
-class HuggingFaceCheckpoint:
+class HuggingFaceCheckpoint(ManifestSource):
     """A `CheckpointSource` over `config.json` and safetensors: one file, or several with an index.
 
     Weights only. A parameter whose tensor is missing or has another shape has no state; `find_damage`
@@ -56,8 +55,7 @@ class HuggingFaceCheckpoint:
     def __init__(
         self, path: str, spec: HuggingFaceModelSpec, manifest: Manifest, matched: _MatchedTensors
     ) -> None:
-        self.path = path
-        self.manifest = manifest
+        super().__init__(path, manifest)
         self.notes = [*matched.problems[:_MOST_NOTES]]  # for the user
         self._spec = spec
         self._tensor_map = matched.tensor_map
@@ -79,17 +77,6 @@ class HuggingFaceCheckpoint:
             ) from None
         matched = _match_tensors(path, spec)
         return cls(path, spec, _manifest(path, spec, matched, raw), matched)
-
-    def has(self, parameter: str, state: str) -> bool:
-        record = self.manifest.parameters.get(parameter)
-        return record is not None and state in record.states
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        record = self.manifest.parameters.get(parameter)
-        return None if record is None else record.shape
-
-    def updates(self, parameter: str) -> int:  # noqa: ARG002
-        return 0
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
         """As `StateSource.read`. A transposed tensor is read whole, 16 MiB at a time."""
@@ -116,16 +103,7 @@ class HuggingFaceCheckpoint:
 
 def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool = False) -> _MatchedTensors:
     scan = scan_tensors(path)
-    tensor_map = map_tensors(
-        spec.model,
-        spec.architecture,
-        spec.head,
-        num_labels=len(spec.label_names or ()),
-        # Models saved without a head have no prefix; nor has OpenAI's GPT-2.
-        has_prefix=any(
-            name.startswith(base_prefix(spec.architecture)) for name in (*scan.locations, *scan.unreadable)
-        ),
-    )
+    tensor_map = map_saved_tensors(spec, (*scan.locations, *scan.unreadable))
     problems = [*scan.damage]
     if spec.model.tie_embeddings and LM_HEAD in scan.locations:
         copy = scan.locations.pop(LM_HEAD)
@@ -184,21 +162,28 @@ def _manifest(
         if stored is not None:
             states[WEIGHT] = StateRecord(dtype=str(stored.dtype).removeprefix("torch."))
         parameters[name] = ParameterRecord(shape=location.shape, trainable=True, updates=0, states=states)
-    is_tied = spec.model.tie_embeddings and spec.head == "language_model"
     return Manifest(
+        **model_fields(spec, path),
         run_id=path.rstrip("/").rpartition("/")[2],
         progress=Progress(),
-        config={"model": spec.model.model_dump(mode="json")},
-        label_names=None if spec.label_names is None else list(spec.label_names),
-        tokenizer=find_tokenizer(path),
         written_by={"architecture": spec.architecture, "transformers": raw.get("transformers_version")},
         parameters=parameters,
-        tied={LM_HEAD: "embed.weight"} if is_tied else {},
         files=[],
     )
 
 
-def find_tokenizer(path: str) -> TokenizerRecord | None:
+def model_fields(spec: HuggingFaceModelSpec, path: str) -> dict[str, Any]:
+    """Fields of the manifest that describe the model in the directory `path` and its tokenizer."""
+    is_tied = spec.model.tie_embeddings and spec.head == "language_model"
+    return {
+        "config": {"model": spec.model.model_dump(mode="json")},
+        "label_names": None if spec.label_names is None else list(spec.label_names),
+        "tokenizer": _find_tokenizer(path),
+        "tied": {LM_HEAD: "embed.weight"} if is_tied else {},
+    }
+
+
+def _find_tokenizer(path: str) -> TokenizerRecord | None:
     """The directory's sentencepiece model, with what the files beside it add to it.
 
     None if tokenizer.model is missing or of another kind, such as tiktoken's. Raises `DataError` for a

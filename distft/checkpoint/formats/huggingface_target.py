@@ -25,10 +25,11 @@ from distft.checkpoint.formats.huggingface_config import (
     make_config,
 )
 from distft.checkpoint.formats.huggingface_files import INDEX_FILE, WEIGHTS_FILE
-from distft.checkpoint.formats.huggingface_tensors import HuggingFaceTensor, TensorMap, map_tensors
+from distft.checkpoint.formats.huggingface_tensors import LM_HEAD, HuggingFaceTensor, TensorMap, map_tensors
 from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.rank_file import bytes_of
 from distft.checkpoint.safetensors_header import safetensors_header
 from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.target import UNFINISHED_MARKER
@@ -37,7 +38,6 @@ from distft.errors import CheckpointError, ConfigError
 from distft.model.config import ModelConfig
 from distft.tokenizer import Tokenizer
 
-_LM_HEAD = "lm_head.weight"
 _NO_PADDING = (
     "There is no pad id, which a classifier of transformers needs to find the last token of a padded row: "
     "classify one row at a time."
@@ -143,7 +143,7 @@ def _choose_head(
     parameters = source.manifest.parameters
     record = parameters.get(CLASSIFIER)
     if record is None:
-        if model.tie_embeddings or _LM_HEAD in parameters:
+        if model.tie_embeddings or LM_HEAD in parameters:
             return "language_model", None, []
         return "none", None, [f"{source.path} has no head, so the export has none."]
     names = source.manifest.label_names
@@ -209,7 +209,7 @@ def _write_weights(export: _Export, max_shard_bytes: int) -> None:
             file.write(safetensors_header((t.name, export.dtype_of(t), t.shape) for t in shard))
             for tensor in shard:
                 for chunk in _tensor_chunks(export, tensor):
-                    file.write(_bytes_of(chunk))
+                    file.write(bytes_of(chunk))
                     export.on_progress(chunk.numel() * chunk.element_size())
     if len(shards) > 1:
         all_tensors = export.tensor_map.tensors.values()
@@ -290,11 +290,6 @@ def _stored_dtype(source: CheckpointSource, name: str) -> torch.dtype:
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
-
-
-def _bytes_of(values: Tensor) -> memoryview:
-    flat: Any = values.contiguous().view(torch.uint8).numpy()
-    return memoryview(flat)
 
 
 def _tokenizer_files(

@@ -1,17 +1,19 @@
 """Maps distft's parameters to transformers' tensors: names, shapes, and rows of joined tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from distft.checkpoint.formats.huggingface_config import Architecture, HeadKind
+from distft.checkpoint.formats.huggingface_config import Architecture, HeadKind, HuggingFaceModelSpec
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.errors import ConfigError
 from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 from distft.model.transformer import Transformer
+
+LM_HEAD = "lm_head.weight"
 
 _LLAMA_MODULES = {
     "embed": "model.embed_tokens",
@@ -120,6 +122,21 @@ def map_tensors(
         tensors=tensors,
         parameters={parameter: locations[parameter] for parameter in shapes},
         embedding_name=locations["embed.weight"].tensor.name,
+    )
+
+
+def map_saved_tensors(spec: HuggingFaceModelSpec, names: Iterable[str]) -> TensorMap:
+    """The tensors of the model in a directory with tensors of these names.
+
+    Models saved without a head have no prefix; nor has OpenAI's GPT-2.
+    """
+    prefix = base_prefix(spec.architecture)
+    return map_tensors(
+        spec.model,
+        spec.architecture,
+        spec.head,
+        num_labels=len(spec.label_names or ()),
+        has_prefix=any(name.startswith(prefix) for name in names),
     )
 
 

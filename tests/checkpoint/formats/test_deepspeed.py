@@ -11,7 +11,7 @@ from support.plain_deepspeed import Script, train
 from support.rank_pool import run_ranks
 
 from distft.checkpoint.committed import Checkpoint
-from distft.checkpoint.formats.deepspeed.model import ExtraState
+from distft.checkpoint.formats.deepspeed.contents import ExtraState
 from distft.checkpoint.formats.deepspeed.reader import DeepSpeedCheckpoint
 from distft.checkpoint.formats.deepspeed.writer import write_deepspeed
 from distft.checkpoint.formats.torch_file import read_torch_file

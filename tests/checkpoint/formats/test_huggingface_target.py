@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.huggingface_models import (
+    DISTFT_GPT2,
+    DISTFT_MODELS,
     HF_MODELS,
-    MAX_SEQ_LEN,
-    VOCAB_SIZE,
+    loaded,
     make_distft_model,
     make_hf_model,
+    model_config,
     random_ids,
     save_model,
     weights,
@@ -25,42 +27,8 @@ from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint
 from distft.checkpoint.formats.huggingface_target import write_huggingface
 from distft.checkpoint.sources import CheckpointSource
 from distft.errors import CheckpointError, ConfigError
-from distft.model.config import ClassificationHead, ModelConfig
-from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
 
 TARGET_MODULE = "distft.checkpoint.formats.huggingface_target"
-GPT2: dict[str, Any] = {
-    "norm": "layernorm",
-    "positions": "learned",
-    "mlp": "gelu",
-    "attention_bias": True,
-    "mlp_bias": True,
-}
-DISTFT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama_untied": ("llama", {"tie_embeddings": False, "num_kv_heads": 2, "norm_eps": 1e-3}),
-    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
-    "llama_padded": ("llama", {"pad_vocab_to": 8, "rope_theta": 57.0, "qkv_bias": False}),
-    "qwen2": ("qwen2", {"qkv_bias": True, "num_heads": 3, "num_kv_heads": 1, "head_dim": 6}),
-    "qwen3": ("qwen3", {"qk_norm": True, "num_kv_heads": 2, "head_dim": 10, "tie_embeddings": False}),
-    "qwen3_biases": ("qwen3", {"qk_norm": True, "attention_bias": True, "qkv_bias": True}),
-    "gpt2": ("gpt2", {**GPT2, "d_ff": 37}),
-    "gpt2_untied": ("gpt2", {**GPT2, "tie_embeddings": False, "pad_vocab_to": 8, "dropout": 0.1}),
-}
-
-
-def model_config(**changes: Any) -> ModelConfig:
-    sizes = {"vocab_size": VOCAB_SIZE, "max_seq_len": MAX_SEQ_LEN, "d_model": 24, "num_layers": 2}
-    return ModelConfig.model_validate({**sizes, "num_heads": 4, "d_ff": 29, **changes})
-
-
-def loaded(target: Path, auto_class: str = "AutoModelForCausalLM") -> Any:
-    """Load the model with transformers, which must report no missing, unexpected or mismatched tensors."""
-    import transformers
-
-    model, problems = getattr(transformers, auto_class).from_pretrained(target, output_loading_info=True)
-    assert not any(problems.values()), problems
-    return model.eval()
 
 
 class FailingSource:
@@ -175,7 +143,7 @@ def test_at_most_a_chunk_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_export_in_bf16_rounds_each_weight_once(tmp_path: Path) -> None:
-    model = make_distft_model(model_config(**GPT2))
+    model = make_distft_model(model_config(**DISTFT_GPT2))
     source = save_model(model, tmp_path / "distft")
     write_huggingface(source, str(tmp_path / "exported"), dtype=torch.bfloat16)
     exported = loaded(tmp_path / "exported")
@@ -210,109 +178,6 @@ def test_values_beyond_the_range_of_fp16_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"beyond 65504.*bf16"):
         write_huggingface(source, str(tmp_path / "exported"), dtype=torch.float16)
     assert not (tmp_path / "exported" / "config.json").exists()
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
-def test_a_classifier_that_pools_the_last_token_computes_the_same_logits(tmp_path: Path, kind: str) -> None:
-    model = make_distft_model(
-        model_config(**DISTFT_MODELS[kind][1]), {"classifier": ClassificationHead(num_labels=3)}
-    )
-    source = save_model(model, tmp_path / "distft", label_names=["cat", "dog", "bird"])
-    notes = write_huggingface(source, str(tmp_path / "exported"))
-    exported = loaded(tmp_path / "exported", "AutoModelForSequenceClassification")
-    assert exported.config.id2label == {0: "cat", 1: "dog", 2: "bird"}
-    assert exported.config.label2id == {"cat": 0, "dog": 1, "bird": 2}
-    assert any("There is no pad id" in note for note in notes)
-    with torch.no_grad():
-        for row in (random_ids()[:1], random_ids()[1:2, :5]):
-            torch.testing.assert_close(exported(row).logits, model.logits(row), rtol=0, atol=1e-5)
-
-
-def test_an_exported_classifier_finds_the_last_token_before_padding(tmp_path: Path) -> None:
-    config = TokenizerTrainConfig(algorithm="char", unk_id=1, bos_id=None, eos_id=2, pad_id=0)
-    tokenizer = train_tokenizer(["any text will do"], config, tmp_path / "tokenizer.model")
-    model = make_distft_model(model_config(), {"classifier": ClassificationHead(num_labels=2)})
-    source = save_model(model, tmp_path / "distft", label_names=["a", "b"], tokenizer=tokenizer)
-    assert write_huggingface(source, str(tmp_path / "exported")) == []
-    exported = loaded(tmp_path / "exported", "AutoModelForSequenceClassification")
-    lengths = torch.tensor([MAX_SEQ_LEN, 4, 9])
-    is_real = torch.arange(MAX_SEQ_LEN) < lengths[:, None]
-    ids = torch.where(is_real, random_ids().clamp_min(1), 0)
-    with torch.no_grad():
-        expected = model.logits(ids, None, None, lengths)
-        found = exported(ids, attention_mask=is_real.long()).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_classifier_without_pad_computes_padded_rows_as_ours(
-    tmp_path: Path, kind: str, pooling: Literal["last", "mean"]
-) -> None:
-    """With `pooling: mean`, which transformers does not have, by the lines in classifier.md."""
-    config = TokenizerTrainConfig(algorithm="char", unk_id=0, bos_id=None, eos_id=1, pad_id=None)
-    tokenizer = train_tokenizer(["any text will do"], config, tmp_path / "tokenizer.model")
-    changes = {**DISTFT_MODELS[kind][1], "vocab_size": tokenizer.vocab_size}
-    model = make_distft_model(
-        model_config(**changes), {"classifier": ClassificationHead(num_labels=2, pooling=pooling)}
-    )
-    source = save_model(
-        model, tmp_path / "distft", label_names=["a", "b"], tokenizer=tokenizer, pooling=pooling
-    )
-    told: list[str] = []
-    notes = write_huggingface(source, str(tmp_path / "exported"), on_note=told.append)
-    assert told == notes
-    assert any("pads with '</s>'" in note for note in notes)
-    texts = ["any text", "do", "a wild tale"]
-    rows = [tokenizer.encode(text) for text in texts]
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows])
-    with torch.no_grad():
-        expected = model.logits(ids, None, None, lengths)
-    torch.testing.assert_close(exported_logits(tmp_path / "exported", texts), expected, rtol=0, atol=1e-5)
-
-
-def exported_logits(folder: Path, texts: list[str]) -> Tensor:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    if (folder / "classifier.md").exists():
-        code = (folder / "classifier.md").read_text().split("```python")[1].split("```")[0]
-        code = code.replace('folder = "."', f"folder = {str(folder)!r}")
-        code = code.replace('texts = ["a text", "another one"]', f"texts = {texts!r}")
-        names: dict[str, Any] = {}
-        exec(code, names)
-        logits: Tensor = names["logits"]
-        return logits
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    model = AutoModelForSequenceClassification.from_pretrained(str(folder)).eval()
-    with torch.no_grad():
-        found: Tensor = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
-    return found
-
-
-@pytest.mark.parametrize(
-    ("pooling", "label_names", "note"),
-    [
-        ("mean", ["a", "b"], "it pools 'mean'"),
-        ("last", ["a"], "it has 2 classes, but the checkpoint has 1 names"),
-        ("last", None, "it has 2 classes, but the checkpoint has no names"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_an_unsupported_classifier_is_left_out_with_a_note(
-    tmp_path: Path, pooling: str, label_names: list[str] | None, note: str, kind: str
-) -> None:
-    model = make_distft_model(
-        model_config(**DISTFT_MODELS[kind][1]), {"classifier": ClassificationHead(num_labels=2)}
-    )
-    source = save_model(model, tmp_path / "distft", label_names=label_names, pooling=pooling)
-    notes = write_huggingface(source, str(tmp_path / "exported"))
-    assert sum(note in found for found in notes) == 1
-    exported = loaded(tmp_path / "exported", "AutoModel")
-    with torch.no_grad():
-        hidden = exported(random_ids()).last_hidden_state
-        expected = model.logits(random_ids())
-    torch.testing.assert_close(hidden[:, -1] @ model.classifier.weight.T, expected, rtol=0, atol=1e-5)
 
 
 def test_config_is_written_last_and_an_interrupted_export_is_replaced(tmp_path: Path) -> None:
@@ -383,11 +248,15 @@ def test_a_url_is_written_like_a_path(tmp_path: Path) -> None:
             None,
             ["model.mlp=gelu would have to be swiglu", "model.positions=learned would have to be rotary"],
         ),
-        ({**GPT2, "mlp_bias": False}, None, ["gpt2", "model.mlp_bias=false would have to be true"]),
+        ({**DISTFT_GPT2, "mlp_bias": False}, None, ["gpt2", "model.mlp_bias=false would have to be true"]),
         ({"qk_norm": True, "qkv_bias": True}, None, ["model.q"]),
         ({"num_heads": 5, "head_dim": 6}, None, ["d_model=24 would have to be a multiple", "mistral"]),
-        ({**GPT2, "num_kv_heads": 2}, "gpt2", ["model.num_kv_heads=2 would have to be 4"]),
-        ({**GPT2, "head_dim": 5}, "gpt2", ["model.head_dim=5 would have to be d_model / num_heads = 6"]),
+        ({**DISTFT_GPT2, "num_kv_heads": 2}, "gpt2", ["model.num_kv_heads=2 would have to be 4"]),
+        (
+            {**DISTFT_GPT2, "head_dim": 5},
+            "gpt2",
+            ["model.head_dim=5 would have to be d_model / num_heads = 6"],
+        ),
         ({"mlp_bias": True}, "mistral", ["model.mlp_bias=true would have to be false"]),
         ({}, "qwen2", ["qwen2 does not support it, as\n", "model.qkv_bias=false would have to be true"]),
         ({}, "falcon", ["architecture='falcon' is not one of llama, mistral"]),

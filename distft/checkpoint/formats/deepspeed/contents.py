@@ -1,6 +1,8 @@
 """The fixed parts of DeepSpeed's files, checked when they are read: counts, names, shapes, tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -12,14 +14,13 @@ from pydantic import (
     ValidationError,
 )
 
-from distft.checkpoint.formats.torch_file.values import StoredTensor
+from distft.checkpoint.formats.torch_file.values import OpaqueObject, StoredTensor
 from distft.checkpoint.manifest import PlainName
 from distft.errors import CheckpointError
 
 _SCALAR = (bool, int, float, str)
 _MAX_DIMENSIONS = 64  # torch's limit
 _MOST_PROBLEMS = 5  # in a message
-
 
 Count = Annotated[int, Field(ge=0, lt=1 << 53, strict=True)]
 _Ranks = Annotated[int, Field(ge=1, lt=1 << 31, strict=True)]  # nothing of this size is allocated
@@ -115,6 +116,20 @@ class LossScaler(_Content):
     cur_hysteresis: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class ExtraState:
+    """Contents of a DeepSpeed checkpoint other than parameters; a conversion to DeepSpeed includes them."""
+
+    lr_scheduler: Any = None  # its state dict
+    client_state: Mapping[str, Any] | None = None
+    loss_scaler: OpaqueObject | None = None  # fp16 only
+
+    @classmethod
+    def of(cls, model: ModelFile, loss_scaler: Any = None) -> "ExtraState":
+        scaler = loss_scaler if isinstance(loss_scaler, OpaqueObject) else None
+        return cls(model.lr_scheduler, model.model_extra, scaler)
+
+
 _ContentT = TypeVar("_ContentT", bound=_Content)
 
 
@@ -126,10 +141,23 @@ def parse_content(kind: type[_ContentT], raw: Any, path: str) -> _ContentT:
         found = error.errors(include_url=False, include_input=False)
     problems = [f"{'.'.join(map(str, e['loc']))[:200] or 'the whole'}: {e['msg']}" for e in found]
     more = f"; and {len(problems) - _MOST_PROBLEMS:,} more" if len(problems) > _MOST_PROBLEMS else ""
-    raise CheckpointError(
-        f"{path} does not have the layout of DeepSpeed 0.19 ({'; '.join(problems[:_MOST_PROBLEMS])}{more}): "
+    raise _unknown_layout(path, "DeepSpeed 0.19", f"{'; '.join(problems[:_MOST_PROBLEMS])}{more}")
+
+
+@contextmanager
+def unknown_layout_as_checkpoint_error(path: str, writer: str = "DeepSpeed 0.19") -> Iterator[None]:
+    """Raise a `CheckpointError` about `path` for what contents raise that `writer` cannot have written."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise _unknown_layout(path, writer, f"{type(error).__name__}: {error}") from error
+
+
+def _unknown_layout(path: str, writer: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} does not have the layout of {writer} ({reason}): "
         "it is damaged, or a version of DeepSpeed wrote it that distft does not know."
-    ) from None
+    )
 
 
 def _plain(value: Any) -> Any:

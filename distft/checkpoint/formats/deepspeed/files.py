@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from distft import storage
 from distft.checkpoint.formats.deepspeed.contents import ModelFile, parse_content
 from distft.checkpoint.formats.names import LATEST, MODEL_STATES, has_model_states, list_tags
-from distft.checkpoint.formats.torch_file import find_torch_file_damage, read_torch_file
+from distft.checkpoint.formats.torch_file import read_torch_file
 from distft.checkpoint.manifest import PlainName
 from distft.errors import CheckpointError, ErrorCollector, UnsupportedFormatError
 
@@ -130,8 +130,8 @@ class DeepSpeedFiles:
     def file_path(self, name: str) -> str:
         return storage.join(self.path, name)
 
-    def names(self) -> list[str]:
-        return [*self.model.values(), *self.optimizer.values()]
+    def paths(self) -> list[str]:
+        return [self.file_path(name) for name in (*self.model.values(), *self.optimizer.values())]
 
     def read(self, *, trust: bool) -> tuple[dict[int, ModelFile], dict[int, dict[str, Any]]]:
         """Contents of the model files, and the raw contents of the optimizer files, by rank.
@@ -139,11 +139,8 @@ class DeepSpeedFiles:
         Raises `CheckpointError` with every file that is damaged, missing, or of another world size.
         """
         errors = ErrorCollector()
-        models: dict[int, ModelFile] = {}
+        models = self.read_models(errors, trust=trust)
         optimizers: dict[int, dict[str, Any]] = {}
-        for rank, name in sorted(self.model.items()):
-            with errors.collect():
-                models[rank] = read_model_file(self.file_path(name), trust=trust)
         for rank, name in sorted(self.optimizer.items()):
             with errors.collect():
                 raw = read_torch_file(self.file_path(name), trust=trust)
@@ -154,6 +151,16 @@ class DeepSpeedFiles:
                 self._check_ranks(next(iter(models.values())))
         errors.raise_if_any()
         return models, optimizers
+
+    def read_models(self, errors: ErrorCollector, *, trust: bool) -> dict[int, ModelFile]:
+        """Contents of the model files by rank; adds what is wrong with the others to `errors`."""
+        models: dict[int, ModelFile] = {}
+        for rank, name in sorted(self.model.items()):
+            path = self.file_path(name)
+            with errors.collect():
+                content = _require_dict(read_torch_file(path, trust=trust), "module", path)
+                models[rank] = parse_content(ModelFile, content, path)
+        return models
 
     def _check_ranks(self, model: ModelFile) -> None:
         """Compare the ranks that have files with the world size that `model` records."""
@@ -180,20 +187,11 @@ class DeepSpeedFiles:
                 "copy it again with all of its files, or use another checkpoint."
             )
 
-    def find_damage(self) -> list[str]:
-        """Files that are missing, or whose bytes do not match their checksums; reads all of them."""
-        return [problem for name in self.names() for problem in find_torch_file_damage(self.file_path(name))]
-
 
 def _describe_files(kind: str, ranks: Sequence[int], count: int) -> str:
     plural, shown = "s" * (count > 1), ranks[:_MOST_RANKS]
     more = f" and {count - len(shown):,} more" if count > len(shown) else ""
     return f"{kind} file{plural} of rank{plural} {', '.join(map(str, shown))}{more}"
-
-
-def read_model_file(path: str, *, trust: bool) -> ModelFile:
-    """Content of a *_model_states.pt. Raises `CheckpointError` if DeepSpeed cannot have written it."""
-    return parse_content(ModelFile, _require_dict(read_torch_file(path, trust=trust), "module", path), path)
 
 
 def _require_dict(content: Any, key: str, path: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Layout of parameters in DeepSpeed's ZeRO partitions, stages 1 to 3. Arithmetic only; no files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 FLAT_ALIGNMENT = 2  # elements per rank: DeepSpeed pads a flat group to a multiple of this times the ranks
@@ -18,6 +18,15 @@ class Span:
     @property
     def numel(self) -> int:
         return self.stop - self.start
+
+
+def with_offsets(spans: Iterable[Span]) -> Iterator[tuple[str, Span, int]]:
+    """Each span of a parameter, with its name and its first element's place if all lie end to end."""
+    offset = 0
+    for span in spans:
+        if span.parameter is not None:
+            yield span.parameter, span, offset
+        offset += span.numel
 
 
 def stage12_spans(

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from distft.checkpoint.formats.deepspeed.contents import ModelFile, Shapes
 from distft.checkpoint.formats.deepspeed.layout import Span, stage3_partition_numel
 from distft.checkpoint.formats.deepspeed.segments import SegmentTable
 from distft.checkpoint.formats.deepspeed.zero_reader import OptimizerStates
-from distft.checkpoint.formats.torch_file.values import OpaqueObject, StoredTensor
+from distft.checkpoint.formats.torch_file.values import StoredTensor
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
 from distft.errors import CheckpointError
@@ -21,20 +20,6 @@ PARAM_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 )
 _DTYPE_NAMES = {dtype: name for name, dtype in PARAM_DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class ExtraState:
-    """Contents of a DeepSpeed checkpoint other than parameters; a conversion to DeepSpeed includes them."""
-
-    lr_scheduler: Any = None  # its state dict
-    client_state: Mapping[str, Any] | None = None
-    loss_scaler: OpaqueObject | None = None  # fp16 only
-
-    @classmethod
-    def of(cls, model: ModelFile, loss_scaler: Any = None) -> "ExtraState":
-        scaler = loss_scaler if isinstance(loss_scaler, OpaqueObject) else None
-        return cls(model.lr_scheduler, model.model_extra, scaler)
 
 
 @dataclass(frozen=True, slots=True)

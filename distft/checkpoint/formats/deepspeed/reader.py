@@ -12,29 +12,27 @@ from distft.checkpoint.formats.deepspeed.consistency import (
     check_progress,
     compare_weights,
 )
-from distft.checkpoint.formats.deepspeed.contents import LossScaler, ModelFile, parse_content
+from distft.checkpoint.formats.deepspeed.contents import (
+    ExtraState,
+    LossScaler,
+    ModelFile,
+    parse_content,
+    unknown_layout_as_checkpoint_error,
+)
 from distft.checkpoint.formats.deepspeed.files import DeepSpeedFiles, find_tag_directory
-from distft.checkpoint.formats.deepspeed.model import ExtraState, ModelStates, build_manifest
-from distft.checkpoint.formats.deepspeed.segments import SegmentedSource, SegmentTable
+from distft.checkpoint.formats.deepspeed.model import ModelStates, build_manifest
+from distft.checkpoint.formats.deepspeed.segments import SegmentedSource
 from distft.checkpoint.formats.deepspeed.stage0_reader import read_stage0
 from distft.checkpoint.formats.deepspeed.writer_state import WRITTEN_BY_DISTFT
 from distft.checkpoint.formats.deepspeed.zero_reader import OptimizerStates, read_stage3, read_stage12
 from distft.checkpoint.formats.torch_file.values import OpaqueObject
-from distft.checkpoint.manifest import Manifest
-from distft.errors import CheckpointError, ErrorCollector, UnsupportedFormatError
+from distft.errors import ErrorCollector, UnsupportedFormatError
 
 
 class DeepSpeedCheckpoint(SegmentedSource):
     """A DeepSpeed checkpoint of ZeRO stage 0 to 3, from any number of data-parallel ranks."""
 
     format = "deepspeed"
-
-    def __init__(
-        self, files: DeepSpeedFiles, manifest: Manifest, segments: SegmentTable, extra_state: ExtraState
-    ) -> None:
-        super().__init__(files.path, manifest, segments)
-        self.extra_state = extra_state
-        self._files = files
 
     @classmethod
     def open(
@@ -54,14 +52,9 @@ class DeepSpeedCheckpoint(SegmentedSource):
         """
         files = DeepSpeedFiles.find(find_tag_directory(path))
         models, optimizers = files.read(trust=trust)
-        try:
+        with unknown_layout_as_checkpoint_error(files.path):
             check_common(files, models, optimizers)
             return cls._from_contents(files, models, optimizers, groups, weights_only=weights_only)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(
-                f"{files.path} does not have the layout of DeepSpeed 0.19 ({type(error).__name__}: {error}): "
-                "it is damaged, or a version of DeepSpeed wrote it that distft does not know."
-            ) from error
 
     @classmethod
     def _from_contents(
@@ -100,50 +93,47 @@ class DeepSpeedCheckpoint(SegmentedSource):
             loss_scale=_loss_scale(scaler, files.path) if model_states.param_dtype == torch.float16 else None,
             zero_stage=zero_stage,
         )
-        checkpoint = cls(files, manifest, segments, ExtraState.of(model, scaler))
         if states:
-            notes += checkpoint._check_values(models, states, model_states, optimizer_states)
+            notes += _check_values(files, models, states, model_states, optimizer_states)
+        checkpoint = cls(files.path, manifest, segments, ExtraState.of(model, scaler), files.paths())
         checkpoint.notes += notes
         return checkpoint
 
-    def _check_values(
-        self,
-        models: Mapping[int, ModelFile],
-        states: Sequence[Mapping[str, Any]],
-        model_states: ModelStates,
-        optimizer_states: OptimizerStates,
-    ) -> list[str]:
-        """Compare the values in the files; returns what could not be compared."""
-        files, errors, notes = self._files, ErrorCollector(), list[str]()
-        key = "fp32_flat_groups" if files.is_stage3 else "single_partition_of_fp32_groups"
-        with errors.collect():
-            masters = {files.file_path(files.optimizer[rank]): s[key] for rank, s in enumerate(states)}
-            check_copies("partitions of weights", masters)
-        with errors.collect():
-            fragments = {
-                files.file_path(files.model[rank]): list((model.frozen_param_fragments or {}).values())
-                for rank, model in models.items()
-            }
-            check_copies("partitions of frozen weights", fragments)
-        with errors.collect():
-            if not files.is_stage3:  # at stage 3 the module is empty
-                notes += compare_weights(self.path, optimizer_states.segments, model_states.module)
-            updates = optimizer_states.updates.values()
-            # At stages 1 and 2 the weights are the evidence, in files of distft its mark.
-            is_certain = not files.is_stage3 or WRITTEN_BY_DISTFT in (models[0].ds_config or ())
-            note = check_progress(self.path, models[0], updates, is_certain=is_certain)
-            notes += [note] if note else []
-        errors.raise_if_any()
-        if files.is_stage3 and len(states) > 1:
-            notes.append(
-                "At stage 3 files name neither their rank nor their run: ranks' files that were exchanged, "
-                "or that are of another run with equal settings and counts, cannot be found."
-            )
-        return notes
 
-    def find_damage(self) -> list[str]:
-        """Problems of its files: each is read whole and compared with the CRC-32s of its zip entries."""
-        return self._files.find_damage()
+def _check_values(
+    files: DeepSpeedFiles,
+    models: Mapping[int, ModelFile],
+    states: Sequence[Mapping[str, Any]],
+    model_states: ModelStates,
+    optimizer_states: OptimizerStates,
+) -> list[str]:
+    """Compare the values in the files; returns what could not be compared."""
+    errors, notes = ErrorCollector(), list[str]()
+    key = "fp32_flat_groups" if files.is_stage3 else "single_partition_of_fp32_groups"
+    with errors.collect():
+        masters = {files.file_path(files.optimizer[rank]): s[key] for rank, s in enumerate(states)}
+        check_copies("partitions of weights", masters)
+    with errors.collect():
+        fragments = {
+            files.file_path(files.model[rank]): list((model.frozen_param_fragments or {}).values())
+            for rank, model in models.items()
+        }
+        check_copies("partitions of frozen weights", fragments)
+    with errors.collect():
+        if not files.is_stage3:  # at stage 3 the module is empty
+            notes += compare_weights(files.path, optimizer_states.segments, model_states.module)
+        updates = optimizer_states.updates.values()
+        # At stages 1 and 2 the weights are the evidence, in files of distft its mark.
+        is_certain = not files.is_stage3 or WRITTEN_BY_DISTFT in (models[0].ds_config or ())
+        note = check_progress(files.path, models[0], updates, is_certain=is_certain)
+        notes += [note] if note else []
+    errors.raise_if_any()
+    if files.is_stage3 and len(states) > 1:
+        notes.append(
+            "At stage 3 files name neither their rank nor their run: ranks' files that were exchanged, "
+            "or that are of another run with equal settings and counts, cannot be found."
+        )
+    return notes
 
 
 def _loss_scale(scaler: OpaqueObject | Mapping[str, Any], path: str) -> dict[str, float] | None:

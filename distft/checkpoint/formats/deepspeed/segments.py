@@ -1,15 +1,18 @@
 """A checkpoint source whose parameter states are assembled from segments of stored tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distft.checkpoint.formats.deepspeed.layout import Span
+from distft.checkpoint.formats.deepspeed.contents import ExtraState
+from distft.checkpoint.formats.deepspeed.layout import Span, with_offsets
+from distft.checkpoint.formats.torch_file import find_torch_file_damage
 from distft.checkpoint.formats.torch_file.values import StoredTensor
 from distft.checkpoint.fragments import Interval, cover
 from distft.checkpoint.manifest import Manifest
+from distft.checkpoint.sources import ManifestSource
 from distft.errors import CheckpointError
 
 
@@ -35,11 +38,8 @@ class SegmentTable:
 
     def add_spans(self, state: str, spans: Iterable[Span], tensor: StoredTensor) -> None:
         """Add a flat tensor that contains `spans` end to end, from its first element on."""
-        offset = 0
-        for span in spans:
-            if span.parameter is not None:
-                self._add(span.parameter, state, Segment(span.start, span.stop, tensor, offset))
-            offset += span.numel
+        for parameter, span, offset in with_offsets(spans):
+            self._add(parameter, state, Segment(span.start, span.stop, tensor, offset))
 
     def _add(self, parameter: str, state: str, segment: Segment) -> None:
         self.by_parameter.setdefault(parameter, {}).setdefault(state, []).append(segment)
@@ -49,31 +49,26 @@ class SegmentTable:
         return {state: found[0].tensor.dtype for state, found in self.by_parameter.get(parameter, {}).items()}
 
 
-class SegmentedSource:
-    """A `StateSource` from a manifest and a segment table."""
+class SegmentedSource(ManifestSource):
+    """A checkpoint of DeepSpeed: a manifest, a segment table, and the paths of all files that were read."""
 
-    format: str
-
-    def __init__(self, path: str, manifest: Manifest, segments: SegmentTable) -> None:
-        self.path = path
-        self.manifest = manifest
+    def __init__(
+        self,
+        path: str,
+        manifest: Manifest,
+        segments: SegmentTable,
+        extra_state: ExtraState,
+        file_paths: Sequence[str],
+    ) -> None:
+        super().__init__(path, manifest)
+        self.extra_state = extra_state
         self.notes: list[str] = []  # what was used, or could not be compared
         self._segments = segments.by_parameter
+        self._file_paths = file_paths
 
     def find_damage(self) -> list[str]:
         """Problems of its files: each is read whole and compared with the CRC-32s of its zip entries."""
-        raise NotImplementedError
-
-    def has(self, parameter: str, state: str) -> bool:
-        return state in self._segments.get(parameter, {})
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        record = self.manifest.parameters.get(parameter)
-        return None if record is None else record.shape
-
-    def updates(self, parameter: str) -> int:
-        record = self.manifest.parameters.get(parameter)
-        return 0 if record is None else record.updates
+        return [problem for path in self._file_paths for problem in find_torch_file_damage(path)]
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
         segments = self._segments.get(parameter, {}).get(state, [])

@@ -15,17 +15,12 @@ from distft.checkpoint.formats.deepspeed.reader import DeepSpeedCheckpoint
 from distft.checkpoint.formats.deepspeed.segments import SegmentedSource
 from distft.checkpoint.formats.huggingface_config import HuggingFaceModelSpec, parse_config
 from distft.checkpoint.formats.huggingface_files import INDEX_FILE, WEIGHTS_FILE, read_json
-from distft.checkpoint.formats.huggingface_source import LM_HEAD, HuggingFaceCheckpoint, find_tokenizer
-from distft.checkpoint.formats.huggingface_tensors import (
-    TensorMap,
-    base_prefix,
-    map_tensors,
-    read_parameter,
-)
+from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint, model_fields
+from distft.checkpoint.formats.huggingface_tensors import TensorMap, map_saved_tensors, read_parameter
 from distft.checkpoint.formats.names import CONFIG_FILE, has_model_states
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import GroupRecord, Manifest
-from distft.checkpoint.sources import CheckpointSource
+from distft.checkpoint.sources import CheckpointSource, ManifestSource
 from distft.checkpoint.steps import absolute
 from distft.errors import CheckpointError, ConfigError
 
@@ -90,7 +85,7 @@ def _has_weights(folder: str) -> bool:
     return any(storage.exists(storage.join(folder, name)) for name in names)
 
 
-class TransformersCheckpoint:
+class TransformersCheckpoint(ManifestSource):
     """A `CheckpointSource` over DeepSpeed's files: each parameter is rows of a tensor of transformers."""
 
     def __init__(
@@ -101,10 +96,9 @@ class TransformersCheckpoint:
         manifest: Manifest,
         tensor_names: dict[str, str],
     ) -> None:
-        self.path = folder
+        super().__init__(folder, manifest)
         self.format = deepspeed.format
         self.deepspeed = deepspeed  # the same under transformers' names, for the Trainer to go on with
-        self.manifest = manifest
         self.notes = deepspeed.notes
         self.has_safetensors = False  # of the same step, beside DeepSpeed's files
         self._parameters = tensor_map.parameters
@@ -115,14 +109,7 @@ class TransformersCheckpoint:
         """Raises `ConfigError` if config.json in `folder` is of an unsupported model, or of another one."""
         spec = parse_config(read_json(storage.join(folder, CONFIG_FILE)))
         saved = {name: name for name in deepspeed.manifest.parameters} | deepspeed.manifest.tied
-        prefix = base_prefix(spec.architecture)
-        tensor_map = map_tensors(
-            spec.model,
-            spec.architecture,
-            spec.head,
-            num_labels=len(spec.label_names or ()),
-            has_prefix=any(name.startswith(prefix) for name in saved),
-        )
+        tensor_map = map_saved_tensors(spec, saved)
         names = {
             parameter: saved[location.tensor.name]
             for parameter, location in tensor_map.parameters.items()
@@ -132,15 +119,6 @@ class TransformersCheckpoint:
         return cls(
             folder, deepspeed, tensor_map, _manifest(deepspeed, tensor_map, names, spec, folder), names
         )
-
-    def has(self, parameter: str, state: str) -> bool:
-        return parameter in self._tensor_names and self.deepspeed.has(self._tensor_names[parameter], state)
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        return self._parameters[parameter].shape if parameter in self._tensor_names else None
-
-    def updates(self, parameter: str) -> int:
-        return self.deepspeed.updates(self._tensor_names.get(parameter, ""))
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
         if not self.has(parameter, state):
@@ -222,15 +200,11 @@ def _manifest(
     for group in saved.groups:
         members = [parameter for name in group.parameters for parameter in parameters_of[name]]
         groups.append(GroupRecord(parameters=tuple(members), settings=group.settings))
-    is_tied = spec.model.tie_embeddings and spec.head == "language_model"
     return saved.model_copy(
         update={
-            "config": {"model": spec.model.model_dump(mode="json")},
-            "label_names": None if spec.label_names is None else list(spec.label_names),
-            "tokenizer": find_tokenizer(folder),
+            **model_fields(spec, folder),
             "written_by": {**saved.written_by, "architecture": spec.architecture},
             "parameters": parameters,
-            "tied": {LM_HEAD: "embed.weight"} if is_tied else {},
             "groups": groups,
         }
     )

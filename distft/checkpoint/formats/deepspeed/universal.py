@@ -10,27 +10,27 @@ import torch
 
 from distft import storage
 from distft.checkpoint.formats.deepspeed.contents import (
+    ExtraState,
     ModelFile,
     TorchOptimizer,
     parse_content,
+    unknown_layout_as_checkpoint_error,
     update_count,
 )
 from distft.checkpoint.formats.deepspeed.files import (
     MODEL_FILE,
     DeepSpeedFiles,
     find_tag_directory,
-    read_model_file,
     stage3_model_file,
 )
-from distft.checkpoint.formats.deepspeed.model import ExtraState, ModelStates, build_manifest
-from distft.checkpoint.formats.deepspeed.segments import SegmentedSource, SegmentTable
+from distft.checkpoint.formats.deepspeed.model import ModelStates, build_manifest
+from distft.checkpoint.formats.deepspeed.segments import SegmentedSource
 from distft.checkpoint.formats.deepspeed.writer_state import DEEPSPEED_VERSION, StateDictBuilder
 from distft.checkpoint.formats.deepspeed.zero_reader import OptimizerStates
 from distft.checkpoint.formats.names import LATEST_UNIVERSAL
-from distft.checkpoint.formats.torch_file import find_torch_file_damage, read_torch_file, write_torch_file
+from distft.checkpoint.formats.torch_file import read_torch_file, write_torch_file
 from distft.checkpoint.formats.torch_file.values import StoredTensor
 from distft.checkpoint.fragments import WEIGHT
-from distft.checkpoint.manifest import Manifest
 from distft.checkpoint.sources import CheckpointSource
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
 from distft.optim.adamw import ADAMW_MOMENTS
@@ -47,18 +47,6 @@ class UniversalCheckpoint(SegmentedSource):
 
     format = "universal"
 
-    def __init__(
-        self,
-        path: str,
-        manifest: Manifest,
-        segments: SegmentTable,
-        extra_state: ExtraState,
-        files: list[str],
-    ) -> None:
-        super().__init__(path, manifest, segments)
-        self.extra_state = extra_state
-        self._files = files
-
     @classmethod
     def open(cls, path: str, *, trust: bool = False) -> "UniversalCheckpoint":
         """Open a directory with `zero/` in it, or the one that the file `latest_universal` in `path` names.
@@ -67,19 +55,11 @@ class UniversalCheckpoint(SegmentedSource):
         """
         directory = find_tag_directory(path, LATEST_UNIVERSAL)
         files = _model_files(directory)
-        try:
+        with unknown_layout_as_checkpoint_error(directory, "ds_to_universal"):
             errors = ErrorCollector()
-            models: dict[int, ModelFile] = {}
-            for rank, name in sorted(files.model.items()):
-                with errors.collect():
-                    models[rank] = read_model_file(files.file_path(name), trust=trust)
+            models = files.read_models(errors, trust=trust)
             errors.raise_if_any()
             return cls._from_models(files, models, trust=trust)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(
-                f"{directory} does not have the layout of ds_to_universal ({type(error).__name__}: {error}): "
-                "it is damaged, or a version of DeepSpeed wrote it that distft does not know."
-            ) from error
 
     @classmethod
     def _from_models(
@@ -105,14 +85,9 @@ class UniversalCheckpoint(SegmentedSource):
             loss_scale=None,
             zero_stage="universal",
         )
-        paths = [files.file_path(name) for name in files.model.values()]
-        paths += [storage.join(folder, _OPTIMIZER_STATE), *state_files]
+        paths = [*files.paths(), storage.join(folder, _OPTIMIZER_STATE), *state_files]
         extra_state = ExtraState.of(model, common.get("loss_scaler"))
         return cls(files.path, manifest, segments, extra_state, paths)
-
-    def find_damage(self) -> list[str]:
-        """Problems of its files: each is read whole and compared with the CRC-32s of its zip entries."""
-        return [problem for path in self._files for problem in find_torch_file_damage(path)]
 
 
 def _model_files(directory: str) -> DeepSpeedFiles:

@@ -16,6 +16,7 @@ from distft.checkpoint.formats.deepspeed.layout import (
     stage12_partition_numel,
     stage12_spans,
     sub_groups,
+    with_offsets,
 )
 from distft.checkpoint.formats.deepspeed.model import PARAM_DTYPES
 from distft.checkpoint.formats.deepspeed.writer_state import DEEPSPEED_VERSION, StateDictBuilder
@@ -271,12 +272,7 @@ class _CheckpointContent:
 def _fragment_addresses(spans: Sequence[Span]) -> "OrderedDict[str, OpaqueObject]":
     """Where each parameter lies in a rank's flat partition; ds_to_universal reads these."""
     addresses: OrderedDict[str, OpaqueObject] = OrderedDict()
-    position = 0
-    for span in spans:
-        if span.parameter is not None:
-            fields = {"numel": span.numel, "start": position}
-            addresses[span.parameter] = OpaqueObject(
-                "deepspeed.utils.tensor_fragment", "fragment_address", fields
-            )
-        position += span.numel
+    for name, span, offset in with_offsets(spans):
+        fields = {"numel": span.numel, "start": offset}
+        addresses[name] = OpaqueObject("deepspeed.utils.tensor_fragment", "fragment_address", fields)
     return addresses

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distft.checkpoint.formats.deepspeed.contents import ExtraState
 from distft.checkpoint.formats.deepspeed.layout import Span
-from distft.checkpoint.formats.deepspeed.model import ExtraState
 from distft.checkpoint.formats.torch_file import CHUNK_NUMEL, can_pickle
 from distft.checkpoint.formats.torch_file.values import OpaqueObject, StreamedTensor
 from distft.checkpoint.fragments import WEIGHT

@@ -14,7 +14,7 @@ from distft.checkpoint.formats.deepspeed.contents import (
     parse_content,
     update_count,
 )
-from distft.checkpoint.formats.deepspeed.layout import Span, stage3_spans, stage12_spans
+from distft.checkpoint.formats.deepspeed.layout import Span, stage3_spans, stage12_spans, with_offsets
 from distft.checkpoint.formats.deepspeed.segments import SegmentTable
 from distft.checkpoint.formats.torch_file.values import OpaqueObject
 from distft.checkpoint.fragments import WEIGHT
@@ -89,11 +89,7 @@ def _check_slices(state: Stage12State, number: int, spans: Sequence[Span], where
     _require_equal(
         len(state.param_slice_mappings), len(state.base_optimizer_state.param_groups), "maps", where
     )
-    expected, position = {}, 0
-    for span in spans:
-        if span.parameter is not None:
-            expected[span.parameter] = (position, span.numel)
-        position += span.numel
+    expected = {name: (offset, span.numel) for name, span, offset in with_offsets(spans)}
     addresses = state.param_slice_mappings[number]
     found = {
         name: (address.fields.get("start"), address.fields.get("numel"))

@@ -12,6 +12,7 @@ from distft import storage
 from distft.checkpoint.formats.torch_file.archive import LOCAL_HEADER, PICKLE
 from distft.checkpoint.formats.torch_file.pickler import WritableTensor, dump_pickle
 from distft.checkpoint.formats.torch_file.values import StoredTensor, StreamedTensor
+from distft.checkpoint.rank_file import bytes_of
 
 CHUNK_NUMEL = 1 << 20  # elements in memory at a time; a few copies of them exist
 _ALIGNMENT_BYTES = 64  # of tensors, as torch aligns them, so that torch.load(mmap=True) works
@@ -75,8 +76,7 @@ def _write_tensor(
         for chunk in _chunks(tensor):
             if chunk.dtype != tensor.dtype:
                 raise ValueError(f"{name} is of {tensor.dtype}, but a chunk of {chunk.dtype} was given.")
-            raw: Any = chunk.contiguous().view(torch.uint8).numpy()
-            entry.write(memoryview(raw))
+            entry.write(bytes_of(chunk))
             num_written += chunk.numel()
     if num_written != numel:
         raise ValueError(f"{name} has {numel} elements, but {num_written} were given.")
@@ -89,4 +89,4 @@ def _chunks(tensor: WritableTensor) -> Iterator[Tensor]:
         for start in range(0, tensor.numel, CHUNK_NUMEL):
             yield tensor.read(start, min(start + CHUNK_NUMEL, tensor.numel))
     elif tensor.numel():
-        yield from (chunk.cpu() for chunk in torch.split(tensor.detach().reshape(-1), CHUNK_NUMEL))
+        yield from torch.split(tensor.detach().reshape(-1), CHUNK_NUMEL)
