@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (  # lowest first; a package imports only itself and packages of lower floors
     {"errors"},
     {"config"},
-    {"topology", "storage", "rendezvous"},
+    {"topology", "storage", "rendezvous", "keyed_random"},
     {"collectives", "tracker"},
     {"tokenizer", "model", "data", "optim", "watch"},
     {"objective", "checkpoint", "prepare"},

@@ -32,6 +32,8 @@ def _keys(schema: dict[str, Any], node: dict[str, Any], prefix: str, seen: tuple
         yield from _keys(schema, option, prefix, seen)
     if isinstance(node.get("items"), dict):
         yield from _keys(schema, node["items"], f"{prefix}.0", seen)
+    for values in node.get("patternProperties", {}).values():
+        yield from _keys(schema, values, f"{prefix}.NAME", seen)
     for key, value in node.get("properties", {}).items():
         dotted = f"{prefix}.{key}".removeprefix(".")
         yield dotted

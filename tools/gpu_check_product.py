@@ -17,13 +17,12 @@ from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import Manifest, Progress
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
 from distft.config import parse
-from distft.data.batch import Batch
+from distft.data.batch import AnyBatch
 from distft.data.corpus import JsonlCorpus, StdlibCorpus
 from distft.data.device_copy import batch_copier
 from distft.data.feed import Prefetcher
 from distft.data.shard_layout import MANIFEST
 from distft.model.config import ModelConfig
-from distft.model.dropout import row_keys
 from distft.prepare import TokenizeConfig, tokenize
 from distft.run.check import check_run
 from distft.run.config import RunConfig
@@ -242,13 +241,9 @@ class Training:
         self._num_steps += 1
         return result
 
-    def _prepare(self, batch: Batch) -> Batch:
+    def _prepare(self, batch: AnyBatch) -> AnyBatch:
         """In the prefetching thread, as the training loop does it."""
-        batch = replace(batch, counted_pairs=batch.num_attention_pairs)
-        if not self.inputs.model.dropout:
-            return batch
-        assert batch.sequence_numbers is not None
-        return replace(batch, dropout_keys=row_keys(self.config.seed, batch.sequence_numbers))
+        return batch.for_step(self.config.seed if self.inputs.model.dropout else None)
 
     def losses(self, num_steps: int) -> list[float]:
         return [float(self.step().loss) for _ in range(num_steps)]

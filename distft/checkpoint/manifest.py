@@ -100,6 +100,7 @@ class Progress(Settings):
     skipped_in_a_row: Count = 0
     steps_without_targets: Count = 0  # steps whose whole batch had no target, so they updated nothing
     loss_scale: dict[str, float] | None = None  # fp16 only
+    objective_state: dict[str, list[float]] = Field({})  # what the objective remembers from step to step
 
 
 class Manifest(Settings):
@@ -110,7 +111,7 @@ class Manifest(Settings):
     run_id: str
     progress: Progress
     config: dict[str, Any]  # resolved
-    label_names: list[str] | None = None
+    label_names: list[str] | dict[PlainName, list[str]] | None = None  # a mapping: of each data stream
     tokenizer: TokenizerRecord | None = None
     written_by: dict[str, Any]  # engine, world size, versions
     parameters: dict[PlainName, ParameterRecord]

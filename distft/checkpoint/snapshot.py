@@ -33,7 +33,7 @@ class RunMetadata:
     run_id: str
     config: dict[str, Any]
     written_by: dict[str, Any]
-    label_names: list[str] | None = None
+    label_names: list[str] | dict[str, list[str]] | None = None
     tokenizer: TokenizerRecord | None = None
     groups: list[GroupRecord] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,21 +13,27 @@ from xxhash import xxh3_64_hexdigest
 
 from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX
+from distft.keyed_random import row_keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """B rows of T tokens with their targets, which are tensors by name.
 
-    Targets equal to `IGNORE_INDEX` have no loss; `num_targets` counts the others, by the same names.
+    Targets equal to `IGNORE_INDEX` have no loss; `num_targets` counts the others, by the same names. A
+    sequence of the run's order may be several rows, one after another: the texts of a pair, or views of one.
     """
 
     input_ids: Tensor  # int64 [B, T]
-    targets: Mapping[str, Tensor]  # int64 [B, T] or [B]
+    targets: Mapping[str, Tensor]  # [B, T], [B] or [B, K]
     num_targets: Mapping[str, int]
-    sequence_numbers: Tensor | None = None  # int64 [B]: each row's number in the run's order; None: unknown
+    rows_per_sequence: int = 1
+    sequence_numbers: Tensor | None = (
+        None  # int64 [B]: of the row's sequence in the run's order; None: unknown
+    )
     position_ids: Tensor | None = None  # int64 [B, T]; None: 0, 1, 2, ... in each row
     document_ids: Tensor | None = None  # int64 [B, T]; attention stays within one id; None: one id per row
+    is_prefix: Tensor | None = None  # bool [B, T]: tokens that earlier ones of their document attend to, too
     lengths: Tensor | None = None  # int64 [B]: tokens before the right padding; None: no padding
     num_target_bytes: int = 0  # UTF-8 bytes of the target tokens; 0 if unknown
     dropout_keys: Tensor | None = None  # int64 [B]: what dropout draws in each row; None: at random
@@ -47,10 +53,34 @@ class Batch:
         return int((2 * self.position_ids + 1).sum())  # 1 + 3 + 5 + ... over a document of L tokens is L ** 2
 
     @property
+    def num_tokens(self) -> int:
+        """Padding included."""
+        return self.input_ids.numel()
+
+    @property
     def model_inputs(self) -> dict[str, Tensor | None]:
         """The arguments of `Transformer.forward`."""
-        names = ("input_ids", "position_ids", "document_ids", "lengths", "dropout_keys")
+        names = ("input_ids", "position_ids", "document_ids", "is_prefix", "lengths", "dropout_keys")
         return {name: getattr(self, name) for name in names}
+
+    def row_keys(self, seed: int) -> Tensor:
+        """int64 [B]: what random numbers of each row depend on; each row of a sequence has another one."""
+        assert self.sequence_numbers is not None
+        keys = torch.empty_like(self.sequence_numbers)
+        for view in range(self.rows_per_sequence):
+            rows = slice(view, None, self.rows_per_sequence)
+            keys[rows] = row_keys(seed, self.sequence_numbers[rows], view)
+        return keys
+
+    def for_step(self, dropout_seed: int | None) -> "Batch":
+        """With all that a step reads of it on the host, while it is in host memory; None: no dropout."""
+        batch = replace(self, counted_pairs=self.num_attention_pairs)
+        return batch if dropout_seed is None else replace(batch, dropout_keys=self.row_keys(dropout_seed))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the batch, its targets included."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [value for value in (*values, *self.targets.values()) if isinstance(value, Tensor)]
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with every tensor on `device`."""
@@ -68,6 +98,43 @@ class Batch:
         }
         targets = {name: function(target) for name, target in self.targets.items()}
         return replace(self, **changed, targets=targets)
+
+
+@dataclass(frozen=True, slots=True)
+class MixedBatch:
+    """A micro-batch of several data streams, by the stream's name.
+
+    A stream without a row in it has a batch without targets, since each forward is a collective under ZeRO 3.
+    A stream without a row in the whole step may be absent.
+    """
+
+    streams: Mapping[str, Batch]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(batch.num_tokens for batch in self.streams.values())
+
+    @property
+    def num_attention_pairs(self) -> int:
+        return sum(batch.num_attention_pairs for batch in self.streams.values())
+
+    def for_step(self, dropout_seed: int | None) -> "MixedBatch":
+        # Sequences of equal number in two streams get other random numbers.
+        seeds = [None if dropout_seed is None else dropout_seed + i for i in range(len(self.streams))]
+        items = zip(self.streams.items(), seeds, strict=True)
+        return MixedBatch({name: batch.for_step(seed) for (name, batch), seed in items})
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for batch in self.streams.values() for tensor in batch.tensors()]
+
+    def to(self, device: torch.device) -> "MixedBatch":
+        return MixedBatch({name: batch.to(device) for name, batch in self.streams.items()})
+
+    def pin_memory(self) -> "MixedBatch":
+        return MixedBatch({name: batch.pin_memory() for name, batch in self.streams.items()})
+
+
+AnyBatch: TypeAlias = Batch | MixedBatch
 
 
 class RaggedArray:
@@ -133,10 +200,12 @@ def merge_batches(batches: Sequence[Batch], row_positions: Sequence[Indices]) ->
     """Merge batches into one: row `i` of batch `b` becomes row `row_positions[b][i]`.
 
     Shorter rows are padded on the right; `lengths` excludes the padding. A field or a target that some
-    batches lack gets, for their rows, the value that its absence means.
+    batches lack gets, for their rows, the value that its absence means. Targets are [B, T] or [B].
     """
     if len(batches) == 1:
         return batches[0]
+    if any(batch.rows_per_sequence != 1 for batch in batches):
+        raise ValueError("sequences of several rows cannot be merged")
     order = torch.from_numpy(np.argsort(np.concatenate(row_positions), kind="stable"))
     width = max(batch.input_ids.shape[1] for batch in batches)
 
@@ -167,6 +236,9 @@ def merge_batches(batches: Sequence[Batch], row_positions: Sequence[Indices]) ->
         sequence_numbers=concatenate_optional("sequence_numbers", _unknown_numbers),
         position_ids=concatenate_optional("position_ids", _positions),
         document_ids=concatenate_optional("document_ids", lambda batch: torch.zeros_like(batch.input_ids)),
+        is_prefix=concatenate_optional(
+            "is_prefix", lambda batch: torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        ),
         lengths=concatenate([_lengths(batch) for batch in batches], 0)
         if is_padded
         else concatenate_optional("lengths", _lengths),

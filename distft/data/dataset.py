@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from distft.data.sampler import Indices
 
 Encode = Callable[[str], list[int]]
+ClassNames = tuple[str, ...]  # by class id
+# Of the one data set; None: it has none; or those of each stream, by its name.
+Labels = ClassNames | Mapping[str, ClassNames] | None
 DocumentMode = Literal["separate", "joined"]  # whether a row's documents see each other
 
 
@@ -27,12 +30,26 @@ class DataContext:
     vocab_size: int  # rows of the model's embedding: the padded vocabulary
     encode: Encode
     tokenizer_fingerprint: str
+    global_batch_size: int = 1
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
+    unk_id: int | None = None
+    piece_id: Callable[[str], int | None] = lambda _: None  # the id of a piece, such as <mask>; None: no such
     token_bytes: NDArray[np.int64] | None = None  # [vocab_size] UTF-8 bytes of each token, for bits per byte
-    label_names: tuple[str, ...] | None = None  # of a trained classifier; None: collect them from the data
+    starts_word: NDArray[np.bool_] | None = None  # [vocab_size] whether each token begins a word
+    label_names: Labels = None  # of a trained classifier; None: collect them from the data
     cache_dir: str | None = None  # where ranks share encoded rows; None: each process encodes for itself
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformContext:
+    """What a transform of batches may use besides the batch."""
+
+    data: DataContext
+    seed: int
+    num_sequences: int  # the sequences [0, num_sequences) exist
+    rows: Callable[[Indices], Batch]  # the rows of any sequences, as they are without transforms
 
 
 class SequenceDataset(Protocol):

@@ -1,31 +1,29 @@
 """Copies batches to a GPU beside its computation."""
 
-from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from distft.data.batch import Batch
+from distft.data.batch import AnyBatch
 
 
 class BatchCopier(Protocol):
     """Moves batches to a device: one thread starts the copies, another one receives them."""
 
-    def start(self, batch: Batch) -> tuple[Batch, Any]:
+    def start(self, batch: AnyBatch) -> tuple[AnyBatch, Any]:
         """Enqueue the copy of `batch`; returns it on the device, and what `receive` needs."""
 
-    def receive(self, batch: Batch, copied: Any) -> None:
+    def receive(self, batch: AnyBatch, copied: Any) -> None:
         """Have what the calling thread enqueues from now on wait for the copy. The host does not wait."""
 
 
 class HostBatches:
     """The `BatchCopier` of a CPU: it copies nothing."""
 
-    def start(self, batch: Batch) -> tuple[Batch, None]:
+    def start(self, batch: AnyBatch) -> tuple[AnyBatch, None]:
         return batch, None
 
-    def receive(self, batch: Batch, copied: None) -> None:
+    def receive(self, batch: AnyBatch, copied: None) -> None:
         pass
 
 
@@ -36,7 +34,7 @@ class SideStream:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def start(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+    def start(self, batch: AnyBatch) -> tuple[AnyBatch, torch.cuda.Event]:
         torch.cuda.set_device(self._device)  # a thread starts on device 0, and would make a context there
         # From pageable memory a copy would wait, and not overlap. The allocator of pinned memory reuses a
         # block only when the copy from it is done.
@@ -44,20 +42,14 @@ class SideStream:
             on_device = batch.pin_memory().to(self._device)
             return on_device, self._stream.record_event()
 
-    def receive(self, batch: Batch, copied: torch.cuda.Event) -> None:
+    def receive(self, batch: AnyBatch, copied: torch.cuda.Event) -> None:
         consumer = torch.cuda.current_stream(self._device)
         consumer.wait_event(copied)
         # The tensors' memory belongs to the copying stream: without this, it could be reused for the next
         # batch while kernels of this one still read it.
-        for tensor in tensors_of(batch):
+        for tensor in batch.tensors():
             tensor.record_stream(consumer)
 
 
 def batch_copier(device: torch.device) -> BatchCopier:
     return SideStream(device) if device.type == "cuda" else HostBatches()
-
-
-def tensors_of(batch: Batch) -> list[Tensor]:
-    """Every tensor of the batch, its targets included."""
-    values = [getattr(batch, field.name) for field in fields(batch)]
-    return [value for value in (*values, *batch.targets.values()) if isinstance(value, Tensor)]

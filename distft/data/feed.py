@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from time import perf_counter
 from types import TracebackType
@@ -11,8 +12,8 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import torch
 
-from distft.data.batch import Batch, merge_batches
-from distft.data.dataset import SequenceDataset
+from distft.data.batch import AnyBatch, Batch, MixedBatch, merge_batches
+from distft.data.dataset import ClassNames, SequenceDataset
 from distft.data.device_copy import BatchCopier, HostBatches
 from distft.data.mixture import MixtureSampler, Sampler, SequentialSampler
 from distft.data.sampler import Indices
@@ -31,13 +32,12 @@ class Feed:
         datasets: Sequence[SequenceDataset],
         sampler: Sampler,
         *,
-        label_names: tuple[str, ...] | None = None,
+        label_names: ClassNames | None = None,
         document_start: tuple[int, ...] | None = None,
-        transforms: Sequence[Transform] = (),
     ) -> None:
         self._datasets = tuple(datasets)
         self._sampler = sampler
-        self._transforms = tuple(transforms)
+        self._transforms: tuple[Transform, ...] = ()
         self.label_names = label_names  # class names by id; None: not a classification
         self.document_start = document_start  # ids with which each document begins; None: unknown
         self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
@@ -49,31 +49,25 @@ class Feed:
         weights: Sequence[float] = (1.0,),
         seed: int,
         shuffle: bool,
-        label_names: tuple[str, ...] | None = None,
+        label_names: ClassNames | None = None,
         document_start: tuple[int, ...] | None = None,
-        transforms: Sequence[Transform] = (),
     ) -> "Feed":
         """Infinitely many epochs, each in another order; datasets are mixed by `weights`."""
         weighted = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
         sampler = MixtureSampler(weighted, seed, shuffle=shuffle)
-        return cls(
-            datasets,
-            sampler,
-            label_names=label_names,
-            document_start=document_start,
-            transforms=transforms,
-        )
+        return cls(datasets, sampler, label_names=label_names, document_start=document_start)
 
     @classmethod
-    def for_evaluation(
-        cls,
-        *datasets: SequenceDataset,
-        label_names: tuple[str, ...] | None = None,
-        transforms: Sequence[Transform] = (),
-    ) -> "Feed":
+    def for_evaluation(cls, *datasets: SequenceDataset, label_names: ClassNames | None = None) -> "Feed":
         """Every row once in file order, as sequences [0, num_sequences)."""
         sampler = SequentialSampler([dataset.num_sequences for dataset in datasets])
-        return cls(datasets, sampler, label_names=label_names, transforms=transforms)
+        return cls(datasets, sampler, label_names=label_names)
+
+    def with_transforms(self, *transforms: Transform) -> "Feed":
+        """The same sequences, whose batches go through `transforms`, one after another."""
+        feed = copy(self)
+        feed._transforms = (*self._transforms, *transforms)
+        return feed
 
     @property
     def summary(self) -> str:
@@ -95,13 +89,20 @@ class Feed:
         """Dataset index and row of each of the sequences [start, stop)."""
         return self._sampler.lookup(start, stop)
 
+    def rows(self, numbers: Indices) -> Batch:
+        """The sequences of these numbers, without transforms."""
+        found = [self._sampler.lookup(number, number + 1) for number in numbers.tolist()]
+        dataset_ids, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return self._merged_batch(dataset_ids, rows)
+
     def batch(self, start: int, stop: int) -> Batch:
-        """Sequences [start, stop); for an empty range, one row without targets."""
+        """Sequences [start, stop); for an empty range, one sequence without targets."""
         dataset_ids, rows = self._sampler.lookup(start, stop)
         if not len(rows):
             batch, numbers = self._datasets[0].batch(rows), np.array([start])
         else:
             batch, numbers = self._merged_batch(dataset_ids, rows), np.arange(start, stop)
+        numbers = np.repeat(numbers, batch.rows_per_sequence)
         batch = replace(batch, sequence_numbers=torch.from_numpy(numbers))
         for transform in self._transforms:
             batch = transform(batch)
@@ -117,6 +118,75 @@ class Feed:
         return merge_batches(batches, row_positions)
 
 
+class StreamFeed:
+    """As `Feed`, of several streams, each with an order, transforms and kind of rows of its own."""
+
+    document_start: tuple[int, ...] | None = None
+
+    def __init__(self, streams: Mapping[str, Feed], sampler: Sampler, *, steps_of: int | None = None) -> None:
+        """`sampler` gives the index of a sequence's stream, and its number in that stream.
+
+        With `steps_of`, all that many sequences of an optimizer step are of one stream.
+        """
+        self.streams = dict(streams)
+        self._sampler = sampler
+        self._steps_of = steps_of
+        self.num_sequences = sum(feed.num_sequences for feed in streams.values())
+
+    def with_streams(self, streams: Mapping[str, Feed]) -> "StreamFeed":
+        """The same order of other feeds of the same names."""
+        return StreamFeed(streams, self._sampler, steps_of=self._steps_of)
+
+    @property
+    def label_names(self) -> Mapping[str, ClassNames]:
+        return {name: feed.label_names for name, feed in self.streams.items() if feed.label_names is not None}
+
+    @property
+    def summary(self) -> str:
+        return "\n".join(f"{name}: {feed.summary}" for name, feed in self.streams.items())
+
+    @property
+    def dataset_sizes(self) -> list[int]:
+        return [size for feed in self.streams.values() for size in feed.dataset_sizes]
+
+    @property
+    def fingerprint(self) -> str | None:
+        fingerprints = [feed.fingerprint for feed in self.streams.values()]
+        return None if None in fingerprints else "+".join(map(str, fingerprints))
+
+    def lookup(self, start: int, stop: int) -> tuple[Indices, Indices]:
+        stream_ids, numbers = self._sampler.lookup(start, stop)
+        dataset_ids, rows = np.empty_like(numbers), np.empty_like(numbers)
+        first_dataset = 0
+        for stream, feed in enumerate(self.streams.values()):
+            positions = np.flatnonzero(stream_ids == stream)
+            first, last = _bounds(numbers[positions])
+            dataset_ids[positions], rows[positions] = feed.lookup(first, last)
+            dataset_ids[positions] += first_dataset
+            first_dataset += len(feed.dataset_sizes)
+        return dataset_ids, rows
+
+    def batch(self, start: int, stop: int) -> MixedBatch:
+        stream_ids, numbers = self._sampler.lookup(start, stop)
+        used = set(range(len(self.streams)))
+        if self._steps_of is not None:
+            # An empty range is at the end of a rank's share of a step.
+            used = set(self._sampler.lookup(min(start, stop - 1), stop)[0].tolist())
+        batches = {}
+        for stream, (name, feed) in enumerate(self.streams.items()):
+            if stream in used:
+                batches[name] = feed.batch(*_bounds(numbers[stream_ids == stream]))
+        return MixedBatch(batches)
+
+
+AnyFeed: TypeAlias = Feed | StreamFeed
+
+
+def _bounds(numbers: Indices) -> tuple[int, int]:
+    """[first, last + 1) of consecutive numbers."""
+    return (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
+
+
 class Prefetcher:
     """Iterator over the batches of `micro_batches`, made by a thread that runs at most `depth` ahead.
 
@@ -127,18 +197,18 @@ class Prefetcher:
 
     def __init__(
         self,
-        feed: Feed,
+        feed: AnyFeed,
         micro_batches: Iterable[MicroBatch],
         *,
         depth: int = 4,
-        prepare: Transform | None = None,
+        prepare: Callable[[AnyBatch], AnyBatch] | None = None,
         copier: BatchCopier | None = None,
     ) -> None:
         self._prepare = prepare
         self._copier = HostBatches() if copier is None else copier
         self.wait_s = 0.0
         self.last_micro_batch = MicroBatch(0, 0)  # sequences of the batch that `next` returned last
-        self._queue: queue.Queue[tuple[MicroBatch, Batch, Any] | BaseException | None] = queue.Queue(depth)
+        self._queue: queue.Queue[tuple[MicroBatch, AnyBatch, Any] | BaseException | None] = queue.Queue(depth)
         self._is_closed = threading.Event()
         self._thread = threading.Thread(
             target=self._produce, args=(feed, iter(micro_batches)), name="distft-prefetch", daemon=True
@@ -148,7 +218,7 @@ class Prefetcher:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> AnyBatch:
         """The next batch; `StopIteration` after the last one and after `close`."""
         if self._is_closed.is_set():
             raise StopIteration
@@ -187,7 +257,7 @@ class Prefetcher:
             except queue.Empty:
                 return
 
-    def _produce(self, feed: Feed, micro_batches: Iterator[MicroBatch]) -> None:
+    def _produce(self, feed: AnyFeed, micro_batches: Iterator[MicroBatch]) -> None:
         try:
             for micro_batch in micro_batches:
                 if self._is_closed.is_set():

@@ -77,6 +77,7 @@ class LabelledConfig(Settings):
         if context.label_names is None:
             names = LabelNames.from_labels(record.values[self.label] for record in records)
         else:
+            assert isinstance(context.label_names, tuple)  # of this stream
             names = LabelNames(context.label_names)
         if len(names.names) < 2:
             raise DataError(

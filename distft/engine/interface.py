@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.sources import StateSource
-from distft.data.batch import Batch
+from distft.data.batch import AnyBatch
 from distft.engine.settings import Precision
 from distft.optim.adamw import ParameterGroup
 
@@ -17,7 +17,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 # (model, micro-batch) -> loss terms [K], each already divided by what it is a mean over
-LossTermsFn: TypeAlias = Callable[[Callable[..., Mapping[str, Tensor]], Batch], Tensor]
+LossTermsFn: TypeAlias = Callable[[Callable[..., Mapping[str, Tensor]], AnyBatch], Tensor]
 GroupLr: TypeAlias = Callable[[ParameterGroup], float]  # a group's learning rate in this step
 
 
@@ -45,7 +45,7 @@ class Engine(Protocol):
     def model(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass."""
 
-    def forward_backward(self, micro_batches: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[AnyBatch], loss_terms: LossTermsFn) -> Tensor:
         """Accumulate the gradients of this rank's micro-batches of one step; return their terms [K], added.
 
         The loss is the sum of all terms of all micro-batches and ranks. The terms are detached, still on the

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.sources import StateSource, read_state
-from distft.data.batch import Batch
+from distft.data.batch import AnyBatch
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.settings import LocalConfig
@@ -72,7 +72,7 @@ class LocalEngine:
     def model(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def forward_backward(self, micro_batches: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[AnyBatch], loss_terms: LossTermsFn) -> Tensor:
         total = None
         for batch in micro_batches:
             terms = loss_terms(self.model, batch.to(self.device))

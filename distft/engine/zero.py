@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distft.checkpoint.fragments import WEIGHT, Fragment, even_slice
 from distft.checkpoint.sources import StateSource, read_state
 from distft.collectives import Collectives, all_or_none
-from distft.data.batch import Batch
+from distft.data.batch import AnyBatch
 from distft.engine import zero_layout
 from distft.engine.deepspeed_config import ZeroConfig, clips_in_kernel, deepspeed_config
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
@@ -89,7 +89,7 @@ class ZeroEngine:
     def model(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
-    def forward_backward(self, micro_batches: Sequence[Batch], loss_terms: LossTermsFn) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[AnyBatch], loss_terms: LossTermsFn) -> Tensor:
         total = None
         # ZeRO averages gradients over ranks; the Engine contract is that they add.
         factor = float(self._collectives.dp_world_size)

@@ -65,26 +65,40 @@ def _lacks_for_flex(config: ModelConfig, device: torch.device) -> str | None:
 
 
 def make_attention_mask(
-    config: ModelConfig, shape: torch.Size, document_ids: Tensor | None, lengths: Tensor | None
+    config: ModelConfig,
+    shape: torch.Size,
+    document_ids: Tensor | None,
+    lengths: Tensor | None,
+    is_prefix: Tensor | None = None,
 ) -> AttentionMask:
     """The mask of rows of `shape` [B, T]; None if the kernel needs none.
 
-    Every position attends to itself, also in padding: a softmax over no keys would give NaN.
+    Every position attends to itself, also in padding: a softmax over no keys would give NaN. Tokens attend to
+    those of their document that `is_prefix` marks, wherever these are; padding is never marked.
     """
     if config.is_causal:
         lengths = None  # padding is on the right, so no real token attends to it anyway
-    if document_ids is None and lengths is None:
+    else:
+        is_prefix = None  # every token attends to all others anyway
+    if document_ids is None and lengths is None and is_prefix is None:
         return None
-    if document_ids is not None and lengths is None and uses_flex_attention(config, document_ids.device):
+    if (
+        document_ids is not None
+        and lengths is None
+        and is_prefix is None
+        and uses_flex_attention(config, document_ids.device)
+    ):
         return _flex_block_mask(document_ids, is_causal=config.is_causal)
     num_positions = shape[1]
-    device = document_ids.device if document_ids is not None else lengths.device  # type: ignore[union-attr]
+    device = next(x for x in (document_ids, lengths, is_prefix) if x is not None).device
     if device.type == "cuda" and document_ids is not None:
         _warn_of_dense_mask(_lacks_for_flex(config, device) or "model.attention_kernel excludes it")
     positions = torch.arange(num_positions, device=device)
     mask = torch.ones(1, 1, num_positions, num_positions, dtype=torch.bool, device=device)
     if config.is_causal:
         mask = mask.tril()
+    if is_prefix is not None:
+        mask = mask | is_prefix[:, None, None, :]
     if document_ids is not None:
         mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     if lengths is not None:

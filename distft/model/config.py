@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -122,6 +122,10 @@ class ModelConfig(Settings):
         return self
 
 
+Pooling: TypeAlias = Literal["last", "mean", "first"]  # of a row's real tokens, to one vector
+HeadName: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
+
+
 @dataclass(frozen=True, slots=True)
 class LanguageModelHead:
     """Logits over the vocabulary at every position."""
@@ -132,9 +136,30 @@ class ClassificationHead:
     """Logits over the classes, once per row."""
 
     num_labels: int
-    pooling: Literal["last", "mean", "first"] = "last"  # over the row's real tokens
+    pooling: Pooling = "last"
 
 
-Head: TypeAlias = LanguageModelHead | ClassificationHead
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenHead:
+    """`num_outputs` numbers at every position."""
+
+    num_outputs: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingHead:
+    """One vector per row, and with a learned temperature one parameter: the logarithm of its change, [1].
+
+    The vector is divided by the square root of the temperature, so that products of two are similarities
+    divided by the temperature. That makes the temperature a part of the model like any other.
+    """
+
+    pooling: Pooling = "mean"
+    normalize: bool = True  # to length 1, before the temperature
+    temperature: float = 1.0
+    learns_temperature: bool = False
+
+
+Head: TypeAlias = LanguageModelHead | ClassificationHead | TokenHead | EmbeddingHead
 Heads: TypeAlias = Mapping[str, Head]  # by the name of the head's module
 LANGUAGE_MODEL: Heads = {"lm_head": LanguageModelHead()}

@@ -3,7 +3,14 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
+from distft.model.config import (
+    LANGUAGE_MODEL,
+    ClassificationHead,
+    EmbeddingHead,
+    Heads,
+    ModelConfig,
+    TokenHead,
+)
 
 
 def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
@@ -14,11 +21,17 @@ def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
     if config.positions == "learned":
         total += config.max_seq_len * config.d_model
     for head in heads.values():
-        if isinstance(head, ClassificationHead):
-            total += config.d_model * head.num_labels
+        if isinstance(head, EmbeddingHead):
+            total += head.learns_temperature
+        elif isinstance(head, ClassificationHead | TokenHead):
+            total += config.d_model * _num_outputs(head)
         elif not config.tie_embeddings:
             total += config.padded_vocab_size * config.d_model
     return total
+
+
+def _num_outputs(head: ClassificationHead | TokenHead) -> int:
+    return head.num_labels if isinstance(head, ClassificationHead) else head.num_outputs
 
 
 def _num_block_parameters(config: ModelConfig, norm: int) -> int:
@@ -145,8 +158,9 @@ def _linear_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterato
         yield _Product(f"{block}.mlp.down.", width * hidden, (f"{block}.mlp.gate.", f"{block}.mlp.up."))
     before_heads = ("blocks.", "norm.")
     for name, head in heads.items():
-        if isinstance(head, ClassificationHead):
-            yield _Product(f"{name}.", width * head.num_labels / seq_len, before_heads)
-        else:
+        if isinstance(head, ClassificationHead | TokenHead):
+            num_uses = 1 / seq_len if isinstance(head, ClassificationHead) else 1
+            yield _Product(f"{name}.", width * _num_outputs(head) * num_uses, before_heads)
+        elif not isinstance(head, EmbeddingHead):
             weight = "embed." if config.tie_embeddings else f"{name}."
             yield _Product(weight, width * config.padded_vocab_size, before_heads)

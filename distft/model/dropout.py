@@ -1,8 +1,6 @@
 """Dropout as a function of a key per row: its draws do not depend on how a batch is split.
 
-The mask is a counter-based random number (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
-here with the mixing function of splitmix64. No generator has a state, so nothing has to be saved, and a
-recomputed block draws the same again.
+The mask is a counter-based random number (`distft.keyed_random`), so a recomputed block draws the same again.
 
 Shape letters: B rows, W width of the last dimension, L = ceil(W / 4) words of four 16-bit numbers.
 """
@@ -10,14 +8,9 @@ Shape letters: B rows, W width of the last dimension, L = ceil(W / 4) words of f
 import torch
 from torch import Tensor
 
-_GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, odd, as a signed 64-bit number
-_FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's factors
+from distft.keyed_random import GOLDEN, mix
+
 _MAX_WIDTH = 2**24  # positions in one row of the last dimension but one, for the counters
-
-
-def row_keys(seed: int, sequence_numbers: Tensor) -> Tensor:
-    """int64 [B]: one key for each sequence of the run's order."""
-    return _mix(_mix(torch.full_like(sequence_numbers, seed)) + sequence_numbers)
 
 
 def random_row_keys(num_rows: int, device: torch.device) -> Tensor:
@@ -46,18 +39,6 @@ def _random_16_bit(shape: torch.Size, keys_B: Tensor, site: int) -> Tensor:
     for axis, size in enumerate(reversed(middle)):
         positions = (torch.arange(size, device=device) ^ 0).view(-1, *[1] * (axis + 1))
         counters = counters + positions * _MAX_WIDTH ** (axis + 1)
-    keys = _mix(keys_B + site).view(num_rows, *[1] * (len(shape) - 1))
-    numbers = _mix(keys + (counters ^ 0) * _GOLDEN)
+    keys = mix(keys_B + site).view(num_rows, *[1] * (len(shape) - 1))
+    numbers = mix(keys + (counters ^ 0) * GOLDEN)
     return numbers.view(torch.int16)[..., :width]
-
-
-def _mix(z: Tensor) -> Tensor:
-    """splitmix64's finalizer: every bit of the result depends on every bit of `z`."""
-    z = (z ^ _shift_right(z, 30)) * _FIRST
-    z = (z ^ _shift_right(z, 27)) * _SECOND
-    return z ^ _shift_right(z, 31)
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """A logical shift: torch's own keeps the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -22,12 +22,12 @@ class InitialValues:
 
 
 def initial_values(config: ModelConfig, name: str, shape: tuple[int, ...]) -> InitialValues:
-    """Ones for norms, zeros for biases, normal for matrices.
+    """Ones for norms, zeros for biases and a temperature's logarithm, normal for matrices.
 
     The matrices that write into the residual stream (`o`, `down`) are scaled by 1/sqrt(2 * num_layers), so
     that its variance does not grow with depth (Radford et al. 2019, GPT-2).
     """
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".log_temperature")):
         return InitialValues("zeros")
     if len(shape) == 1:
         return InitialValues("ones")

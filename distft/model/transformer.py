@@ -3,18 +3,28 @@
 Shape letters: B rows, T positions, N = B * T, C = d_model, V = padded_vocab_size, K classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distft.errors import ConfigError
 from distft.model.attention import KVCache, RotaryCosSin, rotary_cos_sin
 from distft.model.attention_kernels import AttentionMask, make_attention_mask
 from distft.model.block import Block
-from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Head, Heads, ModelConfig
+from distft.model.config import (
+    LANGUAGE_MODEL,
+    ClassificationHead,
+    EmbeddingHead,
+    Head,
+    Heads,
+    LanguageModelHead,
+    ModelConfig,
+    TokenHead,
+)
 from distft.model.dropout import dropout, random_row_keys
 from distft.model.layers import Linear, make_embedding, make_norm
 
@@ -32,6 +42,23 @@ class OutputProjection(Linear):
         # forward of the module that owns it.
         dtype = self.matmul_dtype(x_BTC)
         return loss_from_hidden(x_BTC.flatten(0, -2).to(dtype), self.weight.to(dtype))
+
+
+class Embedding(nn.Module):
+    """The pooled vector [B, C] of each row, as an `EmbeddingHead` describes it."""
+
+    def __init__(self, head: EmbeddingHead) -> None:
+        super().__init__()
+        self.head = head
+        if head.learns_temperature:
+            self.log_temperature = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        x_BC = x_BC.float()
+        if self.head.normalize:
+            x_BC = functional.normalize(x_BC, dim=-1)
+        x_BC = x_BC * self.head.temperature**-0.5
+        return x_BC * torch.exp(-0.5 * self.log_temperature.float()) if self.head.learns_temperature else x_BC
 
 
 class Transformer(nn.Module):
@@ -65,12 +92,18 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         *,
+        is_prefix: Tensor | None = None,
+        heads: Collection[str] | None = None,
         losses_from_hidden: Mapping[str, HiddenLossFn] | None = None,
     ) -> dict[str, Tensor]:
-        """The output of each head by name: logits [B, T, V] of a language model, [B, K] of a classifier.
+        """The output of each of `heads` (None: all) by name.
+
+        That is logits [B, T, V] of a language model and [B, K] of a classifier, numbers [B, T, K] of a token
+        head, vectors [B, C] of an embedding.
 
         `input_ids`, `position_ids` (None: 0, 1, 2, ...) and `document_ids` (tokens attend only to tokens with
         the same id) are int64 [B, T]; `lengths` is int64 [B], the number of real tokens at each row's start.
+        `is_prefix` bool [B, T] marks tokens to which a causal model's earlier tokens attend, too.
         `dropout_keys` int64 [B] determine what training drops in each row; None: drawn at random.
         A language model's head `name` in `losses_from_hidden` returns
         `losses_from_hidden[name](hidden [N, C], weight [V, C])` in place of its logits.
@@ -85,7 +118,7 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         # Mask and rotation angles are the same for all blocks, so they are computed once.
-        mask = make_attention_mask(self.config, input_ids.shape, document_ids, lengths)
+        mask = make_attention_mask(self.config, input_ids.shape, document_ids, lengths, is_prefix)
         if not self.training or not self.config.dropout:
             dropout_keys = None
         elif dropout_keys is None:
@@ -95,10 +128,12 @@ class Transformer(nn.Module):
             x_BTC = dropout(x_BTC, self.config.dropout, dropout_keys, site=0)
         x_BTC = self.norm(self._run_blocks(x_BTC, rope, mask, dropout_keys))
         outputs = {}
-        for name, head in self.heads.items():
-            module = self.get_submodule(name)
-            if isinstance(head, ClassificationHead):
+        for name in self.heads if heads is None else heads:
+            head, module = self.heads[name], self.get_submodule(name)
+            if isinstance(head, ClassificationHead | EmbeddingHead):
                 outputs[name] = module(_pool(x_BTC, lengths, head.pooling))
+            elif isinstance(head, TokenHead):
+                outputs[name] = module(x_BTC)
             else:
                 outputs[name] = module(x_BTC, (losses_from_hidden or {}).get(name))
         return outputs
@@ -123,9 +158,12 @@ class Transformer(nn.Module):
         lm_head: OutputProjection = self.get_submodule("lm_head")  # type: ignore[assignment]
         return lm_head(self.norm(x_BTC[:, -1:]))
 
-    def _make_head(self, head: Head) -> Linear:
-        if isinstance(head, ClassificationHead):
-            return Linear(self.config.d_model, head.num_labels, bias=False)
+    def _make_head(self, head: Head) -> nn.Module:
+        if isinstance(head, EmbeddingHead):
+            return Embedding(head)
+        if not isinstance(head, LanguageModelHead):
+            num_outputs = head.num_labels if isinstance(head, ClassificationHead) else head.num_outputs
+            return Linear(self.config.d_model, num_outputs, bias=False)
         projection = OutputProjection(self.config.d_model, self.config.padded_vocab_size, bias=False)
         if self.config.tie_embeddings:
             projection.weight = self.embed.weight

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distft.config import Settings
+from distft.data.dataset import Labels
 from distft.data.targets import NEXT_TOKEN
 from distft.errors import ConfigError
 from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
+from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
 
-    from distft.data.batch import Batch
+    from distft.data.batch import AnyBatch
     from distft.objective.cross_entropy import FusedLinearCrossEntropy, LossAndNumCorrect
-    from distft.objective.interface import Model, ObjectiveContext
 
 
-class CausalLM(Settings):
+class CausalLM(Objective):
     """Cross entropy of every target token: labels other than `ignore_index`."""
 
     type: Literal["causal_lm"] = "causal_lm"
     z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)  # weight of logsumexp**2, against drifting logits
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
-    def heads(self, label_names: tuple[str, ...] | None) -> Heads:
+    def heads(self, label_names: Labels) -> Heads:
         """`lm_head`. Raises `ConfigError` for labelled data."""
         if label_names is not None:
             raise ConfigError(
@@ -47,10 +47,10 @@ class CausalLM(Settings):
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {NEXT_TOKEN: 1.0}
 
-    def num_targets(self, batch: Batch) -> Mapping[str, int]:
-        return batch.num_targets
+    def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
+        return only_batch(batch).num_targets
 
-    def loss_sums(self, model: Model, batch: Batch, context: ObjectiveContext) -> Mapping[str, Tensor]:
+    def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:
         from distft.objective.cross_entropy import FusedLinearCrossEntropy
 
         loss_fn = FusedLinearCrossEntropy(
@@ -58,7 +58,7 @@ class CausalLM(Settings):
         )
         return {NEXT_TOKEN: _forward(model, batch, loss_fn)}
 
-    def evaluate(self, model: Model, batch: Batch, context: ObjectiveContext) -> dict[str, Tensor]:
+    def evaluate(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> dict[str, Tensor]:
         """`sums`, float64 [4]: loss, correct predictions, target tokens and target bytes of the batch."""
         import torch
 
@@ -66,7 +66,8 @@ class CausalLM(Settings):
 
         with torch.no_grad():
             sums = _forward(model, batch, LossAndNumCorrect(context.vocab_size))
-        counts = torch.tensor([batch.num_targets[NEXT_TOKEN], batch.num_target_bytes], dtype=torch.float64)
+        rows = only_batch(batch)
+        counts = torch.tensor([rows.num_targets[NEXT_TOKEN], rows.num_target_bytes], dtype=torch.float64)
         return {"sums": torch.cat([sums, counts.to(sums.device)])}
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -83,9 +84,11 @@ class CausalLM(Settings):
         return metrics
 
 
-def _forward(model: Model, batch: Batch, loss_fn: FusedLinearCrossEntropy | LossAndNumCorrect) -> Tensor:
+def _forward(model: Model, batch: AnyBatch, loss_fn: FusedLinearCrossEntropy | LossAndNumCorrect) -> Tensor:
+    rows = only_batch(batch)
     outputs = model(
-        **batch.model_inputs,
-        losses_from_hidden={"lm_head": partial(loss_fn, labels_N=batch.targets[NEXT_TOKEN].flatten())},
+        **rows.model_inputs,
+        heads=("lm_head",),
+        losses_from_hidden={"lm_head": partial(loss_fn, labels_N=rows.targets[NEXT_TOKEN].flatten())},
     )
     return outputs["lm_head"]

@@ -7,30 +7,31 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distft.config import Settings
+from distft.data.dataset import Labels
 from distft.data.targets import IGNORE_INDEX, LABEL
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, Heads, ModelConfig
+from distft.model.config import ClassificationHead, HeadName, Heads, ModelConfig, Pooling
+from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
 
-    from distft.data.batch import Batch
-    from distft.objective.interface import Model, ObjectiveContext
+    from distft.data.batch import AnyBatch, Batch
 
 
-class Classification(Settings):
+class Classification(Objective):
     """Cross entropy of each row's label; the classifier is a new head."""
 
     type: Literal["classification"] = "classification"
-    pooling: Literal["last", "mean", "first"] = "last"  # of a row's hidden states, for the head
+    head: HeadName | None = None  # name of its parameters; null: classifier, in a mixture that of its part
+    pooling: Pooling = "last"  # of a row's hidden states, for the head
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
-    def heads(self, label_names: tuple[str, ...] | None) -> Heads:
+    def heads(self, label_names: Labels) -> Heads:
         """`classifier`. Raises `ConfigError` for data without labels."""
-        if label_names is None:
+        if not isinstance(label_names, tuple):
             raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
-        return {"classifier": ClassificationHead(num_labels=len(label_names), pooling=self.pooling)}
+        return {self._head: ClassificationHead(num_labels=len(label_names), pooling=self.pooling)}
 
     def check_model(self, model: ModelConfig) -> None:
         if self.pooling == "first" and model.is_causal:
@@ -42,29 +43,29 @@ class Classification(Settings):
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {LABEL: 1.0}
 
-    def num_targets(self, batch: Batch) -> Mapping[str, int]:
-        return batch.num_targets
+    def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
+        return only_batch(batch).num_targets
 
-    def loss_sums(self, model: Model, batch: Batch, context: ObjectiveContext) -> Mapping[str, Tensor]:  # noqa: ARG002
+    def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:  # noqa: ARG002
         from torch.nn.functional import cross_entropy
 
         loss_sum = cross_entropy(
-            _logits(model, batch).float(),
-            batch.targets[LABEL],
+            self._logits(model, only_batch(batch)).float(),
+            only_batch(batch).targets[LABEL],
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
             reduction="sum",
         )
         return {LABEL: loss_sum}
 
-    def evaluate(self, model: Model, batch: Batch, context: ObjectiveContext) -> dict[str, Tensor]:  # noqa: ARG002
+    def evaluate(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> dict[str, Tensor]:  # noqa: ARG002
         """The summed loss, float64, and the confusion matrix [label, prediction], int64."""
         import torch
         from torch.nn.functional import cross_entropy
 
         with torch.no_grad():
-            logits = _logits(model, batch).float()
-        labels = batch.targets[LABEL]
+            logits = self._logits(model, only_batch(batch)).float()
+        labels = only_batch(batch).targets[LABEL]
         counts = labels != IGNORE_INDEX
         loss_sum = cross_entropy(logits[counts].double(), labels[counts], reduction="sum")
         num_labels = logits.shape[1]
@@ -85,6 +86,9 @@ class Classification(Settings):
             "macro_f1": float(f1.mean()) if len(f1) else 0.0,
         }
 
+    def _logits(self, model: Model, batch: Batch) -> Tensor:
+        return model(**batch.model_inputs, heads=(self._head,))[self._head]
 
-def _logits(model: Model, batch: Batch) -> Tensor:
-    return model(**batch.model_inputs)["classifier"]
+    @property
+    def _head(self) -> str:
+        return self.head or "classifier"

@@ -16,7 +16,7 @@ from distft.topology import Topology
 from distft.tracker import EVENTS_FILE, HANG_EVENT, LEDGER_EVENT, read_lines
 
 if TYPE_CHECKING:
-    from distft.data.feed import Feed
+    from distft.data.feed import AnyFeed
 
 _CHUNK_ROWS = 1 << 20
 _MAX_COUNT = 1 << 62
@@ -164,7 +164,7 @@ def _newest_progress(run_dir: str) -> Progress | None:
     return None
 
 
-def uses_per_row(feed: "Feed", num_sequences: int) -> tuple[int, int]:
+def uses_per_row(feed: "AnyFeed", num_sequences: int) -> tuple[int, int]:
     """How often the run's first `num_sequences` use a row of the data: minimum and maximum."""
     import numpy as np
 

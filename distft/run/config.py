@@ -11,6 +11,7 @@ from distft.checkpoint.formats.detect import open_source
 from distft.config import Component, PathText, Settings, apply_overrides, load_yaml, parse, redact
 from distft.data.completion import CompletionConfig
 from distft.data.labelled import LabelledConfig
+from distft.data.streams import StreamsConfig
 from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
@@ -22,7 +23,7 @@ from distft.run.cluster_config import MOST_SECONDS, ClusterConfig
 from distft.tracker import TrackerConfig
 from distft.train.schedule import TrainConfig
 
-DataConfig = Annotated[TokensConfig | LabelledConfig | CompletionConfig, Component()]
+DataConfig = Annotated[TokensConfig | LabelledConfig | CompletionConfig | StreamsConfig, Component()]
 EngineConfig = Annotated[LocalConfig | ZeroConfig, Component()]
 
 

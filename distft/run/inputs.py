@@ -7,8 +7,10 @@ from distft import storage
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.sources import CheckpointSource, notes_of
-from distft.data.dataset import DataContext
-from distft.data.feed import Feed
+from distft.data.dataset import DataContext, Labels
+from distft.data.feed import AnyFeed
+from distft.data.labelled import LabelledConfig
+from distft.data.streams import StreamsConfig
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
 from distft.model.config import Heads, ModelConfig
 from distft.model.counts import Flops, training_flops
@@ -16,8 +18,8 @@ from distft.optim.adamw import parameter_groups
 from distft.optim.patterns import select_trainable
 from distft.run.config import RunConfig
 from distft.run.model import (
-    HEAD_PREFIXES,
     added_block_prefixes,
+    head_prefixes,
     model_of,
     new_parameter_prefixes,
     parameter_shapes,
@@ -37,9 +39,9 @@ class RunInputs:
     config: RunConfig  # with `model` set
     tokenizer: Tokenizer
     model: ModelConfig
-    train: Feed
-    validation: Feed | None
-    label_names: tuple[str, ...] | None  # of a classification
+    train: AnyFeed
+    validation: AnyFeed | None
+    label_names: Labels  # of a classification
     heads: Heads
     shapes: dict[str, tuple[int, ...]]  # of every parameter
     trainable: set[str]
@@ -100,13 +102,13 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         errors.raise_if_any()
     assert tokenizer is not None
     assert model is not None
-    context = replace(data_context(tokenizer, model, config.batch.seq_len), cache_dir=cache_dir)
+    context = replace(data_context(tokenizer, model, config), cache_dir=cache_dir)
     train, validation = _build_data(config, context, errors)
     label_names = None if train is None else train.label_names
     with errors.collect():
         heads = _placeholder_heads(config) if train is None else config.objective.heads(label_names)
         shapes = parameter_shapes(model, heads)
-        trainable = _check_parameters(config, shapes, init_from, label_names)
+        trainable = _check_parameters(config, shapes, heads, init_from, label_names)
     if train is not None:
         with errors.collect():
             _check_schedule(config, train)
@@ -181,21 +183,28 @@ def _check_the_rest(
     check_data_files(config, errors)
     if model is not None:
         with errors.collect():
-            shapes = parameter_shapes(model, _placeholder_heads(config))
-            _check_parameters(config, shapes, init_from, None)
+            heads = _placeholder_heads(config)
+            _check_parameters(config, parameter_shapes(model, heads), heads, init_from, None)
 
 
 def _build_data(
     config: RunConfig, context: DataContext, errors: ErrorCollector
-) -> tuple[Feed | None, Feed | None]:
+) -> tuple[AnyFeed | None, AnyFeed | None]:
     """The training and the validation data; None for what is not configured or has errors."""
-    train = validation = None
+    train: AnyFeed | None = None
+    validation: AnyFeed | None = None
     with errors.collect(), naming_settings("data", config.data):
         train = config.data.build(context)
-    label_names = None if train is None else train.label_names
+    context = replace(context, label_names=None if train is None else train.label_names)
+    with errors.collect():
+        if train is not None:
+            train = config.objective.transform_feed(train, context, config.seed)
     with errors.collect(), naming_settings("validation", config.validation):
         if config.validation is not None:
-            validation = config.validation.build_for_evaluation(replace(context, label_names=label_names))
+            validation = config.validation.build_for_evaluation(context)
+    with errors.collect():
+        if validation is not None:
+            validation = config.objective.transform_feed(validation, context, config.seed)
     return train, validation
 
 
@@ -226,26 +235,36 @@ def _check_seq_len(config: RunConfig, model: ModelConfig) -> None:
 
 
 def data_context(
-    tokenizer: Tokenizer, model: ModelConfig, seq_len: int, label_names: tuple[str, ...] | None = None
+    tokenizer: Tokenizer, model: ModelConfig, config: RunConfig, label_names: Labels = None
 ) -> DataContext:
     """The run's sizes and tokenizer, from which data is built."""
     return DataContext(
-        seq_len=seq_len,
+        seq_len=config.batch.seq_len,
+        global_batch_size=config.batch.global_batch_size,
         vocab_size=model.padded_vocab_size,
         encode=tokenizer.encode,
         tokenizer_fingerprint=tokenizer.fingerprint,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
+        unk_id=tokenizer.unk_id,
+        piece_id=tokenizer.piece_id,
         token_bytes=tokenizer.token_bytes(),
+        starts_word=tokenizer.starts_word(),
         label_names=label_names,
     )
 
 
 def _placeholder_heads(config: RunConfig) -> Heads:
     """Heads that the objective accepts, when the data with the label names could not be read."""
+    streams = config.data.streams if isinstance(config.data, StreamsConfig) else {}
+    of_streams = {
+        name: _PLACEHOLDER_LABELS
+        for name, stream in streams.items()
+        if isinstance(stream.data, LabelledConfig)
+    }
     try:
-        return config.objective.heads(None)
+        return config.objective.heads(of_streams or None)
     except ConfigError:
         return config.objective.heads(_PLACEHOLDER_LABELS)
 
@@ -253,8 +272,9 @@ def _placeholder_heads(config: RunConfig) -> Heads:
 def _check_parameters(
     config: RunConfig,
     shapes: Mapping[str, tuple[int, ...]],
+    heads: Heads,
     init_from: CheckpointSource | None,
-    label_names: tuple[str, ...] | None,
+    label_names: Labels,
 ) -> set[str]:
     """Names of the trainable parameters. Checks their patterns, and the shapes in `init_from`."""
     errors = ErrorCollector()
@@ -264,19 +284,19 @@ def _check_parameters(
         parameter_groups(shapes, trainable, config.optim, {})  # only to raise its errors
     if init_from is not None:
         with errors.collect():
-            new = new_parameter_prefixes(init_from, label_names)
+            new = new_parameter_prefixes(init_from, heads, label_names)
             inherited = {name: shape for name, shape in shapes.items() if not name.startswith(new)}
-            may_lack = (*HEAD_PREFIXES, *added_block_prefixes(init_from, config))
+            may_lack = (*head_prefixes(heads), *added_block_prefixes(init_from, config))
             require_parameters(init_from, inherited, may_lack=may_lack)
     errors.raise_if_any()
     return trainable
 
 
-def _check_schedule(config: RunConfig, train: Feed) -> None:
+def _check_schedule(config: RunConfig, train: AnyFeed) -> None:
     config.optim.schedule.check(_total_steps(config, train))
 
 
-def _total_steps(config: RunConfig, train: Feed) -> int:
+def _total_steps(config: RunConfig, train: AnyFeed) -> int:
     return config.train.total_steps(
         num_sequences=train.num_sequences, global_batch_size=config.batch.global_batch_size
     )

@@ -6,13 +6,11 @@ import torch
 
 from distft.checkpoint.sources import CheckpointSource
 from distft.config import parse
+from distft.data.dataset import ClassNames, Labels
 from distft.errors import ConfigError, suggest_name
-from distft.model.config import Heads, ModelConfig
+from distft.model.config import ClassificationHead, Heads, ModelConfig
 from distft.model.transformer import Transformer
 from distft.run.config import RunConfig
-
-_CLASSIFIER = "classifier."
-HEAD_PREFIXES = (_CLASSIFIER, "lm_head.")  # `init_from` may lack these: a new task has a new head
 
 
 def build_module(model: ModelConfig, heads: Heads) -> Transformer:
@@ -51,13 +49,33 @@ def require_parameters(
         raise ConfigError(f"The checkpoint {source.path} does not fit model:\n{shown}")
 
 
-def new_parameter_prefixes(
-    init_from: CheckpointSource, label_names: tuple[str, ...] | None
-) -> tuple[str, ...]:
-    """Name prefixes of parameters not taken from `init_from`: the classifier, if its classes differ."""
-    saved = init_from.manifest.label_names
-    has_same_labels = saved is not None and label_names is not None and tuple(saved) == label_names
-    return () if has_same_labels else (_CLASSIFIER,)
+def head_prefixes(heads: Heads) -> tuple[str, ...]:
+    """Name prefixes of parameters that `init_from` may lack: a new task has a new head."""
+    return tuple(f"{name}." for name in heads)
+
+
+def new_parameter_prefixes(init_from: CheckpointSource, heads: Heads, label_names: Labels) -> tuple[str, ...]:
+    """Name prefixes of parameters not taken from `init_from`: classifiers whose classes differ."""
+
+    def is_same(name: str) -> bool:
+        saved = _of_head(saved_label_names(init_from), name)
+        return saved is not None and saved == _of_head(label_names, name)
+
+    classifiers = [name for name, head in heads.items() if isinstance(head, ClassificationHead)]
+    return tuple(f"{name}." for name in classifiers if not is_same(name))
+
+
+def saved_label_names(source: CheckpointSource) -> Labels:
+    """The class names that a checkpoint records."""
+    names = source.manifest.label_names
+    if isinstance(names, Mapping):
+        return {stream: tuple(of_stream) for stream, of_stream in names.items()}
+    return None if names is None else tuple(names)
+
+
+def _of_head(label_names: Labels, head: str) -> ClassNames | None:
+    """The class names of a head, which has the name of its stream if there are several."""
+    return label_names.get(head) if isinstance(label_names, Mapping) else label_names
 
 
 # Fields of a model that say nothing about what its weights mean.

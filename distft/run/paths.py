@@ -9,6 +9,7 @@ from typing import Any
 
 from distft import storage
 from distft.checkpoint.formats.detect import detect_format
+from distft.data.streams import StreamsConfig
 from distft.data.tokens import TokensConfig
 from distft.errors import CheckpointError, ConfigError, DataError, ErrorCollector
 from distft.run.config import RunConfig
@@ -100,6 +101,12 @@ def _require_writable(setting: str, directory: Path) -> None:
 
 def data_paths(setting: str, data: Any) -> dict[str, str]:
     """The paths of the data under `setting`, by the dotted key that gives each."""
+    if isinstance(data, StreamsConfig):
+        return {
+            key: path
+            for name, stream in data.streams.items()
+            for key, path in data_paths(f"{setting}.streams.{name}.data", stream.data).items()
+        }
     if isinstance(data, TokensConfig):
         return {f"{setting}.sources.{i}.path": source.path for i, source in enumerate(data.sources)}
     path = getattr(data, "path", None)
@@ -127,9 +134,9 @@ def check_data_files(config: RunConfig, errors: ErrorCollector) -> None:
     Shards are opened, which checks that all are there with the right size; other files must exist.
     """
     for setting, data in (("data", config.data), ("validation", config.validation)):
-        for path in data_paths(setting, data).values():
+        for key, path in data_paths(setting, data).items():
             with errors.collect(), naming_settings(setting, data):
-                if isinstance(data, TokensConfig):
+                if ".sources." in key:
                     from distft.data.shards import TokenShards
 
                     TokenShards.open(path)
@@ -144,12 +151,12 @@ def find_tokenizer(config: RunConfig, init_from: str | None) -> str:
     candidates = []
     if init_from is not None:
         candidates.append(storage.join(init_from, TOKENIZER_FILE))
-    if isinstance(config.data, TokensConfig):
-        shards = config.data.sources[0].path
+    key, shards = next(
+        ((key, path) for key, path in data_paths("data", config.data).items() if ".sources." in key), ("", "")
+    )
+    if shards:
         if not storage.exists(shards):
-            raise DataError(
-                f"data.sources.0.path: {shards} does not exist: make token shards with `distft tokenize`."
-            )
+            raise DataError(f"{key}: {shards} does not exist: make token shards with `distft tokenize`.")
         candidates += [storage.join(shards, TOKENIZER_FILE), storage.join(_above(shards), TOKENIZER_FILE)]
     for candidate in candidates:
         if storage.exists(candidate):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import CheckpointSource, notes_of, read_state
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
 from distft.config import apply_overrides, parse, split_override
-from distft.data.feed import Feed
+from distft.data.dataset import Labels
+from distft.data.feed import AnyFeed
 from distft.engine.interface import DTYPES
 from distft.engine.memory import allocate
 from distft.errors import ConfigError
@@ -23,7 +24,7 @@ from distft.objective.interface import ObjectiveContext
 from distft.run.config import RunConfig
 from distft.run.engines import choose_device
 from distft.run.inputs import data_context, tokenizer_notes
-from distft.run.model import build_module, require_parameters
+from distft.run.model import build_module, require_parameters, saved_label_names
 from distft.run.paths import TOKENIZER_FILE
 from distft.tokenizer import Tokenizer
 from distft.topology import Topology
@@ -61,9 +62,8 @@ class TrainedModel:
     notes: tuple[str, ...]  # on the tokenizer, and on what was assumed
 
     @property
-    def label_names(self) -> tuple[str, ...] | None:
-        names = self.source.manifest.label_names
-        return None if names is None else tuple(names)
+    def label_names(self) -> Labels:
+        return saved_label_names(self.source)
 
 
 def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False) -> TrainedModel:
@@ -232,9 +232,9 @@ def evaluate_checkpoint(
             f"name some, such as {_example_overrides(config.data.type)}."
         )
     assert config.model is not None
-    context = data_context(trained.tokenizer, config.model, config.batch.seq_len)
-    context = replace(context, label_names=trained.label_names)
-    feed: Feed = config.validation.build_for_evaluation(context)
+    context = data_context(trained.tokenizer, config.model, config, trained.label_names)
+    feed: AnyFeed = config.validation.build_for_evaluation(context)
+    feed = config.objective.transform_feed(feed, context, config.seed)
     device = choose_device(config, topology)
     collectives: Collectives = SingleProcess()
     if topology.world_size > 1:

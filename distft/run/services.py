@@ -13,6 +13,7 @@ from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMet
 from distft.checkpoint.staging import copier_from
 from distft.checkpoint.store import CheckpointStore
 from distft.config import redact
+from distft.data.dataset import Labels
 from distft.engine.interface import Engine
 from distft.objective.interface import ObjectiveContext
 from distft.optim.adamw import parameter_groups
@@ -151,7 +152,7 @@ class RunServices(TrainerServices):
             metadata=RunMetadata(
                 run_id=self._run_id,
                 config=dict(redact(self._config.model_dump(mode="json"))),
-                label_names=None if inputs.label_names is None else list(inputs.label_names),
+                label_names=_as_json(inputs.label_names),
                 tokenizer=TokenizerRecord(
                     fingerprint=inputs.tokenizer.fingerprint,
                     file=TOKENIZER_FILE,
@@ -177,6 +178,12 @@ class RunServices(TrainerServices):
             "param_dtype": engine.param_dtype,
             "world_size": self._context.collectives.world_size,
         }
+
+
+def _as_json(label_names: Labels) -> list[str] | dict[str, list[str]] | None:
+    if isinstance(label_names, Mapping):
+        return {stream: list(names) for stream, names in label_names.items()}
+    return None if label_names is None else list(label_names)
 
 
 def _group_records(inputs: RunInputs, updates: Mapping[str, int]) -> list[GroupRecord]:

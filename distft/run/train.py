@@ -172,7 +172,9 @@ class TrainingRun:
     def _train_from(self, checkpoint: Checkpoint | None, progress: Progress, record: RunRecord) -> RunResult:
         config, inputs = self._config, self._inputs
         engine = build_engine(inputs, checkpoint, self._plan, self._collectives, self._device)
-        context = build_objective_context(inputs, self._plan, self._collectives, self._device)
+        context = build_objective_context(
+            inputs, self._plan, self._collectives, self._device, progress.objective_state
+        )
         loss_probe = LossProbe(
             inputs.train, config.objective, config.engine.param_dtype, vocab_size=context.vocab_size
         )

@@ -1,5 +1,8 @@
 """The model that a run trains, on the meta device: what is frozen, recomputed, compiled and in FP8."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 import torch
 
 from distft.collectives import Collectives
@@ -44,15 +47,22 @@ def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.devi
 
 
 def build_objective_context(
-    inputs: RunInputs, plan: BatchPlan, collectives: Collectives, device: torch.device
+    inputs: RunInputs,
+    plan: BatchPlan,
+    collectives: Collectives,
+    device: torch.device,
+    saved_state: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> ObjectiveContext:
-    """What the run's objective may use."""
+    """What the run's objective may use; `saved_state` is what it remembered when the run was saved."""
+    initial = inputs.config.objective.initial_state(inputs.heads)
+    state = {name: torch.tensor(saved_state.get(name, values)) for name, values in initial.items()}
     assert inputs.model.vocab_size is not None  # RunInputs has filled it in
     return ObjectiveContext(
         inputs.model.vocab_size,
         collectives,
         # On a CPU the compiled loss is no faster: 0.96 times the speed (6.9M parameters, AVX2).
         compiles=device.type == "cuda" and _uses_compile(inputs, plan, device),
+        state={name: values.to(device) for name, values in state.items()},
     )
 
 

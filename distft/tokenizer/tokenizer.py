@@ -157,6 +157,22 @@ class Tokenizer:
         ]
         return np.array(lengths, dtype=np.int64)
 
+    def piece_id(self, piece: str) -> int | None:
+        """The id of the piece with this text, such as `<mask>`; None if there is none."""
+        return self._ids_of_pieces.get(piece.replace(" ", META_SPACE))
+
+    def starts_word(self) -> NDArray[np.bool_]:
+        """[vocab_size] whether a word begins with each id: at a space, or with a piece that is no text."""
+        inner = (PieceType.NORMAL, PieceType.BYTE)
+        pieces = self.model_proto.pieces
+        return np.array(
+            [p.type not in inner or p.text.startswith(META_SPACE) for p in pieces], dtype=np.bool_
+        )
+
+    @cached_property
+    def _ids_of_pieces(self) -> dict[str, int]:
+        return {piece.text: index for index, piece in enumerate(self.model_proto.pieces)}
+
     @cached_property
     def _symbols(self) -> tuple[str, ...]:
         """Added tokens, before which transformers puts no dummy prefix; empty without such a prefix."""

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from distft.data.batch import Batch
+from distft.data.batch import AnyBatch
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.topology import BatchPlan, split_among_ranks
 
@@ -16,7 +16,7 @@ class EvaluationFeed(Protocol):
 
     num_sequences: int
 
-    def batch(self, start: int, stop: int) -> Batch:
+    def batch(self, start: int, stop: int) -> AnyBatch:
         """Sequences [start, stop); an empty range gives a batch without targets."""
 
 
@@ -50,13 +50,20 @@ def evaluate(
     was_training = module.training
     module.eval()
     sums: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
     try:
         for micro_batch in split_among_ranks(0, num_sequences, plan, collectives.dp_rank):
             batch = feed.batch(micro_batch.start, micro_batch.stop).to(device)
             for name, value in objective.evaluate(model, batch, context).items():
+                if name in objective.per_row:
+                    rows.setdefault(name, []).append(value)
+                    continue
                 sums[name] = sums[name] + value if name in sums else value
             if on_progress is not None:
                 on_progress(len(micro_batch))
     finally:
         module.train(was_training)
-    return objective.metrics({name: collectives.all_reduce_sum(value) for name, value in sums.items()})
+    totals = {name: collectives.all_reduce_sum(value) for name, value in sums.items()}
+    # Each rank has a contiguous share, so the ranks' rows one after another are in the data's order.
+    in_order = {name: collectives.differentiable_gather(torch.cat(parts)) for name, parts in rows.items()}
+    return objective.metrics(totals | in_order)

@@ -1,17 +1,15 @@
 """The training loop: pretraining and fine-tuning run the same one with different configurations."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
 from distft.checkpoint.manifest import Progress
-from distft.data.batch import Batch
+from distft.data.batch import AnyBatch
 from distft.data.device_copy import batch_copier
-from distft.data.feed import Feed, Prefetcher
+from distft.data.feed import AnyFeed, Prefetcher
 from distft.engine.interface import Engine
 from distft.errors import DivergedError, Preempted, Resized
-from distft.model.dropout import row_keys
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
@@ -35,7 +33,7 @@ class Trainer:
         engine: Engine,
         objective: Objective,
         context: ObjectiveContext,
-        feed: Feed,
+        feed: AnyFeed,
         plan: BatchPlan,
         schedule: TrainingSchedule,
         progress: Progress,
@@ -106,7 +104,7 @@ class Trainer:
         with self._heartbeat.phase("backward and update"):
             result = train_step(
                 self._engine,
-                loaded,
+                self._objective.prepare_step(self._engine.model, loaded, self._context),
                 loss_sums=self._loss_sums,
                 num_targets=self._objective.num_targets,
                 weights=self._objective.term_weights(self.step),
@@ -119,7 +117,7 @@ class Trainer:
         self._update_loss_scale(result)
         dp_world_size = self._collectives.dp_world_size
         self._throughput.add_step(
-            sum(batch.input_ids.numel() for batch in loaded) * dp_world_size,
+            sum(batch.num_tokens for batch in loaded) * dp_world_size,
             sum(batch.num_attention_pairs for batch in loaded) * dp_world_size,
             batches.wait_s - wait_s_before,
         )
@@ -129,22 +127,18 @@ class Trainer:
             self._services.log(self._metrics(result, lr), self.step)
         return result.signals
 
-    def _prepare(self, batch: Batch) -> Batch:
-        """In the prefetching thread, while the batch is in host memory: all that the step reads of it."""
-        batch = replace(batch, counted_pairs=batch.num_attention_pairs)
-        if self._dropout_seed is None:
-            return batch
-        assert batch.sequence_numbers is not None
-        return replace(batch, dropout_keys=row_keys(self._dropout_seed, batch.sequence_numbers))
+    def _prepare(self, batch: AnyBatch) -> AnyBatch:
+        """In the prefetching thread."""
+        return batch.for_step(self._dropout_seed)
 
-    def _next_batch(self, batches: Prefetcher) -> Batch:
+    def _next_batch(self, batches: Prefetcher) -> AnyBatch:
         batch = next(batches)
         self._progress.ledger.add(batches.last_micro_batch)
         return batch
 
-    def _loss_sums(self, model: Model, batch: Batch) -> Mapping[str, Tensor]:
+    def _loss_sums(self, model: Model, batch: AnyBatch) -> Mapping[str, Tensor]:
         """The loss terms. Ranks wait for each other in the backward; at stage 3 also in the forward."""
-        with self._heartbeat.phase("forward"), self._heartbeat.own_work(batch.input_ids.numel()):
+        with self._heartbeat.phase("forward"), self._heartbeat.own_work(batch.num_tokens):
             return self._objective.loss_sums(model, batch, self._context)
 
     def _update_loss_scale(self, result: StepResult) -> None:
@@ -216,7 +210,7 @@ class Trainer:
             self._services.wait_for_saves()
 
     def _current_progress(self) -> Progress:
-        return self._progress.to_progress(self._plan, self._collectives, self._loss_scale)
+        return self._progress.to_progress(self._plan, self._context, self._loss_scale)
 
     def _local_signals(self) -> list[int]:
         """1 for each of `STOP_REASONS` that holds on this rank, and for a failed save."""

@@ -3,7 +3,7 @@
 import torch
 
 from distft.checkpoint.manifest import Progress
-from distft.collectives import Collectives
+from distft.objective.interface import ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan
 from distft.train.ledger import SequenceLedger, merge_intervals
@@ -52,10 +52,13 @@ class ProgressCounter:
         return int(self._without_targets)
 
     def to_progress(
-        self, plan: BatchPlan, collectives: Collectives, loss_scale: DynamicLossScale | None
+        self,
+        plan: BatchPlan,
+        context: ObjectiveContext,
+        loss_scale: DynamicLossScale | None,
     ) -> Progress:
         """The progress to save, with the sequences that all ranks used. Called by all ranks together."""
-        used_by_rank = collectives.all_gather(self.ledger.take())
+        used_by_rank = context.collectives.all_gather(self.ledger.take())
         used = [interval for intervals in used_by_rank for interval in intervals]
         self._used, used_again = merge_intervals([*self._used, *used])
         self._used_again, _ = merge_intervals([*self._used_again, *used_again])
@@ -69,4 +72,5 @@ class ProgressCounter:
             skipped_in_a_row=self.skipped_in_a_row,
             steps_without_targets=self.steps_without_targets,
             loss_scale=None if loss_scale is None else loss_scale.state_dict(),
+            objective_state={name: values.tolist() for name, values in context.state.items()},
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distft.data.batch import Batch
+from distft.data.batch import AnyBatch
 from distft.engine.interface import Engine, GroupLr
 from distft.objective.interface import Model
 from distft.train.transfers import DeferredRead, to_device
@@ -26,10 +26,10 @@ class StepResult:
 
 def train_step(
     engine: Engine,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[AnyBatch],
     *,
-    loss_sums: Callable[[Model, Batch], Mapping[str, Tensor]],
-    num_targets: Callable[[Batch], Mapping[str, int]],
+    loss_sums: Callable[[Model, AnyBatch], Mapping[str, Tensor]],
+    num_targets: Callable[[AnyBatch], Mapping[str, int]],
     weights: Mapping[str, float],
     group_lr: GroupLr,
     signals: Sequence[int] = (),
@@ -48,7 +48,7 @@ def train_step(
     divisors = counts.clamp(min=(counts.sum() > 0).long())
     scale = to_device(list(weights.values()), engine.device)
 
-    def loss_terms(model: Model, batch: Batch) -> Tensor:
+    def loss_terms(model: Model, batch: AnyBatch) -> Tensor:
         sums = loss_sums(model, batch)
         return torch.stack([sums[name] for name in weights]) * scale / divisors
 

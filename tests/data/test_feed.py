@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.data.batch import Batch, RaggedArray, merge_batches
-from distft.data.device_copy import tensors_of
 from distft.data.feed import Feed, Prefetcher
 from distft.data.labelled_rows import LabelledRows
 from distft.data.sampler import Indices
@@ -139,8 +138,8 @@ def test_a_transform_draws_anew_in_each_epoch_and_the_same_in_every_cut() -> Non
         return replace(batch, input_ids=batch.input_ids + 1000 * batch.sequence_numbers[:, None])
 
     feed = Feed.for_training(
-        Numbers(10), Numbers(6, 100), weights=(1.0, 2.0), seed=1, shuffle=True, transforms=[mark]
-    )
+        Numbers(10), Numbers(6, 100), weights=(1.0, 2.0), seed=1, shuffle=True
+    ).with_transforms(mark)
     whole = feed.batch(0, 64).input_ids[:, 0]
     assert (whole // 1000).tolist() == list(range(64))
     cut = torch.cat([feed.batch(start, min(start + 7, 64)).input_ids[:, 0] for start in range(0, 64, 7)])
@@ -261,4 +260,4 @@ def test_counted_pairs_survive_a_copy_to_the_device_so_that_nothing_reads_it() -
     assert documents.num_attention_pairs == 2 * (4 + 1)
     counted = replace(documents, counted_pairs=documents.num_attention_pairs)
     assert counted.to(torch.device("meta")).num_attention_pairs == 10
-    assert len(tensors_of(counted)) == 4
+    assert len(counted.tensors()) == 4

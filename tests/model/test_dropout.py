@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import SIZES, build
 
+from distft.keyed_random import row_keys
 from distft.model.config import ModelConfig
-from distft.model.dropout import dropout, row_keys
+from distft.model.dropout import dropout
 
 ROWS = torch.arange(4)
 

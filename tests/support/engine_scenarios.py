@@ -22,8 +22,8 @@ from distft.data.targets import NEXT_TOKEN
 from distft.engine.interface import Engine
 from distft.engine.local import LocalEngine
 from distft.engine.settings import ActivationCheckpointing, LocalConfig
+from distft.keyed_random import row_keys
 from distft.model.config import ModelConfig
-from distft.model.dropout import row_keys
 from distft.model.transformer import Transformer
 from distft.optim.adamw import AdamWConfig, parameter_groups
 from distft.optim.patterns import select_trainable
