@@ -6,6 +6,8 @@ function of splitmix64. No generator has a state, so nothing has to be saved: a 
 Shape letters: B rows, W numbers per row.
 """
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,16 @@ def row_keys(seed: int, sequence_numbers: Tensor, view: int = 0) -> Tensor:
     """int64 [B]: one key for each sequence of the run's order, and for each `view` of it another one."""
     keys = mix(mix(torch.full_like(sequence_numbers, seed)) + sequence_numbers)
     return mix(keys + view) if view else keys
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """The seed of one of several data streams: sequences of equal number in two get other random numbers."""
+    return seed + (zlib.crc32(name.encode()) << 30)
+
+
+def position_keys(keys_B: Tensor, width: int) -> Tensor:
+    """int64 [B, W]: another key for each position of each row."""
+    return mix(keys_B[:, None] + torch.arange(1, width + 1, device=keys_B.device) * GOLDEN)
 
 
 def uniform(keys_B: Tensor, width: int, site: int) -> Tensor:

@@ -13,11 +13,11 @@ from distft.model.config import ModelConfig
 from distft.model.counts import num_parameters
 from distft.optim.patterns import select_trainable
 from distft.run.config import RunConfig, load_run_config
+from distft.run.inputs import placeholder_heads
 from distft.run.model import build_module
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-LABELS = ("first", "second", "third")
 
 
 def model_config(config: RunConfig) -> ModelConfig:
@@ -34,8 +34,7 @@ def model_config(config: RunConfig) -> ModelConfig:
 def test_a_shipped_configuration_parses_and_its_model_builds_on_the_meta_device(path: Path) -> None:
     config = load_run_config(path)
     model = model_config(config)
-    labels = LABELS if config.objective.type == "classification" else None
-    heads = config.objective.heads(labels)
+    heads = placeholder_heads(config)
     module = build_module(model, heads)
     assert all(param.is_meta for param in module.parameters())
     assert sum(param.numel() for param in module.parameters()) == num_parameters(model, heads)
@@ -52,6 +51,12 @@ def test_a_shipped_configuration_starts_with_a_comment_on_its_purpose(path: Path
 def test_a_shipped_configuration_contains_no_absolute_path(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"(?<![\w$.)}])/(work|home|root|tmp|mnt|data)\b", text)
+
+
+def test_every_shipped_configuration_has_a_line_in_the_readme() -> None:
+    lines = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
+    listed = [found.group(1) for line in lines if (found := re.match(r"\| `(\S+\.yaml)` \| \S", line))]
+    assert sorted(listed) == [path.name for path in CONFIGS]
 
 
 def test_shipped_configurations_have_different_run_dirs() -> None:

@@ -229,7 +229,7 @@ class Training:
         step = min(self._num_steps, total - 1)
         lr = self.config.optim.lr(step, total)
         batches = [next(self._batches) for _ in self.plan.micro_batches(self._num_steps, self._rank)]
-        self.num_attention_pairs = sum(batch.num_attention_pairs for batch in batches)
+        self.num_attention_pairs = sum(pairs for batch in batches for _, pairs in batch.work.values())
         result = train_step(
             self.engine,
             batches,

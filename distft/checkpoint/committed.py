@@ -59,6 +59,9 @@ class Checkpoint(ManifestSource):
             intervals = self.locate(parameter, start, stop)
         except ValueError as gap:
             raise CheckpointError(f"{self.path} lacks element {gap} of {state} of {parameter!r}.") from None
+        if not intervals:  # no elements are asked for, as of a parameter that has none
+            record = self.manifest.parameters[parameter].states[state]
+            return torch.empty(0, dtype=getattr(torch, record.dtype))
         values = [self._read_interval(parameter, state, interval) for interval in intervals]
         return values[0] if len(values) == 1 else torch.cat(values)
 

@@ -10,7 +10,14 @@ from typing import Annotated
 
 import typer
 
-from distft.cli import checkpoint_verbs, cluster_verbs, config_verbs, model_verbs, text_verbs
+from distft.cli import (
+    checkpoint_verbs,
+    cluster_verbs,
+    config_verbs,
+    embed_verbs,
+    model_verbs,
+    text_verbs,
+)
 from distft.errors import CheckpointError, DistftError, Interrupted, Preempted, UnsupportedFormatError
 
 app = typer.Typer(
@@ -29,6 +36,7 @@ app.command("status")(cluster_verbs.status)
 app.command("logs")(cluster_verbs.logs)
 app.command("evaluate")(model_verbs.evaluate)
 app.command("generate")(model_verbs.generate)
+app.command("embed")(embed_verbs.embed)
 app.command("audit")(model_verbs.audit)
 app.add_typer(checkpoint_verbs.checkpoint_app, name="checkpoint")
 app.add_typer(config_verbs.config_app, name="config")

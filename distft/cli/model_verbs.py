@@ -156,8 +156,11 @@ def audit(
         if found.is_exact:
             print(f"each of the {found.num_sequences:,} sequences up to that step was used exactly once")
         if found.uses_per_row is not None:
-            least, most = found.uses_per_row
-            print(f"each row of the data was used {least:,} to {most:,} times")
+            for source in found.uses_per_row:
+                print(
+                    f"each of the {source.num_rows:,} rows of {source.name} was used {source.least:,} to "
+                    f"{source.most:,} times"
+                )
         else:
             print(f"uses per row of the data were not counted: {why_not_counted}")
     if not found.is_exact:

@@ -210,10 +210,21 @@ def task(
         Path,
         typer.Option("--output", "-o", help="A directory for train.jsonl and test.jsonl.", callback=expanded),
     ],
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Pairs of docstring and function instead; held-out modules.")
+    ] = False,
 ) -> None:
     """Write a built-in classification task: predict a function's area of Python's standard library."""
+    from distft.prepare.stdlib_pairs import write_stdlib_pairs
     from distft.prepare.stdlib_task import write_stdlib_task
 
+    if pairs:
+        found = write_stdlib_pairs(output)
+        say(
+            f"{output}: {found.num_train:,} training pairs, {found.num_test:,} test pairs of "
+            f"{len(found.test_modules)} held-out modules (Python {found.python})"
+        )
+        return
     written = write_stdlib_task(output)
     say(
         f"{output}: {written.num_train:,} training functions, {written.num_test:,} test functions, "

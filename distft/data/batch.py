@@ -13,7 +13,7 @@ from xxhash import xxh3_64_hexdigest
 
 from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX
-from distft.keyed_random import row_keys
+from distft.keyed_random import row_keys, stream_seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +58,11 @@ class Batch:
         return self.input_ids.numel()
 
     @property
+    def work(self) -> Mapping[str, tuple[int, int]]:
+        """Tokens and attention pairs: what a pass costs. The key names the stream, if there are any."""
+        return {"": (self.num_tokens, self.num_attention_pairs)}
+
+    @property
     def model_inputs(self) -> dict[str, Tensor | None]:
         """The arguments of `Transformer.forward`."""
         names = ("input_ids", "position_ids", "document_ids", "is_prefix", "lengths", "dropout_keys")
@@ -71,6 +76,13 @@ class Batch:
             rows = slice(view, None, self.rows_per_sequence)
             keys[rows] = row_keys(seed, self.sequence_numbers[rows], view)
         return keys
+
+    def without_targets(self) -> "Batch":
+        """The same rows, of which nothing is learnt."""
+        targets = {name: torch.full_like(target, IGNORE_INDEX) for name, target in self.targets.items()}
+        return replace(
+            self, targets=targets, num_targets=dict.fromkeys(self.num_targets, 0), num_target_bytes=0
+        )
 
     def for_step(self, dropout_seed: int | None) -> "Batch":
         """With all that a step reads of it on the host, while it is in host memory; None: no dropout."""
@@ -115,14 +127,15 @@ class MixedBatch:
         return sum(batch.num_tokens for batch in self.streams.values())
 
     @property
-    def num_attention_pairs(self) -> int:
-        return sum(batch.num_attention_pairs for batch in self.streams.values())
+    def work(self) -> Mapping[str, tuple[int, int]]:
+        """As of a `Batch`, by stream."""
+        return {name: batch.work[""] for name, batch in self.streams.items()}
 
     def for_step(self, dropout_seed: int | None) -> "MixedBatch":
-        # Sequences of equal number in two streams get other random numbers.
-        seeds = [None if dropout_seed is None else dropout_seed + i for i in range(len(self.streams))]
-        items = zip(self.streams.items(), seeds, strict=True)
-        return MixedBatch({name: batch.for_step(seed) for (name, batch), seed in items})
+        def seed(name: str) -> int | None:
+            return None if dropout_seed is None else stream_seed(dropout_seed, name)
+
+        return MixedBatch({name: batch.for_step(seed(name)) for name, batch in self.streams.items()})
 
     def tensors(self) -> list[Tensor]:
         return [tensor for batch in self.streams.values() for tensor in batch.tensors()]

@@ -38,6 +38,7 @@ class Feed:
         self._datasets = tuple(datasets)
         self._sampler = sampler
         self._transforms: tuple[Transform, ...] = ()
+        self._notes: tuple[str, ...] = ()
         self.label_names = label_names  # class names by id; None: not a classification
         self.document_start = document_start  # ids with which each document begins; None: unknown
         self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
@@ -63,16 +64,23 @@ class Feed:
         sampler = SequentialSampler([dataset.num_sequences for dataset in datasets])
         return cls(datasets, sampler, label_names=label_names)
 
-    def with_transforms(self, *transforms: Transform) -> "Feed":
+    def with_transforms(self, *transforms: Transform, notes: Sequence[str] = ()) -> "Feed":
         """The same sequences, whose batches go through `transforms`, one after another."""
         feed = copy(self)
         feed._transforms = (*self._transforms, *transforms)
+        feed._notes = (*self._notes, *notes)
+        return feed
+
+    def first(self, num_sequences: int) -> "Feed":
+        """Of a feed for evaluation: its first rows, at most that many."""
+        feed = copy(self)
+        feed.num_sequences = min(self.num_sequences, num_sequences)
         return feed
 
     @property
     def summary(self) -> str:
-        """One line per dataset, for the log."""
-        return "\n".join(dataset.summary for dataset in self._datasets)
+        """One line per dataset, and those on the transforms, for the log."""
+        return "\n".join([*(dataset.summary for dataset in self._datasets), *self._notes])
 
     @property
     def dataset_sizes(self) -> list[int]:
@@ -106,7 +114,8 @@ class Feed:
         batch = replace(batch, sequence_numbers=torch.from_numpy(numbers))
         for transform in self._transforms:
             batch = transform(batch)
-        return batch
+        # A transform may make targets of any row; those of the row that stands for none must not count.
+        return batch if len(rows) else batch.without_targets()
 
     def _merged_batch(self, dataset_ids: Indices, rows: Indices) -> Batch:
         used = np.unique(dataset_ids)
@@ -137,13 +146,21 @@ class StreamFeed:
         """The same order of other feeds of the same names."""
         return StreamFeed(streams, self._sampler, steps_of=self._steps_of)
 
+    def first(self, num_sequences: int) -> "StreamFeed":
+        """Of a feed for evaluation: at most that many rows of each stream."""
+        streams = {name: feed.first(num_sequences) for name, feed in self.streams.items()}
+        return StreamFeed(streams, SequentialSampler([feed.num_sequences for feed in streams.values()]))
+
     @property
     def label_names(self) -> Mapping[str, ClassNames]:
         return {name: feed.label_names for name, feed in self.streams.items() if feed.label_names is not None}
 
     @property
     def summary(self) -> str:
-        return "\n".join(f"{name}: {feed.summary}" for name, feed in self.streams.items())
+        lines = [
+            f"{name}: {line}" for name, feed in self.streams.items() for line in feed.summary.splitlines()
+        ]
+        return "\n".join(lines)
 
     @property
     def dataset_sizes(self) -> list[int]:

@@ -1,32 +1,38 @@
-"""Settings of labelled texts, for classification."""
+"""Settings of texts with a class, several classes or a number each, or without labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from distft.config import PathText, Settings
-from distft.data.dataset import DataContext, check_vocabulary
+from distft.data.dataset import ClassNames, DataContext, check_vocabulary
+from distft.data.targets import LABEL, LABELS, NUMBER, ROW
 from distft.errors import DataError
 
 if TYPE_CHECKING:
     from distft.data.batch import RaggedArray
     from distft.data.encoded_once import EncodedTable
     from distft.data.feed import Feed
-    from distft.data.labelled_rows import LabelledRows, LabelNames
+    from distft.data.labelled_rows import LabelledRows, LabelNames, RowTargets
     from distft.data.records import Record, RowErrors
+    from distft.data.sampler import Indices
 
 
 class LabelledConfig(Settings):
-    """A JSONL or CSV file with a text column and a label column."""
+    """A JSONL or CSV file with a text column and a label column; with `label: null`, of unlabelled texts."""
 
     type: Literal["labelled"] = "labelled"
     path: PathText  # .jsonl, .csv or .tsv; may be compressed
     text: str = "text"  # column
     text_pair: str | None = None  # column of a second text, appended to the first
-    label: str = "label"  # column
+    label: str | None = "label"  # column; null: the rows are unlabelled
+    labels: Literal["one", "several", "number"] = "one"  # what that column has: classes, or a number
+    label_separator: str = Field(
+        ",", min_length=1
+    )  # labels=several: between the labels of a text; JSONL may have lists
     max_rows: int | None = Field(None, ge=1)
     shuffle: bool = True
     data_seed: int = Field(0, ge=0)
@@ -36,19 +42,22 @@ class LabelledConfig(Settings):
         from distft.data.feed import Feed
 
         rows, names = self.open(context)
-        return Feed.for_training(rows, seed=self.data_seed, shuffle=self.shuffle, label_names=names.names)
+        return Feed.for_training(rows, seed=self.data_seed, shuffle=self.shuffle, label_names=names)
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
         """Every row once, in file order."""
         from distft.data.feed import Feed
 
         rows, names = self.open(context)
-        return Feed.for_evaluation(rows, label_names=names.names)
+        return Feed.for_evaluation(rows, label_names=names)
 
-    def open(self, context: DataContext) -> tuple[LabelledRows, LabelNames]:
-        """Read and encode the file. Raises `DataError` with file and line of every problem."""
+    def open(self, context: DataContext) -> tuple[LabelledRows, ClassNames | None]:
+        """Read and encode the file: the rows, and the names of their classes, if they have classes.
+
+        Raises `DataError` with file and line of every problem.
+        """
         from distft.data.encoded_once import encoded_once
-        from distft.data.labelled_rows import LABEL_IDS, LabelledRows, LabelNames
+        from distft.data.labelled_rows import LABEL_IDS, LabelledRows
 
         settings = {
             **self.model_dump(exclude={"shuffle", "data_seed"}),
@@ -59,41 +68,106 @@ class LabelledConfig(Settings):
             "label_names": context.label_names,
         }
         table = encoded_once(context.cache_dir, self.path, settings, lambda: self._encode(context))
-        rows = LabelledRows(
-            table.rows,
-            table.columns[LABEL_IDS],
-            pad_id=context.pad_id or 0,
-            summary=table.facts["summary"],
-        )
-        return rows, LabelNames(tuple(table.facts["label_names"]))
+        found = table.facts["label_names"]
+        names = None if found is None else tuple(found)
+        targets = self._targets(table.columns[LABEL_IDS], table.facts["label_sets"], names)
+        summary = table.facts["summary"]
+        return LabelledRows(table.rows, targets, pad_id=context.pad_id or 0, summary=summary), names
+
+    def _targets(
+        self, ids: Indices, label_sets: Sequence[Sequence[int]], names: ClassNames | None
+    ) -> RowTargets:
+        from distft.data.labelled_rows import RowTargets
+
+        if self._kind == LABELS:
+            assert names is not None
+            return RowTargets.of_sets(ids, label_sets, len(names))
+        return RowTargets(self._kind, ids)
+
+    @property
+    def _kind(self) -> str:
+        """The name of the targets."""
+        return ROW if self.label is None else {"one": LABEL, "several": LABELS, "number": NUMBER}[self.labels]
 
     def _encode(self, context: DataContext) -> EncodedTable:
         from distft.data.encoded_once import EncodedTable
-        from distft.data.labelled_rows import LABEL_IDS, LabelNames, describe
-        from distft.data.records import RowErrors, read_records
+        from distft.data.labelled_rows import LABEL_IDS, describe
+        from distft.data.records import RowErrors
 
-        texts = [self.text] if self.text_pair is None else [self.text, self.text_pair]
-        records = read_records(self.path, texts=texts, labels=[self.label], max_rows=self.max_rows)
-        if context.label_names is None:
-            names = LabelNames.from_labels(record.values[self.label] for record in records)
+        records = self._read()
+        errors = RowErrors(self.path)
+        label_ids, facts, label_lines = self._encode_labels(records, context, errors)
+        rows, text_lengths, max_tokens = self._encode_records(records, context, errors)
+        errors.raise_if_any()
+        check_vocabulary(self.path, rows.max_value, context)
+        facts["summary"] = describe(
+            self.path, label_lines, text_lengths, max_tokens=max_tokens, seq_len=context.seq_len
+        )
+        return EncodedTable(rows=rows, columns={LABEL_IDS: label_ids}, facts=facts)
+
+    def _read(self) -> list[Record]:
+        from distft.data.records import read_records
+
+        labels = [] if self.label is None else [self.label]
+        return read_records(
+            self.path,
+            texts=[self.text] if self.text_pair is None else [self.text, self.text_pair],
+            labels=labels if self._kind == LABEL else [],
+            label_lists=labels if self._kind == LABELS else [],
+            numbers=labels if self._kind == NUMBER else [],
+            separator=self.label_separator,
+            max_rows=self.max_rows,
+        )
+
+    def _encode_labels(
+        self, records: Sequence[Record], context: DataContext, errors: RowErrors
+    ) -> tuple[Indices, dict[str, Any], list[str]]:
+        """The `ids` of `RowTargets`, the names and sets of the classes, and lines about them."""
+        import numpy as np
+
+        from distft.data.labelled_rows import describe_labels, describe_numbers
+
+        facts: dict[str, Any] = {"label_names": None, "label_sets": []}
+        if self.label is None:
+            return np.zeros(len(records), np.int64), facts, ["unlabelled"]
+        if self._kind == NUMBER:
+            numbers = [float(record.values[self.label]) for record in records]
+            return np.array(numbers, np.float64).view(np.int64), facts, describe_numbers(numbers)
+        names = self._label_names(records, context)
+        facts["label_names"] = names.names
+        if self._kind == LABEL:
+            ids = names.ids(records, self.label, errors)
+            counts = np.bincount(ids[ids >= 0], minlength=len(names.names))
         else:
+            ids, facts["label_sets"] = names.sets(records, self.label, errors)
+            counts = np.zeros(len(names.names), np.int64)
+            for classes, count in zip(facts["label_sets"], np.bincount(ids).tolist(), strict=True):
+                counts[[c for c in classes if c >= 0]] += count
+        return ids, facts, describe_labels(names, counts)
+
+    def _label_names(self, records: Sequence[Record], context: DataContext) -> LabelNames:
+        import json
+
+        from distft.data.labelled_rows import LabelNames
+
+        assert self.label is not None
+        if context.label_names is not None:
             assert isinstance(context.label_names, tuple)  # of this stream
-            names = LabelNames(context.label_names)
+            return LabelNames(context.label_names)
+        if self._kind == LABELS:
+            names = LabelNames.from_labels(
+                label for record in records for label in json.loads(record.values[self.label])
+            )
+            if not names.names:
+                raise DataError(f"{self.path}: no row has a label in {self.label!r}: all lists are empty.")
+            return names
+        names = LabelNames.from_labels(record.values[self.label] for record in records)
         if len(names.names) < 2:
             raise DataError(
                 f"{self.path}: column {self.label!r} has only one label, {names.names[0]!r}, "
                 f"in {len(records):,} rows: a classification needs two or more."
             )
-        errors = RowErrors(self.path)
-        label_ids = names.ids(records, self.label, errors)
-        rows, text_lengths, max_tokens = self._encode_records(records, context, errors)
-        errors.raise_if_any()
-        check_vocabulary(self.path, rows.max_value, context)
-        summary = describe(
-            self.path, names, label_ids, text_lengths, max_tokens=max_tokens, seq_len=context.seq_len
-        )
-        facts = {"label_names": names.names, "summary": summary}
-        return EncodedTable(rows=rows, columns={LABEL_IDS: label_ids}, facts=facts)
+        return names
 
     def _encode_records(
         self, records: Sequence[Record], context: DataContext, errors: RowErrors

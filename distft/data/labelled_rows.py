@@ -1,19 +1,21 @@
 """Labelled texts in memory, encoded: the rows that `LabelledConfig` builds."""
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 from distft.data.batch import Batch, RaggedArray
 from distft.data.records import Record, RowErrors
 from distft.data.sampler import Indices
-from distft.data.targets import IGNORE_INDEX, LABEL
+from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
 
-LABEL_IDS = "label_ids"  # a column of encoded rows
+LABEL_IDS = "label_ids"  # a column of encoded rows: the `ids` of `RowTargets`
 _MAX_SHOWN = 20  # labels in a description
 
 
@@ -35,11 +37,28 @@ class LabelNames:
         """The class id of each record; adds one error for each unknown label, at its first line."""
         known = {name: i for i, name in enumerate(self.names)}
         for record in records:
-            label = record.values[column]
-            if label not in known:
-                known[label] = IGNORE_INDEX
-                errors.add(record.line, self._unknown_label_message(label))
+            self._check(record.values[column], record.line, known, errors)
         return np.array([known[record.values[column]] for record in records], np.int64)
+
+    def sets(
+        self, records: Sequence[Record], column: str, errors: RowErrors
+    ) -> tuple[Indices, list[list[int]]]:
+        """Of each record the number of its set of classes, and these sets; errors as `ids` adds them."""
+        known = {name: i for i, name in enumerate(self.names)}
+        numbers: dict[tuple[int, ...], int] = {}
+        of_records = []
+        for record in records:
+            labels = json.loads(record.values[column])
+            for label in labels:
+                self._check(label, record.line, known, errors)
+            classes = tuple(sorted(known[label] for label in labels))
+            of_records.append(numbers.setdefault(classes, len(numbers)))
+        return np.array(of_records, np.int64), [list(classes) for classes in numbers]
+
+    def _check(self, label: str, line: int, known: dict[str, int], errors: RowErrors) -> None:
+        if label not in known:
+            known[label] = IGNORE_INDEX
+            errors.add(line, self._unknown_label_message(label))
 
     def _unknown_label_message(self, label: str) -> str:
         similar = difflib.get_close_matches(label, self.names, n=1)
@@ -51,65 +70,117 @@ class LabelNames:
         )
 
 
-class LabelledRows:
-    """One text and one label per row, encoded once and kept in memory.
+@dataclass(frozen=True, slots=True)
+class RowTargets:
+    """What each row has as its target, in one integer a row."""
 
-    Batches are padded on the right to their longest row; every row has one target, `label`.
+    kind: str  # LABEL, LABELS, NUMBER, or ROW for rows without labels
+    ids: Indices  # of a class, of a set of classes, or the bits of a float64; of no meaning without labels
+    label_sets: Tensor | None = None  # int64 [S, K], for LABELS: 1 for each class in a set
+
+    @classmethod
+    def of_sets(cls, ids: Indices, label_sets: Sequence[Sequence[int]], num_labels: int) -> "RowTargets":
+        """`label_sets` has the classes of each set."""
+        table = torch.zeros(len(label_sets), num_labels, dtype=torch.int64)
+        for number, classes in enumerate(label_sets):
+            table[number, list(classes)] = 1
+        return cls(LABELS, ids, table)
+
+    def batch(self, rows: Indices) -> dict[str, Tensor]:
+        """Targets of `rows`, by name."""
+        ids = torch.from_numpy(self.ids[rows])
+        if self.kind == LABEL:
+            return {LABEL: ids}
+        if self.label_sets is not None:
+            return {LABELS: self.label_sets[ids]}
+        # Any number may be a target, IGNORE_INDEX too, so that another target says which rows count.
+        counts = {ROW: torch.zeros(len(rows), dtype=torch.int64)}
+        return counts if self.kind == ROW else {NUMBER: ids.view(torch.float64).float(), **counts}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the ids; empty without labels."""
+        return "" if self.kind == ROW else f"-{xxh3_64_hexdigest(self.ids.tobytes())}"
+
+
+class LabelledRows:
+    """One text with its target, if it has one, per row, encoded once and kept in memory.
+
+    Batches are padded on the right to their longest row.
     """
 
     def __init__(
-        self, rows: RaggedArray, label_ids: Indices, *, pad_id: int = 0, summary: str = "labelled rows"
+        self,
+        rows: RaggedArray,
+        targets: RowTargets | Indices,  # ids of classes, or other targets
+        *,
+        pad_id: int = 0,
+        summary: str = "labelled rows",
     ) -> None:
         self._rows = rows
-        self._label_ids = label_ids
+        self._targets = targets if isinstance(targets, RowTargets) else RowTargets(LABEL, targets)
         self._pad_id = pad_id
         self.num_sequences = len(rows)
         self.summary = summary
-        self.fingerprint = f"{rows.fingerprint}-{xxh3_64_hexdigest(label_ids.tobytes())}"
+        self.fingerprint = rows.fingerprint + self._targets.fingerprint
 
     def batch(self, indices: Indices) -> Batch:
         """Rows `indices`; for empty `indices`, row 0 without targets."""
-        rows = indices if len(indices) else np.zeros(1, np.int64)
-        labels = self._label_ids[rows] if len(indices) else np.full(1, IGNORE_INDEX, np.int64)
+        if not len(indices):
+            return self.batch(np.zeros(1, np.int64)).without_targets()
+        targets = self._targets.batch(indices)
         return Batch(
-            input_ids=torch.from_numpy(self._rows.padded(rows, self._pad_id)),
-            targets={LABEL: torch.from_numpy(labels)},
-            num_targets={LABEL: len(indices)},
-            lengths=torch.from_numpy(self._rows.lengths(rows)),
+            input_ids=torch.from_numpy(self._rows.padded(indices, self._pad_id)),
+            targets=targets,
+            num_targets=dict.fromkeys(targets, len(indices)),
+            lengths=torch.from_numpy(self._rows.lengths(indices)),
         )
 
 
 def describe(
     path: str,
-    names: LabelNames,
-    label_ids: Indices,
+    label_lines: Sequence[str],
     text_lengths: Sequence[int],
     *,
     max_tokens: int,
     seq_len: int,
 ) -> str:
-    """Lines about labelled texts before training: labels with their counts, and lengths in tokens.
+    """Lines about texts before training: their number and lengths in tokens, and `label_lines`.
 
-    `text_lengths` has the tokens of each row's texts, of which `max_tokens` fit into `seq_len`.
+    The first of `label_lines` says how many labels there are, the others tell of them. `text_lengths` has the
+    tokens of each row's texts, of which `max_tokens` fit into `seq_len`.
     """
-    counts = np.bincount(label_ids, minlength=len(names.names))
+    median, most = np.quantile(text_lengths, [0.5, 0.95], method="higher")
+    num_cut = int(np.count_nonzero(np.asarray(text_lengths) > max_tokens))
+    first, *others = label_lines
+    lines = [
+        f"{len(text_lengths):,} rows, {first}, {num_cut:,} cut to seq_len={seq_len}",
+        *others[:1],
+        f"tokens of a text: median {median:,}, 95 % at most {most:,}, longest {max(text_lengths):,}",
+        *others[1:],
+    ]
+    return "\n".join(f"{path}: {line}" for line in lines)
+
+
+def describe_labels(names: LabelNames, counts: Indices) -> list[str]:
+    """`label_lines` for `describe`: `counts` has the number of rows of each label."""
     most_first = np.argsort(-counts, kind="stable")
     shown = ", ".join(f"{names.names[i]!r} {counts[i]:,}" for i in most_first[:_MAX_SHOWN])
     if len(counts) > _MAX_SHOWN:
         rest = counts[most_first[_MAX_SHOWN:]]
         shown += f", and {len(rest):,} more with {rest.min():,} to {rest.max():,}"
-    median, most = np.quantile(text_lengths, [0.5, 0.95], method="higher")
-    num_cut = int(np.count_nonzero(np.asarray(text_lengths) > max_tokens))
-    lines = [
-        f"{len(label_ids):,} rows, {len(counts):,} labels, {num_cut:,} cut to seq_len={seq_len}",
-        f"labels: {shown}",
-        f"tokens of a text: median {median:,}, 95 % at most {most:,}, longest {max(text_lengths):,}",
-    ]
+    lines = [f"{len(counts):,} labels", f"labels: {shown}"]
     rare = [repr(names.names[i]) for i in np.flatnonzero(counts == 1)]
     if rare:
         more = f" and {len(rare) - _MAX_SHOWN:,} more" if len(rare) > _MAX_SHOWN else ""
         lines.append(f"once only: the label{'s' * (len(rare) > 1)} {', '.join(rare[:_MAX_SHOWN])}{more}")
-    return "\n".join(f"{path}: {line}" for line in lines)
+    return lines
+
+
+def describe_numbers(numbers: Sequence[float]) -> list[str]:
+    """`label_lines` for `describe`."""
+    spread = f"{min(numbers):g} to {max(numbers):g}, mean {np.mean(numbers):.4g}, deviation"
+    return ["numbers as labels", f"numbers: {spread} {np.std(numbers):.4g}"]
 
 
 def truncate_pair(first: list[int], second: list[int], max_tokens: int) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ What a row and a text are is the rule of `distft.data.rows`, for corpora and lab
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -58,20 +59,29 @@ class RowErrors:
 
 
 def read_records(
-    path: str, *, texts: Sequence[str], labels: Sequence[str] = (), max_rows: int | None = None
+    path: str,
+    *,
+    texts: Sequence[str],
+    labels: Sequence[str] = (),
+    label_lists: Sequence[str] = (),
+    separator: str = ",",
+    numbers: Sequence[str] = (),
+    max_rows: int | None = None,
 ) -> list[Record]:
-    """Read the columns `texts` and `labels` of the first `max_rows` rows of a file.
+    """Read the columns `texts`, `labels`, `label_lists` and `numbers` of the first `max_rows` rows of a file.
 
     The name's suffix selects JSONL (one object per line), CSV or TSV (with a header), and the compression;
     `path` is any fsspec path. A text must be a string; a label may also be an integer or a boolean, and is
-    returned in its JSON notation. Blank lines are not rows.
+    returned in its JSON notation. A list of labels may also be one string, cut at each `separator`, and is
+    returned as a JSON array of distinct labels. A number may also be in a string, from which `float` reads
+    it, and is finite. Blank lines are not rows.
 
     Raises `DataError` with file and line: a file that is missing, empty, damaged or of another kind, bad
     JSON or CSV, a missing column, a value of the wrong type.
     """
     errors = RowErrors(path)
     records: list[Record] = []
-    columns = [*texts, *labels]
+    columns = [*texts, *labels, *label_lists, *numbers]
     try:
         for line, row in _parse_rows(path, columns):
             if max_rows is not None and len(records) + errors.num_errors >= max_rows:
@@ -79,7 +89,10 @@ def read_records(
             if isinstance(row, str):
                 errors.add(line, row)
                 continue
-            values = _select_columns(row, texts, labels)
+            values = _select_columns(row, texts, labels, numbers)
+            if isinstance(values, dict) and label_lists:
+                lists = _select_label_lists(row, label_lists, separator)
+                values = values | lists if isinstance(lists, dict) else lists
             if isinstance(values, str):
                 errors.add(line, values)
             else:
@@ -120,21 +133,78 @@ def _check_regular(path: str) -> None:
         raise DataError(f"{path} is {what}, not a file: name a file.")
 
 
-def _select_columns(row: dict[str, Any], texts: Sequence[str], labels: Sequence[str]) -> dict[str, str] | str:
+def _select_columns(
+    row: dict[str, Any], texts: Sequence[str], labels: Sequence[str], numbers: Sequence[str]
+) -> dict[str, str] | str:
     """The requested values of a row, or a message about the first bad one."""
     values = {}
-    for column in (*texts, *labels):
+    for column in (*texts, *labels, *numbers):
         if column not in row:
             return missing_column(column, row)
         value = row[column]
-        if column in labels and isinstance(value, int):
-            value = json.dumps(value)
-        if problem := text_problem(value, "a string or a whole number" if column in labels else "a string"):
+        if column in numbers:
+            if not _is_number(value):
+                return f"{column!r} is {json.dumps(value)[:60]}, but must be a finite number."
+            values[column] = str(value)
+            continue
+        if column in labels:
+            value = _label(column, value)
+            if isinstance(value, _Problem):
+                return str(value)
+        elif problem := text_problem(value):
             return f"{column!r} {problem}"
-        if column in labels and not value.strip():
-            return f"{column!r} is empty: every row needs a label."
         values[column] = value
     return values
+
+
+class _Problem(str):
+    """A message about a bad value."""
+
+
+def _label(column: str, value: object) -> str:
+    """A label as text, or a `_Problem`."""
+    if isinstance(value, int):
+        value = json.dumps(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return _Problem(
+            f"{column!r} is {'null' if value is None else 'empty'}: every row needs a label. Label it, "
+            "remove it, or put unlabelled rows into a stream of their own, with label=null."
+        )
+    if problem := text_problem(value, "a string or a whole number"):
+        return _Problem(f"{column!r} {problem}")
+    return str(value)
+
+
+def _select_label_lists(row: dict[str, Any], columns: Sequence[str], separator: str) -> dict[str, str] | str:
+    """The distinct labels in each column, as a JSON array, or a message; an empty list or string has none."""
+    lists = {}
+    for column in columns:
+        if column not in row:
+            return missing_column(column, row)
+        value = row[column]
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(separator)] if value.strip() else []
+        if not isinstance(value, list):
+            return (
+                f"{column!r} is {json.dumps(value)[:60]}, but must be a list of labels (labels=several): an "
+                "empty list for a row of no class; unlabelled rows belong into a stream of their own, with "
+                "label=null."
+            )
+        labels = [_label(column, item) for item in value]
+        problem = next((label for label in labels if isinstance(label, _Problem)), None)
+        if problem is not None:
+            return str(problem)
+        lists[column] = json.dumps(list(dict.fromkeys(labels)))
+    return lists
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False
 
 
 def _similar_files(path: str) -> str:

@@ -12,6 +12,7 @@ from distft.config import Component, Settings
 from distft.data.completion import CompletionConfig
 from distft.data.dataset import DataContext
 from distft.data.labelled import LabelledConfig
+from distft.data.pairs import PairsConfig
 from distft.data.shares import integer_shares
 from distft.data.tokens import TokensConfig
 from distft.errors import ConfigError, ErrorCollector
@@ -19,7 +20,7 @@ from distft.errors import ConfigError, ErrorCollector
 if TYPE_CHECKING:
     from distft.data.feed import Feed, StreamFeed
 
-StreamDataConfig = Annotated[TokensConfig | LabelledConfig | CompletionConfig, Component()]
+StreamDataConfig = Annotated[TokensConfig | LabelledConfig | CompletionConfig | PairsConfig, Component()]
 StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 
 

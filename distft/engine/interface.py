@@ -1,6 +1,7 @@
 """The `Engine` interface that the training loop uses."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -59,6 +60,16 @@ class Engine(Protocol):
         """fp16 only: the factor of the loss in `forward_backward`, by which `step` divides gradients.
 
         A scalar on the device, which does not change until the next call.
+        """
+
+    def set_ema_decay(self, decay: float) -> None:
+        """The decay of the weights' moving average in the next `step`, if the optimizer has an average."""
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """The model computes with the weights' moving average, then with its own weights again, bit for bit.
+
+        For forwards without gradient, between optimizer steps; frozen parameters stay as they are. All ranks
+        enter and leave together. Only if the optimizer has an average.
         """
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:

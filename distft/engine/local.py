@@ -1,6 +1,7 @@
 """The single-process engine in plain torch: for laptops and tests, and the reference for ZeRO."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 
 from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.sources import StateSource, read_state
+from distft.config.step_function import value_at
 from distft.data.batch import AnyBatch
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.settings import LocalConfig
-from distft.engine.weight_average import WeightAverage, WeightSlice
+from distft.engine.weight_average import WeightAverage, WeightSlice, replaced_values
 from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
 
 
@@ -48,7 +50,7 @@ class LocalEngine:
         if optim.ema_decay is not None:
             masters = self._masters.items()
             slices = [WeightSlice(name, 0, master.detach().view(-1)) for name, master in masters]
-            self._average = WeightAverage(optim.ema_decay, slices)
+            self._average = WeightAverage(value_at(optim.ema_decay, 0), slices)
 
     def _make_master(self, name: str) -> Tensor:
         param = self._params[name]
@@ -86,6 +88,9 @@ class LocalEngine:
         self._loss_scale = scale
 
     def step(self, group_lr: GroupLr) -> UpdateResult:
+        for master in self._masters.values():
+            if master.grad is None:  # of a head that no term of this step uses
+                master.grad = torch.zeros_like(master)
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
         if self._loss_scale is not None:
@@ -101,6 +106,17 @@ class LocalEngine:
         if self._average is not None:
             self._average.update(is_skipped)
         return UpdateResult(grad_norm, is_skipped)
+
+    def set_ema_decay(self, decay: float) -> None:
+        assert self._average is not None
+        self._average.decay = decay
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        assert self._average is not None
+        averages = {average.parameter: average.values for average in self._average.fragments()}
+        return replaced_values(
+            self._params, {name: values.to(self._dtype) for name, values in averages.items()}
+        )
 
     def _copy_masters_to_model(self) -> None:
         if self._dtype == torch.float32 or not self._masters:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distft.checkpoint.fragments import WEIGHT, Fragment, even_slice
 from distft.checkpoint.sources import StateSource, read_state
 from distft.collectives import Collectives, all_or_none
+from distft.config.step_function import value_at
 from distft.data.batch import AnyBatch
 from distft.engine import zero_layout
 from distft.engine.deepspeed_config import ZeroConfig, clips_in_kernel, deepspeed_config
@@ -20,11 +21,13 @@ from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.node import read_in_shares, read_once_per_node
 from distft.engine.stage3_blocks import free_weights_until_backward, gather_by_block
-from distft.engine.weight_average import WeightAverage, WeightSlice
+from distft.engine.weight_average import WeightAverage, WeightSlice, replaced_values
 from distft.errors import CheckpointError
 from distft.model.block import Block
 from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
 from distft.topology import BatchPlan
+
+_SUMMED_NUMEL = 1 << 26  # elements of one sum over ranks, which takes as much memory once more
 
 
 class ZeroEngine:
@@ -68,6 +71,11 @@ class ZeroEngine:
         else:
             allocate(module, device, dtype)
         self._params = dict(module.named_parameters())
+        # A step may not use some of several heads; all else takes part in every forward.
+        heads = tuple(f"{name}." for name in getattr(module, "heads", ()))
+        self._head_params = [
+            param for name, param in self._params.items() if param.requires_grad and name.startswith(heads)
+        ]
         optimizer = build_adamw(self._params, groups, optim)
         zero_layout.accept_optimizer(type(optimizer))
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory statistics at any log level
@@ -91,6 +99,8 @@ class ZeroEngine:
 
     def forward_backward(self, micro_batches: Sequence[AnyBatch], loss_terms: LossTermsFn) -> Tensor:
         total = None
+        if self._stage > 0:
+            zero_layout.clear_gradients(self._engine, self._stage, self._head_params)
         # ZeRO averages gradients over ranks; the Engine contract is that they add.
         factor = float(self._collectives.dp_world_size)
         if self._stage == 0:  # there DeepSpeed divides by the loss scale, but does not multiply by it
@@ -143,6 +153,36 @@ class ZeroEngine:
         self._engine.step()
         return UpdateResult(grad_norm, is_skipped)
 
+    def set_ema_decay(self, decay: float) -> None:
+        assert self._average is not None
+        self._average.decay = decay
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        assert self._average is not None
+        if self._stage == 3:
+            values = {average.parameter: average.values for average in self._average.fragments()}
+            with zero_layout.replaced_stage3_weights(self._engine, self._params, values):
+                yield
+        else:
+            with replaced_values(self._params, self._whole_averages(self._average)):
+                yield
+
+    def _whole_averages(self, average: WeightAverage) -> dict[str, Tensor]:
+        """Stages 0 to 2: the average of each whole trainable parameter, as the model computes with it."""
+        trainable = {name: param for name, param in self._params.items() if param.requires_grad}
+        dtype = next(iter(self._params.values())).dtype
+        sizes = [param.numel() for param in trainable.values()]
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=self.device)
+        whole = dict(zip(trainable, torch.split(flat, sizes), strict=True))
+        for own in average.fragments():
+            whole[own.parameter][own.start : own.start + own.values.numel()].copy_(own.values)
+        if self._stage > 0:
+            # Each element is on one rank and zero on the others, so the sum is exact in any dtype.
+            for chunk in torch.split(flat, _SUMMED_NUMEL):
+                chunk.copy_(self._collectives.all_reduce_sum(chunk))
+        return whole
+
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         return self._collectives.all_reduce_sum(value)
 
@@ -188,7 +228,7 @@ class ZeroEngine:
         partitions = list(zero_layout.local_partitions(self._engine, self._stage, self._params))
         if self._ema_decay is not None:
             slices = [WeightSlice(p.parameter, p.start, p.master_weights) for p in partitions]
-            self._average = WeightAverage(self._ema_decay, slices)
+            self._average = WeightAverage(value_at(self._ema_decay, 0), slices)
         if self._stage < 3:
             read_once_per_node(source, self._states_on_every_rank(partitions), self._collectives)
         else:

@@ -5,7 +5,8 @@ to them changes the training state. We compared stages 0-3 in fp32, bf16 and fp1
 element by element with plain torch. Another DeepSpeed may use another layout, so `check_version` comes first.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
@@ -182,6 +183,28 @@ def stage3_weights(engine: Any, param: nn.Parameter) -> tuple[int, Tensor]:
     return start, param.ds_tensor.data.view(-1).narrow(0, 0, stop - start)  # type: ignore[attr-defined]
 
 
+@contextmanager
+def replaced_stage3_weights(
+    engine: Any, params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Stage 3: this rank's slices of the weights are `values` inside, and what they were before after it.
+
+    Gathered parameters are freed at both ends, so that forwards gather them anew.
+    """
+    views = {name: stage3_weights(engine, params[name])[1] for name in values}
+    own = {name: view.clone() for name, view in views.items()}
+    free_gathered = engine.optimizer.parameter_offload.partition_all_parameters
+    free_gathered()
+    try:
+        for name, view in views.items():
+            view.copy_(values[name])
+        yield
+    finally:
+        free_gathered()
+        for name, view in views.items():
+            view.copy_(own[name])
+
+
 def is_gathered(param: nn.Parameter) -> bool:
     """Whether this rank also has the whole stage-3 parameter; of small ones DeepSpeed always keeps it."""
     status = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.AVAILABLE
@@ -221,6 +244,29 @@ def update_without_waiting(engine: Any) -> None:
         optimizer.update_lp_params()  # the engine clears the gradients
 
     optimizer.step = step
+
+
+def clear_gradients(engine: Any, zero_stage: int, params: Iterable[nn.Parameter]) -> None:
+    """Before a step: no gradient of `params` yet.
+
+    At stage 3, and with gradients in host memory, DeepSpeed keeps the last step's until a backward overwrites
+    it. It would apply the gradient of a head once more in a step that does not use the head.
+    """
+    optimizer = engine.optimizer
+    is_offloaded = getattr(optimizer, "offload_optimizer" if zero_stage == 3 else "cpu_offload", False)
+    for param in params:
+        if zero_stage == 3:
+            number = param.ds_id  # type: ignore[attr-defined]
+            optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[number].zero_()
+        number = optimizer.get_param_id(param) if is_offloaded else None
+        if number in getattr(optimizer, "grad_position", {}):  # otherwise this rank has no element of it
+            group, *_, offset, numel = optimizer.grad_position[number]
+            flat = optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else _flat_partitions(optimizer)
+            optimizer.norm_for_param_grads.pop(number, None)
+            if flat[group].grad is not None:
+                flat[group].grad.view(-1).narrow(0, offset, numel).zero_()
+            if number in getattr(optimizer, "accumulated_grads_in_cpu", {}):
+                optimizer.accumulated_grads_in_cpu[number].zero_()
 
 
 def gradient_norm(engine: Any) -> Tensor:

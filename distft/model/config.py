@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
@@ -160,6 +161,30 @@ class EmbeddingHead:
     learns_temperature: bool = False
 
 
-Head: TypeAlias = LanguageModelHead | ClassificationHead | TokenHead | EmbeddingHead
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorHead:
+    """Logits over the vocabulary from small blocks of its own, beside the model's: ELECTRA's generator.
+
+    They read the model's embeddings, projected to their width, and the output's weight is the embedding.
+    """
+
+    num_layers: int
+    size: float  # its width, heads and feed-forward, relative to the model's
+    output_share: float = 1.0  # of the positions whose logits are computed; for counts of FLOPs alone
+
+    def config(self, model: ModelConfig) -> ModelConfig:
+        """The sizes of its blocks. Heads stay as wide as the model's, so both share rotary angles."""
+        num_heads = max(round(model.num_heads * self.size), 1)
+        sizes = {
+            "num_layers": self.num_layers,
+            "d_model": max(round(model.d_model * self.size), 1),
+            "num_heads": num_heads,
+            "num_kv_heads": gcd(num_heads, model.num_kv_heads),
+            "d_ff": max(round(model.d_ff * self.size), 1),
+        }
+        return model.model_copy(update=sizes)
+
+
+Head: TypeAlias = LanguageModelHead | ClassificationHead | TokenHead | EmbeddingHead | GeneratorHead
 Heads: TypeAlias = Mapping[str, Head]  # by the name of the head's module
 LANGUAGE_MODEL: Heads = {"lm_head": LanguageModelHead()}

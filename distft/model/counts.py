@@ -1,12 +1,13 @@
 """Number of parameters and FLOPs, computed from the configuration alone."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distft.model.config import (
     LANGUAGE_MODEL,
     ClassificationHead,
     EmbeddingHead,
+    GeneratorHead,
     Heads,
     ModelConfig,
     TokenHead,
@@ -23,11 +24,19 @@ def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
     for head in heads.values():
         if isinstance(head, EmbeddingHead):
             total += head.learns_temperature
+        elif isinstance(head, GeneratorHead):
+            total += _num_generator_parameters(config, head)
         elif isinstance(head, ClassificationHead | TokenHead):
             total += config.d_model * _num_outputs(head)
         elif not config.tie_embeddings:
             total += config.padded_vocab_size * config.d_model
     return total
+
+
+def _num_generator_parameters(config: ModelConfig, head: GeneratorHead) -> int:
+    own = head.config(config)
+    norm = own.d_model * (2 if own.norm == "layernorm" else 1)
+    return 2 * config.d_model * own.d_model + own.num_layers * _num_block_parameters(own, norm) + norm
 
 
 def _num_outputs(head: ClassificationHead | TokenHead) -> int:
@@ -71,8 +80,8 @@ class Flops:
 
 def forward_flops(config: ModelConfig, seq_len: int, heads: Heads = LANGUAGE_MODEL) -> Flops:
     """FLOPs of the forward pass over rows of `seq_len` tokens; a classifier's head runs once per row."""
-    per_token = 2 * sum(product.numel for product in _linear_products(config, seq_len, heads))
-    return Flops(per_token, _forward_flops_per_pair(config) * config.num_layers)
+    products = [product for chain in _chains(config, seq_len, heads) for product in chain]
+    return Flops(2 * sum(p.numel for p in products), sum(p.flops_per_pair for p in products))
 
 
 def training_flops(
@@ -92,15 +101,16 @@ def training_flops(
         return names is None or any(name.startswith(prefixes) for name in names)
 
     per_token, per_pair = 0.0, 0.0
-    has_trainable_before = trains("embed.", "position_embed.")
-    for product in _linear_products(config, seq_len, heads):
-        has_trainable_before = has_trainable_before or trains(*product.before)
-        per_token += 2 * product.numel * (has_trainable_before + trains(product.name))
-        if product.is_followed_by_attention:
-            has_trainable_before = has_trainable_before or trains(
-                *_attention_inputs(product.name[: -len("v.")])
-            )
-            per_pair += 2 * _forward_flops_per_pair(config) * has_trainable_before
+    for chain in _chains(config, seq_len, heads):
+        has_trainable_before = trains("embed.", "position_embed.")
+        for product in chain:
+            has_trainable_before = has_trainable_before or trains(*product.before)
+            per_token += 2 * product.numel * (has_trainable_before + trains(product.name))
+            if product.flops_per_pair:
+                has_trainable_before = has_trainable_before or trains(
+                    *_attention_inputs(product.name[: -len("v.")])
+                )
+                per_pair += 2 * product.flops_per_pair * has_trainable_before
     return forward_flops(config, seq_len, heads) + Flops(per_token, per_pair)
 
 
@@ -116,7 +126,7 @@ def recomputed_flops(config: ModelConfig, trainable: Collection[str] | None = No
         names is None or any(name.startswith((*before, *blocks[: index + 1])) for name in names)
         for index in range(config.num_layers)
     )
-    products = [p for p in _linear_products(config, 1, {}) if p.name.startswith(blocks[0])]
+    products = list(_block_products(config, blocks[0]))
     numel = sum(product.numel for product in products[:-1])
     return Flops(2.0 * numel * num_recomputed, _forward_flops_per_pair(config) * num_recomputed)
 
@@ -137,30 +147,53 @@ class _Product:
     name: str
     numel: float
     before: tuple[str, ...] = ()
-    is_followed_by_attention: bool = False
+    flops_per_pair: int = 0  # of the attention that follows it
 
 
-def _linear_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[_Product]:
-    """The products of the linear layers in the order of the forward pass."""
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    width, hidden = config.d_model, config.d_ff
+def _chains(config: ModelConfig, seq_len: int, heads: Heads) -> list[list[_Product]]:
+    """The products of the model, and of each generator beside it, in the order of the forward pass."""
+    generators = {name: head for name, head in heads.items() if isinstance(head, GeneratorHead)}
+    chains = [_generator_products(config, name, head) for name, head in generators.items()]
+    if len(generators) < len(heads) or not heads:
+        chains.append([*_main_products(config, seq_len, heads)])
+    return chains
+
+
+def _main_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[_Product]:
     for index in range(config.num_layers):
-        block = f"blocks.{index}"
-        norm = (f"{block}.attn_norm.",)
-        yield _Product(f"{block}.attn.q.", width * q_size, norm)
-        yield _Product(f"{block}.attn.k.", width * kv_size)
-        yield _Product(f"{block}.attn.v.", width * kv_size, is_followed_by_attention=True)
-        yield _Product(f"{block}.attn.o.", width * q_size)
-        after_attention = (f"{block}.attn.", f"{block}.mlp_norm.")
-        if config.mlp == "swiglu":
-            yield _Product(f"{block}.mlp.gate.", width * hidden, after_attention)
-        yield _Product(f"{block}.mlp.up.", width * hidden, after_attention)
-        yield _Product(f"{block}.mlp.down.", width * hidden, (f"{block}.mlp.gate.", f"{block}.mlp.up."))
+        yield from _block_products(config, f"blocks.{index}.")
     before_heads = ("blocks.", "norm.")
     for name, head in heads.items():
         if isinstance(head, ClassificationHead | TokenHead):
             num_uses = 1 / seq_len if isinstance(head, ClassificationHead) else 1
-            yield _Product(f"{name}.", width * _num_outputs(head) * num_uses, before_heads)
-        elif not isinstance(head, EmbeddingHead):
+            yield _Product(f"{name}.", config.d_model * _num_outputs(head) * num_uses, before_heads)
+        elif not isinstance(head, EmbeddingHead | GeneratorHead):
             weight = "embed." if config.tie_embeddings else f"{name}."
-            yield _Product(weight, width * config.padded_vocab_size, before_heads)
+            yield _Product(weight, config.d_model * config.padded_vocab_size, before_heads)
+
+
+def _generator_products(config: ModelConfig, name: str, head: GeneratorHead) -> list[_Product]:
+    own = head.config(config)
+    products = [_Product(f"{name}.input.", config.d_model * own.d_model)]
+    for index in range(own.num_layers):
+        before = (f"{name}.input.",) if index == 0 else ()
+        first, *rest = _block_products(own, f"{name}.blocks.{index}.")
+        products += [replace(first, before=(*first.before, *before)), *rest]
+    blocks = (f"{name}.input.", f"{name}.blocks.", f"{name}.norm.")
+    products.append(_Product(f"{name}.hidden.", config.d_model * own.d_model, blocks))
+    logits = config.d_model * config.padded_vocab_size * head.output_share
+    return [*products, _Product("embed.", logits, (f"{name}.hidden.",))]
+
+
+def _block_products(config: ModelConfig, block: str) -> Iterator[_Product]:
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    width, hidden = config.d_model, config.d_ff
+    yield _Product(f"{block}attn.q.", width * q_size, (f"{block}attn_norm.",))
+    yield _Product(f"{block}attn.k.", width * kv_size)
+    yield _Product(f"{block}attn.v.", width * kv_size, flops_per_pair=_forward_flops_per_pair(config))
+    yield _Product(f"{block}attn.o.", width * q_size)
+    after_attention = (f"{block}attn.", f"{block}mlp_norm.")
+    if config.mlp == "swiglu":
+        yield _Product(f"{block}mlp.gate.", width * hidden, after_attention)
+    yield _Product(f"{block}mlp.up.", width * hidden, after_attention)
+    yield _Product(f"{block}mlp.down.", width * hidden, (f"{block}mlp.gate.", f"{block}mlp.up."))

@@ -3,7 +3,7 @@
 Shape letters: B rows, T positions, N = B * T, C = d_model, V = padded_vocab_size, K classes.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from distft.model.config import (
     LANGUAGE_MODEL,
     ClassificationHead,
     EmbeddingHead,
+    GeneratorHead,
     Head,
     Heads,
     LanguageModelHead,
@@ -61,6 +62,36 @@ class Embedding(nn.Module):
         return x_BC * torch.exp(-0.5 * self.log_temperature.float()) if self.head.learns_temperature else x_BC
 
 
+class Generator(nn.Module):
+    """Blocks beside the model's from its embeddings to logits, as a `GeneratorHead` describes them."""
+
+    def __init__(self, model: ModelConfig, head: GeneratorHead) -> None:
+        super().__init__()
+        config = head.config(model)
+        self.input = Linear(model.d_model, config.d_model, bias=False)
+        # Indices after the model's own, so that dropout draws other numbers.
+        indices = range(model.num_layers, model.num_layers + head.num_layers)
+        self.blocks = nn.ModuleList(Block(config, index) for index in indices)
+        self.norm = make_norm(config)
+        self.hidden = Linear(config.d_model, model.d_model, bias=False)
+        self.output = OutputProjection(model.d_model, model.padded_vocab_size, bias=False)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rope: RotaryCosSin | None,
+        mask: AttentionMask,
+        dropout_keys_B: Tensor | None,
+        loss_from_hidden: HiddenLossFn | None,
+        *,
+        recomputes_blocks: bool,
+    ) -> Tensor:
+        x_BTC = self.input(x_BTC)
+        x_BTC = _run_blocks(self.blocks, x_BTC, rope, mask, dropout_keys_B, recompute=recomputes_blocks)
+        output: Tensor = self.output(self.hidden(self.norm(x_BTC)), loss_from_hidden)
+        return output
+
+
 class Transformer(nn.Module):
     """Embedding, blocks, norm and one or more heads, by name. It has parameters only, no buffers.
 
@@ -98,14 +129,14 @@ class Transformer(nn.Module):
     ) -> dict[str, Tensor]:
         """The output of each of `heads` (None: all) by name.
 
-        That is logits [B, T, V] of a language model and [B, K] of a classifier, numbers [B, T, K] of a token
-        head, vectors [B, C] of an embedding.
+        That is logits [B, T, V] of a language model or generator and [B, K] of a classifier, numbers
+        [B, T, K] of a token head, vectors [B, C] of an embedding.
 
         `input_ids`, `position_ids` (None: 0, 1, 2, ...) and `document_ids` (tokens attend only to tokens with
         the same id) are int64 [B, T]; `lengths` is int64 [B], the number of real tokens at each row's start.
         `is_prefix` bool [B, T] marks tokens to which a causal model's earlier tokens attend, too.
         `dropout_keys` int64 [B] determine what training drops in each row; None: drawn at random.
-        A language model's head `name` in `losses_from_hidden` returns
+        A language model's or generator's head `name` in `losses_from_hidden` returns
         `losses_from_hidden[name](hidden [N, C], weight [V, C])` in place of its logits.
 
         Raises `ConfigError` for rows longer than `max_seq_len`.
@@ -126,9 +157,20 @@ class Transformer(nn.Module):
         x_BTC, rope = self._embed(input_ids, position_ids)
         if dropout_keys is not None:
             x_BTC = dropout(x_BTC, self.config.dropout, dropout_keys, site=0)
-        x_BTC = self.norm(self._run_blocks(x_BTC, rope, mask, dropout_keys))
+        names = list(self.heads if heads is None else heads)
+        recompute = self._recomputes_blocks
         outputs = {}
-        for name in self.heads if heads is None else heads:
+        for name in names:
+            if isinstance(self.heads[name], GeneratorHead):
+                loss_fn, generator = (losses_from_hidden or {}).get(name), self.get_submodule(name)
+                outputs[name] = generator(
+                    x_BTC, rope, mask, dropout_keys, loss_fn, recomputes_blocks=recompute
+                )
+        names = [name for name in names if name not in outputs]
+        if not names:
+            return outputs
+        x_BTC = self.norm(_run_blocks(self.blocks, x_BTC, rope, mask, dropout_keys, recompute=recompute))
+        for name in names:
             head, module = self.heads[name], self.get_submodule(name)
             if isinstance(head, ClassificationHead | EmbeddingHead):
                 outputs[name] = module(_pool(x_BTC, lengths, head.pooling))
@@ -161,6 +203,10 @@ class Transformer(nn.Module):
     def _make_head(self, head: Head) -> nn.Module:
         if isinstance(head, EmbeddingHead):
             return Embedding(head)
+        if isinstance(head, GeneratorHead):
+            generator = Generator(self.config, head)
+            generator.output.weight = self.embed.weight
+            return generator
         if not isinstance(head, LanguageModelHead):
             num_outputs = head.num_labels if isinstance(head, ClassificationHead) else head.num_outputs
             return Linear(self.config.d_model, num_outputs, bias=False)
@@ -172,8 +218,8 @@ class Transformer(nn.Module):
     def set_activation_checkpointing(self, mode: Literal["none", "selective", "full"]) -> None:
         """What the backward recomputes: nothing, all but products and attention, or whole blocks."""
         self._recomputes_blocks = mode == "full"
-        for block in self.blocks:
-            block.recomputes_selectively = mode == "selective"  # type: ignore[assignment]
+        for block in self._all_blocks():
+            block.recomputes_selectively = mode == "selective"
 
     def compile_blocks(self) -> None:
         """Compile the training pass of each block, final norm and rotary angles, at their first calls.
@@ -181,11 +227,14 @@ class Transformer(nn.Module):
         Compiling the whole model would unroll the cross entropy's chunks. Block by block, the step is as fast
         and compiling takes 2-12 s instead of 20 (6.9M parameters, 6 layers, one core).
         """
-        for block in self.blocks:
-            block.compile_training()  # type: ignore[operator]
+        for block in self._all_blocks():
+            block.compile_training()
         # Cheap to compile for any shape at once, so these two are compiled for evaluation too.
         self.norm.forward = torch.compile(self.norm.forward, dynamic=True)
         self._rotary_cos_sin = torch.compile(rotary_cos_sin, dynamic=True)
+
+    def _all_blocks(self) -> list[Block]:
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, RotaryCosSin | None]:
         x_BTC = self.embed(input_ids)
@@ -196,19 +245,25 @@ class Transformer(nn.Module):
             rope = self._rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
         return x_BTC, rope
 
-    def _run_blocks(
-        self, x_BTC: Tensor, rope: RotaryCosSin | None, mask: AttentionMask, dropout_keys_B: Tensor | None
-    ) -> Tensor:
-        recompute = self._recomputes_blocks and torch.is_grad_enabled()
-        for block in self.blocks:
-            if recompute:
-                # Dropout depends on its keys alone, so the generators' states need no copy.
-                x_BTC = checkpoint(
-                    block, x_BTC, rope, mask, dropout_keys_B, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BTC = block(x_BTC, rope, mask, dropout_keys_B)
-        return x_BTC
+
+def _run_blocks(
+    blocks: Iterable[nn.Module],
+    x_BTC: Tensor,
+    rope: RotaryCosSin | None,
+    mask: AttentionMask,
+    dropout_keys_B: Tensor | None,
+    *,
+    recompute: bool,
+) -> Tensor:
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            # Dropout depends on its keys alone, so the generators' states need no copy.
+            x_BTC = checkpoint(
+                block, x_BTC, rope, mask, dropout_keys_B, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            x_BTC = block(x_BTC, rope, mask, dropout_keys_B)
+    return x_BTC
 
 
 def _pool(x_BTC: Tensor, lengths: Tensor | None, pooling: str) -> Tensor:

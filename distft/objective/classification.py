@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distft.data.dataset import Labels
+from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, LABEL
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, HeadName, Heads, ModelConfig, Pooling
-from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
+from distft.model.config import ClassificationHead, Heads
+from distft.objective.interface import Model, ObjectiveContext, only_batch
+from distft.objective.row_objective import RowObjective, require_targets
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
 
-    from distft.data.batch import AnyBatch, Batch
+    from distft.data.batch import AnyBatch
+    from distft.data.feed import Transform
 
 
-class Classification(Objective):
+class Classification(RowObjective):
     """Cross entropy of each row's label; the classifier is a new head."""
 
     type: Literal["classification"] = "classification"
-    head: HeadName | None = None  # name of its parameters; null: classifier, in a mixture that of its part
-    pooling: Pooling = "last"  # of a row's hidden states, for the head
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     def heads(self, label_names: Labels) -> Heads:
         """`classifier`. Raises `ConfigError` for data without labels."""
         if not isinstance(label_names, tuple):
             raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
-        return {self._head: ClassificationHead(num_labels=len(label_names), pooling=self.pooling)}
+        return {self.head_name: ClassificationHead(num_labels=len(label_names), pooling=self.pooling)}
 
-    def check_model(self, model: ModelConfig) -> None:
-        if self.pooling == "first" and model.is_causal:
-            raise ConfigError(
-                "objective.pooling=first with model.attention=causal: the first token attends only to "
-                "itself, so the rest of the text has no effect. Set objective.pooling=last or mean."
+    def transforms(self, context: TransformContext) -> Sequence[Transform]:
+        if context.data.label_names is not None:  # otherwise `heads` tells
+            require_targets(
+                context,
+                LABEL,
+                "objective.type=classification",
+                "set labels=one for the data, or objective.type=multi_label for several labels a row",
             )
+        return ()
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {LABEL: 1.0}
-
-    def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
-        return only_batch(batch).num_targets
 
     def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:  # noqa: ARG002
         from torch.nn.functional import cross_entropy
 
         loss_sum = cross_entropy(
-            self._logits(model, only_batch(batch)).float(),
+            self.outputs(model, only_batch(batch)),
             only_batch(batch).targets[LABEL],
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
@@ -64,7 +64,7 @@ class Classification(Objective):
         from torch.nn.functional import cross_entropy
 
         with torch.no_grad():
-            logits = self._logits(model, only_batch(batch)).float()
+            logits = self.outputs(model, only_batch(batch))
         labels = only_batch(batch).targets[LABEL]
         counts = labels != IGNORE_INDEX
         loss_sum = cross_entropy(logits[counts].double(), labels[counts], reduction="sum")
@@ -78,17 +78,15 @@ class Classification(Objective):
         confusion = sums["confusion"].double()
         num_rows = confusion.sum().clamp_min(1)
         num_correct, num_labelled, num_predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-        occurs = (num_labelled + num_predicted) > 0
-        f1 = 2 * num_correct[occurs] / (num_labelled + num_predicted)[occurs]
         return {
             "loss": float(sums["loss_sum"] / num_rows),
             "accuracy": float(num_correct.sum() / num_rows),
-            "macro_f1": float(f1.mean()) if len(f1) else 0.0,
+            "macro_f1": macro_f1(num_correct, num_labelled, num_predicted),
         }
 
-    def _logits(self, model: Model, batch: Batch) -> Tensor:
-        return model(**batch.model_inputs, heads=(self._head,))[self._head]
 
-    @property
-    def _head(self) -> str:
-        return self.head or "classifier"
+def macro_f1(num_correct: Tensor, num_labelled: Tensor, num_predicted: Tensor) -> float:
+    """F1 averaged over the classes that occur as label or prediction, from counts [K]."""
+    occurs = (num_labelled + num_predicted) > 0
+    f1 = 2 * num_correct[occurs] / (num_labelled + num_predicted)[occurs]
+    return float(f1.mean()) if len(f1) else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -31,6 +32,9 @@ class ObjectiveContext:
     collectives: Collectives  # of the data-parallel ranks
     compiles: bool = False  # the model is compiled, so the loss may be too
     state: dict[str, Tensor] = field(default_factory=dict)  # `Objective.initial_state`, saved with the run
+    step: int = 0  # optimizer steps before this one
+    # Inside it the model computes with the moving average of its weights; None: without optim.ema_decay.
+    averaged_weights: Callable[[], AbstractContextManager[None]] | None = None
 
 
 class Objective(Settings, ABC):
@@ -56,6 +60,10 @@ class Objective(Settings, ABC):
         """What makes this objective's inputs and targets of the data's rows. Raises `ConfigError`."""
         return ()
 
+    def notes(self, context: TransformContext) -> Sequence[str]:  # noqa: ARG002
+        """Lines for the log on what `transforms` does with this data and tokenizer."""
+        return ()
+
     def transform_feed(self, feed: AnyFeed, context: DataContext, seed: int) -> AnyFeed:
         """The feed with this objective's inputs and targets. Raises `ConfigError` if data do not fit."""
         from distft.data.feed import Feed
@@ -66,7 +74,7 @@ class Objective(Settings, ABC):
                 "objective.type=mixture, with a part for each stream."
             )
         own = TransformContext(data=context, seed=seed, num_sequences=feed.num_sequences, rows=feed.rows)
-        return feed.with_transforms(*self.transforms(own))
+        return feed.with_transforms(*self.transforms(own), notes=self.notes(own))
 
     def initial_state(self, heads: Heads) -> Mapping[str, Sequence[float]]:  # noqa: ARG002
         """What the objective remembers from step to step: equal on all ranks, saved with the run."""
@@ -83,6 +91,16 @@ class Objective(Settings, ABC):
         Such as a teacher's predictions. All ranks call it together; the micro-batches are on the device.
         """
         return micro_batches
+
+    @property
+    def needs_averaged_weights(self) -> bool:
+        """Whether `prepare_step` uses `context.averaged_weights`, for which optim.ema_decay must be set."""
+        return False
+
+    @property
+    def supervised_parts(self) -> Sequence[str] | None:
+        """The data streams of the parts that learn from labels; None: no part learns without."""
+        return None
 
     @abstractmethod
     def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from distft.config import Component, Settings
-from distft.data.dataset import DataContext, Labels
+from distft.config.step_function import StepFunction, value_at, values_of
+from distft.data.dataset import ClassNames, DataContext, Labels
 from distft.data.streams import StreamName
 from distft.errors import ConfigError, ErrorCollector
-from distft.model.config import Heads, ModelConfig
+from distft.model.config import ClassificationHead, Head, Heads, ModelConfig
 from distft.objective.causal_lm import CausalLM
 from distft.objective.classification import Classification
+from distft.objective.consistency import Consistency
+from distft.objective.contrastive import Contrastive
+from distft.objective.entropy import Entropy
 from distft.objective.interface import Model, Objective, ObjectiveContext
-from distft.objective.step_function import StepFunction, value_at, values_of
+from distft.objective.masked_lm import MaskedLM
+from distft.objective.mean_teacher import MeanTeacher
+from distft.objective.multi_label import MultiLabel
+from distft.objective.prefix_lm import PrefixLM
+from distft.objective.pseudo_label import PseudoLabel
+from distft.objective.regression import Regression
+from distft.objective.replaced_token import ReplacedToken
+from distft.objective.sentence_pairs import NextSentence, SentenceOrder
+from distft.objective.span_corruption import SpanCorruption
+from distft.objective.unlabelled import UnlabelledObjective
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
@@ -27,7 +40,24 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
 
 _AT_THE_END = 1 << 62  # a step after the last point of any weight
 
-SingleObjective = Annotated[CausalLM | Classification, Component()]
+SingleObjective = Annotated[
+    CausalLM
+    | MaskedLM
+    | PrefixLM
+    | SpanCorruption
+    | ReplacedToken
+    | NextSentence
+    | SentenceOrder
+    | Classification
+    | MultiLabel
+    | Regression
+    | Contrastive
+    | PseudoLabel
+    | MeanTeacher
+    | Consistency
+    | Entropy,
+    Component(),
+]
 
 
 class MixturePart(Settings):
@@ -61,15 +91,44 @@ class Mixture(Objective):
 
     def heads(self, label_names: Labels) -> Heads:
         names = label_names if isinstance(label_names, Mapping) else {}
-        heads: dict[str, object] = {}
+        first: dict[str, _PartHead] = {}
         errors = ErrorCollector()
         for name in self.parts:
             with errors.collect(), _naming(name):
                 for head_name, head in self.part(name).heads(names.get(name)).items():
-                    if heads.setdefault(head_name, head) != head:
-                        raise ConfigError(f"its head {head_name!r} is another one in an earlier part.")
+                    needed = _PartHead(name, head, names.get(name))
+                    first.setdefault(head_name, needed).require_equal(needed, head_name)
+        heads = {head_name: of_part.head for head_name, of_part in first.items()}
+        classifiers = {
+            part.head_name: own.num_labels
+            for part in map(self.part, self.parts)
+            if isinstance(part, Classification)
+            and isinstance(own := heads.get(part.head_name), ClassificationHead)
+        }
+        for name in self.parts:
+            part = self.part(name)
+            if isinstance(part, UnlabelledObjective):
+                with errors.collect(), _naming(name):
+                    part.require_head(classifiers, heads)
         errors.raise_if_any()
-        return heads  # type: ignore[return-value]
+        return heads
+
+    def heads_of_part(self, name: str, label_names: Labels) -> list[str]:
+        """The heads that rows of this part's stream go through."""
+        names = label_names if isinstance(label_names, Mapping) else {}
+        part = self.part(name)
+        shared = [part.head] if isinstance(part, UnlabelledObjective) else []  # of another part
+        return [*part.heads(names.get(name)), *shared]
+
+    def describe(self) -> Iterator[str]:
+        """A line for each part."""
+        for name, part in self.parts.items():
+            weight = part.weight
+            if isinstance(weight, tuple):
+                shown = ", ".join(f"{value:g} in step {step:,}" for step, value in weight)
+            else:
+                shown = f"{weight:g}"
+            yield f"{name}: {part.objective.type}, weight {shown}"
 
     def check_model(self, model: ModelConfig) -> None:
         errors = ErrorCollector()
@@ -77,6 +136,15 @@ class Mixture(Objective):
             with errors.collect(), _naming(name):
                 self.part(name).check_model(model)
         errors.raise_if_any()
+
+    @property
+    def needs_averaged_weights(self) -> bool:
+        return any(part.objective.needs_averaged_weights for part in self.parts.values())
+
+    @property
+    def supervised_parts(self) -> Sequence[str] | None:
+        unlabelled = [n for n, p in self.parts.items() if isinstance(p.objective, UnlabelledObjective)]
+        return [name for name in self.parts if name not in unlabelled] if unlabelled else None
 
     def term_weights(self, step: int) -> Mapping[str, float]:
         return {
@@ -87,6 +155,7 @@ class Mixture(Objective):
 
     def transform_feed(self, feed: AnyFeed, context: DataContext, seed: int) -> AnyFeed:
         from distft.data.feed import Feed, StreamFeed
+        from distft.keyed_random import stream_seed
 
         if not isinstance(feed, StreamFeed):
             raise ConfigError(
@@ -100,10 +169,11 @@ class Mixture(Objective):
             )
         transformed: dict[str, Feed] = {}
         errors = ErrorCollector()
-        for index, (name, stream) in enumerate(feed.streams.items()):
+        for name, stream in feed.streams.items():
             with errors.collect(), _naming(name):
-                # Sequences of equal number in two streams get other random numbers.
-                of_part = self.part(name).transform_feed(stream, context, seed + index)
+                own_context = replace(context, label_names=stream.label_names)
+                own_seed = stream_seed(seed, name)
+                of_part = self.part(name).transform_feed(stream, own_context, own_seed)
                 assert isinstance(of_part, Feed)
                 transformed[name] = of_part
         errors.raise_if_any()
@@ -197,6 +267,32 @@ def _own(context: ObjectiveContext, name: str) -> ObjectiveContext:
     prefix = f"{name}/"
     state = {k.removeprefix(prefix): v for k, v in context.state.items() if k.startswith(prefix)}
     return replace(context, state=state)
+
+
+@dataclass(frozen=True, slots=True)
+class _PartHead:
+    """A head as one part needs it."""
+
+    part: str
+    head: Head
+    label_names: ClassNames | None
+
+    def require_equal(self, other: _PartHead, name: str) -> None:
+        """Raise `ConfigError` unless the head `name` of both parts can be one."""
+        problem = None
+        if self.head != other.head:
+            problem = f"{self.head}, and here {other.head}"
+        elif isinstance(self.head, ClassificationHead) and self.label_names != other.label_names:
+            problem = f"one of the labels {_shown(self.label_names)}, and here of {_shown(other.label_names)}"
+        if problem is not None:
+            raise ConfigError(
+                f"its head {name!r} is that of objective.parts.{self.part}, there it is {problem}. Give one "
+                "of them another name by the setting head, or make them equal."
+            )
+
+
+def _shown(names: Sequence[str] | None) -> str:
+    return "none" if names is None else ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 @contextmanager

@@ -5,8 +5,44 @@ from typing import Annotated
 from distft.config import Component
 from distft.objective.causal_lm import CausalLM
 from distft.objective.classification import Classification
+from distft.objective.contrastive import Contrastive
+from distft.objective.masked_lm import MaskedLM
 from distft.objective.mixture import Mixture
+from distft.objective.multi_label import MultiLabel
+from distft.objective.prefix_lm import PrefixLM
+from distft.objective.regression import Regression
+from distft.objective.replaced_token import ReplacedToken
+from distft.objective.sentence_pairs import NextSentence, SentenceOrder
+from distft.objective.span_corruption import SpanCorruption
 
-ObjectiveConfig = Annotated[CausalLM | Classification | Mixture, Component()]
+ObjectiveConfig = Annotated[
+    CausalLM
+    | MaskedLM
+    | PrefixLM
+    | SpanCorruption
+    | ReplacedToken
+    | NextSentence
+    | SentenceOrder
+    | Classification
+    | MultiLabel
+    | Regression
+    | Contrastive
+    | Mixture,
+    Component(),
+]
 
-__all__ = ["CausalLM", "Classification", "Mixture", "ObjectiveConfig"]
+__all__ = [
+    "CausalLM",
+    "Classification",
+    "Contrastive",
+    "MaskedLM",
+    "Mixture",
+    "MultiLabel",
+    "NextSentence",
+    "ObjectiveConfig",
+    "PrefixLM",
+    "Regression",
+    "ReplacedToken",
+    "SentenceOrder",
+    "SpanCorruption",
+]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distft.config import Settings
+from distft.config.step_function import StepFunction, values_of
 from distft.errors import ConfigError
 from distft.optim.patterns import matching_names, no_match_message
 from distft.optim.schedules import CosineConfig, ScheduleConfig
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # multiple of the learning rate
+
+
+def _check_decay(decay: Any) -> Any:
+    if any(not 0 < value < 1 for value in values_of(decay)):
+        raise ValueError("a decay must be above 0 and below 1")
+    return decay
+
+
+Decay = Annotated[StepFunction, AfterValidator(_check_decay)]
 
 
 class AdamWConfig(Settings):
@@ -35,7 +45,8 @@ class AdamWConfig(Settings):
     max_grad_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)  # global norm; null: no clipping
     schedule: ScheduleConfig = CosineConfig()
     lr_scales: dict[str, Scale] = Field(default_factory=dict)  # by glob pattern; the last match counts
-    ema_decay: float | None = Field(None, gt=0, lt=1)  # of a moving average of the weights; null: none
+    # Of a moving average of the weights, from 0 to 1, or points [[step, decay], ...]; null: no average
+    ema_decay: Decay | None = None
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from distft.config import load_yaml, parse
 from distft.errors import ConfigError, DataError, DistftError
 from distft.run.check import check_run
 from distft.run.config import RunConfig
-from distft.run.paths import CONFIG_FILE
+from distft.run.paths import CONFIG_FILE, data_paths
 from distft.topology import Topology
 from distft.tracker import EVENTS_FILE, HANG_EVENT, LEDGER_EVENT, read_lines
 
@@ -34,11 +34,21 @@ class Audit:
     num_lost_steps: int  # that ran, and were or are done again; of a killed start, those that it logged
     num_uncommitted_steps: int = 0  # after `step`, of the last start: if it ended, a resume does them again
     world_sizes: tuple[int, ...]  # of each start, in order
-    uses_per_row: tuple[int, int] | None = None  # minimum and maximum over the rows of the data
+    uses_per_row: tuple["SourceUse", ...] | None = None  # of each source of the data, in its order
 
     @property
     def is_exact(self) -> bool:
         return not self.missing and not self.repeated
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceUse:
+    """How often the run used the rows of one source."""
+
+    name: str  # the setting that names it
+    num_rows: int
+    least: int
+    most: int
 
 
 @dataclass(slots=True)
@@ -151,7 +161,8 @@ def audit_run(run_dir: str, *, trust: bool = False) -> tuple[Audit, str]:
         _, inputs = check_run(config, Topology())
     except (DistftError, OSError) as error:
         return audit, str(error)
-    uses = uses_per_row(inputs.train, audit.num_sequences)
+    names = [key.removesuffix(".path") for key in data_paths("data", config.data)]
+    uses = uses_per_row(inputs.train, audit.num_sequences, names)
     return replace(audit, uses_per_row=uses), ""
 
 
@@ -164,8 +175,8 @@ def _newest_progress(run_dir: str) -> Progress | None:
     return None
 
 
-def uses_per_row(feed: "AnyFeed", num_sequences: int) -> tuple[int, int]:
-    """How often the run's first `num_sequences` use a row of the data: minimum and maximum."""
+def uses_per_row(feed: "AnyFeed", num_sequences: int, names: Sequence[str]) -> tuple[SourceUse, ...]:
+    """How often the run's first `num_sequences` use the rows of each source; `names` of the sources."""
     import numpy as np
 
     counts = [np.zeros(size, np.int64) for size in feed.dataset_sizes]
@@ -173,4 +184,9 @@ def uses_per_row(feed: "AnyFeed", num_sequences: int) -> tuple[int, int]:
         sources, rows = feed.lookup(start, min(start + _CHUNK_ROWS, num_sequences))
         for source in range(len(counts)):
             counts[source] += np.bincount(rows[sources == source], minlength=len(counts[source]))
-    return min(int(count.min()) for count in counts), max(int(count.max()) for count in counts)
+    if len(names) != len(counts):  # of a class outside distft
+        names = [f"source {number}" for number in range(len(counts))]
+    return tuple(
+        SourceUse(name=name, num_rows=len(uses), least=int(uses.min()), most=int(uses.max()))
+        for name, uses in zip(names, counts, strict=True)
+    )

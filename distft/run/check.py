@@ -1,12 +1,15 @@
 """Checks a run without using a device, and describes it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from distft.data.streams import StreamsConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
 from distft.errors import ConfigError, ErrorCollector
+from distft.objective.mixture import Mixture
 from distft.run.config import RunConfig
 from distft.run.paths import check_paths
 from distft.topology import BatchPlan, Topology
@@ -82,6 +85,17 @@ def _check_deepspeed(config: RunConfig, plan: BatchPlan) -> None:
         ignored_deepspeed_keys(config.engine, plan)
 
 
+def _describe_mixture(config: RunConfig) -> Iterator[str]:
+    """The streams' shares and the objective's parts, if there are any."""
+    if isinstance(config.data, StreamsConfig):
+        shares = {name: stream.share for name, stream in config.data.streams.items()}
+        of_what = "steps" if config.data.alternate else "sequences"
+        shown = ", ".join(f"{name} {share / sum(shares.values()):.1%}" for name, share in shares.items())
+        yield f"streams     of all {of_what}: {shown}"
+    if isinstance(config.objective, Mixture):
+        yield from (f"objective   {line}" for line in config.objective.describe())
+
+
 @dataclass(frozen=True, slots=True)
 class CheckedRun:
     """A run that may start: its description, and what is odd about it."""
@@ -102,6 +116,7 @@ def describe_run(
     plan, inputs = check_run(config, Topology(world_size=world_size))
     import torch
 
+    from distft.run.comparison import supervised_alone
     from distft.run.plan import Speed, describe_needs, run_needs
     from distft.run.remarks import remarks
 
@@ -116,7 +131,13 @@ def describe_run(
         f"tokenizer   {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}",
         *(f"note        {note}" for note in inputs.notes),
         *(f"data        {line}" for line in inputs.train.summary.splitlines()),
+        *_describe_mixture(config),
     ]
+    if (alone := supervised_alone(inputs)) is not None:
+        lines.append(
+            f"first       {alone.train.max_steps:,} steps of {alone.batch.global_batch_size} rows of the "
+            f"labelled data alone, to compare with, in {alone.run_dir}"
+        )
     if inputs.validation is not None:
         lines += [f"validation  {line}" for line in inputs.validation.summary.splitlines()]
     lines += [

@@ -11,6 +11,7 @@ from distft.checkpoint.formats.detect import open_source
 from distft.config import Component, PathText, Settings, apply_overrides, load_yaml, parse, redact
 from distft.data.completion import CompletionConfig
 from distft.data.labelled import LabelledConfig
+from distft.data.pairs import PairsConfig
 from distft.data.streams import StreamsConfig
 from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
@@ -20,10 +21,13 @@ from distft.model.config import ModelConfig
 from distft.objective.settings import CausalLM, ObjectiveConfig
 from distft.optim.adamw import AdamWConfig
 from distft.run.cluster_config import MOST_SECONDS, ClusterConfig
+from distft.run.streams import stream_problems
 from distft.tracker import TrackerConfig
 from distft.train.schedule import TrainConfig
 
-DataConfig = Annotated[TokensConfig | LabelledConfig | CompletionConfig | StreamsConfig, Component()]
+DataConfig = Annotated[
+    TokensConfig | LabelledConfig | CompletionConfig | PairsConfig | StreamsConfig, Component()
+]
 EngineConfig = Annotated[LocalConfig | ZeroConfig, Component()]
 
 
@@ -39,7 +43,7 @@ class EvaluationConfig(Settings):
     """When the run evaluates on validation data, and on how much of it."""
 
     every_steps: int | None = Field(default=None, ge=1)  # in addition to the end of the run
-    max_sequences: int | None = Field(default=None, ge=1)  # per evaluation; null: all
+    max_sequences: int | None = Field(default=None, ge=1)  # per evaluation, of each stream; null: all
     micro_batch_size: int | None = Field(default=None, ge=1)  # null: batch.micro_batch_size
 
 
@@ -67,6 +71,8 @@ class RunConfig(Settings):
     validation: DataConfig | None = None
     batch: BatchConfig
     objective: ObjectiveConfig = CausalLM()
+    # Train a mixture with unlabelled parts first without them, in run_dir/supervised_alone; say which won
+    compare_with_supervised: bool = True
     optim: AdamWConfig
     engine: EngineConfig = LocalConfig()
     train: TrainConfig
@@ -91,6 +97,7 @@ class RunConfig(Settings):
             for name in self.allow_model_changes
             if name not in known
         ]
+        problems += stream_problems(self.data, self.validation, self.objective)
         if self.batch.micro_batch_size > self.batch.global_batch_size:
             problems.append(
                 f"batch.micro_batch_size={self.batch.micro_batch_size} is more than "
@@ -99,6 +106,19 @@ class RunConfig(Settings):
         if self.model is not None and self.batch.seq_len > self.model.max_seq_len:
             problems.append(
                 f"batch.seq_len={self.batch.seq_len} is more than model.max_seq_len={self.model.max_seq_len}"
+            )
+        if self.objective.needs_averaged_weights and self.optim.ema_decay is None:
+            problems.append(
+                "a mean teacher is the moving average of the weights: set optim.ema_decay, such as 0.99"
+            )
+        if (
+            self.objective.supervised_parts is not None
+            and self.compare_with_supervised
+            and self.validation is None
+        ):
+            problems.append(
+                "a run with unlabelled data is compared with supervised alone, which needs validation data: "
+                "set validation, or compare_with_supervised=false"
             )
         if self.evaluation.every_steps is not None and self.validation is None:
             problems.append("evaluation.every_steps is set, but validation is not")

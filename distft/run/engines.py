@@ -90,7 +90,7 @@ def _state_source(inputs: RunInputs, resumed: Checkpoint | None) -> StateSource:
     )
     if inputs.init_from is None:
         return initial
-    new = new_parameter_prefixes(inputs.init_from, inputs.heads, inputs.label_names)
+    new = new_parameter_prefixes(inputs.init_from, inputs.heads, inputs.label_names, inputs.config.objective)
     return FirstOf([WeightsOnly(inputs.init_from, without=new), initial])
 
 

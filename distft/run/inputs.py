@@ -14,6 +14,7 @@ from distft.data.streams import StreamsConfig
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
 from distft.model.config import Heads, ModelConfig
 from distft.model.counts import Flops, training_flops
+from distft.objective.mixture import Mixture
 from distft.optim.adamw import parameter_groups
 from distft.optim.patterns import select_trainable
 from distft.run.config import RunConfig
@@ -27,6 +28,7 @@ from distft.run.model import (
     require_same_model,
 )
 from distft.run.paths import check_data_files, find_tokenizer, naming_settings, require_outputs
+from distft.run.streams import require_targets
 from distft.tokenizer import Tokenizer
 
 _PLACEHOLDER_LABELS = ("a", "b")  # replace the labels of unreadable data, so that other checks can go on
@@ -59,19 +61,32 @@ class RunInputs:
         return self.total_steps * self.config.batch.global_batch_size / self.train.num_sequences
 
     @property
-    def training_flops(self) -> Flops:
-        """FLOPs of forward and backward, on rows of the run's length."""
-        return training_flops(self.model, self.config.batch.seq_len, self.heads, self.trainable)
+    def training_flops(self) -> dict[str, Flops]:
+        """FLOPs of forward and backward, on rows of the run's length, by stream as in `Batch.work`.
+
+        A row of a stream goes through the heads of that stream's part alone. Passes without a gradient, such
+        as a teacher's, do not count: they are no part of the model's own cost.
+        """
+        seq_len, objective = self.config.batch.seq_len, self.config.objective
+        if not isinstance(objective, Mixture):
+            return {"": training_flops(self.model, seq_len, self.heads, self.trainable)}
+        flops = {}
+        for name in objective.parts:
+            heads = {head: self.heads[head] for head in objective.heads_of_part(name, self.label_names)}
+            flops[name] = training_flops(self.model, seq_len, heads, self.trainable)
+        return flops
 
     @property
     def run_flops(self) -> float:
         """FLOPs of the whole run, of all ranks together, if every row holds one document."""
-        batch = self.config.batch
-        return (
-            self.training_flops.of(batch.seq_len, batch.seq_len**2)
-            * batch.global_batch_size
-            * self.total_steps
+        batch, by_stream = self.config.batch, self.training_flops
+        shares = dict.fromkeys(by_stream, 1.0)
+        if isinstance(self.config.data, StreamsConfig):
+            shares = {name: stream.share for name, stream in self.config.data.streams.items()}
+        per_row = sum(
+            share * by_stream[name].of(batch.seq_len, batch.seq_len**2) for name, share in shares.items()
         )
+        return per_row / sum(shares.values()) * batch.global_batch_size * self.total_steps
 
 
 def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
@@ -106,7 +121,10 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
     train, validation = _build_data(config, context, errors)
     label_names = None if train is None else train.label_names
     with errors.collect():
-        heads = _placeholder_heads(config) if train is None else config.objective.heads(label_names)
+        heads = placeholder_heads(config) if train is None else config.objective.heads(label_names)
+        for setting, feed in (("data", train), ("validation", validation)):
+            if feed is not None:
+                require_targets(config.objective, setting, getattr(config, setting), feed)
         shapes = parameter_shapes(model, heads)
         trainable = _check_parameters(config, shapes, heads, init_from, label_names)
     if train is not None:
@@ -183,7 +201,7 @@ def _check_the_rest(
     check_data_files(config, errors)
     if model is not None:
         with errors.collect():
-            heads = _placeholder_heads(config)
+            heads = placeholder_heads(config)
             _check_parameters(config, parameter_shapes(model, heads), heads, init_from, None)
 
 
@@ -255,7 +273,7 @@ def data_context(
     )
 
 
-def _placeholder_heads(config: RunConfig) -> Heads:
+def placeholder_heads(config: RunConfig) -> Heads:
     """Heads that the objective accepts, when the data with the label names could not be read."""
     streams = config.data.streams if isinstance(config.data, StreamsConfig) else {}
     of_streams = {
@@ -284,7 +302,7 @@ def _check_parameters(
         parameter_groups(shapes, trainable, config.optim, {})  # only to raise its errors
     if init_from is not None:
         with errors.collect():
-            new = new_parameter_prefixes(init_from, heads, label_names)
+            new = new_parameter_prefixes(init_from, heads, label_names, config.objective)
             inherited = {name: shape for name, shape in shapes.items() if not name.startswith(new)}
             may_lack = (*head_prefixes(heads), *added_block_prefixes(init_from, config))
             require_parameters(init_from, inherited, may_lack=may_lack)

@@ -1,11 +1,12 @@
 """The model of a run on the meta device, and whether a checkpoint has its parameters."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 
 from distft.checkpoint.sources import CheckpointSource
-from distft.config import parse
+from distft.config import Settings, parse
 from distft.data.dataset import ClassNames, Labels
 from distft.errors import ConfigError, suggest_name
 from distft.model.config import ClassificationHead, Heads, ModelConfig
@@ -54,12 +55,16 @@ def head_prefixes(heads: Heads) -> tuple[str, ...]:
     return tuple(f"{name}." for name in heads)
 
 
-def new_parameter_prefixes(init_from: CheckpointSource, heads: Heads, label_names: Labels) -> tuple[str, ...]:
+def new_parameter_prefixes(
+    init_from: CheckpointSource, heads: Heads, label_names: Labels, objective: Settings
+) -> tuple[str, ...]:
     """Name prefixes of parameters not taken from `init_from`: classifiers whose classes differ."""
+    saved = _by_head(saved_label_names(init_from), init_from.manifest.config.get("objective"))
+    own = _by_head(label_names, objective.model_dump())
 
     def is_same(name: str) -> bool:
-        saved = _of_head(saved_label_names(init_from), name)
-        return saved is not None and saved == _of_head(label_names, name)
+        # Without names, as of a regression, on both sides there are no classes that could differ.
+        return _of_head(saved, name) == _of_head(own, name)
 
     classifiers = [name for name, head in heads.items() if isinstance(head, ClassificationHead)]
     return tuple(f"{name}." for name in classifiers if not is_same(name))
@@ -73,8 +78,22 @@ def saved_label_names(source: CheckpointSource) -> Labels:
     return None if names is None else tuple(names)
 
 
+def _by_head(label_names: Labels, objective: Any) -> Labels:
+    """The class names of each head of a mixture: it has its stream's name unless the part gives another."""
+    if not isinstance(label_names, Mapping):
+        return label_names
+    parts = objective.get("parts") if isinstance(objective, Mapping) else None
+    by_head = {}
+    for stream, names in label_names.items():
+        part = parts.get(stream) if isinstance(parts, Mapping) else None
+        own = part.get("objective") if isinstance(part, Mapping) else None
+        head = own.get("head") if isinstance(own, Mapping) else None
+        by_head[head or stream] = names
+    return by_head
+
+
 def _of_head(label_names: Labels, head: str) -> ClassNames | None:
-    """The class names of a head, which has the name of its stream if there are several."""
+    """The class names of one head; the only ones are those of any head."""
     return label_names.get(head) if isinstance(label_names, Mapping) else label_names
 
 

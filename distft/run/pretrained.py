@@ -19,6 +19,7 @@ from distft.data.feed import AnyFeed
 from distft.engine.interface import DTYPES
 from distft.engine.memory import allocate
 from distft.errors import ConfigError
+from distft.model.config import Heads
 from distft.model.transformer import Transformer
 from distft.objective.interface import ObjectiveContext
 from distft.run.config import RunConfig
@@ -183,13 +184,17 @@ def _load_tokenizer(source: CheckpointSource, path: str | None) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def load_model(trained: TrainedModel, device: torch.device) -> Transformer:
-    """The whole model on `device`, in the run's `param_dtype` and in evaluation mode; sets `num_threads`."""
+def load_model(trained: TrainedModel, device: torch.device, heads: Heads | None = None) -> Transformer:
+    """The whole model on `device`, in the run's `param_dtype` and in evaluation mode; sets `num_threads`.
+
+    `heads` replace those of the run.
+    """
     config, source = trained.config, trained.source
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     assert config.model is not None
-    module = build_module(config.model, config.objective.heads(trained.label_names))
+    own_heads = config.objective.heads(trained.label_names) if heads is None else heads
+    module = build_module(config.model, own_heads)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     require_parameters(source, shapes)
     allocate(module, device, DTYPES[config.engine.param_dtype])
@@ -240,7 +245,9 @@ def evaluate_checkpoint(
     if topology.world_size > 1:
         collectives = ProcessGroup(topology, device, config.timeout_s)
     module = load_model(trained, device)
-    num_sequences = min(feed.num_sequences, config.evaluation.max_sequences or feed.num_sequences)
+    if config.evaluation.max_sequences is not None:
+        feed = feed.first(config.evaluation.max_sequences)
+    num_sequences = feed.num_sequences
     progress_bar = progress(num_sequences, "evaluating", "rows") if topology.is_main else nullcontext()
     try:
         with progress_bar as display:
@@ -253,7 +260,6 @@ def evaluate_checkpoint(
                 micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
                 seq_len=config.batch.seq_len,
                 device=device,
-                max_sequences=num_sequences,
                 on_progress=None
                 if display is None
                 else lambda n: display.advance(n * collectives.dp_world_size),

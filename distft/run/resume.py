@@ -10,13 +10,17 @@ from pydantic import ValidationError
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.damage import require_undamaged
 from distft.checkpoint.manifest import Manifest
+from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.store import CheckpointStore, LatestValid
 from distft.collectives import Collectives, all_or_none
 from distft.config import Settings, redact
 from distft.config.component import trusting
+from distft.data.dataset import Labels
 from distft.errors import CheckpointError, ConfigError
 from distft.run.config import RunConfig
-from distft.run.inputs import RunInputs
+from distft.run.inputs import RunInputs, data_context
+from distft.run.model import saved_label_names
+from distft.run.paths import naming_settings
 from distft.tracker import EVENTS_FILE, LEDGER_EVENT, read_lines
 
 # Settings that a resume may not change: they define what the model sees, and when.
@@ -83,6 +87,7 @@ def find_resume_checkpoint(
             "choose another run_dir, delete this one, or set checkpoint.resume=true."
         )
     require_resumable(found.checkpoint.manifest, config, inputs.train.fingerprint)
+    require_same_labels(found.checkpoint, inputs)
     store.resume_from(found)
     return found
 
@@ -133,6 +138,31 @@ def require_resumable(saved: Manifest, config: RunConfig, data_fingerprint: str 
             "run_dir, or start from its weights alone with init_from."
         )
         raise ConfigError("\n".join(changes))
+
+
+def require_same_labels(checkpoint: CheckpointSource, inputs: RunInputs) -> None:
+    """Raise if the data's labels are no longer those of the heads: each output means one label.
+
+    A new label is a `DataError` with file and line, one that is gone a `ConfigError`.
+    """
+    before, now = saved_label_names(checkpoint), inputs.label_names
+    if before == now:
+        return
+    # With the saved names, reading the data tells where each other label is.
+    context = data_context(inputs.tokenizer, inputs.model, inputs.config, before)
+    with naming_settings("data", inputs.config.data):
+        inputs.config.data.build(context)
+    raise ConfigError(
+        f"The labels of the data changed since the heads were made: they were {_shown_labels(before)} and "
+        f"are {_shown_labels(now)}. Restore the data, or start another run_dir, from the weights alone with "
+        "init_from."
+    )
+
+
+def _shown_labels(label_names: Labels) -> str:
+    if isinstance(label_names, Mapping):
+        return "; ".join(f"{stream}: {_shown_labels(names)}" for stream, names in label_names.items())
+    return ", ".join(map(repr, label_names or ())) or "none"
 
 
 def _with_new_defaults(saved: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:

@@ -132,7 +132,9 @@ def _origin(inputs: RunInputs, latest: LatestValid) -> dict[str, str]:
 
 def _origin_in_checkpoint(inputs: RunInputs, init_from: CheckpointSource) -> dict[str, str]:
     """The checkpoint, the model's parameters that it does not give, and its own that the model lacks."""
-    new_prefixes = new_parameter_prefixes(init_from, inputs.heads, inputs.label_names)
+    new_prefixes = new_parameter_prefixes(
+        init_from, inputs.heads, inputs.label_names, inputs.config.objective
+    )
     parameters = init_from.manifest.parameters
     new = [name for name in inputs.shapes if name.startswith(new_prefixes) or name not in parameters]
     unused = [name for name in parameters if name not in inputs.shapes and not parameters[name].is_buffer]

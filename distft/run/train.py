@@ -11,11 +11,13 @@ from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.manifest import Progress
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
+from distft.config.step_function import value_at
 from distft.engine.interface import DTYPES
 from distft.errors import Interrupted, Preempted, SupersededError
 from distft.model.counts import recomputed_flops
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
+from distft.run.comparison import log_comparison, supervised_alone
 from distft.run.config import RunConfig
 from distft.run.engines import build_collectives, build_engine, choose_device
 from distft.run.environment import launch_name
@@ -60,23 +62,16 @@ def run_training(
         torch.set_num_threads(config.num_threads)
     cache_dir = storage.join(config.run_dir, ENCODED_DIR) if topology.world_size > 1 else None
     plan, inputs = check_run(config, topology, cache_dir)
+    runs = [(plan, inputs)]
+    alone = supervised_alone(inputs)
+    if alone is not None:
+        runs.insert(0, check_run(alone, topology, cache_dir))
     device = choose_device(config, topology)
     collectives = build_collectives(config, topology, device)
     has_failed = True
     try:
-        watchdog = Watchdog(
-            collectives,
-            Path(config.run_dir),
-            heartbeat_s=config.heartbeat_s,
-            hang_timeout_s=config.hang_timeout_s,
-            interval_steps=max(config.train.log_every_steps, _MIN_STRAGGLER_INTERVAL_STEPS),
-            clock=device_clock(device),
-        )
-        with watchdog:
-            run = TrainingRun(
-                inputs, plan, collectives, device, watchdog=watchdog, stop_requested=stop_requested
-            )
-            result = run.train()
+        for plan, inputs in runs:
+            result = _train_one(inputs, plan, collectives, device, stop_requested)
         has_failed = False
         return result
     except Preempted:  # on all ranks
@@ -85,6 +80,27 @@ def run_training(
     finally:
         if isinstance(collectives, ProcessGroup):
             collectives.close(has_failed=has_failed)
+
+
+def _train_one(
+    inputs: RunInputs,
+    plan: BatchPlan,
+    collectives: Collectives,
+    device: torch.device,
+    stop_requested: StopRequested,
+) -> RunResult:
+    config = inputs.config
+    watchdog = Watchdog(
+        collectives,
+        Path(config.run_dir),
+        heartbeat_s=config.heartbeat_s,
+        hang_timeout_s=config.hang_timeout_s,
+        interval_steps=max(config.train.log_every_steps, _MIN_STRAGGLER_INTERVAL_STEPS),
+        clock=device_clock(device),
+    )
+    with watchdog:
+        run = TrainingRun(inputs, plan, collectives, device, watchdog=watchdog, stop_requested=stop_requested)
+        return run.train()
 
 
 class TrainingRun:
@@ -137,6 +153,8 @@ class TrainingRun:
                 result = self._train_from(latest.checkpoint, progress, record)
             else:
                 result = self._log_nothing_to_do(progress, record)
+            if self._collectives.rank == 0:
+                log_comparison(self._config, record.trackers)
             status = "completed"
         except Preempted:
             status = "preempted"
@@ -173,7 +191,12 @@ class TrainingRun:
         config, inputs = self._config, self._inputs
         engine = build_engine(inputs, checkpoint, self._plan, self._collectives, self._device)
         context = build_objective_context(
-            inputs, self._plan, self._collectives, self._device, progress.objective_state
+            inputs,
+            self._plan,
+            self._collectives,
+            self._device,
+            progress.objective_state,
+            averaged_weights=engine.averaged_weights,
         )
         loss_probe = LossProbe(
             inputs.train, config.objective, config.engine.param_dtype, vocab_size=context.vocab_size
@@ -222,7 +245,7 @@ class TrainingRun:
 
     def _build_schedule(self) -> TrainingSchedule:
         config = self._config
-        total_steps = self._inputs.total_steps
+        total_steps, ema_decay = self._inputs.total_steps, config.optim.ema_decay
         return TrainingSchedule(
             total_steps=total_steps,
             lr_at=lambda step: config.optim.lr(step, total_steps),
@@ -232,6 +255,7 @@ class TrainingRun:
             save_every_steps=config.checkpoint.every_steps,
             evaluate_every_steps=config.evaluation.every_steps,
             evaluate_at_end=self._inputs.validation is not None,
+            ema_decay_at=None if ema_decay is None else lambda step: value_at(ema_decay, step),
         )
 
     def _build_throughput(self) -> Throughput:

@@ -16,6 +16,9 @@ class EvaluationFeed(Protocol):
 
     num_sequences: int
 
+    def first(self, num_sequences: int) -> "EvaluationFeed":
+        """At most that many of its sequences, of each stream if there are several."""
+
     def batch(self, start: int, stop: int) -> AnyBatch:
         """Sequences [start, stop); an empty range gives a batch without targets."""
 
@@ -34,13 +37,17 @@ def evaluate(
     max_sequences: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Metrics over the first `max_sequences` of `feed`, each counted once; the same on every rank.
+    """Metrics over the rows of `feed`, each counted once; the same on every rank.
+
+    Of every stream at most the first `max_sequences` count.
 
     Each rank takes a contiguous share. All ranks run the same number of batches, since a stage-3 forward is a
     collective: if the sequences do not divide evenly, some batches are empty and add zeros to the sums.
     """
     collectives = context.collectives
-    num_sequences = feed.num_sequences if max_sequences is None else min(feed.num_sequences, max_sequences)
+    if max_sequences is not None:
+        feed = feed.first(max_sequences)
+    num_sequences = feed.num_sequences
     plan = BatchPlan(
         global_batch_size=max(num_sequences, collectives.dp_world_size),
         micro_batch_size=min(micro_batch_size, max(num_sequences, 1)),

@@ -1,6 +1,7 @@
 """The training loop: pretraining and fine-tuning run the same one with different configurations."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from distft.errors import DivergedError, Preempted, Resized
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
-from distft.train.progress import ProgressCounter
+from distft.train.progress import LatestTerms, ProgressCounter
 from distft.train.schedule import TrainingSchedule
 from distft.train.services import STOP_REASONS, TrainerServices
 from distft.train.step import StepResult, train_step
@@ -49,6 +50,7 @@ class Trainer:
         self._plan = plan
         self._schedule = schedule
         self._progress = ProgressCounter(progress, engine.device)
+        self._terms = LatestTerms()
         self._services = services
         self._heartbeat = services.heartbeat
         self._collectives = context.collectives
@@ -98,6 +100,9 @@ class Trainer:
         """Returns the sums over ranks of `_local_signals`."""
         micro_batches = self._plan.micro_batches(self.step, self._collectives.dp_rank)
         lr = self._schedule.lr_at(self.step)
+        if self._schedule.ema_decay_at is not None:
+            self._engine.set_ema_decay(self._schedule.ema_decay_at(self.step))
+        self._context = replace(self._context, step=self.step)
         wait_s_before = batches.wait_s
         with self._heartbeat.phase("data", step=self.step + 1), self._heartbeat.own_work():
             loaded = [self._next_batch(batches) for _ in micro_batches]
@@ -114,13 +119,10 @@ class Trainer:
             )
         self._heartbeat.finish_step()
         self._progress.add_step(result)
+        self._terms.add_step(result)
         self._update_loss_scale(result)
-        dp_world_size = self._collectives.dp_world_size
-        self._throughput.add_step(
-            sum(batch.num_tokens for batch in loaded) * dp_world_size,
-            sum(batch.num_attention_pairs for batch in loaded) * dp_world_size,
-            batches.wait_s - wait_s_before,
-        )
+        wait_s = batches.wait_s - wait_s_before
+        self._throughput.add_step(loaded, self._collectives.dp_world_size, wait_s)
         if self._schedule.is_skip_check_due(self.step):
             self._check_skipped_steps(result)
         if self._schedule.is_log_due(self.step):
@@ -177,7 +179,7 @@ class Trainer:
             "tokens_seen": self._progress.tokens_seen,
             "epoch": self.step * self._plan.global_batch_size / self._feed.num_sequences,
             "skipped_steps": self._progress.skipped_steps,
-            **self._optional_metrics(result),
+            **self._optional_metrics(),
             "peak_memory_bytes": peak_memory_bytes(self._engine.device),
             **self._throughput.read(),
         }
@@ -185,11 +187,11 @@ class Trainer:
             metrics["loss_scale"] = float(self._loss_scale.scale)
         return metrics
 
-    def _optional_metrics(self, result: StepResult) -> dict[str, float | int]:
+    def _optional_metrics(self) -> dict[str, float | int]:
         metrics: dict[str, float | int] = {}
         names = list(self._objective.term_weights(self.step - 1))
         if len(names) > 1:
-            metrics |= {f"loss/{name}": float(term) for name, term in zip(names, result.terms, strict=True)}
+            metrics |= {f"loss/{name}": term for name, term in self._terms.read(names).items()}
         if self._progress.steps_without_targets:
             metrics["steps_without_targets"] = self._progress.steps_without_targets
         return metrics

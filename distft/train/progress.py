@@ -1,6 +1,9 @@
 """Counts the progress of a run: steps, tokens, skipped steps and the sequences used."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from distft.checkpoint.manifest import Progress
 from distft.objective.interface import ObjectiveContext
@@ -8,6 +11,28 @@ from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan
 from distft.train.ledger import SequenceLedger, merge_intervals
 from distft.train.step import StepResult
+
+
+class LatestTerms:
+    """Each loss term of the last step that measured it: a step may have targets of some terms only."""
+
+    def __init__(self) -> None:
+        self._terms: Tensor | None = None
+        self._is_known: Tensor | None = None
+
+    def add_step(self, result: StepResult) -> None:
+        if self._terms is None or self._is_known is None:
+            self._terms, self._is_known = result.terms, result.is_measured
+            return
+        self._terms = torch.where(result.is_measured, result.terms, self._terms)
+        self._is_known = self._is_known | result.is_measured
+
+    def read(self, names: Sequence[str]) -> dict[str, float]:
+        """By name, those that some step has measured; waits for the device."""
+        if self._terms is None or self._is_known is None:
+            return {}
+        values = zip(names, self._terms.tolist(), self._is_known.tolist(), strict=True)
+        return {name: value for name, value, is_known in values if is_known}
 
 
 class ProgressCounter:

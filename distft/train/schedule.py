@@ -48,6 +48,7 @@ class TrainingSchedule:
     save_every_steps: int | None  # in addition to the last step; None: no others
     evaluate_every_steps: int | None  # None: not during training
     evaluate_at_end: bool
+    ema_decay_at: Callable[[int], float] | None = None  # of the weights' average, if there is one
 
     def is_last(self, step: int) -> bool:
         return step == self.total_steps

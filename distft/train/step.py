@@ -18,6 +18,7 @@ class StepResult:
 
     loss: Tensor  # weighted sum of the terms
     terms: Tensor  # [K] mean of each term over its targets in the global batch
+    is_measured: Tensor  # bool [K]: the term has targets in this batch and a weight other than 0
     num_targets: Tensor  # int64 [K], in the global batch
     grad_norm: Tensor  # before clipping
     is_skipped: Tensor  # 1.0 if gradients were not finite, or the batch had no targets
@@ -55,4 +56,13 @@ def train_step(
     terms = engine.all_reduce_sum(engine.forward_backward(micro_batches, loss_terms))
     before_update()
     update = engine.step(group_lr)
-    return StepResult(terms.sum(), terms / scale, counts, update.grad_norm, update.is_skipped, summed_signals)
+    has_weight = scale != 0
+    return StepResult(
+        loss=terms.sum(),
+        terms=torch.where(has_weight, terms / scale, 0.0),
+        is_measured=has_weight & (counts > 0),
+        num_targets=counts,
+        grad_norm=update.grad_norm,
+        is_skipped=update.is_skipped,
+        signals=summed_signals,
+    )

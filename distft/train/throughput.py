@@ -2,11 +2,12 @@
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
 
+from distft.data.batch import AnyBatch
 from distft.model.counts import Flops
 from distft.model.layers import MatmulDtype
 
@@ -76,12 +77,14 @@ class Throughput:
     def __init__(
         self,
         *,
-        flops: Flops,
+        flops: Mapping[str, Flops],
         recomputed_flops: Flops | None,
         peak_flops_per_s: Callable[[], float],
         world_size: int,
     ) -> None:
-        """`flops` are the model's own; activation checkpointing adds `recomputed_flops`.
+        """`flops` are the model's own, by stream as in `Batch.work`.
+
+        Activation checkpointing adds `recomputed_flops`.
 
         `peak_flops_per_s` is called by the first `read` that follows a step: measuring takes half a second,
         by which it would delay the first step.
@@ -93,37 +96,39 @@ class Throughput:
         self._started = time.perf_counter()
         self._num_steps = 0
         self._num_tokens = 0
-        self._num_pairs = 0
+        self._num_flops = self._num_recomputed_flops = 0.0
         self._data_wait_s = 0.0
 
-    def add_step(self, num_tokens: int, num_pairs: int, data_wait_s: float) -> None:
-        """Count one optimizer step over `num_tokens` computed tokens, summed over ranks.
-
-        `num_pairs` is the sum of the squared lengths of their documents: what attention costs.
-        """
+    def add_step(self, micro_batches: Sequence[AnyBatch], num_ranks: int, data_wait_s: float) -> None:
+        """Count one optimizer step; every rank computes about as much as these micro-batches take."""
         self._num_steps += 1
-        self._num_tokens += num_tokens
-        self._num_pairs += num_pairs
+        for batch in micro_batches:
+            for stream, (num_tokens, num_pairs) in batch.work.items():
+                self._num_tokens += num_tokens * num_ranks
+                self._num_flops += self._flops[stream].of(num_tokens, num_pairs) * num_ranks
+                if self._recomputed_flops is not None:
+                    recomputed = self._recomputed_flops.of(num_tokens, num_pairs)
+                    self._num_recomputed_flops += recomputed * num_ranks
         self._data_wait_s += data_wait_s
 
     def restart(self) -> None:
         """Start a new interval now, so that no evaluation or save counts as training."""
         self._started = time.perf_counter()
-        self._num_steps = self._num_tokens = self._num_pairs = 0
+        self._num_steps = self._num_tokens = 0
+        self._num_flops = self._num_recomputed_flops = 0.0
         self._data_wait_s = 0.0
 
     def read(self) -> dict[str, float]:
         """Rates since the interval started, and start the next one. Empty if it had no step."""
         elapsed_s = time.perf_counter() - self._started
         num_steps, num_tokens, data_wait_s = self._num_steps, self._num_tokens, self._data_wait_s
-        num_pairs = self._num_pairs
         if not num_steps:
             self.restart()
             return {}
         available = self._peak_flops_per_s() * self._world_size * elapsed_s
-        shares = {"mfu": self._flops.of(num_tokens, num_pairs) / available}
+        shares = {"mfu": self._num_flops / available}
         if self._recomputed_flops is not None:
-            shares["hfu"] = shares["mfu"] + self._recomputed_flops.of(num_tokens, num_pairs) / available
+            shares["hfu"] = shares["mfu"] + self._num_recomputed_flops / available
         self.restart()
         tokens_per_s = num_tokens / elapsed_s
         return {

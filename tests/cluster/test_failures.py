@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RaySystemError
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckTimeoutError
 
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.steps import step_name
@@ -81,6 +81,20 @@ def test_the_death_of_a_worker_is_described_in_one_line() -> None:
     assert "memory" in str(root_cause({0: OutOfMemoryError("several lines\nof text")}).as_distft_error())
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RaySystemError("several lines\nof text"), "rank 2 died: System error: several lines"),
+        (RaySystemError("ip: ::1 pid: 7"), "rank 2 died (node ::1, pid 7): System error: ip: ::1 pid: 7"),
+        (RayError(), "rank 2 died: RayError"),
+    ],
+)
+def test_a_death_of_another_kind_is_told_by_the_process_and_the_first_line_of_rays_message(
+    error: RayError, expected: str
+) -> None:
+    assert str(root_cause({2: error}).as_distft_error()) == expected
+
+
 def test_a_distft_error_comes_out_of_the_controller_unchanged() -> None:
     error = DataError("a bad row")
     assert explain(ControllerError(ControllerError(error)), "2 workers") is error
@@ -94,6 +108,16 @@ def test_rays_message_about_another_process_is_cut_to_the_error() -> None:
     assert isinstance(explained, LaunchError)
     message = "Ray could not run 2 workers: RuntimeError: ModuleNotFoundError: No module named 'a'"
     assert str(explained) == message
+    assert str(explain(ControllerError(RuntimeError()), "2 workers")).endswith(" 2 workers: RuntimeError: ")
+
+
+def test_a_cluster_without_room_for_the_workers_is_told_with_remedies() -> None:
+    explained = explain(ControllerError(WorkerGroupStartupTimeoutError(2)), "2 workers")
+    assert isinstance(explained, LaunchError)
+    assert str(explained) == (
+        "The cluster had no free resources for 2 workers within cluster.start_timeout_s: request less, add "
+        "nodes, or raise it."
+    )
 
 
 class FakeMailbox:
@@ -104,6 +128,7 @@ class FakeMailbox:
         self.write = self.workers_ended = self
 
     def remote(self, *arguments: str) -> None:
+        assert arguments[:1] in ((), ("stderr",))
         self.written += arguments[1:]
 
 
@@ -128,6 +153,28 @@ def test_a_logged_hang_is_the_cause_whichever_rank_ray_saw_die(tmp_path: Path) -
     first, second = (event for event in read_lines(tmp_path / EVENTS_FILE) if event["kind"] == "fault")
     assert (first["rank"], first["reason"].endswith("in step 7, forward")) == (1, True)
     assert (second["rank"], "died" in second["reason"]) == (0, True)
+
+
+@pytest.mark.parametrize("kind", ["start", "resume", None])
+def test_of_the_hangs_since_the_last_start_the_first_is_the_cause_and_all_are_told(
+    tmp_path: Path, kind: str | None
+) -> None:
+    about = {"reason": "silent", "step": 7, "phase": "forward", "silent_s": 12.0, "host": "node4", "pid": 12}
+    log = EventLog(tmp_path)
+    if kind is not None:
+        log.write(HANG_EVENT, rank=0, stack=["of an earlier start"], **about)
+        log.write(kind, step=0)
+    for rank in (3, 2):
+        log.write(HANG_EVENT, rank=rank, stack=[], **about)
+    log.close()
+    mailbox, checkpoints = FakeMailbox(), str(tmp_path / "none")
+    callback = FailureCallback(mailbox, max_failures=3, run_dir=str(tmp_path), checkpoints=checkpoints)
+    callback.after_exception(None, {0: ActorDiedError()})
+    fault = read_lines(tmp_path / EVENTS_FILE)[-1]
+    assert (fault["kind"], fault["rank"]) == ("fault", 3)
+    told = mailbox.written[0].splitlines()
+    assert [line.partition(" (")[0] for line in told[:2]] == ["rank 3", "rank 2"]
+    assert told[2:] == ["Starting the workers again (1 of 3)."]
 
 
 class Restarts:
@@ -171,6 +218,15 @@ def test_workers_start_again_until_max_failures_in_a_row_brought_no_new_checkpoi
         restarts.fail(r1=lost)
     assert [event[3] for event in restarts.events()] == [1, 1, 2, 1, 2, 3]
     assert len(restarts.mailbox.written) == 5
+
+
+def test_the_first_step_of_a_run_is_progress(tmp_path: Path) -> None:
+    restarts = Restarts(tmp_path)
+    for commit in (0, 1):
+        restarts.fail(r0=TrainingError("lost"))
+        restarts.commit(commit)
+    restarts.fail(r0=TrainingError("lost"))
+    assert [event[3] for event in restarts.events()] == [1, 1, 1]
 
 
 def test_an_error_that_new_workers_would_meet_again_ends_the_run_at_once(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def test_settings_that_are_not_secret_are_kept(name: str, value: Any) -> None:
         ("AKIA" + "A" * 16, MASK),
         ("Bearer abc.def", f"Bearer {MASK}"),
         ("tracker.api_key=abc", f"tracker.api_key={MASK}"),
+        ("special.hf_token=abc", f"special.hf_token={MASK}"),  # only the last part is the setting's name
+        ("storage.key=abc", "storage.key=abc"),
         ("tokenizer=x num_tokens=3 train.max_steps=5", "tokenizer=x num_tokens=3 train.max_steps=5"),
         ("user@host:path", "user@host:path"),
     ],

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
+from distft.model.config import (
+    LANGUAGE_MODEL,
+    ClassificationHead,
+    EmbeddingHead,
+    GeneratorHead,
+    Heads,
+    ModelConfig,
+    TokenHead,
+)
 from distft.model.counts import forward_flops, num_parameters, recomputed_flops, training_flops
 from distft.model.transformer import Transformer
 
@@ -39,8 +47,15 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 
 CLASSIFIER = {"classifier": ClassificationHead(num_labels=3)}
-MODULES = ("embed", "blocks.0", "blocks.1", "blocks.2", "norm", "lm_head", "classifier")
-HEADS = st.sampled_from([LANGUAGE_MODEL, CLASSIFIER, {**LANGUAGE_MODEL, **CLASSIFIER}])
+MODULES = ("embed", "blocks.0", "blocks.1", "blocks.2", "norm", "lm_head", "classifier", "tokens")
+GENERATOR_MODULES = tuple(f"generator.{name}" for name in ("input", "blocks.0", "blocks.1", "norm", "hidden"))
+OTHERS: Heads = {
+    "generator": GeneratorHead(num_layers=2, size=0.5),
+    "tokens": TokenHead(num_outputs=2),
+    "vector": EmbeddingHead(learns_temperature=True),
+}
+GENERATOR: Heads = {"generator": OTHERS["generator"]}
+HEADS = st.sampled_from([LANGUAGE_MODEL, CLASSIFIER, {**LANGUAGE_MODEL, **CLASSIFIER}, OTHERS, GENERATOR])
 
 
 @settings(max_examples=20)
@@ -70,7 +85,7 @@ def test_flops_of_the_forward_equal_those_that_torch_counts(
     configs(),
     HEADS,
     st.integers(1, 16),
-    st.sets(st.sampled_from(MODULES)),
+    st.sets(st.sampled_from([*MODULES, *GENERATOR_MODULES])),
 )
 def test_flops_of_training_equal_those_that_torch_counts_whatever_is_frozen(
     config: ModelConfig, heads: Heads, seq_len: int, modules: set[str]

@@ -65,8 +65,9 @@ def test_the_scale_starts_at_65536_and_never_falls_below_its_minimum() -> None:
     assert scale.scale == 1.0
 
 
-@pytest.mark.parametrize(("initial", "largest"), [(2.0**16, 2.0**127), (1.25 * 2.0**16, 1.25 * 2.0**127)])
-def test_the_scale_grows_as_far_as_its_double_is_finite(initial: float, largest: float) -> None:
+@pytest.mark.parametrize("factor", [1, 1.25, 1.5])
+def test_the_scale_grows_as_far_as_its_double_is_finite(factor: float) -> None:
+    initial, largest = factor * 2.0**16, factor * 2.0**127
     scale = LossScaleConfig(initial_scale=initial, growth_steps=1).build()
     for _ in range(200):
         scale.update(is_overflow=False)
@@ -78,6 +79,8 @@ def test_scale_and_counters_are_on_the_device_from_the_start() -> None:
     scale = LossScaleConfig().build(torch.device("meta"))
     tensors = [value for value in vars(scale).values() if isinstance(value, torch.Tensor)]
     assert [tensor.device.type for tensor in tensors] == ["meta"] * 3
+    # Counted in whole numbers: a float32 stands still from 16,777,216 on.
+    assert [tensor.dtype for tensor in tensors] == [torch.float32, torch.int64, torch.int64]
 
 
 @given(overflows=OVERFLOWS)

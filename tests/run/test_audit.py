@@ -43,8 +43,9 @@ def test_an_interrupted_and_resumed_run_used_every_sequence_once(
     assert found.num_sequences == 12 * raw["batch"]["global_batch_size"]
     assert found.is_exact
     assert found.uses_per_row is not None
-    least, most = found.uses_per_row
-    assert most - least <= 1
+    (use,) = found.uses_per_row
+    assert use.name == "data.sources.0"
+    assert use.most - use.least <= 1
     capsys.readouterr()
     assert main(["audit", str(tmp_path)]) == 0
     assert "was used exactly once" in capsys.readouterr().out

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from distft.engine.interface import Engine
 from distft.engine.local import LocalEngine
 from distft.engine.settings import ActivationCheckpointing, LocalConfig
 from distft.keyed_random import row_keys
-from distft.model.config import ModelConfig
+from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
 from distft.model.transformer import Transformer
 from distft.optim.adamw import AdamWConfig, parameter_groups
 from distft.optim.patterns import select_trainable
@@ -56,6 +56,8 @@ class Scenario:
     tie_embeddings: bool = True
     activation_checkpointing: ActivationCheckpointing = "none"
     micro_batch_size: int = 2
+    global_batch_size: int = GLOBAL_BATCH_SIZE
+    attention: Literal["causal", "bidirectional"] = "causal"
     dropout: float = 0.0
     max_grad_norm: float | None = 0.5
     compile: bool = False
@@ -73,6 +75,7 @@ class Scenario:
             d_ff=29,
             tie_embeddings=self.tie_embeddings,
             dropout=self.dropout,
+            attention=self.attention,
         )
 
     @property
@@ -113,11 +116,13 @@ class Training:
         topology: Topology,
         collectives: Collectives,
         checkpoint: Checkpoint | None = None,
+        *,
+        heads: Heads = LANGUAGE_MODEL,
     ) -> None:
         self.scenario = scenario
         self.collectives = collectives
         with torch.device("meta"):
-            module = Transformer(scenario.model)
+            module = Transformer(scenario.model, heads)
         module.set_activation_checkpointing(scenario.activation_checkpointing)
         if scenario.compile:
             module.compile_blocks()
@@ -129,7 +134,7 @@ class Training:
         updates = {name: source.updates(name) for name in self.shapes}
         groups = parameter_groups(self.shapes, self.trainable, scenario.optim, updates)
         self.plan = BatchPlan(
-            global_batch_size=GLOBAL_BATCH_SIZE,
+            global_batch_size=scenario.global_batch_size,
             micro_batch_size=scenario.micro_batch_size,
             seq_len=SEQ_LEN,
             dp_world_size=1 if scenario.stage is None else topology.world_size,

@@ -21,7 +21,7 @@ WORDS = (
 )
 
 
-def make_text_data(folder: Path, *, num_documents: int = 60) -> Path:
+def make_text_data(folder: Path, *, num_documents: int = 60, symbols: tuple[str, ...] = ()) -> Path:
     """Write sentences of a toy language: a tokenizer, train and validation shards, and labelled rows."""
     source = random.Random(7)
     documents = [
@@ -31,7 +31,7 @@ def make_text_data(folder: Path, *, num_documents: int = 60) -> Path:
     text = folder / "corpus.txt"
     text.write_text("\n".join(documents) + "\n")
     model = folder / "tokenizer.model"
-    train_tokenizer(documents, TokenizerTrainConfig(algorithm="char"), model)
+    train_tokenizer(documents, TokenizerTrainConfig(algorithm="char", user_defined_symbols=symbols), model)
     corpus = TextCorpus(paths=(str(text),), documents="line")
     tokenize(
         TokenizeConfig(

@@ -7,15 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import PrivateAttr
 from support.tiny_models import build
 
 from distft.collectives import SingleProcess
-from distft.data.batch import RaggedArray
+from distft.data.batch import AnyBatch, Batch, RaggedArray
 from distft.data.feed import Feed
 from distft.data.labelled_rows import LabelledRows
+from distft.data.targets import IGNORE_INDEX
 from distft.model.config import ClassificationHead, ModelConfig
 from distft.objective.classification import Classification
-from distft.objective.interface import ObjectiveContext
+from distft.objective.interface import ObjectiveContext, only_batch
 from distft.train.evaluation import evaluate
 from distft.train.schedule import TrainingSchedule
 
@@ -35,6 +37,9 @@ class Share(SingleProcess):
         self._sums.setdefault(self.rank, []).append(value)
         return value
 
+    def differentiable_gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.all_reduce_sum(rows)
+
 
 def rows(num_rows: int) -> LabelledRows:
     source = np.random.default_rng(3)
@@ -50,8 +55,29 @@ def classifier(dropout: float) -> Any:
 
 def metrics_of(model: Any, feed: Feed, collectives: SingleProcess, **options: Any) -> dict[str, float]:
     context = ObjectiveContext(VOCAB_SIZE, collectives)
-    options = {"micro_batch_size": 2, "seq_len": 8, "device": CPU, **options}
-    return evaluate(model, model, Classification(), feed, context=context, **options)
+    options = {"micro_batch_size": 2, "seq_len": 8, "device": CPU, "objective": Classification(), **options}
+    return evaluate(model, model, options.pop("objective"), feed, context=context, **options)
+
+
+class Recording(Classification):
+    """Records what it is called with; its metrics are the labels in the order of the data."""
+
+    _seen: list[Batch] = PrivateAttr(default_factory=list)
+
+    @property
+    def per_row(self) -> frozenset[str]:
+        return frozenset({"labels"})
+
+    def evaluate(self, model: Any, batch: AnyBatch, context: ObjectiveContext) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        batch = only_batch(batch)
+        assert not torch.is_grad_enabled()
+        assert not model.training
+        self._seen.append(batch)
+        labels = batch.targets["label"]
+        return {"labels": labels if labels.is_meta else labels[labels != IGNORE_INDEX]}
+
+    def metrics(self, sums: Any) -> dict[str, Any]:
+        return dict(sums)
 
 
 @given(num_rows=st.integers(1, 6), world_size=st.integers(1, 9), micro_batch_size=st.integers(1, 4))
@@ -79,6 +105,59 @@ def test_dropout_is_off_in_evaluation_and_on_again_after_it() -> None:
     found = [metrics_of(with_dropout, feed, SingleProcess()) for _ in range(2)]
     assert found[0] == found[1] == metrics_of(without, feed, SingleProcess())
     assert with_dropout.training
+
+
+@given(num_rows=st.integers(1, 9), world_size=st.integers(1, 4), micro_batch_size=st.integers(1, 4))
+def test_outputs_with_a_row_for_each_target_are_put_together_in_the_order_of_the_data(
+    num_rows: int, world_size: int, micro_batch_size: int
+) -> None:
+    model, data, objective = classifier(0.0), rows(num_rows), Recording()
+    labels = data.batch(np.arange(num_rows)).targets["label"].tolist()
+    found: dict[int, list[torch.Tensor]] = {}
+    told: list[int] = []
+    for rank in range(world_size):
+        metrics_of(
+            model,
+            Feed.for_evaluation(data),
+            Share(rank, world_size, found),
+            objective=objective,
+            micro_batch_size=micro_batch_size,
+            on_progress=told.append,
+        )
+    assert torch.cat([share for rank in found for share in found[rank]]).tolist() == labels
+    assert sum(told) == num_rows
+    assert max(told) <= micro_batch_size
+    assert len(told) == len(objective._seen)
+
+
+@pytest.mark.parametrize(("max_sequences", "num_counted"), [(1, 1), (4, 4), (5, 5), (9, 5), (None, 5)])
+def test_of_the_rows_at_most_max_sequences_count(max_sequences: int | None, num_counted: int) -> None:
+    feed = Feed.for_evaluation(rows(5))
+    found: Any = metrics_of(
+        classifier(0.0), feed, SingleProcess(), objective=Recording(), max_sequences=max_sequences
+    )
+    assert found["labels"].tolist() == feed.batch(0, num_counted).targets["label"].tolist()
+
+
+def test_batches_are_put_on_the_device() -> None:
+    objective = Recording()
+    feed = Feed.for_evaluation(rows(5))
+    metrics_of(classifier(0.0), feed, SingleProcess(), objective=objective, device=torch.device("meta"))
+    assert {batch.input_ids.device.type for batch in objective._seen} == {"meta"}
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_model_is_left_as_it_was_also_after_an_error(is_training: bool) -> None:
+    model, feed = classifier(0.5).train(is_training), Feed.for_evaluation(rows(3))
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        metrics_of(model, feed, SingleProcess(), on_progress=interrupt)
+    assert model.training is is_training
+    metrics_of(model, feed, SingleProcess())
+    assert model.training is is_training
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])

@@ -1,0 +1,73 @@
+"""Prefix language modelling: next tokens behind a prefix that the model reads in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distft.data.dataset import Labels, TransformContext
+from distft.errors import ConfigError
+from distft.model.config import Heads, ModelConfig
+from distft.objective.language_model import LanguageModelObjective, require_causal, require_no_labels
+
+if TYPE_CHECKING:
+    from distft.data.feed import Transform
+
+
+class PrefixLM(LanguageModelObjective):
+    """Cross entropy of the tokens behind each document's prefix (Raffel et al. 2019, arXiv:1910.10683).
+
+    Attention is causal, but all tokens of a prefix attend to each other.
+    """
+
+    type: Literal["prefix_lm"] = "prefix_lm"
+    # random: a random share of each document; prompt: all before the first target, for data.type=completion
+    prefix: Literal["random", "prompt"] = "random"
+    min_prefix_share: float = Field(0.0, ge=0, lt=1)  # of a document's tokens
+    max_prefix_share: float = Field(1.0, gt=0, le=1)
+
+    has_few_targets: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.min_prefix_share > self.max_prefix_share:
+            raise ValueError(
+                f"min_prefix_share={self.min_prefix_share} is more than "
+                f"max_prefix_share={self.max_prefix_share}: exchange them."
+            )
+        if self.prefix == "prompt" and (self.min_prefix_share, self.max_prefix_share) != (0.0, 1.0):
+            raise ValueError(
+                "min_prefix_share and max_prefix_share have no effect with prefix: prompt: leave them out."
+            )
+        return self
+
+    def heads(self, label_names: Labels) -> Heads:
+        """`lm_head`. Raises `ConfigError` for labelled data."""
+        require_no_labels(label_names, self.type)
+        return super().heads(label_names)
+
+    def check_model(self, model: ModelConfig) -> None:
+        require_causal(model, self.type)
+
+    def transforms(self, context: TransformContext) -> Sequence[Transform]:
+        import numpy as np
+
+        from distft.data.prefixes import PrefixMarker
+
+        rows = context.rows(np.zeros(1, np.int64))
+        if self.prefix == "prompt" and rows.lengths is None:
+            raise ConfigError(
+                "objective.prefix=prompt: these rows are packed documents without prompts. Set "
+                "objective.prefix=random, or data.type=completion."
+            )
+        return (
+            PrefixMarker(
+                seed=context.seed,
+                min_share=self.min_prefix_share,
+                max_share=self.max_prefix_share,
+                is_prompt=self.prefix == "prompt",
+                token_bytes=context.data.token_bytes,
+            ),
+        )

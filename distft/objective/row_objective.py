@@ -1,0 +1,49 @@
+"""What objectives with one target a row have in common: a head over the row's pooled hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from distft.errors import ConfigError
+from distft.model.config import HeadName, ModelConfig, Pooling
+from distft.objective.interface import Model, Objective, only_batch
+
+if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
+    from torch import Tensor
+
+    from distft.data.batch import AnyBatch, Batch
+    from distft.data.dataset import TransformContext
+
+
+class RowObjective(Objective):
+    """An objective whose terms are sums over rows."""
+
+    head: HeadName | None = None  # name of its parameters; null: classifier, in a mixture that of its part
+    pooling: Pooling = "last"  # of a row's hidden states, for the head
+
+    def check_model(self, model: ModelConfig) -> None:
+        if self.pooling == "first" and model.is_causal:
+            raise ConfigError(
+                "objective.pooling=first with model.attention=causal: the first token attends only to "
+                "itself, so the rest of the text has no effect. Set objective.pooling=last or mean."
+            )
+
+    def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
+        return only_batch(batch).num_targets
+
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        """float32 [B, K]: the head's outputs for each row."""
+        return model(**batch.model_inputs, heads=(self.head_name,))[self.head_name].float()
+
+    @property
+    def head_name(self) -> str:
+        return self.head or "classifier"
+
+
+def require_targets(context: TransformContext, target: str, objective: str, remedy: str) -> None:
+    """Raise `ConfigError` if the data's rows have no targets of that name."""
+    import numpy as np
+
+    if target not in context.rows(np.zeros(1, np.int64)).targets:
+        raise ConfigError(f"{objective} does not fit the labels of its data: {remedy}.")

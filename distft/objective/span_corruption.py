@@ -1,0 +1,87 @@
+"""Span corruption, as a task of a decoder: the corrupted text, and behind it the spans that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count, takewhile
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from distft.data.dataset import DataContext, TransformContext
+from distft.errors import ConfigError
+from distft.model.config import ModelConfig
+from distft.objective.language_model import LanguageModelObjective, require_causal
+from distft.objective.masking import mask_piece_note, mask_token_id
+
+if TYPE_CHECKING:
+    from distft.data.feed import Transform
+
+_SENTINEL = "<extra_id_{}>"  # T5's name
+
+
+class SpanCorruption(LanguageModelObjective):
+    """Cross entropy of removed spans behind the corrupted text (Raffel et al. 2019, arXiv:1910.10683, 3.1.4).
+
+    T5 gives the text to an encoder and the spans to a decoder; here both are one row, and the text a prefix
+    whose tokens attend to each other. Labels and next tokens of the data are not used.
+    """
+
+    type: Literal["span_corruption"] = "span_corruption"
+    noise_density: float = Field(0.15, gt=0, lt=1)  # share of a document's tokens that is removed
+    mean_span_length: float = Field(3.0, ge=1, le=1000)  # in tokens
+
+    has_few_targets: ClassVar[bool] = True
+
+    def check_model(self, model: ModelConfig) -> None:
+        require_causal(model, self.type)
+
+    def transforms(self, context: TransformContext) -> Sequence[Transform]:
+        import numpy as np
+
+        from distft.data.documents import documents
+        from distft.data.span_corruption import SpanCorrupter
+
+        data = context.data
+        sentinels = _sentinel_ids(data)
+        corrupter = SpanCorrupter(
+            seed=context.seed,
+            noise_density=self.noise_density,
+            mean_span_length=self.mean_span_length,
+            sentinel_ids=sentinels or (mask_token_id(data),),
+            eos_id=data.eos_id,
+            pad_id=data.pad_id or 0,
+        )
+        longest = corrupter.source_length(data.seq_len, data.seq_len)
+        if not longest:
+            raise ConfigError(
+                f"batch.seq_len={data.seq_len} leaves no target: a text and one span do not fit. Raise it."
+            )
+        num_spans = corrupter.num_noise_and_spans(longest)[1]
+        if sentinels and num_spans > len(sentinels):
+            raise ConfigError(
+                f"objective.noise_density={self.noise_density:g} and mean_span_length="
+                f"{self.mean_span_length:g} make {num_spans} spans of a row of {data.seq_len} tokens, but "
+                f"the tokenizer's sentinels end at {_SENTINEL.format(len(sentinels) - 1)}: make the spans "
+                "longer or fewer, or lower batch.seq_len."
+            )
+        rows = context.rows(np.arange(min(context.num_sequences, 16), dtype=np.int64))
+        lengths = [stop - start for _, start, stop in documents(rows)]
+        if not any(corrupter.source_length(length, length) for length in lengths):
+            raise ConfigError("objective.type=span_corruption: these texts are too short for a span.")
+        return (corrupter,)
+
+    def notes(self, context: TransformContext) -> Sequence[str]:
+        if _sentinel_ids(context.data):
+            return ()
+        name = _SENTINEL.format(0)
+        return (
+            f"all removed spans have one sentinel, in order: the tokenizer has no {name}",
+            *mask_piece_note(context.data),
+        )
+
+
+def _sentinel_ids(context: DataContext) -> tuple[int, ...]:
+    """Those that the tokenizer has, from <extra_id_0> on without a gap."""
+    ids = (context.piece_id(_SENTINEL.format(number)) for number in count())
+    return tuple(takewhile(lambda piece_id: piece_id is not None, ids))  # type: ignore[arg-type]

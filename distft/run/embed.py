@@ -1,0 +1,178 @@
+"""Writes an embedding of each document of a corpus, with any trained model and on all ranks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+
+import torch
+from torch import Tensor
+
+from distft import storage
+from distft.collectives import Collectives, ProcessGroup, SingleProcess, all_or_none
+from distft.data.batch import Batch, RaggedArray
+from distft.data.corpus import ListedCorpus
+from distft.data.corpus_chunks import CorpusChunk, Document
+from distft.errors import ConfigError, DataError
+from distft.model.config import EmbeddingHead, Heads, Pooling
+from distft.model.transformer import Transformer
+from distft.run.embedding_files import FILE_TYPES, EmbeddingFile
+from distft.run.engines import choose_device
+from distft.run.pretrained import TrainedModel, load_model, open_model
+from distft.topology import Topology
+
+_HEAD = "embedding"
+_WINDOW = 64  # micro-batches whose documents are sorted by length, so that rows need little padding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedOptions:
+    """How to embed. None: as the model's own embedding head; without one the mean, not normalised."""
+
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    head: str | None = None  # name of the model's head, if it has several
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedResult:
+    """What was written, on every rank."""
+
+    num_documents: int
+    num_elements: int  # of an embedding
+    num_cut: int  # documents longer than a row
+
+
+def embed_corpus(
+    path: str,
+    corpus: ListedCorpus,
+    output: str,
+    topology: Topology,
+    options: EmbedOptions = EmbedOptions(),
+    *,
+    overrides: Sequence[str] = (),
+    trust: bool = False,
+    on_note: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> EmbedResult:
+    """Write the embeddings of all documents, in their order, to `output`: a .npy or a .parquet file.
+
+    A document has one row, of its first `batch.seq_len` tokens. The temperature does not scale embeddings.
+    The file appears when it is complete. Raises `ConfigError` for an output of another kind, and `DataError`
+    for a corpus without documents, on all ranks.
+    """
+    kind = _file_type(output)
+    trained = open_model(path, overrides, trust=trust)
+    heads: Heads = {_HEAD: embedding_head(trained, options)}
+    for note in trained.notes:
+        on_note(note)
+    config = trained.config
+    device = choose_device(config, topology)
+    collectives: Collectives = SingleProcess()
+    if topology.world_size > 1:
+        collectives = ProcessGroup(topology, device, config.timeout_s)
+    part = f"{output}.part-{collectives.rank}-of-{collectives.world_size}"
+    try:
+        module = load_model(trained, device, heads)
+        embedder = _Embedder(trained, module, device)
+        with all_or_none(collectives, DataError), kind.open_part(part) as file:
+            for chunk in _share_of(list(corpus.chunks()), collectives):
+                embedder.write(chunk.documents(), file)
+                on_progress(chunk.source_bytes)
+        counts = collectives.all_gather((embedder.num_documents, embedder.num_cut, part))
+        num_documents, num_cut = sum(count[0] for count in counts), sum(count[1] for count in counts)
+        with all_or_none(collectives, DataError):
+            if not num_documents:
+                raise DataError("the corpus has no documents, so there is nothing to embed.")
+            if collectives.rank == 0:
+                parts = [name for own, _, name in counts if own]
+                kind.join(parts, output, num_documents, module.config.d_model)
+        return EmbedResult(num_documents=num_documents, num_elements=module.config.d_model, num_cut=num_cut)
+    finally:
+        with suppress(OSError):
+            storage.remove(part)
+        if isinstance(collectives, ProcessGroup):
+            collectives.close()
+
+
+def _file_type(output: str) -> type[EmbeddingFile]:
+    suffix = PurePosixPath(output).suffix.lower()
+    if suffix not in FILE_TYPES:
+        raise ConfigError(f"{output} must end in {' or '.join(FILE_TYPES)}, which says what is written.")
+    if storage.exists(output):
+        raise ConfigError(f"{output} exists and is not overwritten: remove it, or choose another output.")
+    return FILE_TYPES[suffix]
+
+
+def embedding_head(trained: TrainedModel, options: EmbedOptions) -> EmbeddingHead:
+    """The model's own embedding head with the options' changes, without temperature. Raises `ConfigError`."""
+    heads = trained.config.objective.heads(trained.label_names)
+    own = {name: head for name, head in heads.items() if isinstance(head, EmbeddingHead)}
+    if options.head is not None and options.head not in own:
+        raise ConfigError(
+            f"{trained.source.path} has no embedding head {options.head!r}: it has {', '.join(own) or 'none'}"
+        )
+    if options.head is None and len(set(own.values())) > 1:
+        raise ConfigError(f"{trained.source.path} has the embedding heads {', '.join(own)}: choose one.")
+    head = own[options.head] if options.head is not None else next(iter(own.values()), None)
+    if head is None:
+        head = EmbeddingHead(pooling="mean", normalize=False)
+    return EmbeddingHead(
+        pooling=options.pooling or head.pooling,
+        normalize=head.normalize if options.normalize is None else options.normalize,
+    )
+
+
+def _share_of(chunks: Sequence[CorpusChunk], collectives: Collectives) -> list[CorpusChunk]:
+    """This rank's chunks: the ranks' shares one after another are all chunks, of about equal size."""
+    total = max(sum(chunk.source_bytes for chunk in chunks), 1)
+    begin, share = 0, []
+    for chunk in chunks:
+        if begin * collectives.dp_world_size // total == collectives.dp_rank:
+            share.append(chunk)
+        begin += chunk.source_bytes
+    return share
+
+
+class _Embedder:
+    """Embeds documents with one model, and counts them."""
+
+    def __init__(self, trained: TrainedModel, module: Transformer, device: torch.device) -> None:
+        self._encode = trained.tokenizer.encode
+        self._pad_id = trained.tokenizer.pad_id or 0
+        self._seq_len = trained.config.batch.seq_len
+        self._batch_size = trained.config.evaluation.micro_batch_size or trained.config.batch.micro_batch_size
+        self._module = module
+        self._device = device
+        self.num_documents = self.num_cut = 0
+
+    def write(self, documents: Iterator[Document], file: EmbeddingFile) -> None:
+        """Append the embeddings of the documents, in their order. Later sections of long ones count not."""
+        first_sections = (document for document in documents if not document.continues_previous)
+        while window := list(islice(first_sections, self._batch_size * _WINDOW)):
+            rows = [self._row(document) for document in window]
+            file.write(self._embed(rows).numpy(), [document.origin for document in window])
+            self.num_documents += len(window)
+
+    def _row(self, document: Document) -> list[int]:
+        ids = self._encode(document.text)
+        if not ids:
+            raise DataError(f"{document.origin}: the text encodes to no tokens: remove it.")
+        self.num_cut += len(ids) > self._seq_len or document.continues_in_next
+        return ids[: self._seq_len]
+
+    @torch.no_grad()
+    def _embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The embeddings [N, C] of N rows, float32 in host memory."""
+        ragged, order = RaggedArray(rows), sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        vectors = torch.empty(len(rows), self._module.config.d_model)
+        for indices in torch.split(torch.tensor(order), self._batch_size):
+            batch = Batch(
+                input_ids=torch.from_numpy(ragged.padded(indices.numpy(), self._pad_id)),
+                targets={},
+                num_targets={},
+                lengths=torch.from_numpy(ragged.lengths(indices.numpy())),
+            ).to(self._device)
+            vectors[indices] = self._module(**batch.model_inputs)[_HEAD].float().cpu()
+        return vectors
