@@ -110,6 +110,7 @@ MISTAKES = (
     "logs job --address nonsense",
     "evaluate {nowhere}",
     "generate {nowhere}",
+    "embed {nowhere} stdlib -o {nowhere}",
     "audit {nowhere}",
     "checkpoint inspect {nowhere}",
     "checkpoint verify {nowhere}",

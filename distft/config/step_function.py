@@ -1,5 +1,6 @@
 """Numbers that change during a run: constant, or linear between given steps."""
 
+import math
 from itertools import pairwise
 from typing import Annotated, TypeAlias
 
@@ -13,6 +14,8 @@ def _check_points(value: float | _Points) -> float | _Points:
         steps = [step for step, _ in value]
         if not steps or any(later <= earlier for earlier, later in pairwise(steps)):
             raise ValueError("points [step, value] need one step or more, in ascending order")
+    if not all(map(math.isfinite, values_of(value))):
+        raise ValueError("a value must be a finite number")
     return value
 
 

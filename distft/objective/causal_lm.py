@@ -11,9 +11,15 @@ from distft.config import Settings
 from distft.data.dataset import Labels, TransformContext
 from distft.errors import ConfigError
 from distft.model.config import Heads, ModelConfig
-from distft.objective.language_model import LanguageModelObjective, require_causal, require_no_labels
+from distft.objective.language_model import (
+    LanguageModelObjective,
+    first_row,
+    require_causal,
+    require_no_labels,
+)
 
 if TYPE_CHECKING:  # a configuration is checked without NumPy
+    from distft.data.batch import Batch
     from distft.data.feed import Transform
     from distft.data.fill_in_the_middle import MiddleMover
 
@@ -33,10 +39,8 @@ class FillInTheMiddle(Settings):
             raise ValueError("prefix, suffix and middle must differ from one another")
         return self
 
-    def mover(self, context: TransformContext) -> MiddleMover:
-        """The transform of batches. Raises `ConfigError` if tokenizer or data do not fit."""
-        import numpy as np
-
+    def mover(self, context: TransformContext, row: Batch) -> MiddleMover:
+        """The transform of batches like `row`. Raises `ConfigError` if tokenizer or data do not fit."""
         from distft.data.fill_in_the_middle import MiddleMover
 
         data = context.data
@@ -48,7 +52,7 @@ class FillInTheMiddle(Settings):
                 f"objective.fim: the tokenizer has no piece {', '.join(missing)}: train one with `distft "
                 f"tokenizer train {symbols}`, or name its own as prefix, suffix and middle."
             )
-        if context.rows(np.zeros(1, np.int64)).lengths is not None:
+        if row.lengths is not None:
             raise ConfigError(
                 "objective.fim moves parts of whole documents, and these rows are prompts with completions: "
                 "leave it out, or set data.type=tokens."
@@ -80,4 +84,5 @@ class CausalLM(LanguageModelObjective):
         require_causal(model, self.type)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:
-        return () if self.fim is None else (self.fim.mover(context),)
+        row = first_row(context, self.type)
+        return () if self.fim is None else (self.fim.mover(context, row),)

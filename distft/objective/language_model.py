@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from distft.data.dataset import Labels
+from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import ConfigError
 from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
@@ -122,6 +122,19 @@ def require_no_labels(label_names: Labels, objective: str) -> None:
         raise ConfigError(
             f"objective.type={objective} cannot learn labels: set objective.type=classification."
         )
+
+
+def first_row(context: TransformContext, objective: str) -> Batch:
+    """A row of the data. Raises `ConfigError` if it has no next tokens as targets, such as one of a pair."""
+    import numpy as np
+
+    row = context.rows(np.zeros(1, np.int64))
+    if NEXT_TOKEN not in row.targets:
+        raise ConfigError(
+            f"objective.type={objective} continues texts, and these rows are none: set data.type=tokens or "
+            "completion."
+        )
+    return row
 
 
 def require_causal(model: ModelConfig, objective: str) -> None:

@@ -10,7 +10,12 @@ from pydantic import Field, model_validator
 from distft.data.dataset import Labels, TransformContext
 from distft.errors import ConfigError
 from distft.model.config import Heads, ModelConfig
-from distft.objective.language_model import LanguageModelObjective, require_causal, require_no_labels
+from distft.objective.language_model import (
+    LanguageModelObjective,
+    first_row,
+    require_causal,
+    require_no_labels,
+)
 
 if TYPE_CHECKING:
     from distft.data.feed import Transform
@@ -52,12 +57,10 @@ class PrefixLM(LanguageModelObjective):
         require_causal(model, self.type)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:
-        import numpy as np
-
         from distft.data.prefixes import PrefixMarker
 
-        rows = context.rows(np.zeros(1, np.int64))
-        if self.prefix == "prompt" and rows.lengths is None:
+        row = first_row(context, self.type)
+        if self.prefix == "prompt" and row.lengths is None:
             raise ConfigError(
                 "objective.prefix=prompt: these rows are packed documents without prompts. Set "
                 "objective.prefix=random, or data.type=completion."

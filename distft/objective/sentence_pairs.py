@@ -93,6 +93,11 @@ class SentencePairs(Objective):
                 "text, or lower batch.seq_len."
             )
         rows = context.rows(np.arange(min(context.num_sequences, 16), dtype=np.int64))
+        if rows.rows_per_sequence > 1:
+            raise ConfigError(
+                f"objective.type={self.name} makes pairs of documents, and these rows are pairs already: set "
+                "data.type=tokens."
+            )
         if max(map(len, pair_maker.texts(rows))) < 2:
             raise ConfigError(
                 f"objective.type={self.name}: no document in the first rows has two tokens, to be cut in two."

@@ -116,7 +116,7 @@ def describe_run(
     plan, inputs = check_run(config, Topology(world_size=world_size))
     import torch
 
-    from distft.run.comparison import supervised_alone
+    from distft.run.comparison import check_supervised_alone
     from distft.run.plan import Speed, describe_needs, run_needs
     from distft.run.remarks import remarks
 
@@ -133,10 +133,10 @@ def describe_run(
         *(f"data        {line}" for line in inputs.train.summary.splitlines()),
         *_describe_mixture(config),
     ]
-    if (alone := supervised_alone(inputs)) is not None:
+    if (alone := check_supervised_alone(inputs, Topology(world_size=world_size))) is not None:
         lines.append(
-            f"first       {alone.train.max_steps:,} steps of {alone.batch.global_batch_size} rows of the "
-            f"labelled data alone, to compare with, in {alone.run_dir}"
+            f"first       {alone[1].total_steps:,} steps of {alone[0].global_batch_size} rows of the "
+            f"labelled data alone, to compare with, in {alone[1].config.run_dir}"
         )
     if inputs.validation is not None:
         lines += [f"validation  {line}" for line in inputs.validation.summary.splitlines()]

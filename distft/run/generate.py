@@ -51,6 +51,11 @@ def generate_text(
     trained = open_model(path, trust=trust)
     for note in (*trained.tokenizer.notes, *tokenizer_notes(trained.tokenizer, trained.source)):
         on_note(note)
+    if trained.config.model is not None and not trained.config.model.is_causal:
+        raise ConfigError(
+            f"{trained.source.path} is a bidirectional model, which fills in hidden tokens, and continues no "
+            "text."
+        )
     device = choose_device(trained.config, Topology())
     module = load_model(trained, device)
     if "lm_head" not in module.heads:

@@ -17,7 +17,7 @@ from distft.errors import Interrupted, Preempted, SupersededError
 from distft.model.counts import recomputed_flops
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
-from distft.run.comparison import log_comparison, supervised_alone
+from distft.run.comparison import check_supervised_alone, log_comparison
 from distft.run.config import RunConfig
 from distft.run.engines import build_collectives, build_engine, choose_device
 from distft.run.environment import launch_name
@@ -63,9 +63,9 @@ def run_training(
     cache_dir = storage.join(config.run_dir, ENCODED_DIR) if topology.world_size > 1 else None
     plan, inputs = check_run(config, topology, cache_dir)
     runs = [(plan, inputs)]
-    alone = supervised_alone(inputs)
+    alone = check_supervised_alone(inputs, topology, cache_dir)
     if alone is not None:
-        runs.insert(0, check_run(alone, topology, cache_dir))
+        runs.insert(0, alone)
     device = choose_device(config, topology)
     collectives = build_collectives(config, topology, device)
     has_failed = True

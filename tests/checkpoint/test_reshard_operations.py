@@ -157,17 +157,17 @@ def test_a_run_of_token_shards_has_no_tokenizer_to_copy(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Seconds that advance by one at each look."""
+    """Seconds that advance by two at each look."""
 
     def __init__(self) -> None:
         self.now = 100.0
 
     def __call__(self) -> float:
-        self.now += 1.0
+        self.now += 2.0
         return self.now
 
 
-@pytest.mark.parametrize(("num_files", "passes"), [(1, 2.0), (2, 1.0), (64, 0.5)])
+@pytest.mark.parametrize(("num_files", "passes"), [(1, 2.0), (2, 1.0), (64, 0.5)])  # 4 threads
 def test_an_estimate_is_the_time_of_a_sample_for_all_bytes_and_both_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int, passes: float
 ) -> None:
@@ -175,24 +175,19 @@ def test_an_estimate_is_the_time_of_a_sample_for_all_bytes_and_both_passes(
     monkeypatch.setattr(reshard, "_THREADS", 4)
     source = CountedReads(save(tmp_path / "run"))
     plan = plan_reshard(source, num_files)
-    assert plan.num_bytes != []
-    assert estimate_seconds(source, plan) == passes  # a second for all of it
-    assert estimate_seconds(source, replace(plan, num_source_bytes=10 * NUM_BYTES)) == 10 * passes
+    assert estimate_seconds(source, plan) == 2 * passes  # two seconds for all of it
+    assert estimate_seconds(source, replace(plan, num_source_bytes=10 * NUM_BYTES)) == 20 * passes
     monkeypatch.setattr(reshard, "_SAMPLE_NUMEL", 6)
     source.reads.clear()
     # Six elements of each state of "a" are more than the limit of 24 bytes: the sample ends there.
-    assert estimate_seconds(source, plan) == pytest.approx(passes / (6 * (2 + 4)) * NUM_BYTES)
+    assert estimate_seconds(source, plan) == pytest.approx(2 * passes / (6 * (2 + 4)) * NUM_BYTES)
     assert source.reads == [("a", WEIGHT, 0, 6), ("a", "exp_avg", 0, 6)]
-    monkeypatch.setattr(reshard, "_SAMPLE_NUMEL", 9)  # 54 bytes of "a", more than 36
-    source.reads.clear()
-    estimate_seconds(source, plan)
-    assert len(source.reads) == 2
-    monkeypatch.setattr(
-        reshard, "_SAMPLE_NUMEL", 30
-    )  # 90 bytes of "a" are not more than 120, with "c" they are
-    source.reads.clear()
-    estimate_seconds(source, plan)
-    assert {name for name, *_ in source.reads} == set(SHAPES)
+    # 90 bytes of "a" are more than 80 and not more than 120.
+    for sample, read in ((20, {"a"}), (30, set(SHAPES))):
+        monkeypatch.setattr(reshard, "_SAMPLE_NUMEL", sample)
+        source.reads.clear()
+        estimate_seconds(source, plan)
+        assert {name for name, *_ in source.reads} == read
 
 
 def test_a_checkpoint_without_states_takes_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

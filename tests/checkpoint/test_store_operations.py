@@ -1,8 +1,13 @@
 """What one save, one search and one cleaning of a store do with its files, without an engine."""
 
+import errno
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +25,10 @@ from distft.checkpoint.retention import delete_own_files, delete_unneeded
 from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
 from distft.checkpoint.steps import TOKENIZER_FILE, committed_steps, rank_file_name
 from distft.checkpoint.store import CheckpointStore, LatestValid
+from distft.checkpoint.writer_fence import WRITER_FILE
 from distft.collectives import SingleProcess
-from distft.errors import StorageError, SupersededError
+from distft.errors import DistftError, StorageError, SupersededError, UnreachableError
+from distft.storage.local import LocalStorage
 
 KEEP_ONE = CheckpointConfig(keep_last=1)
 RANK_FILE = rank_file_name(0)
@@ -189,8 +196,9 @@ def test_each_directory_that_cannot_be_deleted_is_told_in_a_line(tmp_path: Path)
     with pytest.raises(StorageError) as caught:
         delete(tmp_path / "run", [5], [], nothing_wrong)
     first, second = str(caught.value).split("\n")
-    assert "step_00000001 is a symbolic link" in first
-    assert "frozen_00000002 is a symbolic link" in second
+    for line, name in ((first, "step_00000001"), (second, "frozen_00000002")):
+        assert line.startswith(f"{tmp_path / 'run' / name} is a symbolic link")
+        assert line.endswith("yourself.")
     assert not (tmp_path / "run" / "step_00000003").exists()
     assert sum(1 for _ in (tmp_path / "elsewhere").rglob("*.safetensors")) == 2
 
@@ -235,6 +243,38 @@ def test_all_damaged_commits_are_told_the_newest_first_and_counted_no_more(tmp_p
     assert store.valid_steps() == [2]  # written anew
 
 
+def test_damage_is_told_with_the_valid_commit_before_it_and_names_the_manifest(tmp_path: Path) -> None:
+    store = saved(tmp_path, 1, 2)
+    Path(store.path(2), MANIFEST).write_text("{")
+    found = store.find_latest_valid()
+    assert found.checkpoint is not None
+    assert found.checkpoint.step == 1
+    (line,) = found.damage
+    assert line.startswith("step 2: ")
+    assert str(Path(store.path(2), MANIFEST)) in line
+    assert found.damaged_steps == {2}
+
+
+def test_a_disk_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(LocalStorage, "list_names", fail)
+    with pytest.raises(UnreachableError, match=f"^{tmp_path}: reading failed: Permission denied"):
+        CheckpointStore(str(tmp_path), SingleProcess()).find_latest_valid()
+
+
+def test_in_an_object_store_a_commit_that_was_written_again_is_news() -> None:
+    store = new_start("memory://store-operations/again")
+    store.save(snapshot(1))
+    found = store.find_latest_valid()
+    assert found.listed[1] is not None
+    assert store.is_still_latest(found)
+    store.save(snapshot(1))
+    assert not store.is_still_latest(found)
+    storage.remove_tree("memory://store-operations")
+
+
 # Saves
 
 
@@ -250,6 +290,8 @@ def test_a_commit_that_is_written_again_stays_whole_until_the_new_one_is(
 ) -> None:
     store = saved(tmp_path, 1)
     before = {path: path.read_bytes() for path in Path(store.path(1)).iterdir()}
+    draft = f"{MANIFEST}.draft-0123abcd"
+    put(Path(store.path(1)), draft)
 
     def fail(*_: object, **__: object) -> None:
         raise StorageError("no space left")
@@ -269,6 +311,59 @@ def test_a_commit_that_is_written_again_stays_whole_until_the_new_one_is(
     put(Path(store.path(1)), rank_file_name(9))
     store.prune(KEEP_ONE)  # tidied once
     assert rank_file_name(9) in names(store.path(1))
+
+
+def test_files_carry_the_name_of_the_start_that_wrote_them(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), SingleProcess())
+    store.save(snapshot(1))
+    assert RANK_FILE in names(store.path(1))  # of a tool, which claims nothing
+    store.become_writer()
+    store.save(snapshot(2))
+    name = storage.read_bytes(tmp_path / WRITER_FILE).decode().partition('"name":"')[2].partition('"')[0]
+    assert rank_file_name(0, name) in names(store.path(2))
+
+
+def test_a_save_replaces_the_manifest_that_it_saw_or_one_that_an_earlier_start_put_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = saved(tmp_path, 1)
+    manifest, real = Path(store.path(1), MANIFEST), storage.commit_unless_changed
+    seen = {name: storage.version(storage.join(store.path(1), name)) for name in (TOKENIZER_FILE, MANIFEST)}
+    expected: list[tuple[str, str | None]] = []
+
+    def come_between(path: str, data: bytes, **options: Any) -> bool:
+        expected.append((Path(path).name, options["expected"]))
+        if len(expected) == 2:
+            storage.commit_bytes(manifest, b"of an earlier start")
+            seen["between"] = storage.version(manifest)
+        return real(path, data, **options)
+
+    monkeypatch.setattr(storage, "commit_unless_changed", come_between)
+    store.save(snapshot(1))
+    assert expected == [
+        (TOKENIZER_FILE, seen[TOKENIZER_FILE]),
+        (MANIFEST, seen[MANIFEST]),
+        (MANIFEST, seen["between"]),
+    ]
+    assert Checkpoint.open(store.path(1)).find_damage() == []
+
+
+@pytest.mark.parametrize("name", [TOKENIZER_FILE, MANIFEST])
+def test_a_start_that_lost_the_claim_right_before_a_file_does_not_put_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    store, real = saved(tmp_path, 1), storage.commit_unless_changed
+
+    def lose_the_claim(path: str, data: bytes, **options: Any) -> bool:
+        if Path(path).name == name:
+            CheckpointStore(str(tmp_path), SingleProcess()).become_writer()
+        return real(path, data, **options)
+
+    monkeypatch.setattr(storage, "commit_unless_changed", lose_the_claim)
+    with pytest.raises(SupersededError):
+        store.save(snapshot(2))
+    assert committed_steps(str(tmp_path)) == [1]
+    assert name not in names(store.path(2))
 
 
 def test_a_failed_save_of_a_superseded_start_is_told_as_that(
@@ -363,3 +458,138 @@ def test_in_an_object_store_files_of_killed_saves_are_deleted_after_the_commit()
     store.prune(KEEP_ONE)
     assert names(store.path(1)) == {MANIFEST, TOKENIZER_FILE, file}
     storage.remove_tree("memory://store-operations")
+
+
+# Several ranks
+
+
+class Threads(SingleProcess):
+    """One of several ranks that are threads of this process."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world_size = rank, len(slots)
+        self._slots, self._barrier = slots, barrier
+
+    def all_gather(self, value: Any) -> list[Any]:
+        self._slots[self.rank] = value
+        self._barrier.wait()
+        found = list(self._slots)
+        self._barrier.wait()
+        return found
+
+    def gather(self, value: Any) -> Any:
+        found = self.all_gather(value)
+        return found if self.rank == 0 else None
+
+    def broadcast(self, value: Any) -> Any:
+        return self.all_gather(value)[0]
+
+
+def on_two_ranks(work: Callable[[Threads], Any]) -> list[Any]:
+    """What `work` returns, or the `DistftError` that it raises, on each rank."""
+    slots, barrier = [None, None], threading.Barrier(2, timeout=20)
+
+    def run(rank: int) -> Any:
+        try:
+            return work(Threads(rank, slots, barrier))
+        except DistftError as error:
+            return error
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(run, (0, 1)))
+
+
+def share(step: int, rank: int) -> CheckpointSnapshot:
+    whole = snapshot(step)
+    moves = Fragment("moves", WEIGHT, rank, whole.fragments[0].values[rank : rank + 1])
+    return replace(whole, fragments=[moves, whole.fragments[1]] if rank == 0 else [moves])
+
+
+def test_two_ranks_write_one_commit_and_find_the_same(tmp_path: Path) -> None:
+    def work(collectives: Threads) -> tuple[str, LatestValid, list[int]]:
+        store = CheckpointStore(str(tmp_path), collectives)
+        store.become_writer()
+        for step in (1, 2, 3):
+            path = store.save(share(step, collectives.rank))
+        Path(store.path(3), MANIFEST).unlink(missing_ok=True)
+        found = store.find_latest_valid()
+        assert store.is_still_latest(found)
+        store.resume_from(found)
+        return path, found, store.prune(KEEP_ONE)
+
+    (path, found, pruned), (other_path, also_found, other_pruned) = on_two_ranks(work)
+    assert path == other_path == str(tmp_path / "step_00000003")
+    assert found.checkpoint.step == also_found.checkpoint.step == 2
+    assert (found.listed, found.damage, found.damaged_steps) == (
+        also_found.listed,
+        also_found.damage,
+        also_found.damaged_steps,
+    )
+    assert (pruned, other_pruned) == ([1], [])
+    checkpoint = Checkpoint.open(str(tmp_path / "step_00000002"))
+    assert len([file for file in checkpoint.manifest.files if "/" not in file.name]) == 2
+    assert checkpoint.find_damage() == []
+    assert checkpoint.read("moves", WEIGHT, 0, 2).tolist() == [2.0, 0.5]
+
+
+def test_a_damaged_manifest_is_damage_on_both_ranks(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step_00000002" / MANIFEST).write_bytes(b"{")
+    found = on_two_ranks(lambda ranks: CheckpointStore(str(tmp_path), ranks).find_latest_valid())
+    assert [one.checkpoint.step for one in found] == [1, 1]
+    assert [one.damaged_steps for one in found] == [{2}, {2}]
+
+
+@pytest.mark.parametrize("call", ["claim", "list", "read", "prepare", "write", "commit", "prune", "look"])
+def test_an_error_on_one_rank_is_raised_on_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """As the class that the caller expects; the other rank names the failed one."""
+    saved(tmp_path, 1, 2)
+    failing_rank = 1 if call == "write" else 0
+
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    def work(collectives: Threads) -> Any:
+        store = CheckpointStore(str(tmp_path), collectives)
+        is_failing = collectives.rank == failing_rank
+        if is_failing and call in {"claim", "prune", "look"}:
+            name = "acquire" if call == "claim" else "check"
+            monkeypatch.setattr(store._fence, name, fail)
+        if is_failing and call in {"prepare", "commit"}:
+            monkeypatch.setattr(store, f"_{call}", fail)
+        if call == "claim":
+            return store.become_writer()
+        if call in {"list", "read"}:
+            return store.find_latest_valid()
+        if call == "prune":
+            return store.prune(KEEP_ONE)
+        if call == "look":
+            return store._raise_if_superseded()
+        return store.save(share(3, collectives.rank))
+
+    if call == "list":
+        monkeypatch.setattr(store_module, "committed_steps", fail)
+    if call == "read":
+        monkeypatch.setattr(store_module, "read_manifest", fail)
+    if call == "write":
+        real = store_module.write_rank_file
+
+        def fail_on_the_second(path: str, *arguments: Any, **options: Any) -> Any:
+            return fail() if "rank_00001" in path else real(path, *arguments, **options)
+
+        monkeypatch.setattr(store_module, "write_rank_file", fail_on_the_second)
+    raised = on_two_ranks(work)
+    if call == "read":  # a manifest that is not there any more: no commit is found
+        assert [one.checkpoint for one in raised] == [None, None]
+        assert [one.damaged_steps for one in raised] == [{1, 2}, {1, 2}]
+        return
+    expected = UnreachableError if call == "list" else StorageError
+    assert [type(error) for error in raised] == [expected, expected]
+    assert all("No space left on device" in str(error) for error in raised)
+    assert str(raised[1 - failing_rank]).startswith(f"rank {failing_rank}: ")
+    assert committed_steps(str(tmp_path)) == [1, 2]

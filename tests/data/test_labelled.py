@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from distft.data.batch import RaggedArray
 from distft.data.dataset import DataContext
 from distft.data.labelled import LabelledConfig
 from distft.data.labelled_rows import LabelledRows, LabelNames, truncate_pair
-from distft.data.targets import IGNORE_INDEX, LABEL
+from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
 from distft.errors import DataError
 
 CONTEXT = DataContext(
@@ -172,3 +173,113 @@ def test_many_labels_are_shown_in_short(tmp_path: Path) -> None:
     ]
     assert line.count(",") == 20
     assert line.endswith("and 10 more with 2 to 2")
+
+
+def write_rows(path: Path, *rows: dict[str, object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_row_may_have_several_classes_or_none(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": ["x", "z"]}, {"text": "b", "label": []}, {"text": "c", "label": "z,y , z"}]
+    path = write_rows(tmp_path / "a.jsonl", *rows)
+    feed = LabelledConfig(path=path, labels="several").build_for_evaluation(CONTEXT)
+    assert feed.label_names == ("x", "y", "z")
+    batch = feed.batch(0, 3)
+    assert batch.targets[LABELS].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 1]]
+    assert batch.num_targets == {LABELS: 3}
+    assert f"{path}: labels: 'z' 2, 'x' 1, 'y' 1" in feed.summary.splitlines()
+
+
+@given(
+    rows=st.lists(st.sets(st.sampled_from("abcde")), min_size=1, max_size=12).filter(any),
+    as_csv=st.booleans(),
+)
+@settings(deadline=None)
+def test_each_class_of_each_row_is_there(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[set[str]], as_csv: bool
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / ("a.csv" if as_csv else "a.jsonl")
+    if as_csv:
+        path.write_text(
+            "text;label\n".replace(";", ",") + "".join(f"t,{'|'.join(sorted(r))}\n" for r in rows)
+        )
+    else:
+        write_rows(path, *({"text": "t", "label": sorted(row)} for row in rows))
+    config = LabelledConfig(path=str(path), labels="several", label_separator="|")
+    feed = config.build_for_evaluation(CONTEXT)
+    assert feed.label_names is not None
+    found = feed.batch(0, len(rows)).targets[LABELS]
+    assert [{feed.label_names[k] for k in row.nonzero()[:, 0].tolist()} for row in found] == rows
+
+
+def test_a_label_may_be_a_number(tmp_path: Path) -> None:
+    values = [2.5, -100, "1e3", 0]
+    path = write_rows(tmp_path / "a.jsonl", *({"text": "t", "label": value} for value in values))
+    feed = LabelledConfig(path=path, labels="number").build_for_evaluation(CONTEXT)
+    batch = feed.batch(0, 4)
+    assert feed.label_names is None
+    assert batch.targets[NUMBER].tolist() == [2.5, -100.0, 1000.0, 0.0]
+    assert batch.targets[ROW].tolist() == [0, 0, 0, 0]
+    assert "numbers: -100 to 1000, mean 225.6" in feed.summary
+
+
+def test_rows_without_labels_need_no_label_column(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "who"}, {"text": "when", "label": None}]
+    feed = LabelledConfig(path=write_rows(tmp_path / "a.jsonl", *rows), label=None).build_for_evaluation(
+        CONTEXT
+    )
+    batch = feed.batch(0, 2)
+    assert batch.targets[ROW].tolist() == [0, 0]
+    assert batch.num_targets == {ROW: 2}
+    assert feed.label_names is None
+    assert "2 rows, unlabelled, 0 cut" in feed.summary
+    assert feed.batch(2, 2).num_targets == {ROW: 0}
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "problem"),
+    [
+        ("one", None, "'label' is null: every row needs a label.*label=null"),
+        ("one", " ", "'label' is empty: every row needs a label.*label=null"),
+        ("several", None, "'label' is null, but must be a list of labels.*label=null"),
+        ("several", ["x", None], "'label' is null: every row needs a label"),
+        ("several", ["x", {}], "'label' is a JSON object"),
+        ("number", None, "'label' is null, but must be a finite number"),
+        ("number", "many", "'label' is \"many\", but must be a finite number"),
+        ("number", True, "'label' is true, but must be a finite number"),
+    ],
+)
+def test_an_unlabelled_line_is_told_with_file_and_line(
+    tmp_path: Path, labels: Literal["one", "several", "number"], value: object, problem: str
+) -> None:
+    good = {"one": "x", "several": ["x", "y"], "number": 3}[labels]
+    path = write_rows(tmp_path / "a.jsonl", {"text": "a", "label": good}, {"text": "b", "label": value})
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: {problem}"):
+        LabelledConfig(path=path, labels=labels).build(CONTEXT)
+
+
+def test_unknown_classes_among_several_are_told_with_file_and_line(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"text": "a", "label": ["x"]}, {"text": "b", "label": ["x", "w"]})
+    config = LabelledConfig(path=path, labels="several")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: label 'w' is not one of the 2"):
+        config.build(replace(CONTEXT, label_names=("x", "y")))
+    empty = write_rows(tmp_path / "b.jsonl", {"text": "a", "label": []})
+    with pytest.raises(DataError, match="no row has a label"):
+        LabelledConfig(path=empty, labels="several").build(CONTEXT)
+
+
+@pytest.mark.parametrize("labels", ["one", "several", "number"])
+def test_ranks_that_share_encoded_rows_get_the_same_targets(
+    tmp_path: Path, labels: Literal["one", "several", "number"]
+) -> None:
+    values = {"one": ["x", "y"], "several": [["x", "y"], ["y"]], "number": [0.1, -7]}[labels]
+    path = write_rows(tmp_path / "a.jsonl", *({"text": "a", "label": value} for value in values))
+    config = LabelledConfig(path=path, labels=labels)
+    shared = replace(CONTEXT, cache_dir=str(tmp_path / "cache"))
+    feeds = [config.build_for_evaluation(context) for context in (CONTEXT, shared, shared)]
+    first, *others = [feed.batch(0, 2).targets for feed in feeds]
+    for targets in others:
+        assert targets.keys() == first.keys()
+        assert all(torch.equal(targets[name], first[name]) for name in first)
+    assert len({feed.fingerprint for feed in feeds}) == 1

@@ -1,5 +1,6 @@
 """Objectives for unlabelled rows: any engine, world size and cut train what one process trains at once."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.engine_scenarios import SEQ_LEN, VOCAB_SIZE, Scenario, collectives_for
+from support.engine_scenarios import SEQ_LEN, VOCAB_SIZE, collectives_for
 from support.mixtures import LABELS, MixtureCase, MixtureTraining, labelled_rows
 from support.rank_pool import run_ranks
 from torch import Tensor
@@ -25,9 +26,9 @@ from distft.objective.settings import ObjectiveConfig
 from distft.topology import Topology
 from distft.train.step import StepResult
 
-NUM_STEPS = 5
+NUM_STEPS = 4
 PARTS: list[dict[str, Any]] = [
-    {"type": "pseudo_label", "threshold": [[0, 0.3], [4, 0.36]], "per_class": True, "align": True},
+    {"type": "pseudo_label", "threshold": [[0, 0.3], [3, 0.36]], "per_class": True, "align": True},
     {"type": "mean_teacher", "loss": "mse"},
     {"type": "consistency", "min_confidence": 0.34, "temperature": 0.5},
     {"type": "entropy"},
@@ -53,7 +54,7 @@ class SemiSupervisedCase(MixtureCase):
             "type": "mixture",
             "parts": {
                 "topic": {"objective": {"type": "classification", "pooling": "mean"}},
-                "texts": {"objective": {**self.part, "head": "topic"}, "weight": [[0, 0.5], [3, 2.0]]},
+                "texts": {"objective": {**self.part, "head": "topic"}, "weight": [[0, 0.5], [2, 2.0]]},
             },
         }
         objective: Mixture = parse(ObjectiveConfig, raw)
@@ -136,22 +137,20 @@ def cases_of(**changes: Any) -> list[SemiSupervisedCase]:
     ]
 
 
+@functools.cache
 def at_once() -> list[Outcome]:
     """Each step as one micro-batch of one process."""
     return train_all(Topology(), cases_of(micro_batch_size=7))
 
 
 def test_each_objective_changes_what_is_learnt() -> None:
-    without = train_all(Topology(), [SemiSupervisedCase(part=p, weights=(1, 0)) for p in PARTS])
-    losses = [tuple(outcome.losses) for outcome in without]
-    assert len(set(losses)) == len(PARTS)
+    assert len({tuple(outcome.losses) for outcome in at_once()}) == len(cases_of())
 
 
 def test_cuts_do_not_change_a_step() -> None:
-    for micro_batch_size in (1, 3):
-        cases = cases_of(micro_batch_size=micro_batch_size)
-        for case, found, expected in zip(cases, train_all(Topology(), cases), at_once(), strict=True):
-            require_equal(found, expected, case)
+    cases = cases_of(micro_batch_size=2)
+    for case, found, expected in zip(cases, train_all(Topology(), cases), at_once(), strict=True):
+        require_equal(found, expected, case)
 
 
 @pytest.mark.ranks
@@ -162,7 +161,3 @@ def test_ranks_and_engines_train_the_same(world_size: int, stages: tuple[int, ..
     for outcomes in run_ranks(train_all, world_size, cases, timeout_s=240):
         for case, found, one in zip(cases, outcomes, expected, strict=True):
             require_equal(found, one, case)
-
-
-def test_scenarios_have_a_moving_average() -> None:
-    assert Scenario().optim.ema_decay == 0.9

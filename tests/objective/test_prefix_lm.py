@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import SIZES, build
-from support.token_rows import VOCAB_SIZE, completions, data_context, documents, feed, packed
+from support.token_rows import VOCAB_SIZE, completions, data_context, documents, feed, packed, text_pairs
 from torch.nn.functional import cross_entropy
 
 from distft.collectives import SingleProcess
 from distft.config import parse
+from distft.data.batch import Batch
 from distft.data.documents import documents as documents_of
 from distft.data.feed import Feed
+from distft.data.prefixes import PrefixMarker
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
@@ -82,6 +84,21 @@ def test_prefix_lengths_are_uniform_and_follow_the_seed() -> None:
     assert not torch.equal(first, second)
 
 
+def test_a_document_keeps_its_last_target_whatever_the_share() -> None:
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 9, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]])
+    batch = Batch(
+        input_ids=torch.arange(5, 11)[None],
+        targets={NEXT_TOKEN: labels},
+        num_targets={NEXT_TOKEN: 1},
+        sequence_numbers=torch.zeros(1, dtype=torch.int64),
+    )
+    marker = PrefixMarker(seed=0, min_share=0.9, max_share=1.0, is_prompt=False, token_bytes=None)
+    marked = marker(batch)
+    assert marked.is_prefix is not None
+    assert marked.is_prefix.tolist() == [[True] * 3 + [False] * 3]
+    assert torch.equal(marked.targets[NEXT_TOKEN], labels)
+
+
 def test_a_prompt_is_the_prefix_of_a_completion() -> None:
     rows = completions(documents([12, 7, 9]), prompt_length=4)
     batch, plain = prefixed(rows, 16, prefix="prompt").batch(0, 3), feed(rows).batch(0, 3)
@@ -138,5 +155,10 @@ def test_bad_settings_models_and_data_are_clear_errors() -> None:
         PrefixLM().check_model(ModelConfig(**SIZES, attention="bidirectional"))
     with pytest.raises(ConfigError, match=r"objective\.prefix=prompt: these rows are packed"):
         prefixed(rows, 16, prefix="prompt")
+    for kind in ("prefix_lm", "causal_lm"):
+        with pytest.raises(ConfigError, match=rf"type={kind} continues texts, and these rows are none"):
+            parse(ObjectiveConfig, {"type": kind}).transform_feed(
+                feed(text_pairs(documents([9, 9]))), data_context(16), 0
+            )
     with pytest.raises(ConfigError, match=r"prefix_lm cannot learn labels"):
         PrefixLM().heads(("a", "b"))

@@ -27,6 +27,7 @@ OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
         "masked_lm": {"type": "masked_lm", "masked": "spans", "mask_rate": 0.3},
         "next_sentence": {"type": "next_sentence", "masking": {"masked": "words"}},
         "sentence_order": {"type": "sentence_order"},
+        "replaced_token": {"type": "replaced_token", "generator_size": 0.5, "discriminator_weight": 5},
     },
     "causal": {
         "prefix_lm": {"type": "prefix_lm"},
@@ -92,7 +93,7 @@ def test_a_run_resumes_exactly_at_another_number_of_ranks(data: Path, alone: Pat
 
 def test_the_log_says_what_stands_for_a_mask_and_metrics_have_the_terms_names(alone: Path) -> None:
     lines = [event["summary"] for event in events(alone / "bidirectional") if event["kind"] == "data"]
-    assert sum("become the unknown token" in line for line in lines) == 4
+    assert sum("become the unknown token" in line for line in lines) == 6
     assert logged(alone / "bidirectional", "validation/next_sentence/next_sentence/accuracy")
     assert logged(alone / "bidirectional", "validation/next_sentence/masked_token/perplexity")
     assert logged(alone / "causal", "validation/prefix_lm/bits_per_byte")
@@ -101,6 +102,11 @@ def test_the_log_says_what_stands_for_a_mask_and_metrics_have_the_terms_names(al
 def test_a_masked_language_model_can_be_fine_tuned_in_part(data: Path, alone: Path, tmp_path: Path) -> None:
     run(Topology(), fine_tuning(data, tmp_path, alone / "bidirectional"))
     assert logged(tmp_path, "validation/accuracy")
+
+
+def test_a_bidirectional_model_does_not_generate(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(alone / "bidirectional"), "--prompt", "the cat"]) == 2
+    assert "is a bidirectional model, which fills in hidden tokens" in capsys.readouterr().err
 
 
 def test_evaluate_repeats_the_metrics_of_training(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:

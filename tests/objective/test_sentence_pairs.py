@@ -20,6 +20,7 @@ from support.token_rows import (
     feed,
     packed,
     padded,
+    text_pairs,
 )
 from torch.nn.functional import cross_entropy
 
@@ -214,6 +215,8 @@ def test_bad_settings_models_tokenizers_and_data_are_clear_errors() -> None:
         pairs(rows, 4, "sentence_order")
     with pytest.raises(ConfigError, match="no document in the first rows has two tokens"):
         pairs(padded([[9], [EOS, 8]]), 24, "sentence_order")
+    with pytest.raises(ConfigError, match="these rows are pairs already"):
+        pairs(text_pairs(documents([9, 9, 8, 8])), 24, "sentence_order")
     with pytest.raises(ConfigError, match=r"--symbol '<sep>'"):
         pairs(rows, 24, "sentence_order", context={"eos_id": None})
     with pytest.raises(ConfigError, match=r"^objective\.masking\.mask_rate=0\.001 leaves no target"):

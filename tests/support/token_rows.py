@@ -15,6 +15,7 @@ from distft.data.dataset import DataContext, DocumentMode, SequenceDataset, Tran
 from distft.data.feed import Feed
 from distft.data.labelled_rows import LabelledRows
 from distft.data.packing import PackedRows
+from distft.data.pairs_rows import PairRows
 
 VOCAB_SIZE, FIRST_TEXT_ID = 40, 5
 UNK, BOS, EOS, PAD, MASK = range(5)
@@ -62,6 +63,10 @@ def padded(texts: Sequence[list[int]]) -> LabelledRows:
 
 def completions(texts: Sequence[list[int]], prompt_length: int) -> CompletionRows:
     return CompletionRows(RaggedArray(texts), np.full(len(texts), prompt_length), pad_id=PAD)
+
+
+def text_pairs(texts: Sequence[list[int]]) -> PairRows:
+    return PairRows(RaggedArray(texts), rows_per_sequence=2, pad_id=PAD)
 
 
 def feed(rows: SequenceDataset) -> Feed:

@@ -68,13 +68,17 @@ class Recording(Classification):
     def per_row(self) -> frozenset[str]:
         return frozenset({"labels"})
 
-    def evaluate(self, model: Any, batch: AnyBatch, context: ObjectiveContext) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def evaluate(self, model: Any, batch: AnyBatch, context: ObjectiveContext) -> dict[str, torch.Tensor]:
         batch = only_batch(batch)
+        assert context.vocab_size == VOCAB_SIZE
         assert not torch.is_grad_enabled()
         assert not model.training
         self._seen.append(batch)
         labels = batch.targets["label"]
-        return {"labels": labels if labels.is_meta else labels[labels != IGNORE_INDEX]}
+        return {
+            "labels": labels if labels.is_meta else labels[labels != IGNORE_INDEX],
+            "num_rows": (labels != IGNORE_INDEX).sum(),
+        }
 
     def metrics(self, sums: Any) -> dict[str, Any]:
         return dict(sums)
@@ -124,7 +128,8 @@ def test_outputs_with_a_row_for_each_target_are_put_together_in_the_order_of_the
             micro_batch_size=micro_batch_size,
             on_progress=told.append,
         )
-    assert torch.cat([share for rank in found for share in found[rank]]).tolist() == labels
+    assert torch.cat([found[rank][1] for rank in found]).tolist() == labels
+    assert sum(int(found[rank][0]) for rank in found) == num_rows
     assert sum(told) == num_rows
     assert max(told) <= micro_batch_size
     assert len(told) == len(objective._seen)

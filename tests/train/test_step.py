@@ -87,6 +87,18 @@ def test_each_term_is_divided_by_its_own_count_and_weighted() -> None:
     assert result.num_targets.tolist() == [3, 4]
 
 
+def test_a_term_of_weight_0_has_no_value_and_makes_no_other_infinite() -> None:
+    batches = [batch_of([2.0], num_pairs=1)]
+    result = step(FakeEngine(), batches, {"squares": 0.0, "pairs": 1.0})
+    assert result.loss.item() == 10.0
+    assert result.terms.tolist() == [0.0, 10.0]
+    assert result.is_measured.tolist() == [False, True]
+    assert step(FakeEngine(), [batch_of([2.0])], {"squares": 1.0, "pairs": 1.0}).is_measured.tolist() == [
+        True,
+        False,
+    ]
+
+
 def test_a_term_without_targets_adds_nothing_while_another_has_some() -> None:
     result = step(FakeEngine(), [batch_of([2.0])], {"squares": 1.0, "pairs": 1.0})
     assert result.loss.item() == 4.0

@@ -1,0 +1,180 @@
+"""A mixture with unlabelled data also trains on its labelled data alone, first, and says which won."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.small_runs import events, logged, pretraining, run, run_until_power_cut
+
+from distft.config import parse
+from distft.errors import ConfigError, DataError
+from distft.run.check import describe_run
+from distft.run.config import RunConfig
+from distft.topology import Topology
+
+NUM_STEPS = 4
+KEY = "validation/topic/accuracy"
+
+
+def semi_supervised(data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    def labelled(name: str, **more: Any) -> dict[str, Any]:
+        return {"data": {"type": "labelled", "path": str(data / f"{name}.jsonl"), **more}}
+
+    return pretraining(
+        data,
+        run_dir,
+        tokenizer=str(data / "tokenizer.model"),
+        data={
+            "type": "streams",
+            "streams": {
+                "topic": {**labelled("train", max_rows=12), "share": 1},
+                "texts": {**labelled("train", label=None), "share": 3},
+            },
+        },
+        validation={"type": "streams", "streams": {"topic": labelled("test")}},
+        objective={
+            "type": "mixture",
+            "parts": {
+                "topic": {"objective": {"type": "classification", "pooling": "mean"}},
+                "texts": {
+                    "objective": {
+                        "type": "pseudo_label",
+                        "head": "topic",
+                        "threshold": 0.4,
+                        "per_class": True,
+                    }
+                },
+            },
+        },
+        **{
+            "train": {"max_steps": NUM_STEPS, "log_every_steps": 1},
+            "checkpoint": {"every_steps": 2},
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that was never cut off."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    run(Topology(), semi_supervised(data, run_dir))
+    return run_dir
+
+
+def comparison(run_dir: Path) -> list[dict[str, Any]]:
+    return [event for event in events(run_dir) if event["kind"] == "compared_with_supervised"]
+
+
+def test_both_metrics_are_logged_with_the_winner(straight: Path) -> None:
+    (event,) = comparison(straight)
+    ours, alone = logged(straight, KEY)[NUM_STEPS], logged(straight / "supervised_alone", KEY)[NUM_STEPS]
+    assert (event["with_unlabelled"], event["supervised_alone"]) == (ours, alone)
+    won = "with unlabelled data" if ours > alone else "supervised alone" if ours < alone else "neither"
+    assert (event["part"], event["metric"], event["won"]) == ("topic", "accuracy", won)
+
+
+def test_the_run_alone_takes_the_same_labelled_rows_in_each_step(data: Path, tmp_path: Path) -> None:
+    """A part whose weight is 0 learns nothing, so that both runs are the same."""
+    raw = semi_supervised(data, tmp_path / "run")
+    raw["objective"]["parts"]["texts"]["weight"] = 0.0
+    run(Topology(), raw)
+    losses = logged(tmp_path / "run", "loss/topic/label"), logged(tmp_path / "run" / "supervised_alone")
+    assert len(losses[0]) == NUM_STEPS
+    assert losses[0] == pytest.approx(losses[1], abs=2e-6)
+    assert comparison(tmp_path / "run")[0]["won"] == "neither"
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(data: Path, straight: Path, tmp_path: Path) -> None:
+    raw = semi_supervised(data, tmp_path)
+    run_until_power_cut(raw, 3)  # in the run alone
+    assert not (tmp_path / "metrics.jsonl").exists()
+    run(Topology(), raw)
+    assert "resume" in [event["kind"] for event in events(tmp_path / "supervised_alone")]
+    run(Topology(), raw)  # nothing is left to do, and it still tells
+    assert logged(tmp_path) == pytest.approx(logged(straight), abs=1e-6)
+    assert [{**event, "time": 0, "start_id": 0} for event in comparison(tmp_path)] == [
+        {**event, "time": 0, "start_id": 0} for event in comparison(straight) * 2
+    ]
+
+
+def test_running_means_are_those_of_a_run_that_was_not_cut_off(
+    data: Path, straight: Path, tmp_path: Path
+) -> None:
+    raw = semi_supervised(data, tmp_path, compare_with_supervised=False)
+    run_until_power_cut(raw, 3)
+    run(Topology(), raw)
+    manifests = [
+        json.loads((run_dir / "checkpoints" / "step_00000004" / "manifest.json").read_text())
+        for run_dir in (tmp_path, straight)
+    ]
+    found, expected = (manifest["progress"]["objective_state"] for manifest in manifests)
+    assert found.keys() == {"texts/confident_share"}
+    assert found["texts/confident_share"] == pytest.approx(expected["texts/confident_share"], abs=1e-6)
+    assert sum(found["texts/confident_share"]) > 0
+
+
+def test_the_comparison_may_be_left_out(data: Path, tmp_path: Path) -> None:
+    raw = semi_supervised(data, tmp_path / "run", compare_with_supervised=False, train={"max_steps": 2})
+    run(Topology(), raw)
+    assert not (tmp_path / "run" / "supervised_alone").exists()
+    assert comparison(tmp_path / "run") == []
+
+
+def test_a_check_tells_of_the_run_that_comes_first(data: Path, tmp_path: Path) -> None:
+    config: RunConfig = parse(RunConfig, semi_supervised(data, tmp_path / "run"))
+    assert any(line.startswith("first       4 steps of 2 rows") for line in describe_run(config, 1).lines)
+
+
+def test_a_run_alone_that_cannot_be_is_told_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
+    raw = semi_supervised(data, tmp_path / "run")
+    raw["data"]["alternate"] = True  # a quarter of the steps is one, fewer than of the warm-up
+    with pytest.raises(ConfigError, match=r"supervised alone.*compare_with_supervised=false.*warmup_steps=2"):
+        describe_run(parse(RunConfig, raw), 1)
+
+
+def test_what_a_comparison_and_a_teacher_need_is_told_at_once(data: Path, tmp_path: Path) -> None:
+    raw = semi_supervised(data, tmp_path / "run")
+    raw["validation"] = None
+    raw["objective"]["parts"]["texts"]["objective"] = {"type": "mean_teacher", "head": "topic"}
+    with pytest.raises(ConfigError) as raised:
+        parse(RunConfig, raw)
+    assert "set validation, or compare_with_supervised=false" in str(raised.value)
+    assert "set optim.ema_decay" in str(raised.value)
+
+
+@pytest.mark.parametrize("objective", ["pseudo_label", "entropy"])
+def test_labelled_rows_are_refused_as_unlabelled_ones(data: Path, tmp_path: Path, objective: str) -> None:
+    raw = semi_supervised(data, tmp_path / "run")
+    raw["data"]["streams"]["texts"]["data"]["label"] = "label"
+    raw["objective"]["parts"]["texts"]["objective"] = {"type": objective, "head": "topic"}
+    with pytest.raises(ConfigError, match=r"parts\.texts: .*takes unlabelled rows.*label=null"):
+        run(Topology(), raw)
+
+
+@pytest.mark.parametrize(("before", "after"), [("cat", "cow"), ("cat", "dog")])
+def test_labels_that_changed_since_the_head_was_made_are_told(
+    data: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((data / "train.jsonl").read_text())
+    raw = pretraining(
+        data,
+        tmp_path / "run",
+        tokenizer=str(data / "tokenizer.model"),
+        data={"type": "labelled", "path": str(rows)},
+        validation=None,
+        objective={"type": "classification", "pooling": "mean"},
+        checkpoint={"every_steps": 1},
+    )
+    run_until_power_cut(raw, 1)
+    text = rows.read_text().replace(f'"label": "{before}"', f'"label": "{after}"')
+    rows.write_text(text)
+    line = 1 + next(i for i, row in enumerate(text.splitlines()) if f'"label": "{after}"' in row)
+    told = (
+        f"rows.jsonl:{line}: label 'cow' is not one of the 3" if after == "cow" else "'bird', 'dog'. Restore"
+    )
+    with pytest.raises(DataError if after == "cow" else ConfigError) as raised:
+        run(Topology(), raw)
+    assert told in str(raised.value)

@@ -1,0 +1,48 @@
+"""The share of the peak: what the rows of each stream cost, and nothing else."""
+
+import pytest
+import torch
+
+from distft.data.batch import Batch, MixedBatch
+from distft.model.counts import Flops
+from distft.train.throughput import Throughput
+
+FLOPS = {"text": Flops(100.0, 1.0), "topic": Flops(7.0, 3.0)}
+
+
+def batch(num_rows: int, width: int) -> Batch:
+    return Batch(input_ids=torch.zeros(num_rows, width, dtype=torch.int64), targets={}, num_targets={})
+
+
+def throughput(flops: dict[str, Flops], recomputed: Flops | None = None) -> Throughput:
+    return Throughput(flops=flops, recomputed_flops=recomputed, peak_flops_per_s=lambda: 1e6, world_size=2)
+
+
+def test_each_stream_costs_what_its_own_heads_cost() -> None:
+    measured = throughput(FLOPS, Flops(10.0, 0.0))
+    both = MixedBatch({"text": batch(2, 4), "topic": batch(3, 5)})
+    for batches in ([both, MixedBatch({"text": batch(1, 4)})], [MixedBatch({"topic": batch(1, 5)})]):
+        measured.add_step(batches, num_ranks=2, data_wait_s=0.0)
+    found = measured.read()
+    num_tokens = 2 * (3 * 4 + 4 * 5)
+    elapsed_s = num_tokens / found["tokens_per_s"]
+    flops = 2 * (100 * 12 + 3 * 16 + 7 * 20 + 3 * 4 * 25)
+    assert found["mfu"] == pytest.approx(flops / (2 * 1e6 * elapsed_s), rel=1e-6)
+    assert found["hfu"] - found["mfu"] == pytest.approx(10 * num_tokens / (2 * 1e6 * elapsed_s), rel=1e-6)
+    assert measured.read() == {}
+
+
+def test_packed_documents_cost_the_pairs_within_them() -> None:
+    packed = Batch(
+        input_ids=torch.zeros(1, 5, dtype=torch.int64),
+        targets={},
+        num_targets={},
+        position_ids=torch.tensor([[0, 1, 2, 0, 1]]),
+        document_ids=torch.tensor([[0, 0, 0, 1, 1]]),
+    )
+    measured = throughput({"": Flops(0.0, 1.0)})
+    measured.add_step([packed], num_ranks=2, data_wait_s=0.5)
+    found = measured.read()
+    elapsed_s = 10 / found["tokens_per_s"]
+    assert found["mfu"] == pytest.approx(2 * (9 + 4) / (2 * 1e6 * elapsed_s), rel=1e-6)
+    assert found["data_wait_s"] == 0.5
