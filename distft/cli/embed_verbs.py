@@ -69,4 +69,7 @@ def embed(
         )
     if topology.is_main:
         cut = f", {result.num_cut:,} of them cut to the model's row" if result.num_cut else ""
-        say(f"{output}: {result.num_documents:,} embeddings of {result.num_elements:,} elements{cut}")
+        empty = (
+            f"; {result.num_without_text:,} rows without text have none" if result.num_without_text else ""
+        )
+        say(f"{output}: {result.num_documents:,} embeddings of {result.num_elements:,} elements{cut}{empty}")

@@ -33,6 +33,12 @@ def value_at(function: float | _Points, step: int) -> float:
     return function[0][1] if step < function[0][0] else function[-1][1]
 
 
+def values_within(function: float | _Points, num_steps: int) -> list[float]:
+    """Its lowest and highest values in the steps [0, num_steps) are among these."""
+    points = [step for step, _ in function if step < num_steps] if isinstance(function, tuple) else []
+    return [value_at(function, step) for step in (0, *points, num_steps - 1)]
+
+
 def values_of(function: float | _Points) -> list[float]:
     """Its lowest and highest values are among these."""
     return [value for _, value in function] if isinstance(function, tuple) else [function]

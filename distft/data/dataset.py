@@ -50,6 +50,8 @@ class TransformContext:
     seed: int
     num_sequences: int  # the sequences [0, num_sequences) exist
     rows: Callable[[Indices], Batch]  # the rows of any sequences, as they are without transforms
+    step_share: float | None = 1.0  # mean share of a training step's sequences; None: data for evaluation
+    number_range: tuple[float, float] | None = None  # least and largest target of a regression
 
 
 class SequenceDataset(Protocol):

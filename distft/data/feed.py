@@ -34,6 +34,7 @@ class Feed:
         *,
         label_names: ClassNames | None = None,
         document_start: tuple[int, ...] | None = None,
+        number_range: tuple[float, float] | None = None,
     ) -> None:
         self._datasets = tuple(datasets)
         self._sampler = sampler
@@ -41,7 +42,9 @@ class Feed:
         self._notes: tuple[str, ...] = ()
         self.label_names = label_names  # class names by id; None: not a classification
         self.document_start = document_start  # ids with which each document begins; None: unknown
+        self.number_range = number_range  # least and largest number of the rows; None: they have no numbers
         self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
+        self.step_share: float | None = 1.0  # mean share of a training step's sequences; None: for evaluation
 
     @classmethod
     def for_training(
@@ -52,17 +55,37 @@ class Feed:
         shuffle: bool,
         label_names: ClassNames | None = None,
         document_start: tuple[int, ...] | None = None,
+        number_range: tuple[float, float] | None = None,
     ) -> "Feed":
         """Infinitely many epochs, each in another order; datasets are mixed by `weights`."""
         weighted = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
         sampler = MixtureSampler(weighted, seed, shuffle=shuffle)
-        return cls(datasets, sampler, label_names=label_names, document_start=document_start)
+        return cls(
+            datasets,
+            sampler,
+            label_names=label_names,
+            document_start=document_start,
+            number_range=number_range,
+        )
 
     @classmethod
-    def for_evaluation(cls, *datasets: SequenceDataset, label_names: ClassNames | None = None) -> "Feed":
+    def for_evaluation(
+        cls,
+        *datasets: SequenceDataset,
+        label_names: ClassNames | None = None,
+        number_range: tuple[float, float] | None = None,
+    ) -> "Feed":
         """Every row once in file order, as sequences [0, num_sequences)."""
         sampler = SequentialSampler([dataset.num_sequences for dataset in datasets])
-        return cls(datasets, sampler, label_names=label_names)
+        feed = cls(datasets, sampler, label_names=label_names, number_range=number_range)
+        feed.step_share = None
+        return feed
+
+    def with_step_share(self, step_share: float) -> "Feed":
+        """The same sequences, which are this share of a training step's on average."""
+        feed = copy(self)
+        feed.step_share = step_share
+        return feed
 
     def with_transforms(self, *transforms: Transform, notes: Sequence[str] = ()) -> "Feed":
         """The same sequences, whose batches go through `transforms`, one after another."""

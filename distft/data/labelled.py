@@ -10,7 +10,7 @@ from pydantic import Field
 from distft.config import PathText, Settings
 from distft.data.dataset import ClassNames, DataContext, check_vocabulary
 from distft.data.targets import LABEL, LABELS, NUMBER, ROW
-from distft.errors import DataError
+from distft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from distft.data.batch import RaggedArray
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from distft.data.labelled_rows import LabelledRows, LabelNames, RowTargets
     from distft.data.records import Record, RowErrors
     from distft.data.sampler import Indices
+
+
+_MOST_NUMBER = 3.4028234663852886e38  # the largest float32
 
 
 class LabelledConfig(Settings):
@@ -42,14 +45,20 @@ class LabelledConfig(Settings):
         from distft.data.feed import Feed
 
         rows, names = self.open(context)
-        return Feed.for_training(rows, seed=self.data_seed, shuffle=self.shuffle, label_names=names)
+        return Feed.for_training(
+            rows,
+            seed=self.data_seed,
+            shuffle=self.shuffle,
+            label_names=names,
+            number_range=rows.number_range,
+        )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
         """Every row once, in file order."""
         from distft.data.feed import Feed
 
         rows, names = self.open(context)
-        return Feed.for_evaluation(rows, label_names=names)
+        return Feed.for_evaluation(rows, label_names=names, number_range=rows.number_range)
 
     def open(self, context: DataContext) -> tuple[LabelledRows, ClassNames | None]:
         """Read and encode the file: the rows, and the names of their classes, if they have classes.
@@ -132,6 +141,13 @@ class LabelledConfig(Settings):
             return np.zeros(len(records), np.int64), facts, ["unlabelled"]
         if self._kind == NUMBER:
             numbers = [float(record.values[self.label]) for record in records]
+            for record, number in zip(records, numbers, strict=True):
+                if abs(number) > _MOST_NUMBER:
+                    errors.add(
+                        record.line,
+                        f"{self.label!r} is {number:g}, which float32 cannot hold: use another unit.",
+                    )
+            errors.raise_if_any()
             return np.array(numbers, np.float64).view(np.int64), facts, describe_numbers(numbers)
         names = self._label_names(records, context)
         facts["label_names"] = names.names
@@ -179,7 +195,11 @@ class LabelledConfig(Settings):
         separator: list[int] = []
         if self.text_pair is not None:
             separator = [context.eos_id] if context.eos_id is not None else context.encode("\n")
-            separator = separator[: max(context.seq_len - 2, 0)]
+            if context.seq_len < len(separator) + 2:
+                raise ConfigError(
+                    f"batch.seq_len={context.seq_len} has no room for {self.text!r} and {self.text_pair!r} "
+                    f"with a separator between them: set it to {len(separator) + 2} or more."
+                )
         max_tokens = context.seq_len - len(separator)
         rows, lengths = [], []
         for record in records:

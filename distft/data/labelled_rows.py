@@ -17,6 +17,7 @@ from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
 
 LABEL_IDS = "label_ids"  # a column of encoded rows: the `ids` of `RowTargets`
 _MAX_SHOWN = 20  # labels in a description
+_MOST_DIGITS = 640  # of a label that is sorted as an integer: Python may be set to refuse longer ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,9 @@ class LabelNames:
 
     @classmethod
     def from_labels(cls, labels: Iterable[str]) -> "LabelNames":
-        """The distinct labels, sorted as integers if all are integers, else as text."""
+        """The distinct labels, sorted as integers if all are integers of up to 640 digits, else as text."""
         unique = set(labels)
-        if all(label.removeprefix("-").isdecimal() for label in unique):
+        if all(x.removeprefix("-").isdecimal() and len(x) <= _MOST_DIGITS for x in unique):
             return cls(tuple(sorted(unique, key=lambda label: (int(label), label))))
         return cls(tuple(sorted(unique)))
 
@@ -95,12 +96,23 @@ class RowTargets:
             return {LABELS: self.label_sets[ids]}
         # Any number may be a target, IGNORE_INDEX too, so that another target says which rows count.
         counts = {ROW: torch.zeros(len(rows), dtype=torch.int64)}
-        return counts if self.kind == ROW else {NUMBER: ids.view(torch.float64).float(), **counts}
+        return counts if self.kind == ROW else {NUMBER: ids.view(torch.float64), **counts}
+
+    @property
+    def number_range(self) -> tuple[float, float] | None:
+        """The least and the largest number; None: the targets are no numbers."""
+        if self.kind != NUMBER:
+            return None
+        numbers = self.ids.view(np.float64)
+        return float(numbers.min()), float(numbers.max())
 
     @property
     def fingerprint(self) -> str:
-        """Of the ids; empty without labels."""
-        return "" if self.kind == ROW else f"-{xxh3_64_hexdigest(self.ids.tobytes())}"
+        """Of the classes or numbers of all rows; empty without labels."""
+        if self.kind == ROW:
+            return ""
+        sets = b"" if self.label_sets is None else self.label_sets.numpy().tobytes()
+        return f"-{xxh3_64_hexdigest(self.ids.tobytes() + sets)}"
 
 
 class LabelledRows:
@@ -123,6 +135,7 @@ class LabelledRows:
         self.num_sequences = len(rows)
         self.summary = summary
         self.fingerprint = rows.fingerprint + self._targets.fingerprint
+        self.number_range = self._targets.number_range
 
     def batch(self, indices: Indices) -> Batch:
         """Rows `indices`; for empty `indices`, row 0 without targets."""

@@ -52,10 +52,14 @@ class PairsConfig(Settings):
         return [self.text, *([] if self.positive is None else [self.positive]), *self.negatives]
 
     def build(self, context: DataContext) -> Feed:
-        """Infinite epochs for training."""
+        """Infinite epochs for training. Raises `DataError` if no text has another's as a negative."""
         from distft.data.feed import Feed
+        from distft.data.pairs_rows import without_negatives
 
-        return Feed.for_training(self.open(context), seed=self.data_seed, shuffle=self.shuffle)
+        rows = self.open(context)
+        if problem := without_negatives(rows.num_distinct, self.columns, rows.num_sequences):
+            raise DataError(f"{self.path}: {problem}")
+        return Feed.for_training(rows, seed=self.data_seed, shuffle=self.shuffle)
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
         """Every pair once, in file order."""
@@ -83,6 +87,7 @@ class PairsConfig(Settings):
             len(self.columns),
             scores=scores,
             pad_id=context.pad_id or 0,
+            num_distinct=table.facts["num_distinct"],
             summary=table.facts["summary"],
         )
 
@@ -90,7 +95,7 @@ class PairsConfig(Settings):
         import numpy as np
 
         from distft.data.encoded_once import EncodedTable
-        from distft.data.pairs_rows import SCORES, describe
+        from distft.data.pairs_rows import SCORES, describe, num_distinct_texts
         from distft.data.records import RowErrors, read_records
 
         scores = [] if self.score is None else [self.score]
@@ -109,14 +114,18 @@ class PairsConfig(Settings):
         if self.score is not None:
             of_rows = [float(record.values[self.score]) for record in kept for _ in self.columns]
             columns[SCORES] = np.array(of_rows, np.float64).view(np.int64)
+        num_distinct = num_distinct_texts(rows, len(self.columns))
         summary = describe(
             self.path,
             self.columns,
             lengths,
+            num_distinct=num_distinct,
             num_left_out=len(records) - len(kept),
             seq_len=context.seq_len,
         )
-        return EncodedTable(rows=rows, columns=columns, facts={"summary": summary})
+        return EncodedTable(
+            rows=rows, columns=columns, facts={"summary": summary, "num_distinct": num_distinct}
+        )
 
     def _is_similar(self, record: Record) -> bool:
         if self.score is None or self.min_score is None:

@@ -55,8 +55,15 @@ class StreamsConfig(Settings):
 
         block_size = context.global_batch_size if self.alternate else 1
         shares = [stream.share for stream in self.streams.values()]
+        feeds = self._build_each(context, for_evaluation=False)
+        if not self.alternate:
+            total = sum(shares)
+            feeds = {
+                name: feed.with_step_share(share / total)
+                for (name, feed), share in zip(feeds.items(), shares, strict=True)
+            }
         return StreamFeed(
-            self._build_each(context, for_evaluation=False),
+            feeds,
             Interleaving(shares, block_size=block_size),
             steps_of=block_size if self.alternate else None,
         )

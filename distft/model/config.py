@@ -188,3 +188,12 @@ class GeneratorHead:
 Head: TypeAlias = LanguageModelHead | ClassificationHead | TokenHead | EmbeddingHead | GeneratorHead
 Heads: TypeAlias = Mapping[str, Head]  # by the name of the head's module
 LANGUAGE_MODEL: Heads = {"lm_head": LanguageModelHead()}
+
+
+def check_pooling(pooling: Pooling, model: ModelConfig, setting: str = "objective.pooling") -> None:
+    """Raise `ConfigError` if the pooled hidden state cannot depend on the whole row; `setting` gave it."""
+    if pooling == "first" and model.is_causal:
+        raise ConfigError(
+            f"{setting}=first with model.attention=causal: the first token attends only to itself, so the "
+            f"rest of the text has no effect. Set {setting}=last or mean."
+        )

@@ -113,6 +113,11 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = make_norm(config)
         for name, head in self.heads.items():
+            if hasattr(self, name):
+                raise ConfigError(
+                    f"A head cannot have the name {name!r}: the model has a part of that name. Set head of "
+                    "the objective to another name; in a mixture a part's head has the name of the part."
+                )
             self.add_module(name, self._make_head(head))
 
     def forward(

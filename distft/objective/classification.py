@@ -59,25 +59,24 @@ class Classification(RowObjective):
         return {LABEL: loss_sum}
 
     def evaluate(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> dict[str, Tensor]:  # noqa: ARG002
-        """The summed loss, float64, and the confusion matrix [label, prediction], int64."""
+        """Sums over the rows: loss, float64; by class [3, K]: correct, labelled, predicted, int64."""
         import torch
         from torch.nn.functional import cross_entropy
 
         with torch.no_grad():
             logits = self.outputs(model, only_batch(batch))
-        labels = only_batch(batch).targets[LABEL]
-        counts = labels != IGNORE_INDEX
-        loss_sum = cross_entropy(logits[counts].double(), labels[counts], reduction="sum")
-        num_labels = logits.shape[1]
-        cells = labels[counts] * num_labels + logits[counts].argmax(dim=1)
-        confusion = torch.bincount(cells, minlength=num_labels**2).view(num_labels, num_labels)
-        return {"loss_sum": loss_sum, "confusion": confusion}
+        counts = only_batch(batch).targets[LABEL] != IGNORE_INDEX
+        labels, logits = only_batch(batch).targets[LABEL][counts], logits[counts]
+        predicted = logits.argmax(dim=1)
+        of_classes = (labels[labels == predicted], labels, predicted)
+        by_class = [torch.bincount(ids, minlength=logits.shape[1]) for ids in of_classes]
+        loss_sum = cross_entropy(logits.double(), labels, reduction="sum")
+        return {"loss_sum": loss_sum, "by_class": torch.stack(by_class)}
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Loss, accuracy, and F1 averaged over the classes that occur as label or prediction."""
-        confusion = sums["confusion"].double()
-        num_rows = confusion.sum().clamp_min(1)
-        num_correct, num_labelled, num_predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        num_correct, num_labelled, num_predicted = sums["by_class"].double()
+        num_rows = num_labelled.sum().clamp_min(1)
         return {
             "loss": float(sums["loss_sum"] / num_rows),
             "accuracy": float(num_correct.sum() / num_rows),

@@ -35,7 +35,8 @@ class Consistency(UnlabelledObjective):
     type: Literal["consistency"] = "consistency"
     loss: ConsistencyLoss = "kl"  # between the two predictions
     min_confidence: StepFunction = 0.0  # leave out rows whose first view is predicted with less
-    temperature: float = Field(1.0, gt=0)  # of the first view's prediction; below 1 it is sharpened
+    # Of the first view's prediction; below 1 it is sharpened, at 1e-4 to a label.
+    temperature: float = Field(1.0, ge=1e-4, allow_inf_nan=False)
     first: View = View()  # the view whose prediction is the target
     second: View = View(rate=0.2)  # the view that learns
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import SCORE
 from distft.errors import ConfigError
-from distft.model.config import EmbeddingHead, HeadName, Heads, ModelConfig, Pooling
+from distft.model.config import EmbeddingHead, HeadName, Heads, ModelConfig, Pooling, check_pooling
 from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
@@ -42,9 +42,8 @@ class Contrastive(Objective):
     # Least and most of a document's tokens in a crop; null: a tenth and a half, as Contriever.
     crop_share: tuple[float, float] | None = None
     loss: Literal["infonce", "triplet", "margin"] = "infonce"
-    temperature: float | None = Field(
-        None, gt=0, allow_inf_nan=False
-    )  # of infonce: divides similarities; null: 0.05
+    # Of infonce: divides similarities; null: 0.05. Far below 0.01 these leave float32's range.
+    temperature: float | None = Field(None, ge=1e-4, allow_inf_nan=False)
     learns_temperature: bool = False  # from this temperature on; infonce only
     margin: float | None = Field(
         None, gt=0, allow_inf_nan=False
@@ -81,11 +80,7 @@ class Contrastive(Objective):
         return {self._head: head}
 
     def check_model(self, model: ModelConfig) -> None:
-        if self.pooling == "first" and model.is_causal:
-            raise ConfigError(
-                "objective.pooling=first with model.attention=causal: the first token attends only to "
-                "itself, so the rest of the text has no effect. Set objective.pooling=last or mean."
-            )
+        check_pooling(self.pooling, model)
         if self.views == "dropout" and not model.dropout:
             raise ConfigError(
                 "objective.views=dropout with model.dropout=0: both views of a text would be equal. Set "
@@ -104,7 +99,7 @@ class Contrastive(Objective):
             return (views.as_columns,)
         if self.views == "dropout":
             return (views.repeated,)
-        return (views.crops(context.seed, self.crop_share or _CROP_SHARE),)
+        return (views.crops(context.seed, self._crop_share),)
 
     def _check_data(self, num_texts: int, context: TransformContext) -> None:
         problems = []
@@ -118,15 +113,24 @@ class Contrastive(Objective):
                 "objective.negatives=own needs hard negatives: name their columns in data.negatives, or set "
                 "objective.negatives=batch."
             )
-        elif self.negatives == "batch" and context.data.global_batch_size < 2:
+        elif self.negatives == "batch" and context.step_share is not None:
+            problems += _problems_of_steps(context.step_share, context)
+        if num_texts == 1 and self.views == "crops" and self._crop_lengths(context.data.seq_len)[1] < 2:
             problems.append(
-                "batch.global_batch_size=1 leaves a text without negatives: they are the other texts of the "
-                "global batch. Raise it to 2 or more; 64 to 4096 is usual."
+                f"objective.crop_share={list(self._crop_share)} with batch.seq_len={context.data.seq_len}: "
+                "no crop would have more than one token. Raise the larger share, or batch.seq_len."
             )
-        elif self.negatives == "batch" and context.num_sequences < 2:
-            problems.append("The data has one row alone, so that a text has no negatives: add others.")
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def notes(self, context: TransformContext) -> Sequence[str]:
+        """How long crops are."""
+        import numpy as np
+
+        if self.views != "crops" or context.rows(np.zeros(1, np.int64)).rows_per_sequence > 1:
+            return ()
+        least, most = self._crop_lengths(context.data.seq_len)
+        return (f"crops of a text of seq_len={context.data.seq_len:,} have {least:,} to {most:,} tokens",)
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {_TERM: 1.0}
@@ -223,5 +227,34 @@ class Contrastive(Objective):
         )
 
     @property
+    def _crop_share(self) -> tuple[float, float]:
+        return self.crop_share or _CROP_SHARE
+
+    def _crop_lengths(self, num_tokens: int) -> list[int]:
+        """The least and most tokens of a crop of a text of `num_tokens`."""
+        from distft.objective.views import crop_length
+
+        return [crop_length(num_tokens, share) for share in self._crop_share]
+
+    @property
     def _head(self) -> str:
         return self.head or "embedding"
+
+
+def _problems_of_steps(step_share: float, context: TransformContext) -> Iterator[str]:
+    """Why a text has no negatives in a training step, if so."""
+    global_batch_size = context.data.global_batch_size
+    if global_batch_size < 2:
+        yield (
+            "batch.global_batch_size=1 leaves a text without negatives: they are the other texts of the "
+            "global batch. Raise it to 2 or more; 64 to 4096 is usual."
+        )
+    elif global_batch_size * step_share < 2:
+        yield (
+            f"Of the batch.global_batch_size={global_batch_size} sequences of a step, this stream has "
+            f"{global_batch_size * step_share:.3g} on average, and a text's negatives are the others of "
+            "them. Raise batch.global_batch_size or the stream's share, so that it has 2 or more, or set "
+            "data.alternate=true."
+        )
+    elif context.num_sequences < 2:
+        yield "The data has one row alone, so that a text has no negatives: add others."

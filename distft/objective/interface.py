@@ -73,7 +73,14 @@ class Objective(Settings, ABC):
                 "data.type=streams has rows of several kinds, but there is one objective for all: set "
                 "objective.type=mixture, with a part for each stream."
             )
-        own = TransformContext(data=context, seed=seed, num_sequences=feed.num_sequences, rows=feed.rows)
+        own = TransformContext(
+            data=context,
+            seed=seed,
+            num_sequences=feed.num_sequences,
+            rows=feed.rows,
+            step_share=feed.step_share,
+            number_range=feed.number_range,
+        )
         return feed.with_transforms(*self.transforms(own), notes=self.notes(own))
 
     def initial_state(self, heads: Heads) -> Mapping[str, Sequence[float]]:  # noqa: ARG002

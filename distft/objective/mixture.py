@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from distft.config import Component, Settings
-from distft.config.step_function import StepFunction, value_at, values_of
+from distft.config.step_function import StepFunction, value_at, values_of, values_within
 from distft.data.dataset import ClassNames, DataContext, Labels
 from distft.data.streams import StreamName
 from distft.errors import ConfigError, ErrorCollector
@@ -99,19 +99,18 @@ class Mixture(Objective):
                     needed = _PartHead(name, head, names.get(name))
                     first.setdefault(head_name, needed).require_equal(needed, head_name)
         heads = {head_name: of_part.head for head_name, of_part in first.items()}
-        classifiers = {
-            part.head_name: own.num_labels
-            for part in map(self.part, self.parts)
-            if isinstance(part, Classification)
-            and isinstance(own := heads.get(part.head_name), ClassificationHead)
-        }
         for name in self.parts:
             part = self.part(name)
             if isinstance(part, UnlabelledObjective):
                 with errors.collect(), _naming(name):
-                    part.require_head(classifiers, heads)
+                    part.require_head(self._classifiers(), heads)
         errors.raise_if_any()
         return heads
+
+    def _classifiers(self) -> dict[str, str]:
+        """The parts that give each row one label, by their heads."""
+        parts = {name: self.part(name) for name in self.parts}
+        return {part.head_name: name for name, part in parts.items() if isinstance(part, Classification)}
 
     def heads_of_part(self, name: str, label_names: Labels) -> list[str]:
         """The heads that rows of this part's stream go through."""
@@ -135,6 +134,29 @@ class Mixture(Objective):
         for name in self.parts:
             with errors.collect(), _naming(name):
                 self.part(name).check_model(model)
+        errors.raise_if_any()
+
+    def check_weights(self, num_steps: int, *, is_fresh: bool) -> None:
+        """Raise `ConfigError` for weights with which a run of that many steps learns nothing.
+
+        `is_fresh`: every head of the run starts at random.
+        """
+        learns = [n for n, part in self.parts.items() if max(values_within(part.weight, num_steps)) > 0]
+        if not learns:
+            raise ConfigError(
+                f"objective.parts: all weights are 0 in the {num_steps:,} steps of the run, so that nothing "
+                "would be learnt: give a part a weight above 0 within them."
+            )
+        trained = {getattr(self.part(n), "head_name", None) for n in learns}
+        errors = ErrorCollector()
+        for name in learns if is_fresh else ():
+            part = self.part(name)
+            if isinstance(part, UnlabelledObjective) and part.head not in trained:
+                with errors.collect(), _naming(name):
+                    raise ConfigError(
+                        f"head={part.head!r} is of a part whose weight is 0 in all {num_steps:,} steps, so "
+                        "that it would be trained by its own guesses: give that part a weight above 0."
+                    )
         errors.raise_if_any()
 
     @property
@@ -176,6 +198,11 @@ class Mixture(Objective):
                 of_part = self.part(name).transform_feed(stream, own_context, own_seed)
                 assert isinstance(of_part, Feed)
                 transformed[name] = of_part
+                part = self.part(name)
+                labels = context.label_names if isinstance(context.label_names, Mapping) else {}
+                if isinstance(part, UnlabelledObjective):
+                    owner = self._classifiers().get(part.head, "")
+                    part.require_classes(len(labels.get(owner, ())) or None)
         errors.raise_if_any()
         return feed.with_streams(transformed)
 

@@ -5,7 +5,7 @@ Shape letters: B rows of one view, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -54,12 +54,11 @@ class PseudoLabel(UnlabelledObjective):
     def views(self) -> Mapping[str, View]:
         return {"weak": self.weak, "strong": self.strong}
 
-    def require_head(self, classifiers: Mapping[str, int], others: Collection[str]) -> None:
-        super().require_head(classifiers, others)
-        given, needed = len(self.class_shares or ()), classifiers[self.head]
-        if given and given != needed:
+    def require_classes(self, num_classes: int | None) -> None:
+        given = len(self.class_shares or ())
+        if given and num_classes is not None and given != num_classes:
             raise ConfigError(
-                f"class_shares has {given} numbers, but head {self.head!r} has {needed} classes."
+                f"class_shares has {given} numbers, but head {self.head!r} has {num_classes} classes."
             )
 
     def initial_state(self, heads: Heads) -> Mapping[str, Sequence[float]]:

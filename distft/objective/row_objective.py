@@ -30,7 +30,8 @@ class RowObjective(Objective):
             )
 
     def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
-        return only_batch(batch).num_targets
+        counts = only_batch(batch).num_targets
+        return {name: counts[name] for name in self.term_weights(0)}
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         """float32 [B, K]: the head's outputs for each row."""

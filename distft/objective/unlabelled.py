@@ -84,11 +84,8 @@ class UnlabelledObjective(Objective):
     def heads(self, label_names: Labels) -> Heads:  # noqa: ARG002
         return {}
 
-    def require_head(self, classifiers: Mapping[str, int], others: Collection[str]) -> None:
-        """Raise `ConfigError` unless a part classifies by `head`.
-
-        `classifiers` has the number of classes of each head with one label a row; `others` are other heads.
-        """
+    def require_head(self, classifiers: Collection[str], others: Collection[str]) -> None:
+        """Raise `ConfigError` unless `head` is in `classifiers`: one label a row, unlike `others`."""
         if self.head in classifiers:
             return
         known = f"these have one: {', '.join(classifiers)}" if classifiers else "no part has one"
@@ -96,6 +93,9 @@ class UnlabelledObjective(Objective):
         raise ConfigError(
             f"head={self.head!r} {what}. It must be that of a part with type=classification, and {known}."
         )
+
+    def require_classes(self, num_classes: int | None) -> None:
+        """Raise `ConfigError` if the settings do not fit the head's number of classes; None: unknown."""
 
     def check_model(self, model: ModelConfig) -> None:
         """Any model that the classifier accepts."""

@@ -63,10 +63,15 @@ def crops(seed: int, shares: tuple[float, float]) -> Callable[[Batch], Batch]:
     return crop
 
 
+def crop_length(num_tokens: int, share: float) -> int:
+    """The tokens of a crop that has this share of a document."""
+    return max(round(num_tokens * share), 1)
+
+
 def _span(
     document: NDArray[np.int64], share: float, place: float, shares: tuple[float, float]
 ) -> NDArray[np.int64]:
-    length = max(round(len(document) * (shares[0] + share * (shares[1] - shares[0]))), 1)
+    length = crop_length(len(document), shares[0] + share * (shares[1] - shares[0]))
     start = int(place * (len(document) - length + 1))
     return document[start : start + length]
 

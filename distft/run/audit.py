@@ -152,7 +152,8 @@ def audit_run(run_dir: str, *, trust: bool = False) -> tuple[Audit, str]:
     """
     path = Path(run_dir)
     if not (path / EVENTS_FILE).exists():
-        raise ConfigError(f"{run_dir} contains no {EVENTS_FILE}: give the run_dir of a run.")
+        reason = f"contains no {EVENTS_FILE}" if path.is_dir() else "is no directory"
+        raise ConfigError(f"{run_dir} {reason}: give the run_dir of a run.")
     audit = audit_events(read_lines(path / EVENTS_FILE), _newest_progress(run_dir))
     try:
         config: RunConfig = parse(

@@ -22,9 +22,10 @@ _DECIDING = ("accuracy", "micro_f1", "spearman")
 
 
 def supervised_alone(inputs: "RunInputs") -> RunConfig | None:
-    """The run to train first: the labelled streams only, as many rows of them in each step; None: no such.
+    """The run to train first: the labelled streams only, as many rows of them in all; None: no such.
 
-    The shares of the streams give the batch; if streams alternate, the number of steps.
+    The shares of the streams give the batch, and the number of steps where a step's rows would not be whole.
+    If streams alternate, they give the number of steps alone.
     """
     config = inputs.config
     parts, data = config.objective.supervised_parts, config.data
@@ -38,7 +39,9 @@ def supervised_alone(inputs: "RunInputs") -> RunConfig | None:
     if data.alternate:
         steps = max(round(steps * share), 1)
     else:
-        size = max(round(batch.global_batch_size * share), 1)
+        rows_of_step = batch.global_batch_size * share
+        size = max(round(rows_of_step), 1)
+        steps = max(round(steps * rows_of_step / size), 1)
         sizes = {"global_batch_size": size, "micro_batch_size": min(batch.micro_batch_size, size)}
         batch = batch.model_copy(update=sizes)
     validation = config.validation

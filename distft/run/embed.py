@@ -1,10 +1,10 @@
 """Writes an embedding of each document of a corpus, with any trained model and on all ranks."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePosixPath
 
 import torch
 from torch import Tensor
@@ -12,17 +12,18 @@ from torch import Tensor
 from distft import storage
 from distft.collectives import Collectives, ProcessGroup, SingleProcess, all_or_none
 from distft.data.batch import Batch, RaggedArray
-from distft.data.corpus import ListedCorpus
+from distft.data.corpus import CHUNK_BYTES, ListedCorpus
 from distft.data.corpus_chunks import CorpusChunk, Document
 from distft.errors import ConfigError, DataError
-from distft.model.config import EmbeddingHead, Heads, Pooling
+from distft.model.config import EmbeddingHead, Heads, Pooling, check_pooling
 from distft.model.transformer import Transformer
-from distft.run.embedding_files import FILE_TYPES, EmbeddingFile
+from distft.run.embedding_files import EmbeddingFile, check_writable, file_type
 from distft.run.engines import choose_device
 from distft.run.pretrained import TrainedModel, load_model, open_model
 from distft.topology import Topology
 
 _HEAD = "embedding"
+_CHUNKS_PER_RANK = 8  # at least, so that shares of a small corpus are of about equal size
 _WINDOW = 64  # micro-batches whose documents are sorted by length, so that rows need little padding
 
 
@@ -42,6 +43,7 @@ class EmbedResult:
     num_documents: int
     num_elements: int  # of an embedding
     num_cut: int  # documents longer than a row
+    num_without_text: int = 0  # rows of the corpus that are empty or null, and so have no embedding
 
 
 def embed_corpus(
@@ -59,10 +61,11 @@ def embed_corpus(
     """Write the embeddings of all documents, in their order, to `output`: a .npy or a .parquet file.
 
     A document has one row, of its first `batch.seq_len` tokens. The temperature does not scale embeddings.
-    The file appears when it is complete. Raises `ConfigError` for an output of another kind, and `DataError`
-    for a corpus without documents, on all ranks.
+    The file appears when it is complete. Raises `ConfigError` for an output of another kind or one that
+    cannot be written, and `DataError` for a corpus without documents, on all ranks; also for one with rows
+    without text if the output does not say which document an embedding is of.
     """
-    kind = _file_type(output)
+    kind = file_type(output)
     trained = open_model(path, overrides, trust=trust)
     heads: Heads = {_HEAD: embedding_head(trained, options)}
     for note in trained.notes:
@@ -74,21 +77,33 @@ def embed_corpus(
         collectives = ProcessGroup(topology, device, config.timeout_s)
     part = f"{output}.part-{collectives.rank}-of-{collectives.world_size}"
     try:
+        with all_or_none(collectives, ConfigError):
+            check_writable(output, part)
         module = load_model(trained, device, heads)
         embedder = _Embedder(trained, module, device)
         with all_or_none(collectives, DataError), kind.open_part(part) as file:
-            for chunk in _share_of(list(corpus.chunks()), collectives):
-                embedder.write(chunk.documents(), file)
+            for chunk in _share_of(corpus, collectives):
+                embedder.write(chunk, file)
                 on_progress(chunk.source_bytes)
-        counts = collectives.all_gather((embedder.num_documents, embedder.num_cut, part))
-        num_documents, num_cut = sum(count[0] for count in counts), sum(count[1] for count in counts)
+        own_counts = (embedder.num_documents, embedder.num_cut, embedder.without_text.total())
+        counts = collectives.all_gather((own_counts, part))
+        num_documents, num_cut, num_without_text = (
+            sum(column) for column in zip(*(own for own, _ in counts), strict=True)
+        )
         with all_or_none(collectives, DataError):
             if not num_documents:
                 raise DataError("the corpus has no documents, so there is nothing to embed.")
+            if num_without_text and not kind.has_origins:
+                raise DataError(_shifted_rows(f"{num_without_text:,} rows of the corpus have no text"))
             if collectives.rank == 0:
-                parts = [name for own, _, name in counts if own]
+                parts = [name for own, name in counts if own[0]]
                 kind.join(parts, output, num_documents, module.config.d_model)
-        return EmbedResult(num_documents=num_documents, num_elements=module.config.d_model, num_cut=num_cut)
+        return EmbedResult(
+            num_documents=num_documents,
+            num_elements=module.config.d_model,
+            num_cut=num_cut,
+            num_without_text=num_without_text,
+        )
     finally:
         with suppress(OSError):
             storage.remove(part)
@@ -96,13 +111,11 @@ def embed_corpus(
             collectives.close()
 
 
-def _file_type(output: str) -> type[EmbeddingFile]:
-    suffix = PurePosixPath(output).suffix.lower()
-    if suffix not in FILE_TYPES:
-        raise ConfigError(f"{output} must end in {' or '.join(FILE_TYPES)}, which says what is written.")
-    if storage.exists(output):
-        raise ConfigError(f"{output} exists and is not overwritten: remove it, or choose another output.")
-    return FILE_TYPES[suffix]
+def _shifted_rows(problem: str) -> str:
+    return (
+        f"{problem}, so that row i of a .npy file would not be that of the corpus. Write a .parquet file, "
+        "which has the place of each document, or remove these rows."
+    )
 
 
 def embedding_head(trained: TrainedModel, options: EmbedOptions) -> EmbeddingHead:
@@ -118,14 +131,18 @@ def embedding_head(trained: TrainedModel, options: EmbedOptions) -> EmbeddingHea
     head = own[options.head] if options.head is not None else next(iter(own.values()), None)
     if head is None:
         head = EmbeddingHead(pooling="mean", normalize=False)
+    if trained.config.model is not None and options.pooling is not None:
+        check_pooling(options.pooling, trained.config.model, "--pooling")
     return EmbeddingHead(
         pooling=options.pooling or head.pooling,
         normalize=head.normalize if options.normalize is None else options.normalize,
     )
 
 
-def _share_of(chunks: Sequence[CorpusChunk], collectives: Collectives) -> list[CorpusChunk]:
+def _share_of(corpus: ListedCorpus, collectives: Collectives) -> list[CorpusChunk]:
     """This rank's chunks: the ranks' shares one after another are all chunks, of about equal size."""
+    per_rank = corpus.source_bytes // (_CHUNKS_PER_RANK * collectives.dp_world_size)
+    chunks = list(corpus.chunks(min(max(per_rank, 1), CHUNK_BYTES)))
     total = max(sum(chunk.source_bytes for chunk in chunks), 1)
     begin, share = 0, []
     for chunk in chunks:
@@ -146,14 +163,24 @@ class _Embedder:
         self._module = module
         self._device = device
         self.num_documents = self.num_cut = 0
+        self.without_text: Counter[str] = Counter()  # rows, by reason
 
-    def write(self, documents: Iterator[Document], file: EmbeddingFile) -> None:
-        """Append the embeddings of the documents, in their order. Later sections of long ones count not."""
+    def write(self, chunk: CorpusChunk, file: EmbeddingFile) -> None:
+        """Append the embeddings of a chunk's documents, in order. Later sections of long ones count not."""
+        documents = chunk.documents(self.without_text)
+        if not file.has_origins:
+            documents = self._all_with_text(documents)
         first_sections = (document for document in documents if not document.continues_previous)
         while window := list(islice(first_sections, self._batch_size * _WINDOW)):
             rows = [self._row(document) for document in window]
             file.write(self._embed(rows).numpy(), [document.origin for document in window])
             self.num_documents += len(window)
+
+    def _all_with_text(self, documents: Iterator[Document]) -> Iterator[Document]:
+        for document in documents:
+            if self.without_text:
+                raise DataError(_shifted_rows(f"a row before {document.origin} has no text"))
+            yield document
 
     def _row(self, document: Document) -> list[int]:
         ids = self._encode(document.text)

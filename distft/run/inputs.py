@@ -214,16 +214,27 @@ def _build_data(
     with errors.collect(), naming_settings("data", config.data):
         train = config.data.build(context)
     context = replace(context, label_names=None if train is None else train.label_names)
-    with errors.collect():
-        if train is not None:
-            train = config.objective.transform_feed(train, context, config.seed)
     with errors.collect(), naming_settings("validation", config.validation):
         if config.validation is not None:
             validation = config.validation.build_for_evaluation(context)
+    return (
+        _transformed(config, "data", train, context, errors),
+        _transformed(config, "validation", validation, context, errors),
+    )
+
+
+def _transformed(
+    config: RunConfig, setting: str, feed: AnyFeed | None, context: DataContext, errors: ErrorCollector
+) -> AnyFeed | None:
+    """The feed with the objective's inputs and targets; None if it cannot make any of these rows."""
+    if feed is None:
+        return None
     with errors.collect():
-        if validation is not None:
-            validation = config.objective.transform_feed(validation, context, config.seed)
-    return train, validation
+        try:
+            return config.objective.transform_feed(feed, context, config.seed)
+        except ConfigError as error:
+            raise type(error)(f"{setting}: {error}" if setting == "validation" else str(error)) from error
+    return None
 
 
 def _model_config(
@@ -311,7 +322,14 @@ def _check_parameters(
 
 
 def _check_schedule(config: RunConfig, train: AnyFeed) -> None:
-    config.optim.schedule.check(_total_steps(config, train))
+    total_steps = _total_steps(config, train)
+    errors = ErrorCollector()
+    with errors.collect():
+        config.optim.schedule.check(total_steps)
+    if isinstance(config.objective, Mixture):
+        with errors.collect():
+            config.objective.check_weights(total_steps, is_fresh=config.init_from is None)
+    errors.raise_if_any()
 
 
 def _total_steps(config: RunConfig, train: AnyFeed) -> int:

@@ -8,6 +8,7 @@ from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.errors import ConfigError
 from distft.model.attention_kernels import require_attention_kernel
+from distft.objective.mixture import Mixture
 from distft.optim.patterns import matching_names
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
@@ -23,6 +24,7 @@ def remarks(inputs: RunInputs, plan: BatchPlan, *, has_gpu: bool) -> list[str]:
     return [
         *_on_optimizer(config, inputs),
         *_on_length(config, inputs),
+        *_on_weights(config, inputs),
         *_on_evaluation(config),
         *_on_start(config),
         *_on_cluster(config, plan),
@@ -82,6 +84,18 @@ def _on_length(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
             yield (
                 f"checkpoint.keep_every_steps={checkpoint.keep_every_steps:,} keeps multiples of it that are "
                 f"saved, and checkpoint.every_steps saves {saved}: make one a multiple of the other."
+            )
+
+
+def _on_weights(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
+    parts = config.objective.parts if isinstance(config.objective, Mixture) else {}
+    for name, part in parts.items():
+        points = part.weight if isinstance(part.weight, tuple) else ()
+        beyond = [f"{step:,}" for step, _ in points if step >= inputs.total_steps]
+        if beyond:
+            yield (
+                f"objective.parts.{name}.weight has points at steps {', '.join(beyond)}, which the run of "
+                f"{inputs.total_steps:,} steps, from 0, does not reach."
             )
 
 

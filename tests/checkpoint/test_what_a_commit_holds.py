@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoint_cli import FROZEN
+from support.checkpoint_cli import FROZEN, SavedTraining, cli
 from support.engine_scenarios import run_alone
 from support.faulty_disk import FaultyDisk, Operation
 from support.huggingface_models import make_hf_model
 
 from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import MANIFEST
@@ -60,3 +61,13 @@ def test_a_conversion_keeps_the_dtype_and_the_bits_of_each_weight(dtype: torch.d
         values, expected = (s.read(name, WEIGHT, 0, prod(record.shape)) for s in (written, source))
         assert values.dtype == expected.dtype == dtype
         assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_conversion_to_deepspeed_keeps_the_dtype_of_the_forward_pass(
+    saved: SavedTraining, tmp_path: Path, dtype: str
+) -> None:
+    """Otherwise the script that goes on would load weights of another dtype than it trains with."""
+    assert cli("convert", saved.path, tmp_path / "a", "--to", "deepspeed", "--dtype", dtype) == 0
+    assert cli("convert", tmp_path / "a", tmp_path / "b", "--to", "deepspeed", "--ranks", 2) == 0
+    assert open_source(str(tmp_path / "b")).manifest.written_by["param_dtype"] == dtype

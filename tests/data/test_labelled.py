@@ -1,4 +1,5 @@
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from distft.data.dataset import DataContext
 from distft.data.labelled import LabelledConfig
 from distft.data.labelled_rows import LabelledRows, LabelNames, truncate_pair
 from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
-from distft.errors import DataError
+from distft.errors import ConfigError, DataError
 
 CONTEXT = DataContext(
     seq_len=8,
@@ -283,3 +284,42 @@ def test_ranks_that_share_encoded_rows_get_the_same_targets(
         assert targets.keys() == first.keys()
         assert all(torch.equal(targets[name], first[name]) for name in first)
     assert len({feed.fingerprint for feed in feeds}) == 1
+
+
+def test_a_number_that_float32_cannot_hold_is_an_error_with_its_line(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": value} for value in (1.0, 1e300, 3.4e38, "-4e38")]
+    path = write_rows(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(DataError) as raised:
+        LabelledConfig(path=path, labels="number").build(CONTEXT)
+    first, second = str(raised.value).splitlines()
+    assert first.startswith(f"{path}:2: 'label' is 1e+300")
+    assert second.startswith(f"{path}:4: 'label' is -4e+38")
+
+
+def test_labels_of_any_number_of_digits_are_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [("a", "9" * 5000), ("b", "10"), ("c", "9")])
+    assert LabelledConfig(path=path).build(CONTEXT).label_names == ("10", "9", "9" * 5000)
+
+
+@given(st.lists(st.sets(st.sampled_from("abc")), min_size=2, max_size=5).filter(any), st.randoms())
+def test_fingerprints_are_equal_for_equal_sets_only(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[set[str]], source: random.Random
+) -> None:
+    folder = tmp_path_factory.mktemp("sets")
+    others = source.sample(rows, len(rows))
+    found = []
+    for name, sets in (("a", rows), ("b", others)):
+        path = write_rows(folder / name, *({"text": "t", "label": sorted(labels)} for labels in sets))
+        Path(path).rename(path := f"{path}.jsonl")
+        found.append(LabelledConfig(path=path, labels="several").build_for_evaluation(CONTEXT).fingerprint)
+    assert (found[0] == found[1]) == (rows == others)
+
+
+def test_two_texts_need_room_for_both_and_what_separates_them(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", *({"a": "who", "b": "when", "label": x} for x in "xy"))
+    config = LabelledConfig(path=path, text="a", text_pair="b")
+    context = replace(CONTEXT, eos_id=1)
+    for seq_len in (1, 2):
+        with pytest.raises(ConfigError, match=rf"batch\.seq_len={seq_len} has no room .* 3 or more"):
+            config.build(replace(context, seq_len=seq_len))
+    assert config.build(replace(context, seq_len=3)).batch(0, 1).input_ids.tolist() == [[119, 1, 119]]

@@ -111,6 +111,32 @@ def test_a_score_that_is_no_number_is_an_error_with_file_and_line(tmp_path: Path
         PairsConfig(path=path, score="score").build(CONTEXT)
 
 
+def test_training_data_without_texts_that_differ_is_refused_and_the_share_of_equal_ones_told(
+    tmp_path: Path,
+) -> None:
+    def feed(*rows: tuple[str, ...], training: bool = True) -> str:
+        names = ("text", "positive", "hard")[: len(rows[0])]
+        path = write(tmp_path / "a.jsonl", [dict(zip(names, row, strict=True)) for row in rows])
+        config = PairsConfig(path=path, positive="positive" if len(names) > 1 else None, negatives=names[2:])
+        return (config.build(CONTEXT) if training else config.build_for_evaluation(CONTEXT)).summary
+
+    for rows, column in (
+        ([("same",), ("same",)], "text"),
+        ([("a", "b"), ("a", "c")], "text"),
+        ([("a", "c"), ("b", "c")], "positive"),
+        ([("a", "longtext1"), ("b", "longtext2")], "positive"),  # equal as cut to seq_len
+        ([("a", "c", "c"), ("b", "c", "c")], "positive"),
+    ):
+        with pytest.raises(DataError, match=rf"a\.jsonl: all 2 texts of '{column}' are equal"):
+            feed(*rows)
+        feed(*rows, training=False)
+    assert (
+        "'text': median 1, 95 % at most 1, longest 1; 0 cut to seq_len=8; 50% equal an earlier one"
+        in feed(("a", "c", "d"), ("a", "c", "e"))
+    )
+    assert "equal" not in feed(("a", "b"), ("c", "d"))
+
+
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_scores_are_read_exactly(tmp_path_factory: pytest.TempPathFactory, score: float) -> None:
     path = write(tmp_path_factory.mktemp("scores") / "a.jsonl", [{"text": "a", "score": score}])

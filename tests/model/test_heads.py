@@ -10,6 +10,7 @@ from support.tiny_models import SIZES, build
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from distft.errors import ConfigError
 from distft.model.attention_kernels import attention, make_attention_mask
 from distft.model.config import (
     ClassificationHead,
@@ -153,3 +154,9 @@ def test_tokens_behind_a_prefix_change_nothing_before_them() -> None:
     inside[:, 3] += 1
     torch.testing.assert_close(model.logits(later, is_prefix=is_prefix)[:, :7], first[:, :7])
     assert not torch.allclose(model.logits(inside, is_prefix=is_prefix)[:, 0], first[:, 0])
+
+
+@pytest.mark.parametrize("name", ["blocks", "norm", "embed", "training", "forward", "type"])
+def test_a_head_cannot_have_the_name_of_another_part(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"A head cannot have the name '{name}'"), torch.device("meta"):
+        Transformer(ModelConfig(**SIZES), {name: ClassificationHead(num_labels=3)})

@@ -1,7 +1,7 @@
 """The contrastive objective against a plain computation in loops, on one rank and several."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -273,8 +273,6 @@ def test_triplet_is_that_of_torch() -> None:
 
 
 def context_of(feed: Feed, *, global_batch_size: int = 8, num_sequences: int = 9) -> TransformContext:
-    from dataclasses import replace
-
     data = replace(DATA, global_batch_size=global_batch_size)
     return TransformContext(data=data, seed=4, num_sequences=num_sequences, rows=feed.rows)
 
@@ -329,6 +327,7 @@ def test_crops_are_spans_of_the_longest_document_and_depend_on_seed_and_sequence
         ({"symmetric": True, "negatives": "own"}, "symmetric needs negatives=batch"),
         ({"views": "crops", "crop_share": [0.5, 0.2]}, "ascending"),
         ({"crop_share": [0.1, 0.2]}, "needs views=crops"),
+        ({"temperature": 1e-300}, "temperature.*0.0001"),
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict[str, Any], problem: str) -> None:
@@ -346,6 +345,39 @@ def test_a_batch_or_data_without_negatives_is_refused_before_training() -> None:
         Contrastive(negatives="own").transforms(context_of(pairs))
     with pytest.raises(ConfigError, match="views=columns needs two texts"):
         Contrastive().transforms(context_of(single_rows([[1], [2]])))
+
+
+def test_a_stream_whose_steps_have_one_row_is_refused() -> None:
+    feed = Case().feed()
+    context = context_of(feed, global_batch_size=8)
+    with pytest.raises(ConfigError, match=r"this stream has 1\.6 on average"):
+        Contrastive().transforms(replace(context, step_share=0.2))
+    Contrastive().transforms(replace(context, step_share=0.25))
+
+
+def test_the_size_of_a_step_plays_no_part_in_evaluation() -> None:
+    rows = PairRows(RaggedArray([[1, 2], [3]]), 2)
+    data = replace(DATA, global_batch_size=1)
+    objective = Contrastive()
+    feed = objective.transform_feed(Feed.for_evaluation(rows), data, 4)
+    assert feed.batch(0, 1).num_targets == {"contrastive": 1}
+    with pytest.raises(ConfigError, match="global_batch_size=1"):
+        objective.transform_feed(Feed.for_training(rows, seed=1, shuffle=False), data, 4)
+    vectors = torch.eye(2).view(1, 2, 2)
+    sums = {"embedding": vectors, "text_hash": torch.tensor([[1, 2]])}
+    assert objective.metrics(sums)["loss"] == 0.0
+
+
+def test_crops_of_one_token_are_refused_and_the_lengths_of_others_told() -> None:
+    context = context_of(single_rows([[1, 2, 3], [4, 5]]))
+    with pytest.raises(ConfigError, match="no crop would have more than one token"):
+        Contrastive(views="crops", crop_share=(1e-9, 1e-9)).transforms(context)
+    crops = Contrastive(views="crops", crop_share=(1e-9, 0.5))
+    crops.transforms(context)
+    assert crops.notes(context) == (
+        f"crops of a text of seq_len={SEQ_LEN} have 1 to {round(SEQ_LEN / 2)} tokens",
+    )
+    assert not crops.notes(context_of(Case().feed()))
 
 
 def test_a_model_whose_views_would_be_equal_is_refused() -> None:

@@ -75,6 +75,21 @@ def test_a_mixture_takes_contrastive_learning_beside_a_language_model(data: Path
     assert {"loss/texts/contrastive", "loss/words/next_token"} <= metrics.keys()
 
 
+def test_a_stream_too_small_for_negatives_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+    raw = contrastive(data, tmp_path / "small")
+    words = pretraining(data, tmp_path)["data"]
+    streams = {"texts": {"data": raw["data"]}, "words": {"data": words, "share": 6}}
+    raw["data"] = {"type": "streams", "streams": streams}
+    raw["validation"] = None
+    parts = {"texts": {"objective": raw["objective"]}, "words": {"objective": {"type": "causal_lm"}}}
+    raw["objective"] = {"type": "mixture", "parts": parts}
+    with pytest.raises(ConfigError, match=r"objective\.parts\.texts: Of the .* this stream has 1 on average"):
+        run(Topology(), raw)
+    raw["data"]["alternate"] = True
+    raw["train"] = {"max_steps": 3, "log_every_steps": 1}
+    run(Topology(), raw)
+
+
 def test_a_batch_too_small_for_negatives_is_refused_before_training(data: Path, tmp_path: Path) -> None:
     batch = {"global_batch_size": 1, "micro_batch_size": 1, "seq_len": 24}
     with pytest.raises(ConfigError, match="leaves a text without negatives"):

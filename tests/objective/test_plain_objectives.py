@@ -132,12 +132,12 @@ def test_metrics_of_tokens_follow_from_four_sums(sums: list[float], expected: di
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_metrics_of_rows_follow_from_the_confusion_matrix() -> None:
-    confusion = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
-    sums = {"loss_sum": torch.tensor(12.0, dtype=torch.float64), "confusion": confusion}
+def test_metrics_of_rows_follow_from_the_counts_of_each_class() -> None:
+    by_class = torch.tensor([[3, 2, 0], [4, 2, 0], [3, 3, 0]])  # correct, labelled, predicted
+    sums = {"loss_sum": torch.tensor(12.0, dtype=torch.float64), "by_class": by_class}
     f1 = (6 / 7 + 4 / 5) / 2  # the third class does not occur
     assert Classification().metrics(sums) == pytest.approx({"loss": 2, "accuracy": 5 / 6, "macro_f1": f1})
-    nothing = {"loss_sum": torch.zeros((), dtype=torch.float64), "confusion": torch.zeros_like(confusion)}
+    nothing = {"loss_sum": torch.zeros((), dtype=torch.float64), "by_class": torch.zeros_like(by_class)}
     assert Classification().metrics(nothing) == {"loss": 0, "accuracy": 0, "macro_f1": 0}
 
 
@@ -149,4 +149,4 @@ def test_rows_without_a_label_count_neither_in_the_loss_nor_in_its_evaluation() 
     found = objective.evaluate(row_model, ROWS, CONTEXT)
     assert found["loss_sum"].item() == pytest.approx(expected, rel=1e-6)
     assert found["loss_sum"].dtype == torch.float64
-    assert found["confusion"].tolist() == [[0, 1], [0, 1]]
+    assert found["by_class"].tolist() == [[0, 1], [1, 1], [0, 2]]

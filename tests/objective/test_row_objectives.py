@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, huber_loss, mse_loss
 
 from distft.collectives import SingleProcess
-from distft.data.batch import Batch
-from distft.data.targets import IGNORE_INDEX, LABELS, NUMBER, ROW
+from distft.data.batch import Batch, RaggedArray
+from distft.data.labelled_rows import LabelledRows, RowTargets
+from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 from distft.objective.interface import ObjectiveContext
-from distft.objective.settings import MultiLabel, Regression
+from distft.objective.settings import Classification, MultiLabel, Regression
 
 NAMES = ("a", "b", "c")
 CONTEXT = ObjectiveContext(61, SingleProcess())
@@ -106,8 +107,8 @@ def test_a_number_may_be_the_value_that_marks_no_label() -> None:
     """-100: which rows count is a target of its own."""
     objective = Regression()
     batch = batch_of({NUMBER: torch.tensor([-100.0, 3.0]), ROW: torch.zeros(2, dtype=torch.int64)})
-    model = lambda **_: {"classifier": torch.tensor([[-100.0], [2.0]])}  # noqa: E731
-    assert float(objective.loss_sums(model, batch, CONTEXT)[NUMBER]) == 1.0
+    model = lambda **_: {"classifier": torch.tensor([[-99.0], [2.0]])}  # noqa: E731
+    assert float(objective.loss_sums(model, batch, CONTEXT)[NUMBER]) == 2.0
     assert len(objective.evaluate(model, batch, CONTEXT)["numbers"]) == 2
 
 
@@ -151,3 +152,42 @@ def test_sums_do_not_depend_on_how_a_batch_is_cut(objective: Any) -> None:
 def test_several_labels_need_labelled_data() -> None:
     with pytest.raises(ConfigError, match="labels=several"):
         MultiLabel().heads(None)
+
+
+def test_numbers_that_differ_in_their_last_digits_give_different_losses() -> None:
+    """Seconds since 1970, as labels: float32 rounds them to multiples of 128."""
+    objective = Regression(offset=1_700_000_012, scale=7)
+    rows = LabelledRows(
+        RaggedArray([[1], [2]]),
+        RowTargets(NUMBER, np.array([1_700_000_005.0, 1_700_000_019.0]).view(np.int64)),
+    )
+    model = lambda **_: {"classifier": torch.tensor([[-1.0], [1.0]])}  # noqa: E731
+    batch = rows.batch(np.arange(2))
+    assert float(objective.loss_sums(model, batch, CONTEXT)[NUMBER]) == 0.0
+    assert objective.metrics(objective.evaluate(model, batch, CONTEXT))["mean_absolute_error"] == 0.0
+
+
+def test_a_row_without_a_number_adds_no_gradient_however_small_the_scale() -> None:
+    outputs = torch.zeros(2, 1, requires_grad=True)
+    numbers = torch.tensor([1e30, 0.0], dtype=torch.float64)
+    batch = batch_of({NUMBER: numbers, ROW: torch.zeros(2, dtype=torch.int64)}, num_filler=1)
+    objective = Regression(offset=1e30, scale=1e-30)
+    objective.loss_sums(lambda **_: {"classifier": outputs}, batch, CONTEXT)[NUMBER].backward()
+    assert outputs.grad is not None
+    assert outputs.grad.tolist() == [[0.0], [0.0]]
+
+
+def test_sums_of_a_classification_grow_with_the_classes_and_not_with_their_square() -> None:
+    num_classes = 100_000
+    logits = torch.zeros(2, num_classes)
+    logits[:, 7] = 1
+    batch = batch_of({LABEL: torch.tensor([7, 99_999])})
+    sums = Classification().evaluate(lambda **_: {"classifier": logits}, batch, CONTEXT)
+    assert max(value.numel() for value in sums.values()) == 3 * num_classes
+    assert Classification().metrics(sums)["accuracy"] == 0.5
+
+
+def test_an_objective_counts_its_own_targets_alone() -> None:
+    with pytest.raises(KeyError, match=LABEL):
+        Classification().num_targets(number_batch(3))
+    assert Regression().num_targets(number_batch(3)) == {NUMBER: 3}

@@ -16,7 +16,7 @@ from distft.data.targets import IGNORE_INDEX, ROW
 from distft.errors import ConfigError
 from distft.model.config import ClassificationHead
 from distft.objective.interface import ObjectiveContext
-from distft.objective.mixture import Mixture
+from distft.objective.mixture import Mixture, SingleObjective
 from distft.objective.pseudo_label import PSEUDO_LABEL, class_factors
 from distft.objective.settings import ObjectiveConfig
 from distft.objective.unlabelled import SOFT_LABEL, UnlabelledObjective
@@ -221,10 +221,23 @@ def test_the_head_of_an_unlabelled_part_must_be_a_classifier_of_another_part() -
     with pytest.raises(ConfigError, match="head='topic' is not a classifier with one label a row"):
         mixture_with("topic", {"type": "multi_label"}).heads(names)
     with pytest.raises(ConfigError, match="class_shares has 2 numbers, but head 'topic' has 3 classes"):
-        mixture_with("topic", {"type": "classification"}, align=True, class_shares=[0.5, 0.5]).heads(names)
+        objective_of(type="pseudo_label", align=True, class_shares=[0.5, 0.5]).require_classes(3)
 
 
 def test_a_mixture_knows_which_of_its_parts_are_supervised() -> None:
     assert mixture_with("topic", {"type": "classification"}).supervised_parts == ["topic"]
     only = {"type": "mixture", "parts": {"topic": {"objective": {"type": "classification"}}}}
     assert parse(ObjectiveConfig, only).supervised_parts is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"type": "consistency", "head": "topic", "temperature": 1e-300},
+        {"type": "consistency", "head": "topic", "temperature": float("inf")},
+        {"type": "regression", "scale": 1e-300},
+    ],
+)
+def test_a_divisor_beyond_float32_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"temperature|scale"):
+        parse(SingleObjective, settings)

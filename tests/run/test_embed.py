@@ -1,18 +1,21 @@
 """`distft embed`: embeddings of a corpus in its order, by any trained model and any number of ranks."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from support.rank_pool import run_ranks
 from support.small_runs import WORDS, pretraining, run
 
 from distft.cli.main import main
 from distft.data.corpus import JsonlCorpus, ListedCorpus
-from distft.errors import ConfigError, DataError
+from distft.errors import ConfigError, DataError, UnreachableError
 from distft.model.config import EmbeddingHead
 from distft.run.embed import EmbedOptions, EmbedResult, embed_corpus
 from distft.run.pretrained import load_model, open_model
@@ -141,11 +144,74 @@ def test_a_failure_leaves_no_file(contrastive: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
+def test_rows_without_text_are_told_and_shift_no_row_of_a_file_without_origins(
+    contrastive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    path = folder / "a.jsonl"
+    path.write_text('{"text": "a cat"}\n{"text": " "}\n{"text": null}\n{"text": "a dog"}\n')
+    arguments = ["embed", str(contrastive), str(path), "-o"]
+    assert main([*arguments, str(tmp_path / "out.parquet")]) == 0
+    assert "2 embeddings of 16 elements; 2 rows without text have none" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "out.npy")]) == 2
+    error = capsys.readouterr().err
+    assert f"a row before {path}:" in error
+    assert "Write a .parquet file" in error
+    path.write_text('{"text": "a cat"}\n{"text": ""}\n')
+    assert main([*arguments, str(tmp_path / "out.npy")]) == 2
+    assert "1 rows of the corpus have no text" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        ("{}/missing/x.npy", "there is no directory {}/missing. Create it"),
+        ("{}/corpus.txt/x.npy", "{}/corpus.txt is a file, not a directory"),
+        ("/proc/x.npy", "no file can be made in /proc"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_embedded(
+    contrastive: Path, corpus: Path, tmp_path: Path, output: str, problem: str
+) -> None:
+    (tmp_path / "corpus.txt").write_text("a cat\n")
+    path, done = output.format(tmp_path), list[int]()
+    with pytest.raises(ConfigError, match=re.escape(f"--output {path}: {problem.format(tmp_path)}")):
+        embed_corpus(str(contrastive), listed(corpus), path, Topology(), on_progress=done.append)
+    assert not done
+    assert [found.name for found in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_a_url_that_cannot_be_written_is_found_before_anything_is_embedded(
+    contrastive: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("read only")
+
+    for name in ("pipe_file", "put_file", "makedirs"):
+        monkeypatch.setattr(MemoryFileSystem, name, refuse)
+    done = list[int]()
+    with pytest.raises(UnreachableError, match=r"--output memory://a/x\.npy cannot be written"):
+        embed_corpus(
+            str(contrastive), listed(corpus), "memory://a/x.npy", Topology(), on_progress=done.append
+        )
+    assert not done
+
+
+def test_the_first_token_of_a_causal_model_is_no_embedding(
+    pretrained: Path, corpus: Path, tmp_path: Path
+) -> None:
+    options = EmbedOptions(pooling="first")
+    with pytest.raises(ConfigError, match=r"--pooling=first with model\.attention=causal"):
+        embed_corpus(str(pretrained), listed(corpus), str(tmp_path / "a.npy"), Topology(), options)
+
+
 def test_the_command_writes_a_file_and_refuses_what_it_cannot_write(
     contrastive: Path, pretrained: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "out.npy")
-    arguments = ["embed", str(contrastive), str(corpus / "1.jsonl"), "-o", output, "--pooling", "first"]
+    arguments = ["embed", str(contrastive), str(corpus / "1.jsonl"), "-o", output, "--pooling", "last"]
     assert main(arguments) == 0
     assert f"{output}: 17 embeddings of 16 elements" in capsys.readouterr().out
     assert main(arguments) == 2

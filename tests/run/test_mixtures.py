@@ -257,3 +257,44 @@ def test_only_one_kind_of_run_can_evaluate_a_mixture(data: Path, tmp_path: Path)
     validation = [f"validation={{type: labelled, path: {data / 'test.jsonl'}}}"]
     with pytest.raises(ConfigError, match=r"validation\.type=labelled with objective\.type=mixture"):
         evaluate_checkpoint(str(tmp_path), validation, Topology())
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi_label"])
+def test_validation_rows_of_another_kind_are_refused_before_training(
+    data: Path, tmp_path: Path, kind: str
+) -> None:
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"text": "a cat", "label": 1.5}\n' * 3)
+    raw = mixture(data, tmp_path / "run")
+    raw["objective"]["parts"]["topic"] = {"objective": {"type": kind}}
+    raw["data"]["streams"]["topic"]["data"]["labels"] = "one" if kind == "classification" else "several"
+    raw["validation"]["streams"]["topic"] = labelled(numbers)
+    for changes in ({"labels": "number"}, {"label": None}):
+        raw["validation"]["streams"]["topic"]["data"] |= changes
+        text = error_of(raw)
+        assert "validation.streams.topic" in text
+        assert kind in text
+
+
+def test_weights_that_are_0_to_the_end_of_the_run_are_refused(data: Path, tmp_path: Path) -> None:
+    raw = mixture(data, tmp_path / "run")  # of 12 steps
+    late = [[11, 0.0], [20, 1.0]]
+    raw["objective"]["parts"]["text"] = {**TEXT, "weight": late}
+    checked = describe_run(parse(RunConfig, raw), 1)
+    assert any("objective.parts.text.weight has points at steps 20" in line for line in checked.remarks)
+    raw["objective"]["parts"]["topic"] = {**TOPIC, "weight": late}
+    assert "all weights are 0 in the 12 steps" in error_of(raw)
+    raw["objective"]["parts"]["topic"] = {**TOPIC, "weight": [[10, 0.0], [20, 1.0]]}
+    check_run(parse(RunConfig, raw), Topology())
+
+
+def test_numbers_with_which_the_loss_would_be_infinite_are_refused(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "numbers.jsonl"
+    path.write_text('{"text": "a cat", "label": 1.5}\n{"text": "a dog", "label": -3e30}\n')
+    source = {"type": "labelled", "path": str(path), "labels": "number"}
+    raw = pretraining(data, tmp_path / "run", data=source, validation=None)
+    raw["tokenizer"] = str(data / "tokenizer.model")
+    raw["objective"] = {"type": "regression", "offset": 1.5}
+    assert "the number -3e+30 of the data" in error_of(raw)
+    raw["objective"]["scale"] = 1e30
+    check_run(parse(RunConfig, raw), Topology())

@@ -144,6 +144,13 @@ def test_what_a_comparison_and_a_teacher_need_is_told_at_once(data: Path, tmp_pa
     assert "set optim.ema_decay" in str(raised.value)
 
 
+def test_shares_of_another_number_of_classes_are_refused(data: Path, tmp_path: Path) -> None:
+    raw = semi_supervised(data, tmp_path / "run")
+    raw["objective"]["parts"]["texts"]["objective"] |= {"align": True, "class_shares": [0.5, 0.5]}
+    with pytest.raises(ConfigError, match=r"parts\.texts: class_shares has 2 numbers.* has 3 classes"):
+        run(Topology(), raw)
+
+
 @pytest.mark.parametrize("objective", ["pseudo_label", "entropy"])
 def test_labelled_rows_are_refused_as_unlabelled_ones(data: Path, tmp_path: Path, objective: str) -> None:
     raw = semi_supervised(data, tmp_path / "run")
@@ -178,3 +185,21 @@ def test_labels_that_changed_since_the_head_was_made_are_told(
     with pytest.raises(DataError if after == "cow" else ConfigError) as raised:
         run(Topology(), raw)
     assert told in str(raised.value)
+
+
+def test_the_run_alone_has_as_many_labelled_rows_where_a_step_has_no_whole_number_of_them(
+    data: Path, tmp_path: Path
+) -> None:
+    raw = semi_supervised(data, tmp_path / "run", train={"max_steps": 12, "log_every_steps": 1})
+    raw["batch"]["global_batch_size"] = 2  # half a labelled row in each step
+    config: RunConfig = parse(RunConfig, raw)
+    assert any(line.startswith("first       6 steps of 1 rows") for line in describe_run(config, 1).lines)
+
+
+def test_the_head_of_an_unlabelled_part_must_learn_from_labels(data: Path, tmp_path: Path) -> None:
+    raw = semi_supervised(data, tmp_path / "run", compare_with_supervised=False)
+    raw["objective"]["parts"]["topic"]["weight"] = [[NUM_STEPS - 1, 0.0], [2 * NUM_STEPS, 1.0]]
+    with pytest.raises(ConfigError, match=r"objective\.parts\.texts: head='topic' .* weight is 0 in all 4"):
+        describe_run(parse(RunConfig, raw), 1)
+    raw["objective"]["parts"]["topic"]["weight"] = [[0, 0.0], [2 * NUM_STEPS, 1.0]]
+    describe_run(parse(RunConfig, raw), 1)

@@ -92,8 +92,8 @@ def test_every_row_counts_once_also_where_the_share_of_a_rank_is_empty(
     sums: dict[int, list[torch.Tensor]] = {}
     for rank in range(world_size):
         metrics_of(model, feed, Share(rank, world_size, sums), micro_batch_size=micro_batch_size)
-    loss, confusion = (sum(sums[rank][i] for rank in sums) for i in (0, 1))
-    assert int(torch.as_tensor(confusion).sum()) == num_rows
+    loss, by_class = (sum(sums[rank][i] for rank in sums) for i in (0, 1))
+    assert int(torch.as_tensor(by_class)[1].sum()) == num_rows
     expected = torch.zeros((), dtype=torch.float64)
     for index in range(num_rows):  # the plainest way: a row at a time
         batch = feed.batch(index, index + 1)
