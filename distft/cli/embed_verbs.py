@@ -2,7 +2,7 @@
 
 import os
 from contextlib import nullcontext
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from distft.cli.arguments import expanded, print_note, say
 from distft.cli.model_verbs import CheckpointPath, Trust
 from distft.cli.text_verbs import Corpus, DocumentUnit, TextColumn, corpus_from_arguments
 from distft.topology import Topology
+
+if TYPE_CHECKING:
+    from distft.run.embed import EmbedResult
 
 
 def embed(
@@ -68,8 +71,10 @@ def embed(
             on_progress=(lambda _: None) if display is None else display.advance,
         )
     if topology.is_main:
-        cut = f", {result.num_cut:,} of them cut to the model's row" if result.num_cut else ""
-        empty = (
-            f"; {result.num_without_text:,} rows without text have none" if result.num_without_text else ""
-        )
-        say(f"{output}: {result.num_documents:,} embeddings of {result.num_elements:,} elements{cut}{empty}")
+        say(f"{output}: {_describe(result)}")
+
+
+def _describe(result: "EmbedResult") -> str:
+    cut = f", {result.num_cut:,} of them cut to the model's row" if result.num_cut else ""
+    empty = f"; {result.num_without_text:,} rows without text have none" if result.num_without_text else ""
+    return f"{result.num_documents:,} embeddings of {result.num_elements:,} elements{cut}{empty}"

@@ -171,19 +171,27 @@ class Transformer(nn.Module):
                 outputs[name] = generator(
                     x_BTC, rope, mask, dropout_keys, loss_fn, recomputes_blocks=recompute
                 )
-        names = [name for name in names if name not in outputs]
-        if not names:
+        if len(outputs) == len(names):
             return outputs
         x_BTC = self.norm(_run_blocks(self.blocks, x_BTC, rope, mask, dropout_keys, recompute=recompute))
         for name in names:
-            head, module = self.heads[name], self.get_submodule(name)
-            if isinstance(head, ClassificationHead | EmbeddingHead):
-                outputs[name] = module(_pool(x_BTC, lengths, head.pooling))
-            elif isinstance(head, TokenHead):
-                outputs[name] = module(x_BTC)
-            else:
-                outputs[name] = module(x_BTC, (losses_from_hidden or {}).get(name))
+            if name not in outputs:
+                outputs[name] = self._head_output(name, x_BTC, lengths, (losses_from_hidden or {}).get(name))
         return outputs
+
+    def _head_output(
+        self, name: str, x_BTC: Tensor, lengths: Tensor | None, loss_from_hidden: HiddenLossFn | None
+    ) -> Tensor:
+        """Of a head that reads the last hidden states."""
+        head, module = self.heads[name], self.get_submodule(name)
+        output: Tensor
+        if isinstance(head, ClassificationHead | EmbeddingHead):
+            output = module(_pool(x_BTC, lengths, head.pooling))
+        elif isinstance(head, TokenHead):
+            output = module(x_BTC)
+        else:
+            output = module(x_BTC, loss_from_hidden)
+        return output
 
     def logits(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
         """The logits of a model with one head; the arguments are those of `forward`."""

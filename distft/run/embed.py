@@ -85,30 +85,42 @@ def embed_corpus(
             for chunk in _share_of(corpus, collectives):
                 embedder.write(chunk, file)
                 on_progress(chunk.source_bytes)
-        own_counts = (embedder.num_documents, embedder.num_cut, embedder.without_text.total())
-        counts = collectives.all_gather((own_counts, part))
-        num_documents, num_cut, num_without_text = (
-            sum(column) for column in zip(*(own for own, _ in counts), strict=True)
-        )
-        with all_or_none(collectives, DataError):
-            if not num_documents:
-                raise DataError("the corpus has no documents, so there is nothing to embed.")
-            if num_without_text and not kind.has_origins:
-                raise DataError(_shifted_rows(f"{num_without_text:,} rows of the corpus have no text"))
-            if collectives.rank == 0:
-                parts = [name for own, name in counts if own[0]]
-                kind.join(parts, output, num_documents, module.config.d_model)
-        return EmbedResult(
-            num_documents=num_documents,
+        own = EmbedResult(
+            num_documents=embedder.num_documents,
             num_elements=module.config.d_model,
-            num_cut=num_cut,
-            num_without_text=num_without_text,
+            num_cut=embedder.num_cut,
+            num_without_text=embedder.without_text.total(),
         )
+        by_rank = collectives.all_gather((own, part))
+        total = _total([result for result, _ in by_rank])
+        with all_or_none(collectives, DataError):
+            _check_total(total, has_origins=kind.has_origins)
+            if collectives.rank == 0:
+                parts = [name for result, name in by_rank if result.num_documents]
+                kind.join(parts, output, total.num_documents, total.num_elements)
+        return total
     finally:
         with suppress(OSError):
             storage.remove(part)
         if isinstance(collectives, ProcessGroup):
             collectives.close()
+
+
+def _total(results: Sequence[EmbedResult]) -> EmbedResult:
+    """Of all ranks."""
+    return EmbedResult(
+        num_documents=sum(result.num_documents for result in results),
+        num_elements=results[0].num_elements,
+        num_cut=sum(result.num_cut for result in results),
+        num_without_text=sum(result.num_without_text for result in results),
+    )
+
+
+def _check_total(total: EmbedResult, *, has_origins: bool) -> None:
+    if not total.num_documents:
+        raise DataError("the corpus has no documents, so there is nothing to embed.")
+    if total.num_without_text and not has_origins:
+        raise DataError(_shifted_rows(f"{total.num_without_text:,} rows of the corpus have no text"))
 
 
 def _shifted_rows(problem: str) -> str:

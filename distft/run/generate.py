@@ -44,10 +44,7 @@ def generate_text(
 
     Raises `ConfigError` for a model that cannot generate, or a prompt or a stop text that is none.
     """
-    if "" in options.stop:
-        raise ConfigError("a stop text is empty: leave it out.")
-    if any(map(text_problem, prompts)):
-        raise ConfigError("a prompt has a lone surrogate, half a character: correct it.")
+    _check_texts(prompts, options)
     trained = open_model(path, trust=trust)
     for note in (*trained.tokenizer.notes, *tokenizer_notes(trained.tokenizer, trained.source)):
         on_note(note)
@@ -95,6 +92,13 @@ def generate_text(
     if longest > module.config.max_seq_len:
         on_note(_window_note(module.config.max_seq_len))
     return texts
+
+
+def _check_texts(prompts: Sequence[str], options: GenerationOptions) -> None:
+    if "" in options.stop:
+        raise ConfigError("a stop text is empty: leave it out.")
+    if any(map(text_problem, prompts)):
+        raise ConfigError("a prompt has a lone surrogate, half a character: correct it.")
 
 
 def _window_note(max_seq_len: int) -> str:
