@@ -175,7 +175,7 @@ def test_a_row_without_text_and_an_empty_range_have_no_targets() -> None:
     rows = padded([[EOS] * 9, *documents([30, 30])])
     labels = masked(rows, 32, mask_rate=1.0).batch(0, 3).targets[MASKED_TOKEN]
     assert sorted((labels != IGNORE_INDEX).sum(dim=1).tolist()) == [0, 30, 30]
-    empty = masked(rows, 32).batch(2, 2)
+    empty = masked(long_rows(), 64).batch(2, 2)
     assert empty.num_targets == {MASKED_TOKEN: 0}
     assert (empty.targets[MASKED_TOKEN] == IGNORE_INDEX).all()
 

@@ -37,7 +37,7 @@ def mixture(folder: Path, run_dir: Path, /, **changes: Any) -> dict[str, Any]:
         **raw,
         "data": {"type": "streams", "streams": streams},
         "validation": {"type": "streams", "streams": held_out_streams},
-        "objective": {"type": "mixture", "parts": {"text": TEXT, "topic": TOPIC}},
+        "objective": {"type": "mixture", "parts": {"text": dict(TEXT), "topic": dict(TOPIC)}},
         **changes,
     }
 
@@ -117,16 +117,15 @@ def test_a_bad_mixture_is_one_clear_error_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_targets_that_the_data_does_not_give_are_told_with_both_settings(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join(f'{{"text": "a cat {i}", "second": "a dog {i}"}}\n' for i in range(9))
-    )
+def test_rows_that_do_not_fit_an_objective_are_told_with_its_part(data: Path, tmp_path: Path) -> None:
+    rows = '{"text": "a cat", "second": "a dog"}\n{"text": "a dog", "second": "a cat"}\n'
+    (tmp_path / "pairs.jsonl").write_text(rows)
     pairs = {"type": "pairs", "path": str(tmp_path / "pairs.jsonl"), "positive": "second"}
     tokenizer = str(data / "tokenizer.model")
     raw = mixture(data, tmp_path / "run", validation=None, tokenizer=tokenizer)
     raw = changed(raw, "data.streams.text.data", pairs)
     text = error_of(raw)
-    assert "data.streams.text.data.type=pairs with objective.parts.text.objective.type=causal_lm" in text
+    assert "objective.parts.text: objective.type=causal_lm continues texts, and these rows are none" in text
 
 
 def test_parts_share_a_head_if_their_labels_are_equal_and_only_then(data: Path, tmp_path: Path) -> None:
