@@ -9,8 +9,8 @@ import pytest
 from distft.config import load_yaml
 from distft.engine.settings import LocalConfig
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
 from distft.model.counts import num_parameters
+from distft.model.transformer_config import TransformerConfig
 from distft.optim.patterns import select_trainable
 from distft.run.config import RunConfig, load_run_config
 from distft.run.inputs import placeholder_heads
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def model_config(config: RunConfig) -> ModelConfig:
+def model_config(config: RunConfig) -> TransformerConfig:
     """The run's model, or that of the shipped run it starts from, with a vocabulary of 1000."""
     model = config.model
     if model is None:

@@ -30,9 +30,10 @@ from distft.engine.interface import DTYPES, Engine
 from distft.engine.local import LocalEngine
 from distft.engine.memory import allocate
 from distft.engine.settings import LocalConfig
-from distft.model.config import LANGUAGE_MODEL, ModelConfig
 from distft.model.counts import num_parameters, training_flops
+from distft.model.heads import LANGUAGE_MODEL
 from distft.model.initialisation import initial_fragment
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import CausalLM
 from distft.optim.adamw import AdamWConfig, parameter_groups
@@ -45,7 +46,7 @@ from distft.train.throughput import measured_flops_per_s
 Step = Callable[[], None]
 
 SHAPES = {
-    "6.9M": ModelConfig(
+    "6.9M": TransformerConfig(
         vocab_size=8192,
         max_seq_len=1024,
         d_model=256,
@@ -54,7 +55,7 @@ SHAPES = {
         d_ff=704,
         tie_embeddings=True,
     ),
-    "110M": ModelConfig(
+    "110M": TransformerConfig(
         vocab_size=32000,
         max_seq_len=2048,
         d_model=768,
@@ -63,7 +64,7 @@ SHAPES = {
         d_ff=2048,
         tie_embeddings=True,
     ),
-    "1.3B": ModelConfig(
+    "1.3B": TransformerConfig(
         vocab_size=32000,
         max_seq_len=2048,
         d_model=2048,
@@ -79,7 +80,7 @@ SHAPES = {
 class Setup:
     """Model, batches and precision that all implementations share."""
 
-    model: ModelConfig
+    model: TransformerConfig
     precision: str
     micro_batch_size: int
     seq_len: int

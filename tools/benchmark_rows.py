@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from distft.data.batch import Batch
 from distft.data.packing import PackedRows
 from distft.data.targets import NEXT_TOKEN
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 
 
-def make_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
+def make_batches(model: TransformerConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
     """Batches of random tokens; several, so that no implementation can cache one between steps."""
     assert model.vocab_size is not None
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +49,9 @@ class RandomDocuments:
             row[:] = np.random.default_rng(start).integers(0, self.vocab_size, len(row))
 
 
-def make_packed_batches(model: ModelConfig, rows: int, seq_len: int, device: torch.device) -> list[Batch]:
+def make_packed_batches(
+    model: TransformerConfig, rows: int, seq_len: int, device: torch.device
+) -> list[Batch]:
     """Batches as a run gets them: rows packed with documents that do not see each other."""
     assert model.vocab_size is not None
     documents = RandomDocuments(4 * rows * seq_len + 1, model.vocab_size, mean_length=seq_len)

@@ -38,16 +38,17 @@ from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMet
 from distft.checkpoint.sources import read_state
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
-from distft.model.config import LANGUAGE_MODEL, ModelConfig
+from distft.model.heads import LANGUAGE_MODEL
+from distft.model.transformer_config import TransformerConfig
 from distft.optim.adamw import ADAMW_MOMENTS
 from distft.run.model import parameter_shapes
 
 _STATES = (WEIGHT, *ADAMW_MOMENTS)
 
 SHAPES = {
-    "tiny": ModelConfig(vocab_size=512, max_seq_len=128, d_model=64, num_layers=2, num_heads=4),
-    "110M": ModelConfig(vocab_size=32000, max_seq_len=2048, d_model=768, num_layers=12, num_heads=12),
-    "1.1B": ModelConfig(vocab_size=32000, max_seq_len=2048, d_model=2048, num_layers=20, num_heads=16),
+    "tiny": TransformerConfig(vocab_size=512, max_seq_len=128, d_model=64, num_layers=2, num_heads=4),
+    "110M": TransformerConfig(vocab_size=32000, max_seq_len=2048, d_model=768, num_layers=12, num_heads=12),
+    "1.1B": TransformerConfig(vocab_size=32000, max_seq_len=2048, d_model=2048, num_layers=20, num_heads=16),
 }
 LOADING_RANKS = 4
 Measurement = Callable[[], tuple[float, float]]  # returns seconds and MiB
@@ -61,7 +62,7 @@ class RandomCheckpoint:
     format = "random"
     path = "random"
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: TransformerConfig) -> None:
         states = {state: StateRecord(dtype="float32") for state in _STATES}
         self.manifest = Manifest(
             run_id="benchmark",
@@ -197,7 +198,7 @@ def candidates(distft_source: str, deepspeed_sources: dict[int, str], out: Path)
     return table
 
 
-def measure_stall(model: ModelConfig, folder: Path) -> dict[str, float]:
+def measure_stall(model: TransformerConfig, folder: Path) -> dict[str, float]:
     """Seconds that training stands still for a save, in the background and not: the best of three."""
     shapes = parameter_shapes(model, LANGUAGE_MODEL)
     fragments = [

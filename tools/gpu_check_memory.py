@@ -9,8 +9,9 @@ from math import prod
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
 from distft.engine.state_bytes import StateBytes, state_bytes
-from distft.model.config import LANGUAGE_MODEL, ModelConfig
 from distft.model.counts import num_parameters
+from distft.model.heads import LANGUAGE_MODEL
+from distft.model.transformer_config import TransformerConfig
 from distft.optim.adamw import AdamWConfig, ParameterGroup
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -23,7 +24,7 @@ _LOGITS_CHUNK_BYTES = 2 + 2 + 4
 class MemoryPlan:
     """One rank's settings, as far as memory depends on them."""
 
-    model: ModelConfig
+    model: TransformerConfig
     precision: str
     micro_batch_size: int
     seq_len: int

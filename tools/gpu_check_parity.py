@@ -13,7 +13,7 @@ from gpu_check_worker import Case, CheckError, Row, SkipCase
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.run.config import RunConfig
 
 # The largest difference of any of 20 losses, which fall from 8.45 to 6.58, from those in fp32 on the CPU. On
@@ -115,7 +115,7 @@ def _zero_stages() -> Iterator[Variant]:
 
 
 def _kernels() -> Iterator[Variant]:
-    for kernel in get_args(ModelConfig.model_fields["attention_kernel"].annotation):
+    for kernel in get_args(TransformerConfig.model_fields["attention_kernel"].annotation):
         for packed in (False, True):
             name = f"kernel {kernel} bf16 {'packed' if packed else 'plain'}"
             yield Variant(name=name, precision="bf16", packed=packed, attention_kernel=kernel)

@@ -22,7 +22,7 @@ from distft.data.corpus import JsonlCorpus, StdlibCorpus
 from distft.data.device_copy import batch_copier
 from distft.data.feed import Prefetcher
 from distft.data.shard_layout import MANIFEST
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.prepare import TokenizeConfig, tokenize
 from distft.run.check import check_run
 from distft.run.config import RunConfig
@@ -83,7 +83,7 @@ def run_config(
     run_dir: Path,
     device: str,
     *,
-    model: ModelConfig | Mapping[str, Any],
+    model: TransformerConfig | Mapping[str, Any],
     batch: tuple[int, int, int],
     engine: Mapping[str, Any],
     packed: bool = False,
@@ -94,7 +94,7 @@ def run_config(
 
     `packed`: rows of several documents that do not see each other. `sections` replace others of `RunConfig`.
     """
-    sizes = model.model_dump() if isinstance(model, ModelConfig) else dict(model)
+    sizes = model.model_dump() if isinstance(model, TransformerConfig) else dict(model)
     global_batch_size, micro_batch_size, seq_len = batch
     raw: dict[str, Any] = {
         "run_dir": str(run_dir),

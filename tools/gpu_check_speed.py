@@ -17,21 +17,21 @@ from gpu_check_product import Session, Training, run_config
 from gpu_check_worker import Case, CheckError, Row, SkipCase
 
 from distft.engine.interface import DTYPES
-from distft.model.config import ModelConfig
 from distft.model.counts import num_parameters, training_flops
+from distft.model.transformer_config import TransformerConfig
 from distft.run.config import RunConfig
 from distft.train.throughput import measured_flops_per_s, peak_flops_per_s
 
-MODELS: dict[str, ModelConfig] = {
+MODELS: dict[str, TransformerConfig] = {
     # GPT-2's size and vocabulary, padded to a multiple of 64.
-    "124M": ModelConfig(
+    "124M": TransformerConfig(
         vocab_size=50304, max_seq_len=1024, d_model=768, num_layers=12, num_heads=12, d_ff=2048
     ),
-    "350M": ModelConfig(
+    "350M": TransformerConfig(
         vocab_size=51200, max_seq_len=2048, d_model=1024, num_layers=24, num_heads=16, d_ff=2816
     ),
     "1.3B": SHAPES["1.3B"],
-    "7B": ModelConfig(
+    "7B": TransformerConfig(
         vocab_size=51200,
         max_seq_len=2048,
         d_model=4096,
@@ -40,7 +40,7 @@ MODELS: dict[str, ModelConfig] = {
         d_ff=11008,
         tie_embeddings=False,
     ),
-    "tiny": ModelConfig(vocab_size=512, max_seq_len=32, d_model=64, num_layers=2, num_heads=2, d_ff=96),
+    "tiny": TransformerConfig(vocab_size=512, max_seq_len=32, d_model=64, num_layers=2, num_heads=2, d_ff=96),
 }
 MAX_ROWS = {"124M": 32, "350M": 16, "1.3B": 8, "7B": 8, "tiny": 2}
 _USABLE_MEMORY = 0.88  # of the device's memory: the rest is for the allocator's gaps and the context

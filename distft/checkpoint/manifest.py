@@ -95,7 +95,7 @@ class Progress(Settings):
     sequences_seen: Count = 0
     used: tuple[tuple[int, int], ...] = ()  # [start, stop) of the run's data order that ranks have used
     used_again: tuple[tuple[int, int], ...] = ()  # those that were used twice; empty unless there is a bug
-    tokens_seen: Count = 0  # targets: tokens, or the rows of a classification
+    tokens_seen: Count = 0  # of all rows, without padding; of an older checkpoint: of targets
     skipped_steps: Count = 0  # gradients were not finite
     skipped_in_a_row: Count = 0
     steps_without_targets: Count = 0  # steps whose whole batch had no target, so they updated nothing

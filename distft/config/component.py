@@ -40,7 +40,11 @@ class Component:
     `type: Literal["..."]`. In YAML, `type: cosine` picks a member. `type: my_package.module:Class` imports a
     subclass of `Settings` and passes it the other keys; it needs the members' methods, such as `build`. That
     runs code, so it needs the validation context of `trusting(True)`; otherwise such a type is an error.
+    `default` is the type of settings that name none.
     """
+
+    def __init__(self, default: str | None = None) -> None:
+        self.default = default
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -58,7 +62,7 @@ class Component:
         def tag_of(value: Any) -> str | None:
             if isinstance(value, Settings):
                 return classes.get(type(value), EXTERNAL_TAG)
-            name = value.get("type") if isinstance(value, Mapping) else None
+            name = value.get("type", self.default) if isinstance(value, Mapping) else None
             if isinstance(name, str):
                 return name if name in members or ":" not in name else EXTERNAL_TAG
             return None
@@ -85,7 +89,11 @@ class Component:
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         choices = schema["schema"]["choices"]
-        members = [{**handler(choices[tag]), "required": ["type"]} for tag in choices if tag != EXTERNAL_TAG]
+        members = [
+            _requiring_type(handler(choices[tag]), optional=tag == self.default)
+            for tag in choices
+            if tag != EXTERNAL_TAG
+        ]
         external = {
             "type": "object",
             "description": "An external settings class, my_package.module:Class; it gets the other keys.",
@@ -93,6 +101,10 @@ class Component:
             "required": ["type"],
         }
         return {"oneOf": [*members, external]}
+
+
+def _requiring_type(schema: dict[str, Any], *, optional: bool) -> dict[str, Any]:
+    return schema if optional else {**schema, "required": ["type"]}
 
 
 def trusting(trust: bool) -> dict[str, bool]:

@@ -38,6 +38,7 @@ class Batch:
     num_target_bytes: int = 0  # UTF-8 bytes of the target tokens; 0 if unknown
     dropout_keys: Tensor | None = None  # int64 [B]: what dropout draws in each row; None: at random
     counted_pairs: int | None = None  # `num_attention_pairs`, once counted
+    counted_tokens: int | None = None  # `num_real_tokens`, once counted
 
     @property
     def num_attention_pairs(self) -> int:
@@ -56,6 +57,16 @@ class Batch:
     def num_tokens(self) -> int:
         """Padding included."""
         return self.input_ids.numel()
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Without padding, and without rows that stand for none (`without_targets`).
+
+        Unless `counted_tokens` has it, this reads the batch: on a GPU it would wait.
+        """
+        if self.counted_tokens is not None:
+            return self.counted_tokens
+        return self.num_tokens if self.lengths is None else int(self.lengths.sum())
 
     @property
     def work(self) -> Mapping[str, tuple[int, int]]:
@@ -81,12 +92,17 @@ class Batch:
         """The same rows, of which nothing is learnt."""
         targets = {name: torch.full_like(target, IGNORE_INDEX) for name, target in self.targets.items()}
         return replace(
-            self, targets=targets, num_targets=dict.fromkeys(self.num_targets, 0), num_target_bytes=0
+            self,
+            targets=targets,
+            num_targets=dict.fromkeys(self.num_targets, 0),
+            num_target_bytes=0,
+            counted_tokens=0,
         )
 
     def for_step(self, dropout_seed: int | None) -> "Batch":
         """With all that a step reads of it on the host, while it is in host memory; None: no dropout."""
-        batch = replace(self, counted_pairs=self.num_attention_pairs)
+        pairs, tokens = self.num_attention_pairs, self.num_real_tokens
+        batch = replace(self, counted_pairs=pairs, counted_tokens=tokens)
         return batch if dropout_seed is None else replace(batch, dropout_keys=self.row_keys(dropout_seed))
 
     def tensors(self) -> list[Tensor]:
@@ -125,6 +141,10 @@ class MixedBatch:
     @property
     def num_tokens(self) -> int:
         return sum(batch.num_tokens for batch in self.streams.values())
+
+    @property
+    def num_real_tokens(self) -> int:
+        return sum(batch.num_real_tokens for batch in self.streams.values())
 
     @property
     def work(self) -> Mapping[str, tuple[int, int]]:

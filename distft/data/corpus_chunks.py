@@ -104,6 +104,8 @@ class TextFormat:
             text = self._decode(data, block, start)
             if text and not text.isspace():
                 yield Document(text, utf8_size(text), f"{block.url}:{block.offset + start}")
+            elif self.unit == "line" and start < len(block.data):  # what follows the last line is none
+                skipped[EMPTY] += 1
 
     def _decode(self, data: bytes, block: Block, start: int) -> str:
         try:

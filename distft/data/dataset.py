@@ -43,6 +43,16 @@ class DataContext:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NumberSpread:
+    """Of the numbers that the rows of a data set have as targets."""
+
+    least: float
+    most: float
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TransformContext:
     """What a transform of batches may use besides the batch."""
 
@@ -51,7 +61,7 @@ class TransformContext:
     num_sequences: int  # the sequences [0, num_sequences) exist
     rows: Callable[[Indices], Batch]  # the rows of any sequences, as they are without transforms
     step_share: float | None = 1.0  # mean share of a training step's sequences; None: data for evaluation
-    number_range: tuple[float, float] | None = None  # least and largest target of a regression
+    numbers: NumberSpread | None = None  # of the targets of a regression
 
 
 class SequenceDataset(Protocol):

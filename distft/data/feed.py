@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from distft.data.batch import AnyBatch, Batch, MixedBatch, merge_batches
-from distft.data.dataset import ClassNames, SequenceDataset
+from distft.data.dataset import ClassNames, NumberSpread, SequenceDataset
 from distft.data.device_copy import BatchCopier, HostBatches
 from distft.data.mixture import MixtureSampler, Sampler, SequentialSampler
 from distft.data.sampler import Indices
@@ -34,7 +34,7 @@ class Feed:
         *,
         label_names: ClassNames | None = None,
         document_start: tuple[int, ...] | None = None,
-        number_range: tuple[float, float] | None = None,
+        numbers: NumberSpread | None = None,
     ) -> None:
         self._datasets = tuple(datasets)
         self._sampler = sampler
@@ -42,7 +42,7 @@ class Feed:
         self._notes: tuple[str, ...] = ()
         self.label_names = label_names  # class names by id; None: not a classification
         self.document_start = document_start  # ids with which each document begins; None: unknown
-        self.number_range = number_range  # least and largest number of the rows; None: they have no numbers
+        self.numbers = numbers  # of the rows, as targets; None: they have none
         self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
         self.step_share: float | None = 1.0  # mean share of a training step's sequences; None: for evaluation
 
@@ -55,7 +55,7 @@ class Feed:
         shuffle: bool,
         label_names: ClassNames | None = None,
         document_start: tuple[int, ...] | None = None,
-        number_range: tuple[float, float] | None = None,
+        numbers: NumberSpread | None = None,
     ) -> "Feed":
         """Infinitely many epochs, each in another order; datasets are mixed by `weights`."""
         weighted = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
@@ -65,7 +65,7 @@ class Feed:
             sampler,
             label_names=label_names,
             document_start=document_start,
-            number_range=number_range,
+            numbers=numbers,
         )
 
     @classmethod
@@ -73,11 +73,11 @@ class Feed:
         cls,
         *datasets: SequenceDataset,
         label_names: ClassNames | None = None,
-        number_range: tuple[float, float] | None = None,
+        numbers: NumberSpread | None = None,
     ) -> "Feed":
         """Every row once in file order, as sequences [0, num_sequences)."""
         sampler = SequentialSampler([dataset.num_sequences for dataset in datasets])
-        feed = cls(datasets, sampler, label_names=label_names, number_range=number_range)
+        feed = cls(datasets, sampler, label_names=label_names, numbers=numbers)
         feed.step_share = None
         return feed
 

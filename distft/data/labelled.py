@@ -50,7 +50,7 @@ class LabelledConfig(Settings):
             seed=self.data_seed,
             shuffle=self.shuffle,
             label_names=names,
-            number_range=rows.number_range,
+            numbers=rows.numbers,
         )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
@@ -58,7 +58,7 @@ class LabelledConfig(Settings):
         from distft.data.feed import Feed
 
         rows, names = self.open(context)
-        return Feed.for_evaluation(rows, label_names=names, number_range=rows.number_range)
+        return Feed.for_evaluation(rows, label_names=names, numbers=rows.numbers)
 
     def open(self, context: DataContext) -> tuple[LabelledRows, ClassNames | None]:
         """Read and encode the file: the rows, and the names of their classes, if they have classes.

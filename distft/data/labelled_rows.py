@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 from distft.data.batch import Batch, RaggedArray
+from distft.data.dataset import NumberSpread
 from distft.data.records import Record, RowErrors
 from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
@@ -99,12 +101,16 @@ class RowTargets:
         return counts if self.kind == ROW else {NUMBER: ids.view(torch.float64), **counts}
 
     @property
-    def number_range(self) -> tuple[float, float] | None:
-        """The least and the largest number; None: the targets are no numbers."""
+    def numbers(self) -> NumberSpread | None:
+        """How the numbers are spread, to the last bit on any machine; None: the targets are no numbers."""
         if self.kind != NUMBER:
             return None
         numbers = self.ids.view(np.float64)
-        return float(numbers.min()), float(numbers.max())
+        mean = math.fsum(numbers) / len(numbers)
+        variance = math.fsum(np.square(numbers - mean)) / len(numbers)
+        least, most = float(numbers.min()), float(numbers.max())
+        deviation = math.sqrt(variance) if least < most else 0.0  # the mean of equal numbers may be rounded
+        return NumberSpread(least=least, most=most, mean=mean, deviation=deviation)
 
     @property
     def fingerprint(self) -> str:
@@ -135,7 +141,7 @@ class LabelledRows:
         self.num_sequences = len(rows)
         self.summary = summary
         self.fingerprint = rows.fingerprint + self._targets.fingerprint
-        self.number_range = self._targets.number_range
+        self.numbers = self._targets.numbers
 
     def batch(self, indices: Indices) -> Batch:
         """Rows `indices`; for empty `indices`, row 0 without targets."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distft.model.attention_kernels import AttentionMask, attention, attention_with_dropout
-from distft.model.config import ModelConfig
 from distft.model.layers import Linear, MatmulDtype
+from distft.model.transformer_config import TransformerConfig
 
 
 class RotaryCosSin(NamedTuple):
@@ -27,6 +27,31 @@ class KVCache(Protocol):
 
     def update(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values; return all so far, [B, S, G, D] each."""
+
+
+class PreallocatedKVCache:
+    """Keys and values of one layer. The first `update` allocates memory for `num_positions` positions."""
+
+    def __init__(self, num_positions: int) -> None:
+        self._num_positions = num_positions
+        self._length = 0
+        self._k_BSGD: Tensor | None = None
+        self._v_BSGD: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Positions so far."""
+        return self._length
+
+    def update(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values; return all so far, [B, S, G, D] each."""
+        if self._k_BSGD is None or self._v_BSGD is None:
+            num_rows, _, *head_shape = k_BTGD.shape
+            self._k_BSGD = k_BTGD.new_empty(num_rows, self._num_positions, *head_shape)
+            self._v_BSGD = v_BTGD.new_empty(num_rows, self._num_positions, *head_shape)
+        start, self._length = self._length, self._length + k_BTGD.shape[1]
+        self._k_BSGD[:, start : self._length] = k_BTGD
+        self._v_BSGD[:, start : self._length] = v_BTGD
+        return self._k_BSGD[:, : self._length], self._v_BSGD[:, : self._length]
 
 
 def rotary_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> RotaryCosSin:
@@ -49,7 +74,7 @@ class Attention(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.is_causal, self.dropout = config.head_dim, config.is_causal, config.dropout

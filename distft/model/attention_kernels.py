@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # flex attention imports torch's compiler, 2 s
 
     from torch.nn.attention.flex_attention import BlockMask
 
-    from distft.model.config import ModelConfig
+    from distft.model.transformer_config import TransformerConfig
 
 # bool [B or 1, 1, T, S] (True: the query attends to the key), flex attention's block mask, or None: every
 # key, or in a causal model every key up to the query
@@ -32,7 +32,7 @@ AttentionMask: TypeAlias = Union[Tensor, "BlockMask", None]
 _log = logging.getLogger(__name__)
 
 
-def require_attention_kernel(config: ModelConfig, device: torch.device) -> None:
+def require_attention_kernel(config: TransformerConfig, device: torch.device) -> None:
     """Raise `ConfigError` if `config.attention_kernel` cannot run on `device`."""
     kernel = config.attention_kernel
     if kernel in {"auto", "sdpa"}:
@@ -47,14 +47,14 @@ def require_attention_kernel(config: ModelConfig, device: torch.device) -> None:
         )
 
 
-def uses_flex_attention(config: ModelConfig, device: torch.device) -> bool:
+def uses_flex_attention(config: TransformerConfig, device: torch.device) -> bool:
     """Whether rows packed with several documents go through flex attention on `device`."""
     if config.attention_kernel != "auto":
         return config.attention_kernel == "flex"
     return device.type == "cuda" and _lacks_for_flex(config, device) is None
 
 
-def _lacks_for_flex(config: ModelConfig, device: torch.device) -> str | None:
+def _lacks_for_flex(config: TransformerConfig, device: torch.device) -> str | None:
     """Why the compiled kernel cannot compute this model's attention; None if it can."""
     if config.dropout:
         return f"it drops no attention weights (model.dropout={config.dropout})"
@@ -65,7 +65,7 @@ def _lacks_for_flex(config: ModelConfig, device: torch.device) -> str | None:
 
 
 def make_attention_mask(
-    config: ModelConfig,
+    config: TransformerConfig,
     shape: torch.Size,
     document_ids: Tensor | None,
     lengths: Tensor | None,

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from distft.model.attention import Attention, KVCache, RotaryCosSin
 from distft.model.attention_kernels import AttentionMask
-from distft.model.config import ModelConfig
 from distft.model.dropout import dropout
 from distft.model.layers import GELU, SwiGLU, make_norm
+from distft.model.transformer_config import TransformerConfig
 
 _aten = torch.ops.aten
 # Selective activation checkpointing keeps the results of these: the products of linear layers and attention,
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
         # Three places of dropout a block: attention weights and both branches; 0 is that of the embeddings.
         self.first_dropout_site = 3 * index + 1

@@ -3,60 +3,49 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from distft.model.config import (
+from distft.model.config import ModelConfig
+from distft.model.heads import (
     LANGUAGE_MODEL,
     ClassificationHead,
     EmbeddingHead,
     GeneratorHead,
     Heads,
-    ModelConfig,
     TokenHead,
 )
+from distft.model.products import Product
+from distft.model.transformer_config import TransformerConfig
 
 
 def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
     """Elements of all parameters; tied embeddings count once."""
-    norm = config.d_model * (2 if config.norm == "layernorm" else 1)
-    total = config.padded_vocab_size * config.d_model + norm
-    total += config.num_layers * _num_block_parameters(config, norm)
-    if config.positions == "learned":
-        total += config.max_seq_len * config.d_model
+    total = config.padded_vocab_size * config.d_model + config.num_backbone_parameters()
     for head in heads.values():
         if isinstance(head, EmbeddingHead):
             total += head.learns_temperature
         elif isinstance(head, GeneratorHead):
-            total += _num_generator_parameters(config, head)
+            total += _num_generator_parameters(_transformer(config), head)
         elif isinstance(head, ClassificationHead | TokenHead):
-            total += config.d_model * _num_outputs(head)
+            total += config.output_size * _num_outputs(head)
         elif not config.tie_embeddings:
-            total += config.padded_vocab_size * config.d_model
+            total += config.padded_vocab_size * config.output_size
     return total
 
 
-def _num_generator_parameters(config: ModelConfig, head: GeneratorHead) -> int:
+def _num_generator_parameters(config: TransformerConfig, head: GeneratorHead) -> int:
     own = head.config(config)
-    norm = own.d_model * (2 if own.norm == "layernorm" else 1)
-    return 2 * config.d_model * own.d_model + own.num_layers * _num_block_parameters(own, norm) + norm
+    blocks = own.num_layers * own.num_block_parameters()
+    return 2 * config.d_model * own.d_model + blocks + own.norm_numel
+
+
+def _transformer(config: ModelConfig) -> TransformerConfig:
+    """`config`, which has a head or setting that only a Transformer can have."""
+    if not isinstance(config, TransformerConfig):
+        raise TypeError(f"{type(config).__name__} has no blocks")
+    return config
 
 
 def _num_outputs(head: ClassificationHead | TokenHead) -> int:
     return head.num_labels if isinstance(head, ClassificationHead) else head.num_outputs
-
-
-def _num_block_parameters(config: ModelConfig, norm: int) -> int:
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = config.d_model * (2 * q_size + 2 * kv_size)
-    if config.has_qkv_bias:
-        attention += q_size + 2 * kv_size
-    if config.attention_bias:
-        attention += config.d_model
-    if config.qk_norm:
-        attention += 2 * config.head_dim
-    num_up = 2 if config.mlp == "swiglu" else 1
-    mlp = config.d_model * config.d_ff * (num_up + 1)
-    if config.mlp_bias:
-        mlp += num_up * config.d_ff + config.d_model
-    return attention + mlp + 2 * norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +103,7 @@ def training_flops(
     return forward_flops(config, seq_len, heads) + Flops(per_token, per_pair)
 
 
-def recomputed_flops(config: ModelConfig, trainable: Collection[str] | None = None) -> Flops:
+def recomputed_flops(config: TransformerConfig, trainable: Collection[str] | None = None) -> Flops:
     """FLOPs that full activation checkpointing adds: a second forward of each block that has a backward.
 
     It ends before the block's last product, `mlp.down`, since the backward does not need its result.
@@ -126,74 +115,44 @@ def recomputed_flops(config: ModelConfig, trainable: Collection[str] | None = No
         names is None or any(name.startswith((*before, *blocks[: index + 1])) for name in names)
         for index in range(config.num_layers)
     )
-    products = list(_block_products(config, blocks[0]))
+    products = list(config.block_products(blocks[0]))
     numel = sum(product.numel for product in products[:-1])
-    return Flops(2.0 * numel * num_recomputed, _forward_flops_per_pair(config) * num_recomputed)
+    return Flops(2.0 * numel * num_recomputed, config.flops_per_pair * num_recomputed)
 
 
 def _attention_inputs(attention: str) -> tuple[str, ...]:
     return tuple(f"{attention}{name}." for name in ("q", "k", "v", "q_norm", "k_norm"))
 
 
-def _forward_flops_per_pair(config: ModelConfig) -> int:
-    """Of one layer: a score, and its share of the weighted sum of values."""
-    return 4 * config.num_heads * config.head_dim
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """A matrix product per token: `name` begins the weight's name, `before` those of parameters before it."""
-
-    name: str
-    numel: float
-    before: tuple[str, ...] = ()
-    flops_per_pair: int = 0  # of the attention that follows it
-
-
-def _chains(config: ModelConfig, seq_len: int, heads: Heads) -> list[list[_Product]]:
+def _chains(config: ModelConfig, seq_len: int, heads: Heads) -> list[list[Product]]:
     """The products of the model, and of each generator beside it, in the order of the forward pass."""
     generators = {name: head for name, head in heads.items() if isinstance(head, GeneratorHead)}
-    chains = [_generator_products(config, name, head) for name, head in generators.items()]
+    chains = [_generator_products(_transformer(config), name, head) for name, head in generators.items()]
     if len(generators) < len(heads) or not heads:
         chains.append([*_main_products(config, seq_len, heads)])
     return chains
 
 
-def _main_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[_Product]:
-    for index in range(config.num_layers):
-        yield from _block_products(config, f"blocks.{index}.")
-    before_heads = ("blocks.", "norm.")
+def _main_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[Product]:
+    yield from config.backbone_products(seq_len)
+    before_heads = ("blocks.", "norm.")  # of every backbone
     for name, head in heads.items():
         if isinstance(head, ClassificationHead | TokenHead):
             num_uses = 1 / seq_len if isinstance(head, ClassificationHead) else 1
-            yield _Product(f"{name}.", config.d_model * _num_outputs(head) * num_uses, before_heads)
+            yield Product(f"{name}.", config.output_size * _num_outputs(head) * num_uses, before_heads)
         elif not isinstance(head, EmbeddingHead | GeneratorHead):
             weight = "embed." if config.tie_embeddings else f"{name}."
-            yield _Product(weight, config.d_model * config.padded_vocab_size, before_heads)
+            yield Product(weight, config.output_size * config.padded_vocab_size, before_heads)
 
 
-def _generator_products(config: ModelConfig, name: str, head: GeneratorHead) -> list[_Product]:
+def _generator_products(config: TransformerConfig, name: str, head: GeneratorHead) -> list[Product]:
     own = head.config(config)
-    products = [_Product(f"{name}.input.", config.d_model * own.d_model)]
+    products = [Product(f"{name}.input.", config.d_model * own.d_model)]
     for index in range(own.num_layers):
         before = (f"{name}.input.",) if index == 0 else ()
-        first, *rest = _block_products(own, f"{name}.blocks.{index}.")
+        first, *rest = own.block_products(f"{name}.blocks.{index}.")
         products += [replace(first, before=(*first.before, *before)), *rest]
     blocks = (f"{name}.input.", f"{name}.blocks.", f"{name}.norm.")
-    products.append(_Product(f"{name}.hidden.", config.d_model * own.d_model, blocks))
+    products.append(Product(f"{name}.hidden.", config.d_model * own.d_model, blocks))
     logits = config.d_model * config.padded_vocab_size * head.output_share
-    return [*products, _Product("embed.", logits, (f"{name}.hidden.",))]
-
-
-def _block_products(config: ModelConfig, block: str) -> Iterator[_Product]:
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    width, hidden = config.d_model, config.d_ff
-    yield _Product(f"{block}attn.q.", width * q_size, (f"{block}attn_norm.",))
-    yield _Product(f"{block}attn.k.", width * kv_size)
-    yield _Product(f"{block}attn.v.", width * kv_size, flops_per_pair=_forward_flops_per_pair(config))
-    yield _Product(f"{block}attn.o.", width * q_size)
-    after_attention = (f"{block}attn.", f"{block}mlp_norm.")
-    if config.mlp == "swiglu":
-        yield _Product(f"{block}mlp.gate.", width * hidden, after_attention)
-    yield _Product(f"{block}mlp.up.", width * hidden, after_attention)
-    yield _Product(f"{block}mlp.down.", width * hidden, (f"{block}mlp.gate.", f"{block}mlp.up."))
+    return [*products, Product("embed.", logits, (f"{name}.hidden.",))]

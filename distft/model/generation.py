@@ -11,30 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from distft.errors import ConfigError
-from distft.model.transformer import Transformer
+from distft.model.with_heads import ModelWithHeads
 
 IsFinished = Callable[[int, list[int]], bool]  # of a row's number and its new tokens
-
-
-class PreallocatedKVCache:
-    """Keys and values of one layer. The first `update` allocates memory for `num_positions` positions."""
-
-    def __init__(self, num_positions: int) -> None:
-        self._num_positions = num_positions
-        self._length = 0
-        self._k_BSGD: Tensor | None = None
-        self._v_BSGD: Tensor | None = None
-
-    def update(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values; return all so far, [B, S, G, D] each."""
-        if self._k_BSGD is None or self._v_BSGD is None:
-            num_rows, _, *head_shape = k_BTGD.shape
-            self._k_BSGD = k_BTGD.new_empty(num_rows, self._num_positions, *head_shape)
-            self._v_BSGD = v_BTGD.new_empty(num_rows, self._num_positions, *head_shape)
-        start, self._length = self._length, self._length + k_BTGD.shape[1]
-        self._k_BSGD[:, start : self._length] = k_BTGD
-        self._v_BSGD[:, start : self._length] = v_BTGD
-        return self._k_BSGD[:, : self._length], self._v_BSGD[:, : self._length]
 
 
 class Decoder:
@@ -43,50 +22,40 @@ class Decoder:
     Prompts are padded on the left, so that the next token of every row is in the same column.
     """
 
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def __init__(self, model: ModelWithHeads, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self._model = model
         self._device = next(model.parameters()).device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
-        self._num_positions = max(len(prompt) for prompt in prompts)  # P, and later S
+        self._num_positions = max(len(prompt) for prompt in prompts)
         padded = [[0] * (self._num_positions - len(prompt)) + list(prompt) for prompt in prompts]
         self._prompt_BP = torch.tensor(padded, dtype=torch.int64, device=self._device)
-        self._num_padding_B = self._num_positions - lengths
-        self._is_padded = bool(self._num_padding_B.any())
-        self._kv_caches = [
-            PreallocatedKVCache(self._num_positions + max_new_tokens) for _ in range(model.config.num_layers)
-        ]
+        num_padding_B = self._num_positions - lengths
+        self._num_padding_B = num_padding_B if bool(num_padding_B.any()) else None
+        self._next_position_B = self._num_positions - num_padding_B  # of the next token
+        self._caches = model.new_caches(self._num_positions + max_new_tokens)
 
     def prefill(self) -> Tensor:
         """Process the prompts; return logits [B, V] of the token after each."""
-        columns = torch.arange(self._num_positions, device=self._device)
-        mask = None
-        if self._is_padded:
-            is_real_BP = columns >= self._num_padding_B[:, None]
-            # Padding attends to itself: a softmax over no keys would give NaN, and 0 * NaN would spread it to
-            # the real positions.
-            allowed = (columns <= columns[:, None]) & is_real_BP[:, None, :] | (columns == columns[:, None])
-            mask = allowed[:, None]
-        positions_BP = (columns - self._num_padding_B[:, None]).clamp_min(0)
-        return self._logits(self._prompt_BP, positions_BP, mask)
+        positions_BP = torch.arange(self._num_positions, device=self._device).expand_as(self._prompt_BP)
+        if self._num_padding_B is not None:
+            positions_BP = (positions_BP - self._num_padding_B[:, None]).clamp_min(0)
+        return self._logits(self._prompt_BP, positions_BP)
 
     def decode(self, token_B: Tensor) -> Tensor:
         """Append one token to each row; return logits [B, V] of the token after it."""
-        position_B = self._num_positions - self._num_padding_B
-        self._num_positions += 1
-        columns = torch.arange(self._num_positions, device=self._device)
-        mask = (columns >= self._num_padding_B[:, None])[:, None, None, :]
         # Finished rows stay in the batch, so their positions must stay inside the table of learned positions.
-        position_B = position_B.clamp_max(self._model.config.max_seq_len - 1)
-        return self._logits(token_B[:, None], position_B[:, None], mask)
+        position_B = self._next_position_B.clamp_max(self._model.config.max_seq_len - 1)
+        self._next_position_B = self._next_position_B + 1
+        return self._logits(token_B[:, None], position_B[:, None])
 
-    def _logits(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
-        logits = self._model.forward_cached(input_ids, position_ids, self._kv_caches, mask)
+    def _logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        logits = self._model.forward_cached(input_ids, position_ids, self._caches, self._num_padding_B)
         return logits[:, -1, : self._model.config.vocab_size].float()
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: ModelWithHeads,
     input_ids: Sequence[Sequence[int]] | Tensor,
     *,
     max_new_tokens: int,
@@ -152,7 +121,7 @@ class _Rows:
         self._num_kept = num_kept
         self._windows = [ids[:num_kept] + ids[num_kept:][-(max_seq_len - num_kept) :] for ids in prompts]
 
-    def start_decoder(self, model: Transformer, max_new_tokens: int) -> Decoder:
+    def start_decoder(self, model: ModelWithHeads, max_new_tokens: int) -> Decoder:
         """A decoder with room for all tokens until a window slides."""
         shortest = min(
             len(window) for window, is_open in zip(self._windows, self.is_open, strict=True) if is_open
@@ -221,7 +190,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _check_request(
-    model: Transformer,
+    model: ModelWithHeads,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -235,8 +204,8 @@ def _check_request(
         errors.append("The model is a classifier: it has no logits over the vocabulary to generate from.")
     if not config.is_causal:
         errors.append(
-            "model.attention=bidirectional cannot generate: each token attends to the next, which does not "
-            "exist yet."
+            f"model.{config.direction_setting}=bidirectional cannot generate: each token sees the next, "
+            "which does not exist yet."
         )
     if max_new_tokens < 0:
         errors.append(f"max_new_tokens={max_new_tokens} is negative.")

@@ -24,17 +24,16 @@ class InitialValues:
 def initial_values(config: ModelConfig, name: str, shape: tuple[int, ...]) -> InitialValues:
     """Ones for norms, zeros for biases and a temperature's logarithm, normal for matrices.
 
-    The matrices that write into the residual stream (`o`, `down`) are scaled by 1/sqrt(2 * num_layers), so
-    that its variance does not grow with depth (Radford et al. 2019, GPT-2).
+    A matrix has the standard deviation `init_std`, or 1 / sqrt(width of its input), times
+    `config.residual_init_factor(name)`.
     """
-    if name.endswith((".bias", ".log_temperature")):
+    last = name.rpartition(".")[2]
+    if last.startswith("bias") or last == "log_temperature":
         return InitialValues("zeros")
     if len(shape) == 1:
         return InitialValues("ones")
-    std = config.init_std if config.init_std is not None else config.d_model**-0.5
-    if name.endswith((".o.weight", ".down.weight")):
-        std /= math.sqrt(2 * config.num_layers)
-    return InitialValues("normal", std)
+    std = config.init_std if config.init_std is not None else config.input_width(name, shape) ** -0.5
+    return InitialValues("normal", std * config.residual_init_factor(name))
 
 
 def initial_fragment(

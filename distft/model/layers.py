@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 
 
 @cache
@@ -61,7 +61,7 @@ class SwiGLU(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gate = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
@@ -76,7 +76,7 @@ class GELU(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
@@ -85,7 +85,7 @@ class GELU(nn.Module):
         return self.down(functional.gelu(self.up(x_BTC), approximate="tanh"))
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: TransformerConfig) -> nn.Module:
     kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
 

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from distft.config import Settings
 from distft.data.dataset import Labels, TransformContext
 from distft.errors import ConfigError
-from distft.model.config import Heads, ModelConfig
+from distft.model.config import ModelConfig
+from distft.model.heads import Heads
 from distft.objective.language_model import (
     LanguageModelObjective,
     first_row,

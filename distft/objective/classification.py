@@ -10,7 +10,7 @@ from pydantic import Field
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, LABEL
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, Heads
+from distft.model.heads import ClassificationHead, Heads
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.row_objective import RowObjective, require_targets
 
@@ -31,7 +31,11 @@ class Classification(RowObjective):
         """`classifier`. Raises `ConfigError` for data without labels."""
         if not isinstance(label_names, tuple):
             raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
-        return {self.head_name: ClassificationHead(num_labels=len(label_names), pooling=self.pooling)}
+        return {self.head_name: ClassificationHead(num_labels=len(label_names), pooling=self.head_pooling)}
+
+    @property
+    def row_labels(self) -> str:
+        return "one"
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:
         if context.data.label_names is not None:  # otherwise `heads` tells

@@ -50,6 +50,10 @@ class Consistency(UnlabelledObjective):
     def views(self) -> Mapping[str, View]:
         return {"first": self.first, "second": self.second}
 
+    @property
+    def confident_target(self) -> str | None:
+        return SOFT_LABEL if max(values_of(self.min_confidence)) > 0 else None
+
     def prepare_step(
         self, model: Model, micro_batches: Sequence[AnyBatch], context: ObjectiveContext
     ) -> Sequence[AnyBatch]:

@@ -11,8 +11,10 @@ from pydantic import Field, model_validator
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import SCORE
 from distft.errors import ConfigError
-from distft.model.config import EmbeddingHead, HeadName, Heads, ModelConfig, Pooling, check_pooling
-from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
+from distft.model.config import ModelConfig
+from distft.model.heads import EmbeddingHead, HeadName, Heads
+from distft.objective.interface import Model, ObjectiveContext, Passes, only_batch
+from distft.objective.pooled import PooledObjective
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
@@ -28,7 +30,7 @@ _TEMPERATURE, _MARGIN, _CROP_SHARE = 0.05, 0.5, (0.1, 0.5)
 _GRADIENT, _LOSS = "embedding_gradient", "sequence_loss"  # targets that `prepare_step` makes
 
 
-class Contrastive(Objective):
+class Contrastive(PooledObjective):
     """Each text is compared with its positive and with the negatives of the whole global batch.
 
     A step runs the model twice (GradCache, Gao et al. 2021, arXiv:2101.06983): for all embeddings of the
@@ -50,7 +52,6 @@ class Contrastive(Objective):
     )  # of triplet and margin, in distances; null: 0.5
     symmetric: bool = False  # the mean of both directions: text to positive, and positive to text
     negatives: Literal["batch", "own"] = "batch"  # own: a text's own hard negatives alone
-    pooling: Pooling = "mean"  # of a row's hidden states
     normalize: bool = True  # embeddings to length 1, so that products are cosines
 
     @model_validator(mode="after")
@@ -72,7 +73,7 @@ class Contrastive(Objective):
 
     def heads(self, label_names: Labels) -> Heads:  # noqa: ARG002
         head = EmbeddingHead(
-            pooling=self.pooling,
+            pooling=self.head_pooling,
             normalize=self.normalize,
             temperature=(self.temperature or _TEMPERATURE) if self.loss == "infonce" else 1.0,
             learns_temperature=self.learns_temperature,
@@ -80,7 +81,7 @@ class Contrastive(Objective):
         return {self._head: head}
 
     def check_model(self, model: ModelConfig) -> None:
-        check_pooling(self.pooling, model)
+        super().check_model(model)
         if self.views == "dropout" and not model.dropout:
             raise ConfigError(
                 "objective.views=dropout with model.dropout=0: both views of a text would be equal. Set "
@@ -108,6 +109,12 @@ class Contrastive(Objective):
                 "objective.views=columns needs two texts in each row: set data.type=pairs with the column of "
                 "the second text in data.positive, or set objective.views=dropout or crops."
             )
+        if num_texts > 1 and self.views != "columns" and context.step_share is not None:
+            problems.append(
+                f"objective.views={self.views} makes views of rows with one text, and these have "
+                f"{num_texts}, which would be the views themselves: set data.positive=null, without "
+                "data.negatives, or objective.views=columns."
+            )
         if self.negatives == "own" and num_texts < 3:
             problems.append(
                 "objective.negatives=own needs hard negatives: name their columns in data.negatives, or set "
@@ -134,6 +141,10 @@ class Contrastive(Objective):
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {_TERM: 1.0}
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(forward_only=1.0)
 
     def prepare_step(
         self, model: Model, micro_batches: Sequence[AnyBatch], context: ObjectiveContext

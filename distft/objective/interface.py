@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 from distft.config import Settings
 from distft.data.dataset import DataContext, Labels, TransformContext
 from distft.errors import ConfigError
-from distft.model.config import Heads, ModelConfig
+from distft.model.config import ModelConfig
+from distft.model.heads import Heads
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
@@ -37,6 +38,15 @@ class ObjectiveContext:
     averaged_weights: Callable[[], AbstractContextManager[None]] | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """How often a step runs the model on a row of the batch, on average; each view of a text is a row."""
+
+    trained: float = 1.0  # forward and backward
+    forward_only: float = 0.0  # forward without gradient, such as a teacher's
+    logits_share: float = 1.0  # of a row's positions, for which a language model's head computes logits
+
+
 class Objective(Settings, ABC):
     """One or more loss terms, by name.
 
@@ -52,6 +62,19 @@ class Objective(Settings, ABC):
     def check_model(self, model: ModelConfig) -> None:
         """Raise `ConfigError` if this objective makes no sense for the model."""
 
+    def resolved(self, model: ModelConfig, train: AnyFeed | None) -> Self:  # noqa: ARG002
+        """The same with a value for each setting whose default depends on the model or the training data.
+
+        A run saves these values, so its checkpoints keep their meaning. `train` is without transforms; None:
+        there is no training data, and what depends on it stays.
+        """
+        return self
+
+    @property
+    def row_labels(self) -> str | None:
+        """What it learns of `data.type=labelled`: the value of `labels` that it needs; None: any."""
+        return None
+
     @abstractmethod
     def term_weights(self, step: int) -> Mapping[str, float]:
         """The weight of each term in the loss of optimizer step `step` (from 0); the names do not change."""
@@ -61,7 +84,7 @@ class Objective(Settings, ABC):
         return ()
 
     def notes(self, context: TransformContext) -> Sequence[str]:  # noqa: ARG002
-        """Lines for the log on what `transforms` does with this data and tokenizer."""
+        """Lines for the log on what `transforms` does with the training data and tokenizer."""
         return ()
 
     def transform_feed(self, feed: AnyFeed, context: DataContext, seed: int) -> AnyFeed:
@@ -79,9 +102,11 @@ class Objective(Settings, ABC):
             num_sequences=feed.num_sequences,
             rows=feed.rows,
             step_share=feed.step_share,
-            number_range=feed.number_range,
+            numbers=feed.numbers,
         )
-        return feed.with_transforms(*self.transforms(own), notes=self.notes(own))
+        transforms = self.transforms(own)
+        is_for_training = feed.step_share is not None  # validation data would get the same notes again
+        return feed.with_transforms(*transforms, notes=self.notes(own) if is_for_training else ())
 
     def initial_state(self, heads: Heads) -> Mapping[str, Sequence[float]]:  # noqa: ARG002
         """What the objective remembers from step to step: equal on all ranks, saved with the run."""
@@ -98,6 +123,11 @@ class Objective(Settings, ABC):
         Such as a teacher's predictions. All ranks call it together; the micro-batches are on the device.
         """
         return micro_batches
+
+    @property
+    def passes(self) -> Passes:
+        """What a step costs: `config check` and MFU count it. Of a mixture, each part has its own."""
+        return Passes()
 
     @property
     def needs_averaged_weights(self) -> bool:
@@ -117,6 +147,27 @@ class Objective(Settings, ABC):
     def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:
         """Each term summed over its targets in the batch, as differentiable fp32 scalars."""
 
+    def term_metrics(self, terms: Mapping[str, float], step: int) -> dict[str, float]:
+        """Training's losses of single terms, named as in `metrics`: `<term>/loss`, if there are several.
+
+        `terms` has those that some step until `step` has measured.
+        """
+        is_several = len(self.term_weights(step)) > 1
+        return {f"{name}/loss": value for name, value in terms.items()} if is_several else {}
+
+    @property
+    def training_sum_names(self) -> Sequence[str]:
+        """The names of `training_sums`, which do not change."""
+        return ()
+
+    def training_sums(self, batch: AnyBatch) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """Scalar sums over a micro-batch of `prepare_step`, for `training_metrics`."""
+        return {}
+
+    def training_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:  # noqa: ARG002
+        """Metrics besides losses, of the `training_sums` of all ranks since the last logged step."""
+        return {}
+
     @property
     def per_row(self) -> frozenset[str]:
         """Outputs of `evaluate` with a row for each target: concatenated in the data's order, not added."""
@@ -128,7 +179,10 @@ class Objective(Settings, ABC):
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics from the sums over a whole data set; `loss` is one of them."""
+        """Metrics from the sums over a whole data set; `loss` is one of them.
+
+        Those of one of several terms have its name before theirs, as `<term>/loss`.
+        """
 
 
 def only_batch(batch: AnyBatch) -> Batch:

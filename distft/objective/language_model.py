@@ -11,14 +11,16 @@ from pydantic import Field
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import ConfigError
-from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
+from distft.model.config import ModelConfig
+from distft.model.heads import LANGUAGE_MODEL, Heads
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
 
     from distft.data.batch import AnyBatch, Batch
-    from distft.model.transformer import HiddenLossFn
+    from distft.model.layout import HiddenLossFn
     from distft.objective.cross_entropy import FusedLinearCrossEntropy, LossAndNumCorrect
 
 
@@ -139,17 +141,27 @@ def first_row(context: TransformContext, objective: str) -> Batch:
 
 def require_causal(model: ModelConfig, objective: str) -> None:
     """Raise `ConfigError` for a bidirectional model."""
+    setting = f"model.{model.direction_setting}"
     if not model.is_causal:
         raise ConfigError(
-            f"model.attention=bidirectional with objective.type={objective}: every token attends to the "
-            "token that it has to predict. Set model.attention=causal, or another objective."
+            f"{setting}=bidirectional with objective.type={objective}: every token sees the one that it has "
+            f"to predict. Set {setting}=causal, or another objective."
         )
 
 
 def require_bidirectional(model: ModelConfig, objective: str) -> None:
     """Raise `ConfigError` for a causal model."""
+    setting = f"model.{model.direction_setting}"
     if model.is_causal:
         raise ConfigError(
-            f"model.attention=causal with objective.type={objective}: a masked token would be predicted from "
-            "the tokens before it alone. Set model.attention=bidirectional, or objective.type=causal_lm."
+            f"{setting}=causal with objective.type={objective}: a masked token would be predicted from the "
+            f"tokens before it alone. Set {setting}=bidirectional, or objective.type=causal_lm."
+        )
+
+
+def require_transformer(model: ModelConfig, objective: str, reason: str) -> None:
+    """Raise `ConfigError` for another type of model, which cannot do what `reason` says."""
+    if not isinstance(model, TransformerConfig):
+        raise ConfigError(
+            f"objective.type={objective} needs model.type=transformer: {reason}. Set one of them anew."
         )

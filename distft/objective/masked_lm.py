@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from distft.data.dataset import TransformContext
 from distft.data.targets import MASKED_TOKEN
 from distft.model.config import ModelConfig
+from distft.objective.interface import Passes
 from distft.objective.language_model import LanguageModelObjective, require_bidirectional
 from distft.objective.masking import MaskingSettings
 
@@ -22,6 +23,10 @@ class MaskedLM(MaskingSettings, LanguageModelObjective):
 
     target_name: ClassVar[str] = MASKED_TOKEN
     has_few_targets: ClassVar[bool] = True
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(logits_share=self.mask_rate)
 
     def check_model(self, model: ModelConfig) -> None:
         require_bidirectional(model, self.type)

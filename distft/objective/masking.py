@@ -93,7 +93,13 @@ class MaskingSettings(Settings):
 
     def mask_notes(self, context: DataContext) -> tuple[str, ...]:
         """A line if the unknown token serves as the mask."""
-        return mask_piece_note(context) if self.mask_token_share else ()
+        if not self.mask_token_share or _mask_piece_id(context) is not None:
+            return ()
+        return (
+            f"masked tokens become the unknown token, id {context.unk_id}: the tokenizer has no "
+            f"{' or '.join(_MASK_PIECES)} (a tokenizer with byte fallback encodes no text to it). "
+            f"`distft tokenizer train --symbol '{_MASK_PIECES[0]}'` makes one that has it.",
+        )
 
 
 def mask_token_id(context: DataContext) -> int:
@@ -106,16 +112,6 @@ def mask_token_id(context: DataContext) -> int:
     raise ConfigError(
         f"The tokenizer has neither a mask token ({' or '.join(_MASK_PIECES)}) nor an unknown one: train one "
         "with `distft tokenizer train --symbol '<mask>'`."
-    )
-
-
-def mask_piece_note(context: DataContext) -> tuple[str, ...]:
-    """A line for the log if the unknown token serves as the mask."""
-    if _mask_piece_id(context) is not None:
-        return ()
-    return (
-        f"masked tokens become the unknown token, id {context.unk_id}: the tokenizer has no "
-        f"{' or '.join(_MASK_PIECES)} (a tokenizer with byte fallback encodes no text to it)",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,8 @@ from distft.config.step_function import StepFunction, value_at, values_of, value
 from distft.data.dataset import ClassNames, DataContext, Labels
 from distft.data.streams import StreamName
 from distft.errors import ConfigError, ErrorCollector
-from distft.model.config import ClassificationHead, Head, Heads, ModelConfig
+from distft.model.config import ModelConfig
+from distft.model.heads import ClassificationHead, Head, Heads
 from distft.objective.causal_lm import CausalLM
 from distft.objective.classification import Classification
 from distft.objective.consistency import Consistency
@@ -32,12 +33,15 @@ from distft.objective.sentence_pairs import NextSentence, SentenceOrder
 from distft.objective.span_corruption import SpanCorruption
 from distft.objective.unlabelled import UnlabelledObjective
 
+_Value = TypeVar("_Value")
+
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
 
     from distft.data.batch import AnyBatch, Batch
     from distft.data.feed import AnyFeed
 
+VALIDATION = "validation"  # metrics of validation data have this and a / before their names
 _AT_THE_END = 1 << 62  # a step after the last point of any weight
 
 SingleObjective = Annotated[
@@ -80,6 +84,10 @@ class Mixture(Objective):
             raise ValueError(f"the weight of {', '.join(problems)} must not be below 0")
         if not any(max(values) > 0 for values in weights.values()):
             raise ValueError("all weights are 0: nothing would be learnt")
+        if VALIDATION in self.parts:
+            raise ValueError(
+                f"a part cannot be called {VALIDATION}, with which the names of validation metrics begin"
+            )
         return self
 
     def part(self, name: str) -> Objective:
@@ -168,6 +176,14 @@ class Mixture(Objective):
         unlabelled = [n for n, p in self.parts.items() if isinstance(p.objective, UnlabelledObjective)]
         return [name for name in self.parts if name not in unlabelled] if unlabelled else None
 
+    def resolved(self, model: ModelConfig, train: AnyFeed | None) -> Self:
+        streams = getattr(train, "streams", {})
+        parts = {
+            name: part.model_copy(update={"objective": part.objective.resolved(model, streams.get(name))})
+            for name, part in self.parts.items()
+        }
+        return self.model_copy(update={"parts": parts})
+
     def term_weights(self, step: int) -> Mapping[str, float]:
         return {
             f"{name}/{term}": value_at(part.weight, step) * weight
@@ -253,6 +269,36 @@ class Mixture(Objective):
             sums |= {f"{name}/{term}": value for term, value in own_sums.items()}
         return sums
 
+    def term_metrics(self, terms: Mapping[str, float], step: int) -> dict[str, float]:
+        """Each part's loss, as the part weights its terms, and those of its terms if it has several."""
+        metrics: dict[str, float] = {}
+        for name in self.parts:
+            part, own = self.part(name), _of_part(terms, name)
+            weights = part.term_weights(step)
+            if weights.keys() <= own.keys():
+                metrics[f"{name}/loss"] = sum(weight * own[term] for term, weight in weights.items())
+            metrics |= {f"{name}/{key}": value for key, value in part.term_metrics(own, step).items()}
+        return metrics
+
+    @property
+    def training_sum_names(self) -> Sequence[str]:
+        return [f"{name}/{key}" for name in self.parts for key in self.part(name).training_sum_names]
+
+    def training_sums(self, batch: AnyBatch) -> Mapping[str, Tensor]:
+        return {
+            f"{name}/{key}": value
+            for name in self.parts
+            if (own := _stream(batch, name)) is not None
+            for key, value in self.part(name).training_sums(own).items()
+        }
+
+    def training_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {
+            f"{name}/{key}": value
+            for name in self.parts
+            for key, value in self.part(name).training_metrics(_of_part(sums, name)).items()
+        }
+
     @property
     def per_row(self) -> frozenset[str]:
         return frozenset(f"{name}/{key}" for name in self.parts for key in self.part(name).per_row)
@@ -269,11 +315,7 @@ class Mixture(Objective):
         """The metrics of each part that was evaluated, and the loss as weighted at the end of the run."""
         metrics: dict[str, float] = {"loss": 0.0}
         for name, part in self.parts.items():
-            own = {
-                key.removeprefix(f"{name}/"): value
-                for key, value in sums.items()
-                if key.startswith(f"{name}/")
-            }
+            own = _of_part(sums, name)
             if not own:
                 continue
             of_part = self.part(name).metrics(own)
@@ -291,9 +333,13 @@ def _stream(batch: AnyBatch, name: str) -> Batch | None:
 
 def _own(context: ObjectiveContext, name: str) -> ObjectiveContext:
     """The context of one part; its state is changed in place, so it need not be copied back."""
+    return replace(context, state=_of_part(context.state, name))
+
+
+def _of_part(values: Mapping[str, _Value], name: str) -> dict[str, _Value]:
+    """Those whose names begin with the part's, without it."""
     prefix = f"{name}/"
-    state = {k.removeprefix(prefix): v for k, v in context.state.items() if k.startswith(prefix)}
-    return replace(context, state=state)
+    return {k.removeprefix(prefix): value for k, value in values.items() if k.startswith(prefix)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,15 @@ from pydantic import Field, model_validator
 
 from distft.data.dataset import Labels, TransformContext
 from distft.errors import ConfigError
-from distft.model.config import Heads, ModelConfig
+from distft.model.config import ModelConfig
+from distft.model.heads import Heads
+from distft.objective.interface import Passes
 from distft.objective.language_model import (
     LanguageModelObjective,
     first_row,
     require_causal,
     require_no_labels,
+    require_transformer,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +56,15 @@ class PrefixLM(LanguageModelObjective):
         require_no_labels(label_names, self.type)
         return super().heads(label_names)
 
+    @property
+    def passes(self) -> Passes:
+        """How long prompts are is not known; of these every position counts."""
+        is_random = self.prefix == "random"
+        share = (self.min_prefix_share + self.max_prefix_share) / 2 if is_random else 0.0
+        return Passes(logits_share=1 - share)
+
     def check_model(self, model: ModelConfig) -> None:
+        require_transformer(model, self.type, "others see no prefix in both directions")
         require_causal(model, self.type)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from distft.config.step_function import StepFunction, value_at, values_of
 from distft.data.targets import IGNORE_INDEX, ROW
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, Heads
+from distft.model.heads import ClassificationHead, Heads
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.unlabelled import UnlabelledObjective, View, counts
 
@@ -53,6 +53,10 @@ class PseudoLabel(UnlabelledObjective):
     @property
     def views(self) -> Mapping[str, View]:
         return {"weak": self.weak, "strong": self.strong}
+
+    @property
+    def confident_target(self) -> str | None:
+        return PSEUDO_LABEL
 
     def require_classes(self, num_classes: int | None) -> None:
         given = len(self.class_shares or ())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, NUMBER, ROW
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, Heads
+from distft.model.heads import ClassificationHead, Heads
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.row_objective import RowObjective, require_targets
 
@@ -18,37 +18,66 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
     from torch import Tensor
 
     from distft.data.batch import AnyBatch
-    from distft.data.feed import Transform
+    from distft.data.feed import AnyFeed, Transform
+    from distft.model.config import ModelConfig
 
 
 # Of (number - offset) / scale: float32 holds the sum of the squares of 1e8 of them.
 _MOST_SCALED = 1e15
+_LEAST_SCALE = 1e-30
 
 
 class Regression(RowObjective):
-    """Squared or Huber error of `offset + scale * output`, in units of `scale`; the output has no bias."""
+    """Squared or Huber error of `offset + scale * output`, in units of `scale`; the output has no bias.
+
+    By default the numbers of the training data are standardised: their mean becomes 0 and their deviation 1.
+    """
 
     type: Literal["regression"] = "regression"
     loss: Literal["squared", "huber"] = "squared"
     huber_delta: float = Field(1.0, gt=0)  # of the scaled error, from which on the loss is linear
-    offset: float = 0.0  # such as the mean of the numbers; the log of a start tells it
-    scale: float = Field(1.0, ge=1e-30, allow_inf_nan=False)  # such as their standard deviation
+    offset: float | None = Field(None, allow_inf_nan=False)  # null: the mean of the training data's numbers
+    # null: their standard deviation; 1 if they are all equal.
+    scale: float | None = Field(None, ge=_LEAST_SCALE, allow_inf_nan=False)
 
     def heads(self, label_names: Labels) -> Heads:  # noqa: ARG002
-        return {self.head_name: ClassificationHead(num_labels=1, pooling=self.pooling)}
+        return {self.head_name: ClassificationHead(num_labels=1, pooling=self.head_pooling)}
+
+    @property
+    def row_labels(self) -> str:
+        return "number"
+
+    def resolved(self, model: ModelConfig, train: AnyFeed | None) -> Self:
+        own, numbers = super().resolved(model, train), getattr(train, "numbers", None)
+        if numbers is None:
+            return own
+        standard = {"offset": numbers.mean, "scale": max(numbers.deviation or 1.0, _LEAST_SCALE)}
+        return own.model_copy(update={k: v for k, v in standard.items() if getattr(self, k) is None})
+
+    def notes(self, context: TransformContext) -> Sequence[str]:  # noqa: ARG002
+        return (f"a number is learnt as (number - {self._offset:.6g}) / {self._scale:.6g}",)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:
         remedy = "set data.type=labelled with labels=number"
         require_targets(context, NUMBER, "objective.type=regression", remedy)
-        for number in context.number_range or ():
-            scaled = (number - self.offset) / self.scale
+        numbers = () if context.numbers is None else (context.numbers.least, context.numbers.most)
+        for number in numbers:
+            scaled = (number - self._offset) / self._scale
             if not abs(scaled) <= _MOST_SCALED:
                 raise ConfigError(
-                    f"objective.offset={self.offset:g} and objective.scale={self.scale:g} make {scaled:g} of "
-                    f"the number {number:g} of the data, and its loss would be infinite: set them near the "
-                    "mean and the deviation of the numbers."
+                    f"objective.offset={self._offset:g} and objective.scale={self._scale:g} make {scaled:g} "
+                    f"of the number {number:g} of the data, and its loss would be infinite: set them near "
+                    "the mean and the deviation of the numbers, or leave them out."
                 )
         return ()
+
+    @property
+    def _offset(self) -> float:
+        return 0.0 if self.offset is None else self.offset
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.scale is None else self.scale
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {NUMBER: 1.0}
@@ -57,7 +86,7 @@ class Regression(RowObjective):
         targets = only_batch(batch).targets
         counts = targets[ROW] != IGNORE_INDEX
         # The gradient of a row that does not count is 0 times its error, which must be finite for that.
-        numbers = targets[NUMBER].where(counts, self.offset)
+        numbers = targets[NUMBER].where(counts, self._offset)
         losses = self._losses(self.outputs(model, only_batch(batch))[:, 0], numbers)
         return {NUMBER: losses.where(counts, 0.0).sum()}
 
@@ -65,7 +94,7 @@ class Regression(RowObjective):
         from torch.nn.functional import huber_loss, mse_loss
 
         # In float64: numbers that differ only in their last digits, such as times, still differ.
-        scaled_B = ((numbers_B.double() - self.offset) / self.scale).to(outputs_B.dtype)
+        scaled_B = ((numbers_B.double() - self._offset) / self._scale).to(outputs_B.dtype)
         if self.loss == "huber":
             return huber_loss(outputs_B, scaled_B, reduction="none", delta=self.huber_delta)
         return mse_loss(outputs_B, scaled_B, reduction="none")
@@ -84,7 +113,7 @@ class Regression(RowObjective):
         outputs, numbers = outputs[counts], only_batch(batch).targets[NUMBER][counts].double()
         return {
             "loss_sum": self._losses(outputs, numbers).sum(),
-            "predictions": self.offset + self.scale * outputs,
+            "predictions": self._offset + self._scale * outputs,
             "numbers": numbers,
         }
 

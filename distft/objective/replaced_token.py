@@ -12,9 +12,10 @@ from pydantic import Field
 
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, MASKED_TOKEN, REPLACED_TOKEN
-from distft.model.config import GeneratorHead, Heads, ModelConfig, TokenHead
+from distft.model.config import ModelConfig
+from distft.model.heads import GeneratorHead, Heads, TokenHead
 from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
-from distft.objective.language_model import require_bidirectional
+from distft.objective.language_model import require_bidirectional, require_transformer
 from distft.objective.masking import MaskingSettings
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
     from distft.data.feed import Transform
     from distft.objective.token_sampling import LossFn
 
-GENERATOR, DISCRIMINATOR = "generator", "discriminator"
+GENERATOR, DISCRIMINATOR = "generator", "discriminator"  # heads, and the terms that they learn by
 
 
 class ReplacedToken(MaskingSettings, Objective):
@@ -50,6 +51,7 @@ class ReplacedToken(MaskingSettings, Objective):
         return {GENERATOR: generator, DISCRIMINATOR: TokenHead(num_outputs=1)}
 
     def check_model(self, model: ModelConfig) -> None:
+        require_transformer(model, self.type, "its generator has a Transformer's blocks")
         require_bidirectional(model, self.type)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:
@@ -61,11 +63,11 @@ class ReplacedToken(MaskingSettings, Objective):
         return self.mask_notes(context.data)
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
-        return {MASKED_TOKEN: 1.0, REPLACED_TOKEN: self.discriminator_weight}
+        return {GENERATOR: 1.0, DISCRIMINATOR: self.discriminator_weight}
 
     def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
         counts = only_batch(batch).num_targets
-        return {name: counts[name] for name in (MASKED_TOKEN, REPLACED_TOKEN)}
+        return {GENERATOR: counts[MASKED_TOKEN], DISCRIMINATOR: counts[REPLACED_TOKEN]}
 
     def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:
         from distft.objective.cross_entropy import FusedLinearCrossEntropy
@@ -77,7 +79,7 @@ class ReplacedToken(MaskingSettings, Objective):
         logits = self._discriminate(model, rows, replaced)
         is_replaced = replaced != _original(rows)
         discriminator_sum = discriminator_loss_sum(logits, is_replaced, rows.targets[REPLACED_TOKEN])
-        return {MASKED_TOKEN: generator_sum, REPLACED_TOKEN: discriminator_sum}
+        return {GENERATOR: generator_sum, DISCRIMINATOR: discriminator_sum}
 
     def evaluate(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> dict[str, Tensor]:
         """Sums, float64: of the generator loss, correct and targets; of the discriminator further counts."""
@@ -109,13 +111,13 @@ class ReplacedToken(MaskingSettings, Objective):
         generator_loss, discriminator_loss = loss / max(num_masked, 1), loss_sum / max(num_tokens, 1)
         return {
             "loss": generator_loss + self.discriminator_weight * discriminator_loss,
-            "generator_loss": generator_loss,
-            "generator_accuracy": num_correct / max(num_masked, 1),
-            "discriminator_loss": discriminator_loss,
-            "discriminator_accuracy": num_right / max(num_tokens, 1),
-            "replaced_share": num_replaced / max(num_tokens, 1),
-            "replaced_precision": num_found / max(num_claimed, 1),
-            "replaced_recall": num_found / max(num_replaced, 1),
+            f"{GENERATOR}/loss": generator_loss,
+            f"{GENERATOR}/accuracy": num_correct / max(num_masked, 1),
+            f"{DISCRIMINATOR}/loss": discriminator_loss,
+            f"{DISCRIMINATOR}/accuracy": num_right / max(num_tokens, 1),
+            f"{DISCRIMINATOR}/replaced_share": num_replaced / max(num_tokens, 1),
+            f"{DISCRIMINATOR}/precision": num_found / max(num_claimed, 1),
+            f"{DISCRIMINATOR}/recall": num_found / max(num_replaced, 1),
         }
 
     def _generate(

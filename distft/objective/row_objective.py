@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from distft.errors import ConfigError
-from distft.model.config import HeadName, ModelConfig, Pooling
-from distft.objective.interface import Model, Objective, only_batch
+from distft.model.heads import HeadName
+from distft.objective.interface import Model, only_batch
+from distft.objective.pooled import PooledObjective
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
@@ -16,18 +17,10 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
     from distft.data.dataset import TransformContext
 
 
-class RowObjective(Objective):
+class RowObjective(PooledObjective):
     """An objective whose terms are sums over rows."""
 
     head: HeadName | None = None  # name of its parameters; null: classifier, in a mixture that of its part
-    pooling: Pooling = "last"  # of a row's hidden states, for the head
-
-    def check_model(self, model: ModelConfig) -> None:
-        if self.pooling == "first" and model.is_causal:
-            raise ConfigError(
-                "objective.pooling=first with model.attention=causal: the first token attends only to "
-                "itself, so the rest of the text has no effect. Set objective.pooling=last or mean."
-            )
 
     def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
         counts = only_batch(batch).num_targets

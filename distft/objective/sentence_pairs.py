@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from distft.data.dataset import DataContext, Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, MASKED_TOKEN
 from distft.errors import ConfigError
-from distft.model.config import (
-    LANGUAGE_MODEL,
-    ClassificationHead,
-    HeadName,
-    Heads,
-    ModelConfig,
-    Pooling,
-)
-from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
+from distft.model.config import ModelConfig
+from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, HeadName, Heads
+from distft.objective.interface import Model, ObjectiveContext, Passes, only_batch
 from distft.objective.language_model import (
     hidden_losses,
     require_bidirectional,
@@ -25,6 +19,7 @@ from distft.objective.language_model import (
     with_counts,
 )
 from distft.objective.masking import MaskingSettings
+from distft.objective.pooled import PooledObjective
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
@@ -37,7 +32,7 @@ _FIRST_PIECES = ("<cls>", "[CLS]")
 _SEPARATOR_PIECES = ("<sep>", "[SEP]")
 
 
-class SentencePairs(Objective):
+class SentencePairs(PooledObjective):
     """Cross entropy of a pair's label: 0 for two neighbouring texts as they were, 1 for a changed pair.
 
     With `masking` the pair's tokens are masked too, and the sum of the two mean losses is minimized, as BERT
@@ -45,24 +40,23 @@ class SentencePairs(Objective):
     """
 
     head: HeadName | None = None  # name of its parameters; null: the objective's type
-    pooling: Pooling = "mean"  # of a pair's hidden states, for the head
     masking: MaskingSettings | None = None  # settings as of masked_lm; null: no tokens are masked
 
     name: ClassVar[str]  # of the objective, its targets and its term
     draws_other_rows: ClassVar[bool]
 
     def heads(self, label_names: Labels) -> Heads:  # noqa: ARG002
-        pair = {self._head: ClassificationHead(num_labels=2, pooling=self.pooling)}
+        pair = {self._head: ClassificationHead(num_labels=2, pooling=self.head_pooling)}
         return pair if self.masking is None else {**LANGUAGE_MODEL, **pair}
 
     def check_model(self, model: ModelConfig) -> None:
         if self.masking is not None:
             require_bidirectional(model, f"{self.name} and masking")
-        if self.pooling == "first" and model.is_causal:
-            raise ConfigError(
-                "objective.pooling=first with model.attention=causal: the first token attends only to "
-                "itself, so the rest of the pair has no effect. Set objective.pooling=last or mean."
-            )
+        super().check_model(model)
+
+    @property
+    def passes(self) -> Passes:
+        return Passes() if self.masking is None else Passes(logits_share=self.masking.mask_rate)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:
         import numpy as np

@@ -11,11 +11,13 @@ from pydantic import Field
 from distft.data.dataset import DataContext, TransformContext
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
+from distft.objective.interface import Passes
 from distft.objective.language_model import LanguageModelObjective, require_causal
-from distft.objective.masking import mask_piece_note, mask_token_id
+from distft.objective.masking import mask_token_id
 
 if TYPE_CHECKING:
     from distft.data.feed import Transform
+    from distft.data.span_corruption import SpanCorrupter
 
 _SENTINEL = "<extra_id_{}>"  # T5's name
 
@@ -33,6 +35,11 @@ class SpanCorruption(LanguageModelObjective):
 
     has_few_targets: ClassVar[bool] = True
 
+    @property
+    def passes(self) -> Passes:
+        spans = self.noise_density / self.mean_span_length  # a token of the text; each has two sentinels
+        return Passes(logits_share=(self.noise_density + spans) / (1 + 2 * spans))
+
     def check_model(self, model: ModelConfig) -> None:
         require_causal(model, self.type)
 
@@ -40,24 +47,14 @@ class SpanCorruption(LanguageModelObjective):
         import numpy as np
 
         from distft.data.documents import documents
-        from distft.data.span_corruption import SpanCorrupter
 
         data = context.data
-        sentinels = _sentinel_ids(data)
-        corrupter = SpanCorrupter(
-            seed=context.seed,
-            noise_density=self.noise_density,
-            mean_span_length=self.mean_span_length,
-            sentinel_ids=sentinels or (mask_token_id(data),),
-            eos_id=data.eos_id,
-            pad_id=data.pad_id or 0,
-        )
-        longest = corrupter.source_length(data.seq_len, data.seq_len)
-        if not longest:
+        sentinels, corrupter = _sentinel_ids(data), self._corrupter(context)
+        num_spans = _most_spans(corrupter, data.seq_len)
+        if not num_spans:
             raise ConfigError(
                 f"batch.seq_len={data.seq_len} leaves no target: a text and one span do not fit. Raise it."
             )
-        num_spans = corrupter.num_noise_and_spans(longest)[1]
         if sentinels and num_spans > len(sentinels):
             raise ConfigError(
                 f"objective.noise_density={self.noise_density:g} and mean_span_length="
@@ -74,11 +71,31 @@ class SpanCorruption(LanguageModelObjective):
     def notes(self, context: TransformContext) -> Sequence[str]:
         if _sentinel_ids(context.data):
             return ()
-        name = _SENTINEL.format(0)
+        first = _SENTINEL.format(0)
+        num_spans = _most_spans(self._corrupter(context), context.data.seq_len)
+        others = f" and so on to `--symbol '{_SENTINEL.format(num_spans - 1)}'`" if num_spans > 1 else ""
         return (
-            f"all removed spans have one sentinel, in order: the tokenizer has no {name}",
-            *mask_piece_note(context.data),
+            f"all removed spans have one sentinel, id {mask_token_id(context.data)}, in order: the tokenizer "
+            f"has no {first}. `distft tokenizer train --symbol '{first}'`{others} makes one that has them.",
         )
+
+    def _corrupter(self, context: TransformContext) -> SpanCorrupter:
+        from distft.data.span_corruption import SpanCorrupter
+
+        return SpanCorrupter(
+            seed=context.seed,
+            noise_density=self.noise_density,
+            mean_span_length=self.mean_span_length,
+            sentinel_ids=_sentinel_ids(context.data) or (mask_token_id(context.data),),
+            eos_id=context.data.eos_id,
+            pad_id=context.data.pad_id or 0,
+        )
+
+
+def _most_spans(corrupter: SpanCorrupter, seq_len: int) -> int:
+    """That a row of one document has; 0: none fits."""
+    longest = corrupter.source_length(seq_len, seq_len)
+    return corrupter.num_noise_and_spans(longest)[1] if longest else 0
 
 
 def _sentinel_ids(context: DataContext) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ from distft.config import Settings
 from distft.data.dataset import DataContext, Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, ROW
 from distft.errors import ConfigError
-from distft.model.config import HeadName, Heads, ModelConfig
-from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
+from distft.model.config import ModelConfig
+from distft.model.heads import HeadName, Heads
+from distft.objective.interface import Model, Objective, ObjectiveContext, Passes, only_batch
 from distft.objective.row_objective import require_targets
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
@@ -111,6 +112,33 @@ class UnlabelledObjective(Objective):
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
         return {ROW: 1.0}
+
+    @property
+    def passes(self) -> Passes:
+        """One view is predicted, and the other learns."""
+        return Passes(trained=0.5, forward_only=0.5) if self.views else Passes()
+
+    @property
+    def confident_target(self) -> str | None:
+        """The targets of `prepare_step` that rows lack for low confidence; None: it leaves out no row."""
+        return None
+
+    @property
+    def training_sum_names(self) -> Sequence[str]:
+        return () if self.confident_target is None else ("num_confident", "num_rows")
+
+    def training_sums(self, batch: AnyBatch) -> Mapping[str, Tensor]:
+        if self.confident_target is None:
+            return {}
+        batch = only_batch(batch)
+        targets = batch.targets[self.confident_target]
+        is_confident = (targets if targets.ndim == 1 else targets[:, 0]) != IGNORE_INDEX
+        return {"num_confident": is_confident.sum(), "num_rows": counts(batch).sum()}
+
+    def training_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The share of rows that are learnt from, if confidence decides which."""
+        num_rows = sums.get("num_rows", 0)
+        return {"confident_share": sums["num_confident"] / num_rows} if num_rows else {}
 
     def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
         return {ROW: only_batch(batch).num_targets[ROW]}

@@ -96,6 +96,17 @@ def _describe_mixture(config: RunConfig) -> Iterator[str]:
         yield from (f"objective   {line}" for line in config.objective.describe())
 
 
+def _describe_passes(inputs: "RunInputs") -> Iterator[str]:
+    """How often a step runs the model on the rows of a sequence, where that is not once."""
+    for name, (num_rows, passes) in inputs.passes.items():
+        if num_rows > 1 or passes.forward_only:
+            stream = f"{name}: " if name else ""
+            yield (
+                f"passes      {stream}a sequence takes {num_rows * passes.trained:g} with a gradient and "
+                f"{num_rows * passes.forward_only:g} without"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class CheckedRun:
     """A run that may start: its description, and what is odd about it."""
@@ -143,6 +154,7 @@ def describe_run(
     lines += [
         f"batch       {plan.global_batch_size} sequences of {plan.seq_len} tokens a step; on {ranks} "
         f"{num_micro} micro-batch{'es' * (num_micro > 1)} of at most {largest}",
+        *_describe_passes(inputs),
         *describe_needs(needs, config, speed),
     ]
     return CheckedRun(lines, remarks(inputs, plan, has_gpu=torch.cuda.is_available()), needs)

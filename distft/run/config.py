@@ -17,7 +17,7 @@ from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
 from distft.errors import DistftError, suggest_name
-from distft.model.config import ModelConfig
+from distft.model.settings import AnyModelConfig, is_complete, model_setting_names
 from distft.objective.settings import CausalLM, ObjectiveConfig
 from distft.optim.adamw import AdamWConfig
 from distft.run.cluster_config import MOST_SECONDS, ClusterConfig
@@ -65,7 +65,7 @@ class RunConfig(Settings):
     tokenizer: PathText | None = None  # a .model file; null: the one of the data or the checkpoint
     init_from: PathText | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
     allow_model_changes: tuple[str, ...] = ()  # fields of model that may differ from init_from's
-    model: ModelConfig | None = None  # null: that of init_from
+    model: AnyModelConfig | None = None  # null: that of init_from
     trainable: tuple[str, ...] = ("*",)  # patterns of parameter names; "!pattern" excludes
     data: DataConfig
     validation: DataConfig | None = None
@@ -91,7 +91,7 @@ class RunConfig(Settings):
             )
         if self.model is None and self.init_from is None:
             problems.append("model is missing: set model, or set init_from to a checkpoint")
-        known = list(ModelConfig.model_fields)
+        known = model_setting_names()
         problems += [
             f"allow_model_changes: {name!r} is not a setting of model.{suggest_name(name, known)}"
             for name in self.allow_model_changes
@@ -159,11 +159,12 @@ def _complete_model(raw: dict[str, Any]) -> dict[str, Any]:
     model, init_from = raw.get("model"), raw.get("init_from")
     if not isinstance(model, Mapping) or not isinstance(init_from, str):
         return raw
-    required = {name for name, info in ModelConfig.model_fields.items() if info.is_required()}
-    if required <= model.keys():
+    if is_complete(model):
         return raw
     try:
         saved = open_source(init_from, weights_only=True).manifest.config.get("model")
     except DistftError:
         return raw  # `read_inputs` reports it
-    return {**raw, "model": {**saved, **model}} if isinstance(saved, Mapping) else raw
+    if not isinstance(saved, Mapping) or model.get("type", saved.get("type")) != saved.get("type"):
+        return raw
+    return {**raw, "model": {**saved, **model}}

@@ -15,8 +15,9 @@ from distft.data.batch import Batch, RaggedArray
 from distft.data.corpus import CHUNK_BYTES, ListedCorpus
 from distft.data.corpus_chunks import CorpusChunk, Document
 from distft.errors import ConfigError, DataError
-from distft.model.config import EmbeddingHead, Heads, Pooling, check_pooling
-from distft.model.transformer import Transformer
+from distft.model.config import Pooling, check_pooling
+from distft.model.heads import EmbeddingHead, Heads
+from distft.model.with_heads import ModelWithHeads
 from distft.run.embedding_files import EmbeddingFile, check_writable, file_type
 from distft.run.engines import choose_device
 from distft.run.pretrained import TrainedModel, load_model, open_model
@@ -167,7 +168,7 @@ def _share_of(corpus: ListedCorpus, collectives: Collectives) -> list[CorpusChun
 class _Embedder:
     """Embeds documents with one model, and counts them."""
 
-    def __init__(self, trained: TrainedModel, module: Transformer, device: torch.device) -> None:
+    def __init__(self, trained: TrainedModel, module: ModelWithHeads, device: torch.device) -> None:
         self._encode = trained.tokenizer.encode
         self._pad_id = trained.tokenizer.pad_id or 0
         self._seq_len = trained.config.batch.seq_len

@@ -8,12 +8,14 @@ from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.sources import CheckpointSource, notes_of
 from distft.data.dataset import DataContext, Labels
-from distft.data.feed import AnyFeed
+from distft.data.feed import AnyFeed, StreamFeed
 from distft.data.labelled import LabelledConfig
 from distft.data.streams import StreamsConfig
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
-from distft.model.config import Heads, ModelConfig
-from distft.model.counts import Flops, training_flops
+from distft.model.config import ModelConfig
+from distft.model.counts import Flops
+from distft.model.heads import Heads
+from distft.objective.interface import Passes
 from distft.objective.mixture import Mixture
 from distft.optim.adamw import parameter_groups
 from distft.optim.patterns import select_trainable
@@ -28,6 +30,7 @@ from distft.run.model import (
     require_same_model,
 )
 from distft.run.paths import check_data_files, find_tokenizer, naming_settings, require_outputs
+from distft.run.step_flops import StepFlops
 from distft.run.streams import require_targets
 from distft.tokenizer import Tokenizer
 
@@ -62,19 +65,39 @@ class RunInputs:
 
     @property
     def training_flops(self) -> dict[str, Flops]:
-        """FLOPs of forward and backward, on rows of the run's length, by stream as in `Batch.work`.
+        """FLOPs of a step's passes, on rows of the run's length, by stream as in `Batch.work`.
 
         A row of a stream goes through the heads of that stream's part alone. Passes without a gradient, such
-        as a teacher's, do not count: they are no part of the model's own cost.
+        as a teacher's, count too.
         """
-        seq_len, objective = self.config.batch.seq_len, self.config.objective
+        objective = self.config.objective
         if not isinstance(objective, Mixture):
-            return {"": training_flops(self.model, seq_len, self.heads, self.trainable)}
+            return {"": self._step_flops.of(self.heads, objective.passes)}
         flops = {}
         for name in objective.parts:
             heads = {head: self.heads[head] for head in objective.heads_of_part(name, self.label_names)}
-            flops[name] = training_flops(self.model, seq_len, heads, self.trainable)
+            flops[name] = self._step_flops.of(heads, objective.part(name).passes)
         return flops
+
+    @property
+    def recomputed_flops(self) -> dict[str, Flops]:
+        """What full activation checkpointing adds to `training_flops`."""
+        return {name: self._step_flops.recomputed(passes) for name, (_, passes) in self.passes.items()}
+
+    @property
+    def passes(self) -> dict[str, tuple[int, Passes]]:
+        """The rows of a sequence and the passes of each, by stream."""
+        objective, train = self.config.objective, self.train
+        if not isinstance(objective, Mixture) or not isinstance(train, StreamFeed):
+            return {"": (_rows_per_sequence(train), objective.passes)}
+        return {
+            name: (_rows_per_sequence(train.streams[name]), objective.part(name).passes)
+            for name in objective.parts
+        }
+
+    @property
+    def _step_flops(self) -> StepFlops:
+        return StepFlops(model=self.model, seq_len=self.config.batch.seq_len, trainable=self.trainable)
 
     @property
     def run_flops(self) -> float:
@@ -83,10 +106,16 @@ class RunInputs:
         shares = dict.fromkeys(by_stream, 1.0)
         if isinstance(self.config.data, StreamsConfig):
             shares = {name: stream.share for name, stream in self.config.data.streams.items()}
-        per_row = sum(
-            share * by_stream[name].of(batch.seq_len, batch.seq_len**2) for name, share in shares.items()
+        rows = {name: num_rows for name, (num_rows, _) in self.passes.items()}
+        per_sequence = sum(
+            share * rows[name] * by_stream[name].of(batch.seq_len, batch.seq_len**2)
+            for name, share in shares.items()
         )
-        return per_row / sum(shares.values()) * batch.global_batch_size * self.total_steps
+        return per_sequence / sum(shares.values()) * batch.global_batch_size * self.total_steps
+
+
+def _rows_per_sequence(feed: AnyFeed) -> int:
+    return getattr(feed.batch(0, 1), "rows_per_sequence", 1)
 
 
 def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
@@ -119,6 +148,10 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
     assert model is not None
     context = replace(data_context(tokenizer, model, config), cache_dir=cache_dir)
     train, validation = _build_data(config, context, errors)
+    config = config.model_copy(update={"objective": config.objective.resolved(model, train)})
+    context = replace(context, label_names=None if train is None else train.label_names)
+    train = _transformed(config, "data", train, context, errors)
+    validation = _transformed(config, "validation", validation, context, errors)
     label_names = None if train is None else train.label_names
     with errors.collect():
         heads = placeholder_heads(config) if train is None else config.objective.heads(label_names)
@@ -217,10 +250,7 @@ def _build_data(
     with errors.collect(), naming_settings("validation", config.validation):
         if config.validation is not None:
             validation = config.validation.build_for_evaluation(context)
-    return (
-        _transformed(config, "data", train, context, errors),
-        _transformed(config, "validation", validation, context, errors),
-    )
+    return train, validation
 
 
 def _transformed(
@@ -244,7 +274,7 @@ def _model_config(
 
     Without a tokenizer the vocabulary is that of `init_from`, or 1: the other sizes can still be checked.
     """
-    model = config.model
+    model: ModelConfig | None = config.model
     if model is None:
         assert init_from is not None  # RunConfig requires one of the two
         if "model" not in init_from.manifest.config:

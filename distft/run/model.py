@@ -9,15 +9,17 @@ from distft.checkpoint.sources import CheckpointSource
 from distft.config import Settings, parse
 from distft.data.dataset import ClassNames, Labels
 from distft.errors import ConfigError, suggest_name
-from distft.model.config import ClassificationHead, Heads, ModelConfig
-from distft.model.transformer import Transformer
+from distft.model.config import ModelConfig
+from distft.model.heads import ClassificationHead, Heads
+from distft.model.settings import AnyModelConfig
+from distft.model.with_heads import ModelWithHeads
 from distft.run.config import RunConfig
 
 
-def build_module(model: ModelConfig, heads: Heads) -> Transformer:
+def build_module(model: ModelConfig, heads: Heads) -> ModelWithHeads:
     """The model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        return Transformer(model, heads)
+        return model.build(heads)
 
 
 def parameter_shapes(model: ModelConfig, heads: Heads) -> dict[str, tuple[int, ...]]:
@@ -103,7 +105,7 @@ _FREE_FIELDS = {"dropout", "attention_kernel", "init_std", "max_seq_len"}
 
 def model_of(source: CheckpointSource) -> ModelConfig:
     """The configuration of a checkpoint's model, which its manifest must have. Raises `ConfigError`."""
-    model: ModelConfig = parse(ModelConfig, source.manifest.config["model"], where=f"{source.path}: model")
+    model: ModelConfig = parse(AnyModelConfig, source.manifest.config["model"], where=f"{source.path}: model")
     return model
 
 
@@ -115,8 +117,12 @@ def require_same_model(init_from: CheckpointSource, model: ModelConfig, allowed:
     """
     if "model" not in init_from.manifest.config:
         return  # of plain DeepSpeed: only names and shapes are known
-    before = model_of(init_from).model_dump()
-    after = model.model_dump()
+    before, after = model_of(init_from).model_dump(), model.model_dump()
+    if before["type"] != after["type"]:
+        raise ConfigError(
+            f"model.type is {before['type']} in {init_from.path} and {after['type']} here: another type of "
+            "model has no use for its weights. Leave model out, or leave init_from out."
+        )
     changed = [
         name
         for name in after
@@ -136,5 +142,5 @@ def added_block_prefixes(init_from: CheckpointSource, config: RunConfig) -> tupl
     if "num_layers" not in config.allow_model_changes or config.model is None:
         return ()
     names = init_from.manifest.parameters
-    blocks = [f"blocks.{index}." for index in range(config.model.num_layers)]
+    blocks = [f"blocks.{index}." for index in range(config.model.num_blocks)]
     return tuple(block for block in blocks if not any(name.startswith(block) for name in names))

@@ -19,8 +19,8 @@ from distft.data.feed import AnyFeed
 from distft.engine.interface import DTYPES
 from distft.engine.memory import allocate
 from distft.errors import ConfigError
-from distft.model.config import Heads
-from distft.model.transformer import Transformer
+from distft.model.heads import Heads
+from distft.model.with_heads import ModelWithHeads
 from distft.objective.interface import ObjectiveContext
 from distft.run.config import RunConfig
 from distft.run.engines import choose_device
@@ -100,9 +100,10 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
     notes += [*tokenizer.notes, *tokenizer_notes(tokenizer, source)]
     assert config.model is not None  # of a checkpoint, or of the substitute
     model = config.model.for_vocabulary(tokenizer.vocab_size)
+    objective = config.objective.resolved(model, None)  # a checkpoint of a run has all values
     return TrainedModel(
         source=source,
-        config=config.model_copy(update={"model": model}),
+        config=config.model_copy(update={"model": model, "objective": objective}),
         tokenizer=tokenizer,
         notes=tuple(notes),
     )
@@ -184,7 +185,7 @@ def _load_tokenizer(source: CheckpointSource, path: str | None) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def load_model(trained: TrainedModel, device: torch.device, heads: Heads | None = None) -> Transformer:
+def load_model(trained: TrainedModel, device: torch.device, heads: Heads | None = None) -> ModelWithHeads:
     """The whole model on `device`, in the run's `param_dtype` and in evaluation mode; sets `num_threads`.
 
     `heads` replace those of the run.

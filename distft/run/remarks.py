@@ -7,11 +7,11 @@ import torch
 from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.errors import ConfigError
-from distft.model.attention_kernels import require_attention_kernel
 from distft.objective.mixture import Mixture
 from distft.optim.patterns import matching_names
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
+from distft.run.training_module import require_kernels
 from distft.topology import BatchPlan
 
 _MOST_EPOCHS = 1000
@@ -133,7 +133,7 @@ def _on_machine(config: RunConfig, inputs: RunInputs, *, has_gpu: bool) -> Itera
         yield "device=cuda: this machine has no GPU that torch finds, so the run cannot start here."
     if config.device == "cpu" or not has_gpu:
         try:
-            require_attention_kernel(inputs.model, torch.device("cpu"))
+            require_kernels(inputs.model, torch.device("cpu"))
         except ConfigError as error:
             yield f"This machine cannot run it: {error}"
         if config.engine.allow_tf32:

@@ -1,6 +1,7 @@
 """The run directory: writes config.yaml, starts the trackers, and logs the events of a start."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,19 @@ def _origin_in_checkpoint(inputs: RunInputs, init_from: CheckpointSource) -> dic
     unused = [name for name in parameters if name not in inputs.shapes and not parameters[name].is_buffer]
     fields = {
         "init_from": init_from.path,
-        "new_parameters": ", ".join(new),
-        "unused_parameters": ", ".join(unused),
+        "new_parameters": _grouped(new),
+        "unused_parameters": _grouped(unused),
     }
     return {name: text for name, text in fields.items() if text}
+
+
+def _grouped(names: Sequence[str]) -> str:
+    """Names of parameters, those of one head or block together: `generator.* (26), lm_head.weight`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        first, *rest = name.split(".")
+        is_numbered = len(rest) > 1 and rest[0].isdecimal()  # such as blocks.3
+        groups.setdefault(f"{first}.{rest[0]}" if is_numbered else first, []).append(name)
+    return ", ".join(
+        own[0] if len(own) == 1 else f"{group}.* ({len(own):,} parameters)" for group, own in groups.items()
+    )

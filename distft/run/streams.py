@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from distft.data.labelled import LabelledConfig
 from distft.data.streams import StreamsConfig
 from distft.errors import ConfigError, ErrorCollector, suggest_name
 from distft.objective.interface import Objective
@@ -14,11 +15,17 @@ if TYPE_CHECKING:
     from distft.data.feed import AnyFeed
 
 
+_LEARNT = {"one": "one label a row", "several": "any number of labels a row", "number": "a number a row"}
+
+
 def stream_problems(data: Any, validation: Any, objective: Any) -> Iterator[str]:
     """What is wrong with the names of streams and parts, which the settings alone tell."""
     if isinstance(objective, Mixture):
         yield from _problems_of_mixture(data, validation, list(objective.parts))
+        for name in objective.parts:
+            yield from _problems_of_labels(objective.part(name), _streams_of(name, data, validation))
         return
+    yield from _problems_of_labels(objective, {"data": data, "validation": validation})
     is_builtin = isinstance(objective, Objective) and (
         type(objective).transform_feed is Objective.transform_feed
     )
@@ -51,6 +58,32 @@ def _problems_of_mixture(data: Any, validation: Any, parts: list[str]) -> Iterat
                 if name not in given.streams:
                     hint = suggest_name(name, list(given.streams))
                     yield f"objective.parts.{name} has no stream in data.streams: add one of its name.{hint}"
+
+
+def _streams_of(name: str, data: Any, validation: Any) -> dict[str, Any]:
+    """The data of one stream, by setting."""
+    return {
+        f"{setting}.streams.{name}.data": given.streams[name].data
+        for setting, given in (("data", data), ("validation", validation))
+        if isinstance(given, StreamsConfig) and name in given.streams
+    }
+
+
+def _problems_of_labels(objective: Any, data: dict[str, Any]) -> Iterator[str]:
+    """That labels are read as something else than the objective learns; `data` is by setting."""
+    needed = objective.row_labels if isinstance(objective, Objective) else None
+    wrong = {
+        setting: given.labels
+        for setting, given in data.items()
+        if isinstance(given, LabelledConfig) and given.label is not None and given.labels != needed
+    }
+    if needed is None or not wrong:
+        return
+    found = " and ".join(f"{setting}.labels={kind}" for setting, kind in wrong.items())
+    yield (
+        f"objective.type={getattr(objective, 'type', '')} learns {_LEARNT[needed]}, and {found}: set "
+        f"labels={needed} there, or another objective.type"
+    )
 
 
 def require_targets(objective: Objective, setting: str, data: Any, feed: AnyFeed) -> None:

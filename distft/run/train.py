@@ -14,7 +14,7 @@ from distft.collectives import Collectives, ProcessGroup
 from distft.config.step_function import value_at
 from distft.engine.interface import DTYPES
 from distft.errors import Interrupted, Preempted, SupersededError
-from distft.model.counts import recomputed_flops
+from distft.model.transformer_config import TransformerConfig
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
 from distft.run.comparison import check_supervised_alone, log_comparison
@@ -263,8 +263,9 @@ class TrainingRun:
         return Throughput(
             flops=self._inputs.training_flops,
             recomputed_flops=(
-                recomputed_flops(self._inputs.model, self._inputs.trainable)
+                self._inputs.recomputed_flops
                 if self._config.engine.activation_checkpointing == "full"
+                and isinstance(self._inputs.model, TransformerConfig)
                 else None
             ),
             peak_flops_per_s=lambda: peak_flops_per_s(self._device, dtype),

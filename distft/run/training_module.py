@@ -10,15 +10,17 @@ from distft.collectives import Collectives
 from distft.errors import ConfigError, ErrorCollector
 from distft.model.attention_kernels import require_attention_kernel
 from distft.model.compiler import compile_pays, missing_for_compile
+from distft.model.config import ModelConfig
 from distft.model.fp8 import require_fp8, use_fp8
-from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
+from distft.model.with_heads import ModelWithHeads
 from distft.objective.interface import ObjectiveContext
 from distft.run.inputs import RunInputs
 from distft.run.model import build_module
 from distft.topology import BatchPlan
 
 
-def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.device) -> Transformer:
+def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.device) -> ModelWithHeads:
     """The model on the meta device, prepared as `engine` in the configuration says.
 
     Raises one `ConfigError` with all that `device` or this machine lacks for it.
@@ -26,7 +28,7 @@ def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.devi
     settings = inputs.config.engine
     errors = ErrorCollector()
     with errors.collect():
-        require_attention_kernel(inputs.model, device)
+        require_kernels(inputs.model, device)
     if settings.fp8 != "none":
         with errors.collect():
             require_fp8(settings.fp8, device)
@@ -36,15 +38,28 @@ def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.devi
             raise ConfigError(f"engine.compile=true needs {missing}: install it, or set engine.compile=auto.")
     errors.raise_if_any()
     module = build_module(inputs.model, inputs.heads)
-    module.set_activation_checkpointing(settings.activation_checkpointing)
     for name, param in module.named_parameters():
         param.requires_grad_(name in inputs.trainable)
-    if settings.fp8 != "none":
-        emulate = device.type == "cpu"
-        use_fp8(module.blocks, settings.fp8, min_features=settings.fp8_min_features, emulate=emulate)
+    with errors.collect():
+        module.set_activation_checkpointing(settings.activation_checkpointing)
+    with errors.collect():
+        if settings.fp8 != "none":
+            if module.fp8_layers is None:
+                raise ConfigError(
+                    f"engine.fp8={settings.fp8} needs model.type=transformer: set engine.fp8=none."
+                )
+            emulate = device.type == "cpu"
+            use_fp8(module.fp8_layers, settings.fp8, min_features=settings.fp8_min_features, emulate=emulate)
+    errors.raise_if_any()
     if _uses_compile(inputs, plan, device):
         module.compile_blocks()
     return module
+
+
+def require_kernels(model: ModelConfig, device: torch.device) -> None:
+    """Raise `ConfigError` if `model` names a kernel that cannot run on `device`."""
+    if isinstance(model, TransformerConfig):
+        require_attention_kernel(model, device)
 
 
 def build_objective_context(

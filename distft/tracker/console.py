@@ -11,9 +11,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from distft.tracker.interface import LEDGER_EVENT, Metrics, plain_number
 from distft.tracker.jsonl import METRICS_FILE
-from distft.tracker.number_format import duration, number, step_line
+from distft.tracker.number_format import duration, loss_terms, number, step_line
 
 _WIDE_COLUMNS = 120  # a narrower terminal shows fewer metrics beside the bar
+_BAR_COLUMNS = 44  # of the bar and the step's number; losses of single terms are shown if they fit beside
 _NARROW_METRICS = ("loss", "tokens_per_s", "skipped_steps", "steps_without_targets")
 
 
@@ -77,9 +78,15 @@ class ConsoleTracker:
         self._unprinted = f"step {step}/{self._max_steps} | {self._line(numbers, step)}"
         if self._bar is not None:
             bar, task = self._bar
+            terms = loss_terms(numbers)
             if self._console.width < _WIDE_COLUMNS:
-                numbers = {name: value for name, value in numbers.items() if name in _NARROW_METRICS}
-            bar.update(task, completed=step, description=escape(self._line(numbers, step)))
+                names = (*_NARROW_METRICS, *terms)
+                numbers = {name: value for name, value in numbers.items() if name in names}
+            line = self._line(numbers, step)
+            if len(line) > self._console.width - _BAR_COLUMNS:
+                numbers = {name: value for name, value in numbers.items() if name not in terms}
+                line = self._line(numbers, step)
+            bar.update(task, completed=step, description=escape(line))
         elif step >= self._max_steps or self._clock() - self._printed_at >= self._interval_s:
             self._print_step()
         elif not self._has_told_of_gaps:

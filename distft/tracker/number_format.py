@@ -1,7 +1,10 @@
 """Formats numbers, durations and the metrics of a step for people."""
 
+from collections.abc import Iterable
+
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _LARGE = 1000
+_LOSS = "/loss"  # ends the name of a term's loss
 
 
 def duration(seconds: float) -> str:
@@ -33,8 +36,23 @@ def amount(value: float, unit: str) -> str:
     return f"{value:,.0f} {name}" if name == "B" else f"{value:,.1f} {name}"
 
 
+def loss_terms(metrics: Iterable[str]) -> list[str]:
+    """Of the names of a step's metrics, those of single terms' losses; none if there is one term alone.
+
+    A loss that others are a part of, as `pairs/loss` of `pairs/masked_token/loss`, is no single term's.
+    """
+    losses = [name for name in metrics if name.endswith(_LOSS)]
+    wholes = {whole for name in losses for whole in losses if _is_part_of(name, whole)}
+    terms = [name for name in losses if name not in wholes]
+    return terms if len(terms) > 1 else []
+
+
+def _is_part_of(loss: str, whole: str) -> bool:
+    return loss != whole and loss.startswith(whole.removesuffix("loss"))
+
+
 def step_line(metrics: dict[str, float | int]) -> str:
-    """The metrics of a training step in one line; missing ones are omitted."""
+    """The metrics of a training step, its loss among them, in one line; missing ones are omitted."""
     formats = (
         ("loss", "loss {:.4f}"),
         ("lr", "lr {:.1e}"),
@@ -42,6 +60,9 @@ def step_line(metrics: dict[str, float | int]) -> str:
         ("tokens_per_s", "{:,.0f} tok/s"),
     )
     texts = [text.format(metrics[name]) for name, text in formats if name in metrics]
+    if terms := loss_terms(metrics):
+        shown = ", ".join(f"{name.removesuffix(_LOSS)} {metrics[name]:.4g}" for name in terms)
+        texts[0] += f" ({shown})"
     if "step_s" in metrics:
         step_s = metrics["step_s"]
         texts.append(f"{step_s:.1f} s/step" if step_s >= 1 else f"{step_s:.2g} s/step")

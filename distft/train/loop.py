@@ -14,7 +14,7 @@ from distft.errors import DivergedError, Preempted, Resized
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
-from distft.train.progress import LatestTerms, ProgressCounter
+from distft.train.progress import IntervalSums, LatestTerms, ProgressCounter
 from distft.train.schedule import TrainingSchedule
 from distft.train.services import STOP_REASONS, TrainerServices
 from distft.train.step import StepResult, train_step
@@ -51,6 +51,7 @@ class Trainer:
         self._schedule = schedule
         self._progress = ProgressCounter(progress, engine.device)
         self._terms = LatestTerms()
+        self._sums = IntervalSums()
         self._services = services
         self._heartbeat = services.heartbeat
         self._collectives = context.collectives
@@ -112,6 +113,8 @@ class Trainer:
                 self._objective.prepare_step(self._engine.model, loaded, self._context),
                 loss_sums=self._loss_sums,
                 num_targets=self._objective.num_targets,
+                training_sums=self._objective.training_sums,
+                sum_names=self._objective.training_sum_names,
                 weights=self._objective.term_weights(self.step),
                 group_lr=lambda group: lr * group.lr_scale,
                 signals=self._local_signals(),
@@ -120,6 +123,7 @@ class Trainer:
         self._heartbeat.finish_step()
         self._progress.add_step(result)
         self._terms.add_step(result)
+        self._sums.add_step(result)
         self._update_loss_scale(result)
         wait_s = batches.wait_s - wait_s_before
         self._throughput.add_step(loaded, self._collectives.dp_world_size, wait_s)
@@ -188,10 +192,12 @@ class Trainer:
         return metrics
 
     def _optional_metrics(self) -> dict[str, float | int]:
-        metrics: dict[str, float | int] = {}
-        names = list(self._objective.term_weights(self.step - 1))
-        if len(names) > 1:
-            metrics |= {f"loss/{name}": term for name, term in self._terms.read(names).items()}
+        last = self.step - 1
+        terms = self._terms.read(list(self._objective.term_weights(last)))
+        metrics: dict[str, float | int] = {
+            **self._objective.term_metrics(terms, last),
+            **self._objective.training_metrics(self._sums.read(self._objective.training_sum_names)),
+        }
         if self._progress.steps_without_targets:
             metrics["steps_without_targets"] = self._progress.steps_without_targets
         return metrics

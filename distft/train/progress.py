@@ -35,6 +35,24 @@ class LatestTerms:
         return {name: value for name, value, is_known in values if is_known}
 
 
+class IntervalSums:
+    """Sums for `Objective.training_metrics` over the steps since they were last read, in this process."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add_step(self, result: StepResult) -> None:
+        sums = result.sums.double()  # float32 counts to 16.7 million only
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self, names: Sequence[str]) -> dict[str, float]:
+        """By name, and start anew; empty without a step. Waits for the device."""
+        if self._sums is None or not names:
+            return {}
+        values, self._sums = self._sums.tolist(), None
+        return dict(zip(names, values, strict=True))
+
+
 class ProgressCounter:
     """Continues to count from a saved `Progress`.
 
@@ -55,7 +73,7 @@ class ProgressCounter:
         num_targets = result.num_targets.sum()
         is_empty = (num_targets == 0).float()
         is_skipped = result.is_skipped * (1 - is_empty)
-        self._tokens_seen += num_targets
+        self._tokens_seen += result.num_tokens
         self._skipped += is_skipped
         self._skipped_in_a_row = (self._skipped_in_a_row + 1 - is_empty) * (is_skipped + is_empty)
         self._without_targets += is_empty

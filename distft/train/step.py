@@ -20,6 +20,8 @@ class StepResult:
     terms: Tensor  # [K] mean of each term over its targets in the global batch
     is_measured: Tensor  # bool [K]: the term has targets in this batch and a weight other than 0
     num_targets: Tensor  # int64 [K], in the global batch
+    num_tokens: Tensor  # int64, of the global batch, without padding
+    sums: Tensor  # [M] `training_sums` over the global batch
     grad_norm: Tensor  # before clipping
     is_skipped: Tensor  # 1.0 if gradients were not finite, or the batch had no targets
     signals: DeferredRead  # int64 [S], summed over ranks, since the start of the step
@@ -31,6 +33,8 @@ def train_step(
     *,
     loss_sums: Callable[[Model, AnyBatch], Mapping[str, Tensor]],
     num_targets: Callable[[AnyBatch], Mapping[str, int]],
+    training_sums: Callable[[AnyBatch], Mapping[str, Tensor]] = lambda _: {},
+    sum_names: Sequence[str] = (),
     weights: Mapping[str, float],
     group_lr: GroupLr,
     signals: Sequence[int] = (),
@@ -39,12 +43,15 @@ def train_step(
     """Forward, backward and update over this rank's share of one global batch.
 
     Each term is divided by the number of its targets in the *global* batch, so that loss and gradient do not
-    depend on how the batch is split. `signals` are summed over ranks along with these counts; reading them
-    waits until the device has begun this step, so that it may run at most one step behind the host.
+    depend on how the batch is split. `training_sums` gives the sums `sum_names` over a micro-batch, or some
+    of them, which are added over micro-batches and ranks. `signals` are summed over ranks along with these
+    counts; reading them waits until the device has begun this step, so that it may run at most one step
+    behind the host.
     """
     local = [sum(num_targets(batch).get(name, 0) for batch in micro_batches) for name in weights]
-    totals = engine.all_reduce_sum(to_device([*local, *signals], engine.device))
-    counts, summed_signals = totals[: len(weights)], DeferredRead(totals[len(weights) :])
+    num_tokens = sum(batch.num_real_tokens for batch in micro_batches)
+    totals = engine.all_reduce_sum(to_device([num_tokens, *local, *signals], engine.device))
+    counts, summed_signals = totals[1 : len(weights) + 1], DeferredRead(totals[len(weights) + 1 :])
     # A step without any target divides by zero on purpose: no engine applies a gradient that is not finite.
     divisors = counts.clamp(min=(counts.sum() > 0).long())
     scale = to_device(list(weights.values()), engine.device)
@@ -53,7 +60,10 @@ def train_step(
         sums = loss_sums(model, batch)
         return torch.stack([sums[name] for name in weights]) * scale / divisors
 
-    terms = engine.all_reduce_sum(engine.forward_backward(micro_batches, loss_terms))
+    local_terms = engine.forward_backward(micro_batches, loss_terms)
+    local_sums = _added(training_sums, sum_names, micro_batches, like=local_terms)
+    reduced = engine.all_reduce_sum(torch.cat([local_terms, local_sums]))
+    terms, sums = reduced[: len(weights)], reduced[len(weights) :]
     before_update()
     update = engine.step(group_lr)
     has_weight = scale != 0
@@ -62,7 +72,26 @@ def train_step(
         terms=torch.where(has_weight, terms / scale, 0.0),
         is_measured=has_weight & (counts > 0),
         num_targets=counts,
+        num_tokens=totals[0],
+        sums=sums,
         grad_norm=update.grad_norm,
         is_skipped=update.is_skipped,
         signals=summed_signals,
     )
+
+
+def _added(
+    training_sums: Callable[[AnyBatch], Mapping[str, Tensor]],
+    names: Sequence[str],
+    micro_batches: Sequence[AnyBatch],
+    *,
+    like: Tensor,
+) -> Tensor:
+    """The sums [M] of these names over the micro-batches, in `like`'s dtype and on its device."""
+    added = like.new_zeros(len(names))
+    for batch in micro_batches if names else ():
+        found = training_sums(batch)
+        added += torch.stack(
+            [found[name].to(added) if name in found else added.new_zeros(()) for name in names]
+        )
+    return added

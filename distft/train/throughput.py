@@ -78,11 +78,11 @@ class Throughput:
         self,
         *,
         flops: Mapping[str, Flops],
-        recomputed_flops: Flops | None,
+        recomputed_flops: Mapping[str, Flops] | None,
         peak_flops_per_s: Callable[[], float],
         world_size: int,
     ) -> None:
-        """`flops` are the model's own, by stream as in `Batch.work`.
+        """`flops` are those of a step's passes, by stream as in `Batch.work`.
 
         Activation checkpointing adds `recomputed_flops`.
 
@@ -103,11 +103,11 @@ class Throughput:
         """Count one optimizer step; every rank computes about as much as these micro-batches take."""
         self._num_steps += 1
         for batch in micro_batches:
+            self._num_tokens += batch.num_real_tokens * num_ranks
             for stream, (num_tokens, num_pairs) in batch.work.items():
-                self._num_tokens += num_tokens * num_ranks
                 self._num_flops += self._flops[stream].of(num_tokens, num_pairs) * num_ranks
                 if self._recomputed_flops is not None:
-                    recomputed = self._recomputed_flops.of(num_tokens, num_pairs)
+                    recomputed = self._recomputed_flops[stream].of(num_tokens, num_pairs)
                     self._num_recomputed_flops += recomputed * num_ranks
         self._data_wait_s += data_wait_s
 

@@ -20,7 +20,7 @@ from distft.data.feed import Feed, StreamFeed
 from distft.data.labelled_rows import LabelledRows, RowTargets
 from distft.data.mixture import Interleaving
 from distft.data.targets import ROW
-from distft.model.config import Heads
+from distft.model.heads import Heads
 from distft.objective.mixture import Mixture
 from distft.objective.settings import ObjectiveConfig
 from distft.topology import Topology
@@ -103,6 +103,8 @@ class SemiSupervisedTraining(MixtureTraining):
 @dataclass(frozen=True)
 class Outcome:
     losses: list[float]
+    sums: list[list[float]]  # for metrics of training, such as confident rows
+    num_tokens: list[int]
     weights: Mapping[str, Tensor]
     state: Mapping[str, Tensor]
 
@@ -111,17 +113,21 @@ def train_all(topology: Topology, cases: list[SemiSupervisedCase]) -> list[Outco
     outcomes = []
     for case in cases:
         training = SemiSupervisedTraining(case, topology)
-        losses = [float(result.loss) for result in training.train(NUM_STEPS)]
+        results = training.train(NUM_STEPS)
+        losses = [float(result.loss) for result in results]
+        sums = [result.sums.tolist() for result in results]
+        num_tokens = [int(result.num_tokens) for result in results]
         weights = {
             name: values for (name, kind), values in training.whole_state().items() if kind == "weight"
         }
-        outcomes.append(Outcome(losses, weights, training.context.state))
+        outcomes.append(Outcome(losses, sums, num_tokens, weights, training.context.state))
         training.engine.close()
     return outcomes
 
 
 def require_equal(found: Outcome, expected: Outcome, what: object) -> None:
     assert found.losses == pytest.approx(expected.losses, abs=3e-6), what
+    assert (found.sums, found.num_tokens) == (expected.sums, expected.num_tokens), what
     for kind in ("weights", "state"):
         for name, values in getattr(expected, kind).items():
             torch.testing.assert_close(
@@ -145,6 +151,21 @@ def at_once() -> list[Outcome]:
 
 def test_each_objective_changes_what_is_learnt() -> None:
     assert len({tuple(outcome.losses) for outcome in at_once()}) == len(cases_of())
+
+
+def test_the_sums_count_confident_rows_of_the_global_batch() -> None:
+    for case, outcome in zip(cases_of(), at_once(), strict=True):
+        names = case.objective.training_sum_names
+        if case.part["type"] not in {"pseudo_label", "consistency"}:
+            assert names == []
+            continue
+        assert names == ["texts/num_confident", "texts/num_rows"]
+        assert all(0 <= confident <= rows <= 7 for confident, rows in outcome.sums)
+        confident, rows = map(sum, zip(*outcome.sums, strict=True))
+        assert 0 < confident < rows
+        metrics = case.objective.training_metrics(dict(zip(names, (confident, rows), strict=True)))
+        assert metrics == {"texts/confident_share": confident / rows}
+        assert case.objective.training_metrics(dict.fromkeys(names, 0.0)) == {}
 
 
 def test_cuts_do_not_change_a_step() -> None:

@@ -12,11 +12,11 @@ import torch
 from distft.checkpoint.formats.huggingface_config import HuggingFaceModelSpec, make_config
 from distft.checkpoint.formats.huggingface_tensors import map_tensors
 from distft.checkpoint.safetensors_header import safetensors_header
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from hostile.checkpoints import LFS_POINTER, NO_FILES, READ, Build, read, read_hostile
 from hostile.guard import Guard
 
-CONFIG = ModelConfig(
+CONFIG = TransformerConfig(
     vocab_size=11, d_model=8, num_layers=2, num_heads=2, max_seq_len=16, tie_embeddings=True, d_ff=16
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -9,26 +9,26 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distft.model.config import (
+from distft.model.counts import forward_flops, num_parameters, recomputed_flops, training_flops
+from distft.model.heads import (
     LANGUAGE_MODEL,
     ClassificationHead,
     EmbeddingHead,
     GeneratorHead,
     Heads,
-    ModelConfig,
     TokenHead,
 )
-from distft.model.counts import forward_flops, num_parameters, recomputed_flops, training_flops
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
 
 BOOLEANS = ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_embeddings")
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> ModelConfig:
+def configs(draw: st.DrawFn) -> TransformerConfig:
     num_kv_heads = draw(st.integers(1, 3))
     flags: dict[str, Any] = {name: draw(st.booleans()) for name in BOOLEANS}
-    return ModelConfig(
+    return TransformerConfig(
         vocab_size=draw(st.integers(1, 40)),
         pad_vocab_to=draw(st.sampled_from([1, 16])),
         max_seq_len=16,
@@ -60,7 +60,7 @@ HEADS = st.sampled_from([LANGUAGE_MODEL, CLASSIFIER, {**LANGUAGE_MODEL, **CLASSI
 
 @settings(max_examples=20)
 @given(configs(), HEADS)
-def test_parameters_are_counted_exactly(config: ModelConfig, heads: Heads) -> None:
+def test_parameters_are_counted_exactly(config: TransformerConfig, heads: Heads) -> None:
     with torch.device("meta"):
         model = Transformer(config, heads)
     assert num_parameters(config, heads) == sum(param.numel() for param in model.parameters())
@@ -69,7 +69,7 @@ def test_parameters_are_counted_exactly(config: ModelConfig, heads: Heads) -> No
 @settings(max_examples=8)
 @given(configs(), HEADS, st.integers(1, 16))
 def test_flops_of_the_forward_equal_those_that_torch_counts(
-    config: ModelConfig, heads: Heads, seq_len: int
+    config: TransformerConfig, heads: Heads, seq_len: int
 ) -> None:
     with torch.device("meta"):
         model = Transformer(config, heads)
@@ -88,7 +88,7 @@ def test_flops_of_the_forward_equal_those_that_torch_counts(
     st.sets(st.sampled_from([*MODULES, *GENERATOR_MODULES])),
 )
 def test_flops_of_training_equal_those_that_torch_counts_whatever_is_frozen(
-    config: ModelConfig, heads: Heads, seq_len: int, modules: set[str]
+    config: TransformerConfig, heads: Heads, seq_len: int, modules: set[str]
 ) -> None:
     with torch.device("meta"):
         model = Transformer(config, heads)
@@ -108,7 +108,7 @@ def test_flops_of_training_equal_those_that_torch_counts_whatever_is_frozen(
 
 @pytest.mark.parametrize("module", ["embed", "blocks.0", "blocks.1", "blocks.2", "lm_head"])
 def test_recomputed_flops_equal_those_that_torch_counts(module: str) -> None:
-    config = ModelConfig(
+    config = TransformerConfig(
         vocab_size=11, max_seq_len=8, d_model=8, num_layers=3, num_heads=2, d_ff=12, tie_embeddings=False
     )
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def test_recomputed_flops_equal_those_that_torch_counts(module: str) -> None:
 
 
 def test_llama_3_70b_has_its_published_size() -> None:
-    config = ModelConfig(
+    config = TransformerConfig(
         vocab_size=128_256,
         max_seq_len=8192,
         d_model=8192,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support.tiny_models import SIZES, build
 
 from distft.keyed_random import row_keys
-from distft.model.config import ModelConfig
 from distft.model.dropout import dropout
+from distft.model.transformer_config import TransformerConfig
 
 ROWS = torch.arange(4)
 
@@ -56,7 +56,7 @@ def test_neighbouring_elements_are_uncorrelated() -> None:
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_a_row_gives_the_same_logits_in_every_batch(attention: str) -> None:
-    model = build(ModelConfig.model_validate({**SIZES, "attention": attention, "dropout": 0.4})).train()
+    model = build(TransformerConfig.model_validate({**SIZES, "attention": attention, "dropout": 0.4})).train()
     ids, keys = random_ids(4, 10), row_keys(0, ROWS)
     together = model.logits(ids, dropout_keys=keys)
     alone = [model.logits(ids[i : i + 1], dropout_keys=keys[i : i + 1]) for i in range(4)]
@@ -65,6 +65,8 @@ def test_a_row_gives_the_same_logits_in_every_batch(attention: str) -> None:
 
 
 def test_without_dropping_attention_written_out_equals_the_kernel() -> None:
-    model = build(ModelConfig(**SIZES, num_kv_heads=2, dropout=1e-9)).train()  # rounds to nothing dropped
+    model = build(
+        TransformerConfig(**SIZES, num_kv_heads=2, dropout=1e-9)
+    ).train()  # rounds to nothing dropped
     ids = random_ids(2, 12)
     torch.testing.assert_close(model.logits(ids), model.eval().logits(ids), rtol=1e-4, atol=1e-5)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from support.tiny_models import build
 
 from distft.errors import ConfigError
-from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
 from distft.model.generation import Decoder, generate, sample
+from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
 
 VOCAB_SIZE, MAX_SEQ_LEN = 23, 16
 
@@ -27,7 +28,7 @@ def model_with(heads: Heads = LANGUAGE_MODEL, **changes: Any) -> Transformer:
         "num_kv_heads": 2,
         "init_std": 0.5,
     }
-    return build(ModelConfig(**sizes | changes), heads)
+    return build(TransformerConfig(**sizes | changes), heads)
 
 
 def uncached_greedy(

@@ -12,16 +12,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from distft.errors import ConfigError
 from distft.model.attention_kernels import attention, make_attention_mask
-from distft.model.config import (
+from distft.model.heads import (
     ClassificationHead,
     EmbeddingHead,
     GeneratorHead,
     Heads,
     LanguageModelHead,
-    ModelConfig,
     TokenHead,
 )
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
 
 HEADS: Heads = {
     "lm_head": LanguageModelHead(),
@@ -45,7 +45,7 @@ def hidden_of(model: Transformer) -> Tensor:
 
 
 def test_each_head_is_what_its_name_says_of_the_last_hidden_states() -> None:
-    model = build(ModelConfig(**SIZES, attention="bidirectional"), HEADS)
+    model = build(TransformerConfig(**SIZES, attention="bidirectional"), HEADS)
     with torch.no_grad():
         model.vector.log_temperature.fill_(0.7)
     outputs, hidden = model(IDS, lengths=LENGTHS), hidden_of(model)
@@ -70,7 +70,7 @@ def test_each_head_is_what_its_name_says_of_the_last_hidden_states() -> None:
 @given(st.lists(st.sampled_from(list(HEADS)), min_size=1, unique=True))
 @settings(max_examples=10, deadline=None)
 def test_only_the_heads_that_are_asked_for_are_computed_and_they_do_not_change(names: list[str]) -> None:
-    model = build(ModelConfig(**SIZES, attention="bidirectional"), HEADS)
+    model = build(TransformerConfig(**SIZES, attention="bidirectional"), HEADS)
     ran: list[str] = []
     for name in HEADS:
         hook = lambda _module, _inputs, _output, name=name: ran.append(name)  # noqa: E731
@@ -84,7 +84,9 @@ def test_only_the_heads_that_are_asked_for_are_computed_and_they_do_not_change(n
 
 def test_a_generator_is_a_transformer_of_its_sizes_between_two_projections() -> None:
     head = GeneratorHead(num_layers=2, size=0.5)
-    model = build(ModelConfig(**SIZES, attention="bidirectional", positions="learned"), {"generator": head})
+    model = build(
+        TransformerConfig(**SIZES, attention="bidirectional", positions="learned"), {"generator": head}
+    )
     own = head.config(model.config)
     assert (own.d_model, own.num_heads, own.num_kv_heads, own.d_ff) == (16, 2, 2, 22)
     assert own.head_dim == model.config.head_dim
@@ -103,7 +105,7 @@ def test_a_generator_is_a_transformer_of_its_sizes_between_two_projections() -> 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_activation_checkpointing_reaches_the_generator_and_changes_nothing(mode: Any) -> None:
     heads: Heads = {"generator": GeneratorHead(num_layers=2, size=0.5)}
-    model = build(ModelConfig(**SIZES, attention="bidirectional", dropout=0.2), heads).train()
+    model = build(TransformerConfig(**SIZES, attention="bidirectional", dropout=0.2), heads).train()
     gradients = []
     for setting in ("none", mode):
         model.set_activation_checkpointing(setting)
@@ -128,7 +130,7 @@ def test_a_prefix_mask_is_that_of_its_definition(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         lengths = torch.tensor([data.draw(st.integers(1, width)) for _ in range(num_rows)])
         is_prefix &= torch.arange(width) < lengths[:, None]  # padding is never marked
-    config = ModelConfig(**SIZES)
+    config = TransformerConfig(**SIZES)
     mask = make_attention_mask(config, torch.Size([num_rows, width]), document_ids, lengths, is_prefix)
     expected = torch.zeros(num_rows, width, width, dtype=torch.bool)
     for row in range(num_rows):
@@ -146,7 +148,7 @@ def test_a_prefix_mask_is_that_of_its_definition(data: st.DataObject) -> None:
 
 
 def test_tokens_behind_a_prefix_change_nothing_before_them() -> None:
-    model = build(ModelConfig(**SIZES))
+    model = build(TransformerConfig(**SIZES))
     is_prefix = torch.tensor([[True] * 4 + [False] * 6] * 2)
     first = model.logits(IDS, is_prefix=is_prefix)
     later, inside = IDS.clone(), IDS.clone()
@@ -159,4 +161,4 @@ def test_tokens_behind_a_prefix_change_nothing_before_them() -> None:
 @pytest.mark.parametrize("name", ["blocks", "norm", "embed", "training", "forward", "type"])
 def test_a_head_cannot_have_the_name_of_another_part(name: str) -> None:
     with pytest.raises(ConfigError, match=f"A head cannot have the name '{name}'"), torch.device("meta"):
-        Transformer(ModelConfig(**SIZES), {name: ClassificationHead(num_labels=3)})
+        Transformer(TransformerConfig(**SIZES), {name: ClassificationHead(num_labels=3)})

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.model.config import ModelConfig
 from distft.model.initialisation import initial_fragment, initial_values
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
 
-CONFIG = ModelConfig(vocab_size=11, max_seq_len=8, d_model=16, num_layers=8, num_heads=2)
+CONFIG = TransformerConfig(vocab_size=11, max_seq_len=8, d_model=16, num_layers=8, num_heads=2)
 SHAPE = (3, 700_001)  # just over two chunks, each with a generator of its own
 
 

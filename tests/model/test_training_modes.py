@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distft.errors import ConfigError
 from distft.model.attention_kernels import require_attention_kernel, uses_flex_attention
 from distft.model.compiler import compile_pays, missing_for_compile
-from distft.model.config import ModelConfig
 from distft.model.fp8 import require_fp8, use_fp8
+from distft.model.transformer_config import TransformerConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -36,7 +36,7 @@ class _OperationCounter(TorchDispatchMode):
 
 
 def test_selective_checkpointing_recomputes_no_product_and_no_attention() -> None:
-    model = build(ModelConfig(**SIZES)).train()
+    model = build(TransformerConfig(**SIZES)).train()
     counts = {}
     for mode in ("none", "selective", "full"):
         model.set_activation_checkpointing(mode)
@@ -55,7 +55,7 @@ def test_a_compiled_model_trains_as_an_eager_one_and_evaluates_without_compiling
     counters.clear()
     losses, gradients = [], []
     for compiles in (False, True):
-        model = build(ModelConfig(**SIZES, dropout=0.1)).train()
+        model = build(TransformerConfig(**SIZES, dropout=0.1)).train()
         if compiles:
             model.compile_blocks()
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ def test_a_compiled_model_trains_as_an_eager_one_and_evaluates_without_compiling
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
-    model = build(ModelConfig(**SIZES, dropout=dropout)).train()
+    model = build(TransformerConfig(**SIZES, dropout=dropout)).train()
     gradients = []
     for recompute in ("none", "selective", "full"):
         model.set_activation_checkpointing(recompute)
@@ -91,7 +91,7 @@ def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
 @pytest.mark.parametrize("scaling", ["tensorwise", "rowwise"])
 def test_fp8_layers_keep_their_names_and_come_close_to_bf16(scaling: Any) -> None:
     sizes = {**SIZES, "d_model": 32, "d_ff": 64}
-    plain = build(ModelConfig(**sizes)).bfloat16()
+    plain = build(TransformerConfig(**sizes)).bfloat16()
     names = list(plain.state_dict())
     ids = random_ids(2, 16)
     expected = plain.logits(ids)
@@ -107,12 +107,12 @@ def test_fp8_layers_keep_their_names_and_come_close_to_bf16(scaling: Any) -> Non
 
 
 def test_fp8_leaves_layers_that_are_too_small_or_no_multiple_of_16() -> None:
-    model = build(ModelConfig(**{**SIZES, "d_model": 32, "d_ff": 24}))
+    model = build(TransformerConfig(**{**SIZES, "d_model": 32, "d_ff": 24}))
     use_fp8(model.blocks, "tensorwise", min_features=32, emulate=True)
     converted = {name for name, module in model.named_modules() if "Float8" in type(module).__name__}
     assert converted == {f"blocks.{i}.attn.{name}" for i in range(len(model.blocks)) for name in "qkvo"}
     with pytest.raises(ConfigError, match=r"no linear layer has engine\.fp8_min_features=64 or more"):
-        use_fp8(build(ModelConfig(**SIZES)).blocks, "rowwise", min_features=64, emulate=True)
+        use_fp8(build(TransformerConfig(**SIZES)).blocks, "rowwise", min_features=64, emulate=True)
 
 
 def test_fp8_names_the_package_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_fp8_names_the_package_that_it_lacks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig(**SIZES, attention_kernel="flex")
+    config = TransformerConfig(**SIZES, attention_kernel="flex")
     with pytest.raises(ConfigError, match=r"attention_kernel=flex needs a CUDA device"):
         require_attention_kernel(config, CPU)
     monkeypatch.setenv("PATH", "")
@@ -131,7 +131,7 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPat
         require_attention_kernel(config, CUDA)
     assert missing_for_compile(CPU) == "a C++ compiler (g++, clang++, c++)"
     # Without a compiler packed rows fall back to SDPA, where they would go through flex attention.
-    assert not uses_flex_attention(ModelConfig(**SIZES, head_dim=16), CUDA)
+    assert not uses_flex_attention(TransformerConfig(**SIZES, head_dim=16), CUDA)
 
 
 def test_compiling_pays_for_long_runs_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,5 +143,5 @@ def test_compiling_pays_for_long_runs_on_a_cpu_only(monkeypatch: pytest.MonkeyPa
 
 def test_the_cudnn_order_of_kernels_changes_no_result_where_cudnn_is_missing() -> None:
     ids = random_ids(2, 8)
-    models = [build(ModelConfig(**SIZES, attention_kernel=kernel)) for kernel in ("sdpa", "cudnn")]
+    models = [build(TransformerConfig(**SIZES, attention_kernel=kernel)) for kernel in ("sdpa", "cudnn")]
     assert torch.equal(models[0].logits(ids), models[1].logits(ids))

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from distft.errors import ConfigError
 from distft.model.attention_kernels import make_attention_mask
-from distft.model.config import ClassificationHead, ModelConfig
+from distft.model.heads import ClassificationHead
 from distft.model.layers import Linear
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
 
 
 def random_ids(*shape: int) -> Tensor:
@@ -82,7 +83,7 @@ def test_logits_equal_those_of_transformers(family: str, tied: bool, num_kv_head
     )
     reference = getattr(transformers, f"{kind}ForCausalLM")(reference_config).eval()
     perturb(reference)
-    config = ModelConfig(
+    config = TransformerConfig(
         **SIZES,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -115,7 +116,7 @@ def test_logits_equal_those_of_gpt2() -> None:
     reference = GPT2LMHeadModel(reference_config).eval()
     perturb(reference)
     model = build(
-        ModelConfig(
+        TransformerConfig(
             **SIZES,
             norm="layernorm",
             positions="learned",
@@ -164,7 +165,7 @@ def packed_row(cuts: list[int]) -> tuple[Tensor, Tensor]:
 def test_a_packed_document_is_computed_as_if_it_were_alone(
     cuts: list[int], attention: Any, positions: Any
 ) -> None:
-    model = build(ModelConfig(**SIZES, attention=attention, positions=positions, num_kv_heads=2))
+    model = build(TransformerConfig(**SIZES, attention=attention, positions=positions, num_kv_heads=2))
     ids = random_ids(1, sum(cuts))
     documents, restarting = packed_row(cuts)
     with torch.no_grad():
@@ -183,7 +184,7 @@ def test_flex_attention_equals_the_masked_kernel(attention: Any) -> None:
     documents = torch.cat([documents, documents // 2])
     with torch.no_grad():
         logits = [
-            build(ModelConfig(**sizes, attention=attention, attention_kernel=kernel))(
+            build(TransformerConfig(**sizes, attention=attention, attention_kernel=kernel))(
                 ids, restarting, documents
             )
             for kernel in ("sdpa", "flex")
@@ -198,7 +199,7 @@ def test_flex_attention_equals_the_masked_kernel(attention: Any) -> None:
 )
 def test_right_padding_does_not_change_a_row(lengths: list[int], attention: Any, pooling: Any) -> None:
     model = build(
-        ModelConfig(**SIZES, attention=attention),
+        TransformerConfig(**SIZES, attention=attention),
         {"classifier": ClassificationHead(num_labels=5, pooling=pooling)},
     )
     ids = random_ids(len(lengths), 9)
@@ -215,7 +216,7 @@ def test_every_position_attends_to_itself_so_that_no_softmax_is_over_no_keys(
     ids = torch.arange(num_positions).expand(3, -1) // 2 if has_documents else None
     lengths = torch.arange(3) if has_lengths else None
     mask = make_attention_mask(
-        ModelConfig(**SIZES, attention=attention), torch.Size((3, num_positions)), ids, lengths
+        TransformerConfig(**SIZES, attention=attention), torch.Size((3, num_positions)), ids, lengths
     )
     assert mask is None or (isinstance(mask, Tensor) and mask.diagonal(dim1=-2, dim2=-1).all())
 
@@ -224,7 +225,7 @@ def test_every_position_attends_to_itself_so_that_no_softmax_is_over_no_keys(
 @pytest.mark.parametrize("pooling", ["last", "mean", "first"])
 def test_a_row_of_padding_alone_gives_finite_logits(attention: Any, pooling: Any) -> None:
     model = build(
-        ModelConfig(**SIZES, attention=attention),
+        TransformerConfig(**SIZES, attention=attention),
         {"classifier": ClassificationHead(num_labels=3, pooling=pooling)},
     )
     assert model.logits(random_ids(2, 4), lengths=torch.tensor([0, 4])).isfinite().all()
@@ -232,7 +233,7 @@ def test_a_row_of_padding_alone_gives_finite_logits(attention: Any, pooling: Any
 
 @pytest.mark.parametrize("lengths", [None, torch.empty(0, dtype=torch.int64)])
 def test_no_rows_give_no_logits_and_zero_gradients(lengths: Tensor | None) -> None:
-    model = build(ModelConfig(**SIZES, attention="bidirectional"))
+    model = build(TransformerConfig(**SIZES, attention="bidirectional"))
     logits = model.logits(torch.empty(0, 6, dtype=torch.int64), lengths=lengths)
     logits.sum().backward()
     assert logits.shape == (0, 6, 61)
@@ -240,7 +241,7 @@ def test_no_rows_give_no_logits_and_zero_gradients(lengths: Tensor | None) -> No
 
 
 def test_dropout_acts_only_in_training_mode() -> None:
-    model = build(ModelConfig(**SIZES, dropout=0.5))
+    model = build(TransformerConfig(**SIZES, dropout=0.5))
     ids = random_ids(2, 8)
     assert torch.equal(model.logits(ids), model.logits(ids))
     model.train()
@@ -249,7 +250,7 @@ def test_dropout_acts_only_in_training_mode() -> None:
 
 def test_parameters_have_the_documented_names_and_there_are_no_buffers() -> None:
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**SIZES | {"num_layers": 1}, qk_norm=True, positions="learned"))
+        model = Transformer(TransformerConfig(**SIZES | {"num_layers": 1}, qk_norm=True, positions="learned"))
     assert not list(model.buffers())
     assert model.lm_head.weight is model.embed.weight
     assert [name for name, _ in model.named_parameters()] == [
@@ -278,7 +279,7 @@ def test_a_widened_half_precision_product_is_rounded_once(dtype: torch.dtype, bi
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_close_to_fp32_logits(dtype: torch.dtype) -> None:
-    model = build(ModelConfig(**SIZES, num_kv_heads=2, qk_norm=True))
+    model = build(TransformerConfig(**SIZES, num_kv_heads=2, qk_norm=True))
     documents, restarting = packed_row([5, 9])
     full = model.logits(random_ids(1, 14), restarting, documents)
     half = model.to(dtype).logits(random_ids(1, 14), restarting, documents)
@@ -287,6 +288,6 @@ def test_half_precision_logits_are_close_to_fp32_logits(dtype: torch.dtype) -> N
 
 
 def test_a_row_longer_than_max_seq_len_is_refused() -> None:
-    model = build(ModelConfig(**SIZES))
+    model = build(TransformerConfig(**SIZES))
     with pytest.raises(ConfigError, match=r"25 tokens is longer than model\.max_seq_len=24"):
         model.logits(random_ids(1, 25))

@@ -20,8 +20,8 @@ from distft.data.feed import Feed
 from distft.data.labelled_rows import LabelledRows
 from distft.data.pairs_rows import PairRows
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.contrastive import Contrastive
 from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import ObjectiveConfig
@@ -61,7 +61,6 @@ class Case:
 
     @property
     def objective(self) -> Contrastive:
-        # fp32 keeps 7 digits of a similarity, which a temperature of 0.05 multiplies by 20.
         usual = {"temperature": 0.5} if self.settings.get("loss", "infonce") == "infonce" else {}
         raw = {"type": "contrastive", **usual, **self.settings}
         objective: Contrastive = parse(ObjectiveConfig, raw)
@@ -224,6 +223,20 @@ def test_loss_and_gradient_equal_those_of_loops_over_all_texts(case: Case) -> No
     require_equal(found, step_plainly(case))
 
 
+DEFAULT = {"temperature": None}
+# fp32 keeps 7 digits of a similarity, which the default temperature of 0.05 multiplies by 20; that of `usual`
+# by 2.
+DEFAULT_TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("num_texts", [2, 3])
+def test_the_default_temperature_divides_similarities_by_a_twentieth(num_texts: int) -> None:
+    case = Case(settings=DEFAULT, num_texts=num_texts)
+    (found,) = step_by_engine(Topology(), [case])
+    require_equal(found, step_plainly(case), DEFAULT_TOLERANCE)
+    assert case.objective.heads(None)["embedding"].temperature == 0.05
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 3, NUM_SEQUENCES])
 @pytest.mark.parametrize("views", ["dropout", "crops"])
 def test_any_cut_into_micro_batches_gives_the_same_step(views: str, micro_batch_size: int) -> None:
@@ -241,11 +254,12 @@ def test_ranks_give_the_loss_and_gradient_of_one_rank_on_the_whole_batch(world_s
         # Four ranks of two or one sequences, of which one runs a micro-batch without any.
         Case(stage=stage, num_texts=1, settings={"views": "dropout"}, dropout=0.3, micro_batch_size=1),
         Case(stage=stage, settings={"loss": "triplet", "margin": 1.0}),
+        Case(stage=stage, settings=DEFAULT),
     ]
     expected = [step_plainly(case) for case in cases]
     for outcomes in run_ranks(step_by_engine, world_size, cases, timeout_s=240):
-        for found, plain in zip(outcomes, expected, strict=True):
-            require_equal(found, plain)
+        for case, found, plain in zip(cases, outcomes, expected, strict=True):
+            require_equal(found, plain, DEFAULT_TOLERANCE if case.settings == DEFAULT else 1e-6)
 
 
 def test_infonce_is_the_cross_entropy_of_the_similarities_if_all_texts_differ() -> None:
@@ -347,6 +361,18 @@ def test_a_batch_or_data_without_negatives_is_refused_before_training() -> None:
         Contrastive().transforms(context_of(single_rows([[1], [2]])))
 
 
+@pytest.mark.parametrize("views", ["dropout", "crops"])
+def test_training_pairs_are_refused_for_views_of_one_text_and_validation_pairs_are_not(views: Any) -> None:
+    rows = PairRows(RaggedArray([[1, 2], [3], [4], [5]]), 2)
+    objective = Contrastive(views=views)
+    with pytest.raises(
+        ConfigError, match=rf"views={views} makes views of rows with one text, and these have 2"
+    ):
+        objective.transform_feed(Feed.for_training(rows, seed=1, shuffle=False), DATA, 4)
+    feed = objective.transform_feed(Feed.for_evaluation(rows), DATA, 4)
+    assert feed.batch(0, 2).num_targets == {"contrastive": 2}
+
+
 def test_a_stream_whose_steps_have_one_row_is_refused() -> None:
     feed = Case().feed()
     context = context_of(feed, global_batch_size=8)
@@ -383,7 +409,7 @@ def test_crops_of_one_token_are_refused_and_the_lengths_of_others_told() -> None
 def test_a_model_whose_views_would_be_equal_is_refused() -> None:
     sizes: dict[str, Any] = {"vocab_size": 9, "max_seq_len": 8, "d_model": 8, "num_layers": 1, "num_heads": 1}
     with pytest.raises(ConfigError, match=r"views=dropout with model\.dropout=0"):
-        Contrastive(views="dropout").check_model(ModelConfig(**sizes))
+        Contrastive(views="dropout").check_model(TransformerConfig(**sizes))
     with pytest.raises(ConfigError, match="pooling=first"):
-        Contrastive(pooling="first").check_model(ModelConfig(**sizes))
-    Contrastive(views="dropout").check_model(ModelConfig(**sizes, dropout=0.1))
+        Contrastive(pooling="first").check_model(TransformerConfig(**sizes))
+    Contrastive(views="dropout").check_model(TransformerConfig(**sizes, dropout=0.1))

@@ -14,7 +14,7 @@ from distft.data.batch import RaggedArray
 from distft.data.dataset import DataContext, TransformContext
 from distft.data.feed import Feed
 from distft.data.pairs_rows import PairRows
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.contrastive import Contrastive
 from distft.objective.interface import ObjectiveContext
 from distft.objective.retrieval import retrieval_metrics, spearman
@@ -89,7 +89,7 @@ def pairs_feed(objective: Contrastive, *, scores: bool = False, num_texts: int =
 
 
 def metrics_of(objective: Contrastive, feed: Feed, micro_batch_size: int) -> dict[str, float]:
-    model = build(ModelConfig(**SIZES, attention="bidirectional", dropout=0.1), objective.heads(None))
+    model = build(TransformerConfig(**SIZES, attention="bidirectional", dropout=0.1), objective.heads(None))
     return evaluate(
         model,
         model,
@@ -119,7 +119,7 @@ def test_scores_are_compared_with_cosines() -> None:
     feed = pairs_feed(objective, scores=True)
     found = metrics_of(objective, feed, 5)
     assert set(found) == {"loss", "spearman"}
-    model = build(ModelConfig(**SIZES, attention="bidirectional"), objective.heads(None))
+    model = build(TransformerConfig(**SIZES, attention="bidirectional"), objective.heads(None))
     cosines, scores = [], []
     for index in range(17):
         batch = feed.batch(index, index + 1)

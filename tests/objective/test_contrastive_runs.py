@@ -72,7 +72,7 @@ def test_a_mixture_takes_contrastive_learning_beside_a_language_model(data: Path
     parts = {"texts": {"objective": raw["objective"]}, "words": {"objective": {"type": "causal_lm"}}}
     raw["objective"] = {"type": "mixture", "parts": parts}
     metrics = run(Topology(), raw).metrics
-    assert {"loss/texts/contrastive", "loss/words/next_token"} <= metrics.keys()
+    assert {"texts/loss", "words/loss"} <= metrics.keys()
 
 
 def test_a_stream_too_small_for_negatives_is_refused_before_training(data: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from distft.data.feed import Feed
 from distft.data.masking import draw_units
 from distft.data.targets import IGNORE_INDEX, MASKED_TOKEN
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
 from distft.objective.masked_lm import MaskedLM
 from distft.objective.settings import ObjectiveConfig
@@ -182,7 +182,7 @@ def test_a_row_without_text_and_an_empty_range_have_no_targets() -> None:
 
 def test_loss_gradient_and_metrics_equal_those_computed_from_all_logits() -> None:
     objective = MaskedLM(label_smoothing=0.1)
-    config = ModelConfig(
+    config = TransformerConfig(
         **{**SIZES, "vocab_size": 40, "max_seq_len": 64}, attention="bidirectional", pad_vocab_to=64
     )
     model = build(config, objective.heads(None))
@@ -231,7 +231,7 @@ def test_bad_settings_models_tokenizers_and_data_are_clear_errors() -> None:
     with pytest.raises(ConfigError, match="mean_span_length=2 has no effect with masked: tokens"):
         parse(ObjectiveConfig, {"type": "masked_lm", "mean_span_length": 2})
     with pytest.raises(ConfigError, match=r"model\.attention=causal with objective\.type=masked_lm"):
-        MaskedLM().check_model(ModelConfig(**SIZES))
+        MaskedLM().check_model(TransformerConfig(**SIZES))
     with pytest.raises(
         ConfigError, match=r"mask_rate=0\.001 leaves no target: a step of 8 rows has about 48"
     ):

@@ -15,7 +15,8 @@ from distft.collectives import SingleProcess
 from distft.data.batch import AnyBatch, Batch, MixedBatch
 from distft.data.dataset import Labels
 from distft.errors import ConfigError
-from distft.model.config import Heads, ModelConfig
+from distft.model.heads import Heads
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import Model, Objective, ObjectiveContext, only_batch
 from distft.objective.mixture import Mixture, MixturePart
 from distft.topology import BatchPlan
@@ -33,7 +34,7 @@ class Counting(Objective):
     def heads(self, label_names: Labels) -> Heads:  # noqa: ARG002
         return {}
 
-    def check_model(self, model: ModelConfig) -> None:
+    def check_model(self, model: TransformerConfig) -> None:
         raise ConfigError(f"no {model.d_model}")
 
     def term_weights(self, step: int) -> Mapping[str, float]:
@@ -127,7 +128,7 @@ def test_evaluation_keeps_outputs_apart_and_weighs_losses_as_at_the_end() -> Non
 
 def test_the_problems_of_all_parts_are_told_by_name() -> None:
     with pytest.raises(ConfigError, match=r"objective\.parts\.a: no 8\nobjective\.parts\.b: no 8"):
-        MIXTURE.check_model(ModelConfig(max_seq_len=4, d_model=8, num_layers=1, num_heads=1))
+        MIXTURE.check_model(TransformerConfig(max_seq_len=4, d_model=8, num_layers=1, num_heads=1))
 
 
 def test_heads_have_the_names_of_parts_and_the_model_computes_each_alone() -> None:

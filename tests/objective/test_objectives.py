@@ -17,7 +17,8 @@ from distft.config import parse
 from distft.data.batch import Batch
 from distft.data.targets import IGNORE_INDEX, LABEL, NEXT_TOKEN
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead, LanguageModelHead, ModelConfig
+from distft.model.heads import ClassificationHead, LanguageModelHead
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.objective.settings import CausalLM, Classification, ObjectiveConfig
 
@@ -71,7 +72,9 @@ def metrics(objective: Objective, model: Model, batch: Batch) -> dict[str, float
 @pytest.mark.parametrize("tied", [True, False])
 def test_causal_loss_and_gradients_equal_those_computed_from_the_logits(padding: int, tied: bool) -> None:
     objective = CausalLM(label_smoothing=0.1)
-    model = build(ModelConfig(**SIZES, pad_vocab_to=padding, tie_embeddings=tied), objective.heads(None))
+    model = build(
+        TransformerConfig(**SIZES, pad_vocab_to=padding, tie_embeddings=tied), objective.heads(None)
+    )
     batch = token_batch(3)
     loss_sum(objective, model, batch).backward()
     fused_gradients = [param.grad for param in model.parameters()]
@@ -88,7 +91,7 @@ def test_causal_loss_and_gradients_equal_those_computed_from_the_logits(padding:
 @pytest.mark.parametrize("objective", [CausalLM(z_loss=0.01), Classification(pooling="mean")])
 def test_losses_and_sums_do_not_depend_on_how_a_batch_is_cut(objective: Any, cuts: list[int]) -> None:
     is_causal = isinstance(objective, CausalLM)
-    model = build(ModelConfig(**SIZES), objective.heads(None if is_causal else NAMES))
+    model = build(TransformerConfig(**SIZES), objective.heads(None if is_causal else NAMES))
     batch = token_batch(6) if is_causal else row_batch(6)
     bounds = sorted([0, *cuts, 6])
     micro_batches = [cut(batch, a, b) for a, b in pairwise(bounds)]
@@ -107,7 +110,7 @@ def test_losses_and_sums_do_not_depend_on_how_a_batch_is_cut(objective: Any, cut
 @pytest.mark.parametrize("rows", [0, 2])
 def test_a_batch_without_targets_adds_nothing(objective: Any, rows: int) -> None:
     is_causal = isinstance(objective, CausalLM)
-    model = build(ModelConfig(**SIZES), objective.heads(None if is_causal else NAMES))
+    model = build(TransformerConfig(**SIZES), objective.heads(None if is_causal else NAMES))
     batch = Batch(
         input_ids=torch.zeros(rows, 5, dtype=torch.int64),
         targets={NEXT_TOKEN: torch.full((rows, 5), IGNORE_INDEX)}
@@ -124,7 +127,7 @@ def test_a_batch_without_targets_adds_nothing(objective: Any, rows: int) -> None
 
 def test_causal_metrics_equal_those_computed_from_the_logits() -> None:
     objective = CausalLM(z_loss=0.1, label_smoothing=0.1)
-    model = build(ModelConfig(**SIZES, pad_vocab_to=64), objective.heads(None))
+    model = build(TransformerConfig(**SIZES, pad_vocab_to=64), objective.heads(None))
     batch = token_batch(5, num_bytes=70)
     counts = batch.targets[NEXT_TOKEN] != IGNORE_INDEX
     logits, labels = model.logits(batch.input_ids)[..., :61][counts], batch.targets[NEXT_TOKEN][counts]
@@ -142,7 +145,7 @@ def test_causal_metrics_equal_those_computed_from_the_logits() -> None:
 
 def test_bits_per_byte_need_a_known_number_of_bytes() -> None:
     objective = CausalLM()
-    sums = objective.evaluate(build(ModelConfig(**SIZES)), token_batch(2), CONTEXT)
+    sums = objective.evaluate(build(TransformerConfig(**SIZES)), token_batch(2), CONTEXT)
     assert "bits_per_byte" not in objective.metrics(sums)
 
 

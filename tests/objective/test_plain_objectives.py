@@ -12,14 +12,14 @@ from distft.collectives import SingleProcess
 from distft.data.batch import Batch
 from distft.data.targets import IGNORE_INDEX, LABEL, NEXT_TOKEN
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.objective import cross_entropy as cross_entropy_module
 from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import CausalLM, Classification
 
 CONTEXT = ObjectiveContext(2, SingleProcess())
-CAUSAL = ModelConfig(**SIZES, attention="causal")
-BIDIRECTIONAL = ModelConfig(**SIZES, attention="bidirectional")
+CAUSAL = TransformerConfig(**SIZES, attention="causal")
+BIDIRECTIONAL = TransformerConfig(**SIZES, attention="bidirectional")
 HIDDEN = torch.tensor([[1.0], [2.0], [3.0]])  # the model's last states, of which the third has no target
 WEIGHT = torch.tensor([[0.0], [1.0], [5.0]])  # the third row is padding
 TOKENS = Batch(
@@ -65,7 +65,7 @@ def test_the_first_token_of_a_causal_model_cannot_classify() -> None:
     with pytest.raises(ConfigError) as caught:
         Classification(pooling="first").check_model(CAUSAL)
     assert str(caught.value) == (
-        "objective.pooling=first with model.attention=causal: the first token attends only to itself, so the "
+        "objective.pooling=first with model.attention=causal: the first token sees only itself, so the "
         "rest of the text has no effect. Set objective.pooling=last or mean."
     )
 

@@ -19,7 +19,7 @@ from distft.data.feed import Feed
 from distft.data.prefixes import PrefixMarker
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
 from distft.objective.prefix_lm import PrefixLM
 from distft.objective.settings import ObjectiveConfig
@@ -110,7 +110,7 @@ def test_a_prompt_is_the_prefix_of_a_completion() -> None:
 def test_loss_and_gradient_equal_those_of_rows_of_one_document_with_a_written_mask() -> None:
     """Packed documents, against each by itself, with attention computed from an explicit matrix."""
     objective = PrefixLM()
-    model = build(ModelConfig(**{**SIZES, "vocab_size": VOCAB_SIZE}), objective.heads(None))
+    model = build(TransformerConfig(**{**SIZES, "vocab_size": VOCAB_SIZE}), objective.heads(None))
     batch = prefixed(packed(documents([9, 4, 13, 20]), 24), 24).batch(0, 2)
     assert batch.is_prefix is not None
     loss = objective.loss_sums(model, batch, CONTEXT)[NEXT_TOKEN]
@@ -134,7 +134,7 @@ def test_loss_and_gradient_equal_those_of_rows_of_one_document_with_a_written_ma
 
 
 def test_a_token_sees_the_prefix_and_all_before_it_and_nothing_else() -> None:
-    model = build(ModelConfig(**{**SIZES, "vocab_size": VOCAB_SIZE}), PrefixLM().heads(None))
+    model = build(TransformerConfig(**{**SIZES, "vocab_size": VOCAB_SIZE}), PrefixLM().heads(None))
     ids = torch.arange(5, 15)[None]
     is_prefix = torch.arange(10)[None] < 4
     logits = model.logits(ids, is_prefix=is_prefix)[0]
@@ -152,7 +152,7 @@ def test_bad_settings_models_and_data_are_clear_errors() -> None:
     with pytest.raises(ConfigError, match="have no effect with prefix: prompt"):
         parse(ObjectiveConfig, {"type": "prefix_lm", "prefix": "prompt", "max_prefix_share": 0.2})
     with pytest.raises(ConfigError, match=r"attention=bidirectional with objective\.type=prefix_lm"):
-        PrefixLM().check_model(ModelConfig(**SIZES, attention="bidirectional"))
+        PrefixLM().check_model(TransformerConfig(**SIZES, attention="bidirectional"))
     with pytest.raises(ConfigError, match=r"objective\.prefix=prompt: these rows are packed"):
         prefixed(rows, 16, prefix="prompt")
     for kind in ("prefix_lm", "causal_lm"):

@@ -22,9 +22,9 @@ from distft.data.feed import Feed
 from distft.data.targets import IGNORE_INDEX, MASKED_TOKEN, REPLACED_TOKEN, SAMPLING_KEY
 from distft.errors import ConfigError
 from distft.keyed_random import position_keys, row_keys, uniform
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
-from distft.objective.replaced_token import ReplacedToken
+from distft.objective.replaced_token import DISCRIMINATOR, GENERATOR, ReplacedToken
 from distft.objective.token_sampling import gumbel_draws
 from distft.topology import Topology
 from distft.train.step import train_step
@@ -86,14 +86,14 @@ def test_both_losses_and_gradients_equal_those_of_a_plain_computation(rows: Any,
     model = build(scenario.model.model_copy(update={"init_std": 0.3}), OBJECTIVE.heads(None))
     batch = feed_of(rows).batch(3, 10)
     expected = plain_terms(model, batch)
-    assert OBJECTIVE.num_targets(batch) == {MASKED_TOKEN: expected[2], REPLACED_TOKEN: expected[3]}
+    assert OBJECTIVE.num_targets(batch) == {GENERATOR: expected[2], DISCRIMINATOR: expected[3]}
     (expected[0] / expected[2] + expected[1] / expected[3]).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     sums = OBJECTIVE.loss_sums(model, batch, ObjectiveContext(VOCAB_SIZE, SingleProcess()))
-    torch.testing.assert_close(sums[MASKED_TOKEN], expected[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(sums[REPLACED_TOKEN], expected[1], rtol=1e-6, atol=1e-6)
-    (sums[MASKED_TOKEN] / expected[2] + sums[REPLACED_TOKEN] / expected[3]).backward()
+    torch.testing.assert_close(sums[GENERATOR], expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums[DISCRIMINATOR], expected[1], rtol=1e-6, atol=1e-6)
+    (sums[GENERATOR] / expected[2] + sums[DISCRIMINATOR] / expected[3]).backward()
     for name, param in model.named_parameters():
         torch.testing.assert_close(param.grad, gradients[name], rtol=1e-5, atol=1e-6)
 
@@ -104,11 +104,11 @@ def test_metrics_count_what_was_drawn_and_what_was_found() -> None:
     found = OBJECTIVE.metrics(OBJECTIVE.evaluate(model, batch, context))
     generator_sum, discriminator_sum, num_masked, num_tokens = plain_terms(model, batch)
     generator, discriminator = float(generator_sum.detach()), float(discriminator_sum.detach())
-    assert found["generator_loss"] == pytest.approx(generator / num_masked, rel=1e-6)
-    assert found["discriminator_loss"] == pytest.approx(discriminator / num_tokens, rel=1e-6)
+    assert found["generator/loss"] == pytest.approx(generator / num_masked, rel=1e-6)
+    assert found["discriminator/loss"] == pytest.approx(discriminator / num_tokens, rel=1e-6)
     expected = generator / num_masked + 50 * discriminator / num_tokens
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
-    assert 0 < found["replaced_share"] <= num_masked / num_tokens
+    assert 0 < found["discriminator/replaced_share"] <= num_masked / num_tokens
 
 
 class ReplacedTraining(Training):
@@ -193,7 +193,7 @@ def test_a_causal_model_and_text_without_a_mask_token_are_refused() -> None:
 
 
 def test_the_generator_never_runs_the_models_own_blocks() -> None:
-    model = build(ModelConfig.model_validate(SCENARIO.model.model_dump()), OBJECTIVE.heads(None))
+    model = build(TransformerConfig.model_validate(SCENARIO.model.model_dump()), OBJECTIVE.heads(None))
     model.blocks[0].register_forward_hook(lambda *_: pytest.fail("ran"))
     logits = model(torch.from_numpy(np.ones((1, 4), np.int64)), heads=("generator",))["generator"]
     assert logits.shape == (1, 4, VOCAB_SIZE)

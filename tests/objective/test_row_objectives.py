@@ -19,7 +19,7 @@ from distft.data.batch import Batch, RaggedArray
 from distft.data.labelled_rows import LabelledRows, RowTargets
 from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import Classification, MultiLabel, Regression
 
@@ -54,7 +54,7 @@ def label_batch(num_rows: int, num_filler: int = 0) -> Batch:
 @pytest.mark.parametrize("num_filler", [0, 2])
 def test_the_multi_label_loss_is_binary_cross_entropy_over_rows_and_classes(num_filler: int) -> None:
     objective = MultiLabel(pooling="mean")
-    model, batch = build(ModelConfig(**SIZES), objective.heads(NAMES)), label_batch(6, num_filler)
+    model, batch = build(TransformerConfig(**SIZES), objective.heads(NAMES)), label_batch(6, num_filler)
     (loss,) = objective.loss_sums(model, batch, CONTEXT).values()
     logits = model(**batch.model_inputs)["classifier"]
     labels = batch.targets[LABELS][: 6 - num_filler].float()
@@ -92,7 +92,7 @@ def test_multi_label_metrics_equal_those_of_scikit_learn(rows: list[tuple[bool, 
 @pytest.mark.parametrize("loss", ["squared", "huber"])
 def test_the_regression_loss_is_that_of_torch_on_scaled_numbers(loss: Any, num_filler: int) -> None:
     objective = Regression(loss=loss, huber_delta=0.7, offset=2.0, scale=3.0, pooling="mean")
-    model, batch = build(ModelConfig(**SIZES), objective.heads(None)), number_batch(6, num_filler)
+    model, batch = build(TransformerConfig(**SIZES), objective.heads(None)), number_batch(6, num_filler)
     (found,) = objective.loss_sums(model, batch, CONTEXT).values()
     kept = 6 - num_filler
     outputs, scaled = (
@@ -129,7 +129,7 @@ def test_regression_metrics_equal_those_of_scipy(pairs: list[tuple[int, int]]) -
 
 @pytest.mark.parametrize("objective", [MultiLabel(), Regression()])
 def test_sums_do_not_depend_on_how_a_batch_is_cut(objective: Any) -> None:
-    model = build(ModelConfig(**SIZES), objective.heads(NAMES))
+    model = build(TransformerConfig(**SIZES), objective.heads(NAMES))
     batch = label_batch(5, 1) if isinstance(objective, MultiLabel) else number_batch(5, 1)
     cuts = [
         replace(

@@ -1,5 +1,6 @@
 """Complete runs of the self-supervised objectives: the same at every number of ranks, stage and resume."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from support.small_runs import (
 )
 
 from distft.cli.main import main
-from distft.config import parse
-from distft.objective.settings import ObjectiveConfig
 from distft.topology import Topology
 
 FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
@@ -55,6 +54,15 @@ def raw(data: Path, run_dir: Path, attention: str, **changes: Any) -> dict[str, 
     return config
 
 
+def loss_names(run_dir: Path, prefix: str) -> set[str]:
+    """The names of the losses, but the whole one, in metrics.jsonl: those with this prefix, without it."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in lines for name in line if name.endswith("/loss")}
+    if not prefix:
+        return {name for name in names if not name.startswith("validation/")}
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)} - {"loss"}
+
+
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs in one process."""
@@ -72,8 +80,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks_and_the_stage(
 ) -> None:
     engine = {"type": "zero", "zero_stage": stage}
     run_ranks(run, world_size, raw(data, tmp_path, attention, engine=engine))
-    objective = parse(ObjectiveConfig, raw(data, tmp_path, attention)["objective"])
-    terms = [f"loss/{name}" for name in objective.term_weights(0)]
+    terms = loss_names(alone / attention, "")
     for metric in ("loss", "validation/loss", "grad_norm", *terms):
         expected = logged(alone / attention, metric)
         assert expected
@@ -91,9 +98,18 @@ def test_a_run_resumes_exactly_at_another_number_of_ranks(data: Path, alone: Pat
     assert resume["step"] == 3
 
 
+@pytest.mark.parametrize("attention", OBJECTIVES)
+def test_training_and_validation_have_the_same_names_of_losses(alone: Path, attention: str) -> None:
+    names = loss_names(alone / attention, "")
+    assert names == loss_names(alone / attention, "validation/")
+    assert len(names) > len(OBJECTIVES[attention])  # of each part, and of each term of those with several
+
+
 def test_the_log_says_what_stands_for_a_mask_and_metrics_have_the_terms_names(alone: Path) -> None:
     lines = [event["summary"] for event in events(alone / "bidirectional") if event["kind"] == "data"]
-    assert sum("become the unknown token" in line for line in lines) == 6
+    notes = [line for line in lines if "become the unknown token" in line]
+    assert len(notes) == 3  # of each stream that masks; not again of the validation data
+    assert all("`distft tokenizer train --symbol '<mask>'`" in note for note in notes)
     assert logged(alone / "bidirectional", "validation/next_sentence/next_sentence/accuracy")
     assert logged(alone / "bidirectional", "validation/next_sentence/masked_token/perplexity")
     assert logged(alone / "causal", "validation/prefix_lm/bits_per_byte")

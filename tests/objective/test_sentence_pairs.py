@@ -31,7 +31,7 @@ from distft.data.documents import documents as documents_of
 from distft.data.feed import Feed
 from distft.data.targets import IGNORE_INDEX, MASKED_TOKEN
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
 from distft.objective.sentence_pairs import NextSentence, SentenceOrder
 from distft.objective.settings import ObjectiveConfig
@@ -163,7 +163,9 @@ def test_losses_gradients_and_metrics_equal_those_computed_from_the_logits(
     objective = objective_type.model_validate({"masking": masking, "pooling": "first"})
     heads = objective.heads(None)
     assert set(heads) == {objective.name} | ({"lm_head"} if masking is not None else set())
-    config = ModelConfig(**{**SIZES, "vocab_size": VOCAB_SIZE, "max_seq_len": 32}, attention="bidirectional")
+    config = TransformerConfig(
+        **{**SIZES, "vocab_size": VOCAB_SIZE, "max_seq_len": 32}, attention="bidirectional"
+    )
     model = build(config, heads)
     rows = packed(documents([11] * 60), 32)
     settings = {} if masking is None else {"masking": masking}
@@ -203,7 +205,7 @@ def test_losses_gradients_and_metrics_equal_those_computed_from_the_logits(
 
 def test_bad_settings_models_tokenizers_and_data_are_clear_errors() -> None:
     rows = padded(documents([30, 30]))
-    causal = ModelConfig(**SIZES)
+    causal = TransformerConfig(**SIZES)
     with pytest.raises(ConfigError, match=r"attention=causal with objective\.type=next_sentence and masking"):
         NextSentence.model_validate({"masking": {}}).check_model(causal)
     with pytest.raises(ConfigError, match=r"pooling=first with model\.attention=causal"):

@@ -28,7 +28,7 @@ from distft.data.documents import documents as documents_of
 from distft.data.feed import Feed
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import ObjectiveConfig
 from distft.objective.span_corruption import SpanCorruption
@@ -154,13 +154,15 @@ def test_without_sentinels_all_spans_have_the_mask_token_in_order() -> None:
     feed_of_one = corrupted(rows, 40, noise_density=0.3, context={"pieces": {"<mask>": MASK}})
     many, one = corrupted(rows, 40, noise_density=0.3).batch(0, 4), feed_of_one.batch(0, 4)
     assert torch.equal(torch.where(many.input_ids >= FIRST_SENTINEL, MASK, many.input_ids), one.input_ids)
-    assert "one sentinel, in order: the tokenizer has no <extra_id_0>" in feed_of_one.summary
+    (note,) = [line for line in feed_of_one.summary.splitlines() if "sentinel" in line]
+    assert f"one sentinel, id {MASK}, in order: the tokenizer has no <extra_id_0>. " in note
+    assert "`distft tokenizer train --symbol '<extra_id_0>'`" in note
     assert "sentinel" not in corrupted(rows, 40).summary
 
 
 def test_loss_and_gradient_equal_those_of_each_document_by_itself() -> None:
     objective = SpanCorruption()
-    model = build(ModelConfig(**{**SIZES, "vocab_size": VOCAB_SIZE}), objective.heads(None))
+    model = build(TransformerConfig(**{**SIZES, "vocab_size": VOCAB_SIZE}), objective.heads(None))
     batch = corrupted(packed(texts([14, 7, 20, 30]), 24), 24).batch(0, 3)
     loss = objective.loss_sums(model, batch, CONTEXT)[NEXT_TOKEN]
     loss.backward()
@@ -180,7 +182,7 @@ def test_loss_and_gradient_equal_those_of_each_document_by_itself() -> None:
 def test_bad_settings_models_tokenizers_and_data_are_clear_errors() -> None:
     rows = packed(texts([200]), 80)
     with pytest.raises(ConfigError, match=r"attention=bidirectional with objective\.type=span_corruption"):
-        SpanCorruption().check_model(ModelConfig(**SIZES, attention="bidirectional"))
+        SpanCorruption().check_model(TransformerConfig(**SIZES, attention="bidirectional"))
     with pytest.raises(
         ConfigError, match=r"make 13 spans of a row of 80 tokens, but .* end at <extra_id_11>"
     ):

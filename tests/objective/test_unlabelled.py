@@ -14,7 +14,7 @@ from distft.config import parse
 from distft.data.batch import Batch
 from distft.data.targets import IGNORE_INDEX, ROW
 from distft.errors import ConfigError
-from distft.model.config import ClassificationHead
+from distft.model.heads import ClassificationHead
 from distft.objective.interface import ObjectiveContext
 from distft.objective.mixture import Mixture, SingleObjective
 from distft.objective.pseudo_label import PSEUDO_LABEL, class_factors

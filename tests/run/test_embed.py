@@ -16,7 +16,7 @@ from support.small_runs import WORDS, pretraining, run
 from distft.cli.main import main
 from distft.data.corpus import JsonlCorpus, ListedCorpus
 from distft.errors import ConfigError, DataError, UnreachableError
-from distft.model.config import EmbeddingHead
+from distft.model.heads import EmbeddingHead
 from distft.run.embed import EmbedOptions, EmbedResult, embed_corpus
 from distft.run.pretrained import load_model, open_model
 from distft.topology import Topology
@@ -82,7 +82,9 @@ def test_each_document_has_the_embedding_that_the_run_trained_without_its_temper
     assert result == EmbedResult(num_documents=NUM_TEXTS, num_elements=16, num_cut=num_cut)
     assert 0 < num_cut < NUM_TEXTS
     assert np.linalg.norm(found, axis=1) == pytest.approx(1)
-    np.testing.assert_allclose(found, one_by_one(contrastive, texts, EmbeddingHead()), atol=1e-6)
+    np.testing.assert_allclose(
+        found, one_by_one(contrastive, texts, EmbeddingHead(pooling="last")), atol=1e-6
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
 
 
@@ -162,6 +164,24 @@ def test_rows_without_text_are_told_and_shift_no_row_of_a_file_without_origins(
     assert main([*arguments, str(tmp_path / "out.npy")]) == 2
     assert "1 rows of the corpus have no text" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out.parquet"]
+
+
+@pytest.mark.parametrize("text", ["a cat\n\na dog\n", "a cat\n \t\r\na dog", "a cat\na dog\n\n"])
+def test_blank_lines_are_rows_without_text_where_each_line_is_a_document(
+    contrastive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    arguments = ["embed", str(contrastive), str(path), "--documents", "line", "-o"]
+    assert main([*arguments, str(tmp_path / "out.npy")]) == 2
+    assert "so that row i of a .npy file would not be that of the corpus" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "out.parquet")]) == 0
+    assert "2 embeddings of 16 elements; 1 rows without text have none" in capsys.readouterr().out
+    origins = pq.read_table(tmp_path / "out.parquet").column("origin").to_pylist()
+    assert origins == [f"{path}:0", f"{path}:{text.index('a dog')}"]
+    path.write_text("a cat\na dog\n")
+    assert main([*arguments, str(tmp_path / "out.npy")]) == 0
+    assert np.load(tmp_path / "out.npy").shape == (2, 16)
 
 
 @pytest.mark.parametrize(

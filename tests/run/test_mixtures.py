@@ -172,9 +172,7 @@ def test_a_run_logs_each_objective_and_audits_each_source(
     raw = mixture(data, tmp_path, evaluation={"every_steps": 6, "max_sequences": 5})
     raw["data"]["alternate"] = alternate
     result = run(Topology(), raw)
-    text, topic, total = (
-        logged(tmp_path, name) for name in ("loss/text/next_token", "loss/topic/label", "loss")
-    )
+    text, topic, total = (logged(tmp_path, name) for name in ("text/loss", "topic/loss", "loss"))
     if alternate:  # steps of text, text, topic, ...; a term keeps its last value
         assert min(topic) == 2 or min(topic) == 3
         assert len(set(topic.values())) <= 4
@@ -218,7 +216,7 @@ def test_a_resume_at_another_world_size_goes_on_exactly(data: Path, tmp_path: Pa
     run_until_power_cut(config("resumed"), 7)
     zero = {"type": "zero", "zero_stage": 3}
     run_ranks(_run, 2, config("resumed", engine=zero), timeout_s=200)
-    for name in ("loss", "grad_norm", "loss/text/next_token", "loss/topic/label"):
+    for name in ("loss", "grad_norm", "text/loss", "topic/loss", "tokens_seen"):
         straight, resumed = logged(tmp_path / "straight", name), logged(tmp_path / "resumed", name)
         steps = [step for step in resumed if step > 7]
         assert [resumed[step] for step in steps] == pytest.approx(

@@ -80,7 +80,7 @@ def test_the_run_alone_takes_the_same_labelled_rows_in_each_step(data: Path, tmp
     raw = semi_supervised(data, tmp_path / "run")
     raw["objective"]["parts"]["texts"]["weight"] = 0.0
     run(Topology(), raw)
-    losses = logged(tmp_path / "run", "loss/topic/label"), logged(tmp_path / "run" / "supervised_alone")
+    losses = logged(tmp_path / "run", "topic/loss"), logged(tmp_path / "run" / "supervised_alone")
     assert len(losses[0]) == NUM_STEPS
     assert losses[0] == pytest.approx(losses[1], abs=2e-6)
     assert comparison(tmp_path / "run")[0]["won"] == "neither"

@@ -23,8 +23,9 @@ from distft.engine.interface import Engine
 from distft.engine.local import LocalEngine
 from distft.engine.settings import ActivationCheckpointing, LocalConfig
 from distft.keyed_random import row_keys
-from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
-from distft.model.transformer import Transformer
+from distft.model.config import ModelConfig
+from distft.model.heads import LANGUAGE_MODEL, Heads
+from distft.model.transformer_config import TransformerConfig
 from distft.optim.adamw import AdamWConfig, parameter_groups
 from distft.optim.patterns import select_trainable
 from distft.topology import BatchPlan, Topology
@@ -61,11 +62,14 @@ class Scenario:
     dropout: float = 0.0
     max_grad_norm: float | None = 0.5
     compile: bool = False
+    other_model: ModelConfig | None = None  # in place of a Transformer
     zero: Mapping[str, Any] = field(default_factory=dict)  # further settings of ZeroConfig
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(
+        if self.other_model is not None:
+            return self.other_model
+        return TransformerConfig(
             vocab_size=VOCAB_SIZE,
             max_seq_len=SEQ_LEN,
             d_model=18,
@@ -122,7 +126,7 @@ class Training:
         self.scenario = scenario
         self.collectives = collectives
         with torch.device("meta"):
-            module = Transformer(scenario.model, heads)
+            module = scenario.model.build(heads)
         module.set_activation_checkpointing(scenario.activation_checkpointing)
         if scenario.compile:
             module.compile_blocks()

@@ -16,8 +16,9 @@ from distft.checkpoint.sources import StateSource, read_state
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
 from distft.engine.memory import allocate
-from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
+from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
 from distft.tokenizer import Tokenizer
 
 VOCAB_SIZE, MAX_SEQ_LEN = 53, 20
@@ -67,7 +68,7 @@ DISTFT_GPT2: dict[str, Any] = {
     "attention_bias": True,
     "mlp_bias": True,
 }
-# model_type, and options of `ModelConfig`
+# model_type, and options of `TransformerConfig`
 DISTFT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_untied": ("llama", {"tie_embeddings": False, "num_kv_heads": 2, "norm_eps": 1e-3}),
@@ -103,9 +104,9 @@ def randomize(model: torch.nn.Module) -> None:
             param.copy_(values + 1 if "norm" in name or ".ln_" in name else values)
 
 
-def model_config(**changes: Any) -> ModelConfig:
+def model_config(**changes: Any) -> TransformerConfig:
     sizes = {"vocab_size": VOCAB_SIZE, "max_seq_len": MAX_SEQ_LEN, "d_model": 24, "num_layers": 2}
-    return ModelConfig.model_validate({**sizes, "num_heads": 4, "d_ff": 29, **changes})
+    return TransformerConfig.model_validate({**sizes, "num_heads": 4, "d_ff": 29, **changes})
 
 
 def loaded(target: Path, auto_class: str = "AutoModelForCausalLM") -> Any:
@@ -121,7 +122,7 @@ def random_ids() -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (3, MAX_SEQ_LEN), generator=torch.Generator().manual_seed(5))
 
 
-def build_model(config: ModelConfig, source: StateSource, heads: Heads = LANGUAGE_MODEL) -> Transformer:
+def build_model(config: TransformerConfig, source: StateSource, heads: Heads = LANGUAGE_MODEL) -> Transformer:
     """A distft model with the source's weights, loaded as an engine loads them."""
     with torch.device("meta"):
         module = Transformer(config, heads)
@@ -134,7 +135,7 @@ def build_model(config: ModelConfig, source: StateSource, heads: Heads = LANGUAG
 def load_from_hf(path: Path | str) -> tuple[HuggingFaceCheckpoint, Transformer]:
     """Open a model directory of transformers, and build the distft model with its weights."""
     source = HuggingFaceCheckpoint.open(str(path))
-    config = ModelConfig.model_validate(source.manifest.config["model"])
+    config = TransformerConfig.model_validate(source.manifest.config["model"])
     labels = source.manifest.label_names
     return source, build_model(
         config,
@@ -143,7 +144,7 @@ def load_from_hf(path: Path | str) -> tuple[HuggingFaceCheckpoint, Transformer]:
     )
 
 
-def make_distft_model(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> Transformer:
+def make_distft_model(config: TransformerConfig, heads: Heads = LANGUAGE_MODEL) -> Transformer:
     """A distft model with random weights."""
     with torch.device("meta"):
         module = Transformer(config, heads)

@@ -18,7 +18,7 @@ from distft.data.labelled_rows import LabelledRows
 from distft.data.mixture import Interleaving
 from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX, LABEL, NEXT_TOKEN
-from distft.model.config import Heads
+from distft.model.heads import Heads
 from distft.model.transformer import Transformer
 from distft.objective.interface import ObjectiveContext
 from distft.objective.mixture import Mixture
@@ -143,6 +143,8 @@ class MixtureTraining(Training):
                 self.objective.prepare_step(self.engine.model, batches, self.context),
                 loss_sums=lambda model, batch: self.objective.loss_sums(model, batch, self.context),
                 num_targets=self.objective.num_targets,
+                training_sums=self.objective.training_sums,
+                sum_names=self.objective.training_sum_names,
                 weights=self.objective.term_weights(self.step),
                 group_lr=lambda group: LR * group.lr_scale,
             )

@@ -5,9 +5,12 @@ from typing import Any
 import torch
 
 from distft.engine.memory import allocate
-from distft.model.config import LANGUAGE_MODEL, Heads, ModelConfig
+from distft.model.config import ModelConfig
+from distft.model.heads import LANGUAGE_MODEL, Heads
 from distft.model.initialisation import initial_fragment
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
+from distft.model.with_heads import ModelWithHeads
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -20,9 +23,16 @@ SIZES: dict[str, Any] = {
 }
 
 
-def build(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> Transformer:
+def build(config: TransformerConfig, heads: Heads = LANGUAGE_MODEL) -> Transformer:
+    model = build_any(config, heads)
+    assert isinstance(model, Transformer)
+    return model
+
+
+def build_any(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> ModelWithHeads:
+    """A model of any type, in evaluation mode."""
     with torch.device("meta"):
-        model = Transformer(config, heads)
+        model = config.build(heads)
     allocate(model, torch.device("cpu"), torch.float32)
     for name, param in model.named_parameters():
         values = initial_fragment(name, tuple(param.shape), 0, param.numel(), seed=3, config=config)

@@ -45,6 +45,40 @@ def test_a_plain_line_shows_step_loss_speed_and_time_left() -> None:
     )
 
 
+TERMS = {
+    "loss": 3.2,
+    "topic/loss": 0.53126,
+    "topic/accuracy": 0.5,
+    "pair/loss": 2.7,
+    "pair/sentence_order/loss": 0.7,
+    "pair/masked_token/loss": 2.0,
+}
+
+
+def test_a_line_shows_the_losses_of_single_terms_if_there_are_several() -> None:
+    tracker, out, _ = plain()
+    tracker.log(TERMS, step=200)
+    tracker.log({"loss": 3.2, "topic/loss": 3.2, "epoch": 1.0}, step=200)
+    assert out.getvalue().splitlines() == [
+        "step 200/200 | loss 3.2000 (topic 0.5313, pair/sentence_order 0.7, pair/masked_token 2)",
+        "step 200/200 | loss 3.2000",
+    ]
+
+
+@pytest.mark.parametrize(("width", "shows_terms"), [(80, False), (119, True), (160, True)])
+def test_a_terminal_shows_the_losses_of_terms_where_they_fit(width: int, shows_terms: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, legacy_windows=False)
+    tracker = ConsoleTracker(200, console=console, clock=Clock())
+    tracker.start("run", {}, Path())
+    tracker.log(TERMS, step=40)
+    assert tracker._bar is not None
+    shown = str(tracker._bar[0].tasks[0].description)
+    tracker.finish("preempted")
+    assert shown.startswith("loss 3.2000")
+    assert ("(topic 0.5313, " in shown) is shows_terms
+
+
 def test_plain_lines_appear_at_intervals_and_for_the_last_step() -> None:
     tracker, out, clock = plain()
     tracker.start("run", {}, Path())

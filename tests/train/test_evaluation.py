@@ -15,7 +15,8 @@ from distft.data.batch import AnyBatch, Batch, RaggedArray
 from distft.data.feed import Feed
 from distft.data.labelled_rows import LabelledRows
 from distft.data.targets import IGNORE_INDEX
-from distft.model.config import ClassificationHead, ModelConfig
+from distft.model.heads import ClassificationHead
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.classification import Classification
 from distft.objective.interface import ObjectiveContext, only_batch
 from distft.train.evaluation import evaluate
@@ -49,7 +50,7 @@ def rows(num_rows: int) -> LabelledRows:
 
 def classifier(dropout: float) -> Any:
     sizes = {"vocab_size": VOCAB_SIZE, "max_seq_len": 8, "d_model": 8, "num_layers": 1, "num_heads": 2}
-    config = ModelConfig.model_validate({**sizes, "init_std": 0.5, "dropout": dropout})
+    config = TransformerConfig.model_validate({**sizes, "init_std": 0.5, "dropout": dropout})
     return build(config, {"classifier": ClassificationHead(num_labels=3)})
 
 

@@ -1,6 +1,7 @@
 """The step, run by a fake engine: its arithmetic, without a model or a backend."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,31 @@ def test_rates_are_asked_for_each_group() -> None:
     engine = FakeEngine()
     step(engine, [batch_of([1.0])], {"squares": 1.0})
     assert engine.lrs == [0.1, 0.05]
+
+
+def test_sums_for_metrics_are_added_over_micro_batches_and_take_no_part_in_the_loss() -> None:
+    def count(batch: Batch) -> Mapping[str, Tensor]:
+        return {"large": (batch.input_ids > 1).sum()} if len(batch.input_ids) > 1 else {}
+
+    batches = [batch_of([1.0, 2.0, 3.0]), batch_of([9.0]), batch_of([4.0, 0.0])]
+    result = step(FakeEngine(), batches, {"squares": 1.0}, training_sums=count, sum_names=["large", "none"])
+    assert result.sums.tolist() == [3, 0]
+    assert result.loss.item() == step(FakeEngine(), batches, {"squares": 1.0}).loss.item()
+
+
+def test_tokens_are_counted_without_padding_and_rows_that_stand_for_none() -> None:
+    padded = replace(batch_of([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]), lengths=torch.tensor([2, 1]))
+    batches = [padded, padded.without_targets(), batch_of([[1.0, 2.0]])]
+    sums_of = {"loss_sums": lambda _, batch: {"squares": batch.input_ids.sum()}}
+    result = train_step(
+        FakeEngine(),
+        [batch.for_step(None) for batch in batches],
+        **sums_of,
+        num_targets=lambda batch: batch.num_targets,
+        weights={"squares": 1.0},
+        group_lr=lambda _: 0.1,
+    )
+    assert int(result.num_tokens) == 2 + 1 + 2
 
 
 def test_signals_come_back_summed_beside_the_counts() -> None:

@@ -1,5 +1,7 @@
 """The share of the peak: what the rows of each stream cost, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,8 @@ def batch(num_rows: int, width: int) -> Batch:
 
 
 def throughput(flops: dict[str, Flops], recomputed: Flops | None = None) -> Throughput:
-    return Throughput(flops=flops, recomputed_flops=recomputed, peak_flops_per_s=lambda: 1e6, world_size=2)
+    by_stream = None if recomputed is None else dict.fromkeys(flops, recomputed)
+    return Throughput(flops=flops, recomputed_flops=by_stream, peak_flops_per_s=lambda: 1e6, world_size=2)
 
 
 def test_each_stream_costs_what_its_own_heads_cost() -> None:
@@ -30,6 +33,15 @@ def test_each_stream_costs_what_its_own_heads_cost() -> None:
     assert found["mfu"] == pytest.approx(flops / (2 * 1e6 * elapsed_s), rel=1e-6)
     assert found["hfu"] - found["mfu"] == pytest.approx(10 * num_tokens / (2 * 1e6 * elapsed_s), rel=1e-6)
     assert measured.read() == {}
+
+
+def test_tokens_are_real_ones_and_the_work_is_that_of_padding_too() -> None:
+    padded = replace(batch(2, 5), lengths=torch.tensor([5, 3]))
+    measured = throughput({"": Flops(1.0, 0.0)})
+    measured.add_step([padded, padded.without_targets()], num_ranks=2, data_wait_s=0.0)
+    found = measured.read()
+    elapsed_s = 2 * 8 / found["tokens_per_s"]
+    assert found["mfu"] == pytest.approx(2 * 20 / (2 * 1e6 * elapsed_s), rel=1e-6)
 
 
 def test_packed_documents_cost_the_pairs_within_them() -> None:

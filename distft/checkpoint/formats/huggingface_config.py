@@ -1,4 +1,4 @@
-"""`config.json` of transformers: parsed to a `ModelConfig`, chosen and written for one. No files, no tensors.
+"""`config.json` of transformers: to a `TransformerConfig`, chosen and written for one. No files, no tensors.
 
 A distft model can be a Llama, Mistral, Qwen2, Qwen3 or GPT-2 of transformers. Both the older spelling of a
 key (`rope_theta`, `torch_dtype`) and the newer one (`rope_parameters`, `dtype`) are read and written.
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from distft.checkpoint.formats.huggingface_keys import DEFAULTS, Gpt2Keys, Keys, LlamaKeys
 from distft.config import parse
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 
 # `model_type` of transformers
 Architecture: TypeAlias = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
@@ -37,7 +37,7 @@ class HuggingFaceModelSpec:
     """A model as its `config.json` describes it."""
 
     architecture: Architecture
-    model: ModelConfig
+    model: TransformerConfig
     head: HeadKind
     label_names: tuple[str, ...] | None  # of a classifier, by class
 
@@ -83,7 +83,7 @@ def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
         "tie_embeddings": keys.tie_word_embeddings,
         "init_std": keys.initializer_range or 0.02,
     }
-    model: ModelConfig = parse(ModelConfig, common | sizes, where="model")
+    model: TransformerConfig = parse(TransformerConfig, common | sizes, where="model")
     # transformers leaves names of its own making out of a config.json.
     names = keys.id2label or {0: "LABEL_0", 1: "LABEL_1"}
     labels = tuple(names[index] for index in sorted(names)) if head == "classifier" else None
@@ -105,7 +105,7 @@ def _parse_head(keys: Keys, architecture: Architecture) -> tuple[HeadKind, list[
 
 
 def _llama_sizes(keys: LlamaKeys, architecture: Architecture) -> dict[str, Any]:
-    """Fields of `ModelConfig`."""
+    """Fields of `TransformerConfig`."""
     given = keys.rope_scaling or keys.rope_parameters or {}
     theta = given.get("rope_theta", keys.rope_theta)
     sizes = {
@@ -176,7 +176,7 @@ def _sliding_window_problems(keys: LlamaKeys, architecture: Architecture) -> lis
 
 
 def _gpt2_sizes(keys: Gpt2Keys) -> dict[str, Any]:
-    """Fields of `ModelConfig`."""
+    """Fields of `TransformerConfig`."""
     return {
         "max_seq_len": keys.n_positions,
         "d_model": keys.n_embd,
@@ -216,7 +216,7 @@ def _gpt2_problems(keys: Gpt2Keys) -> list[str]:
     return problems
 
 
-def choose_architecture(config: ModelConfig, wanted: str | None = None) -> Architecture:
+def choose_architecture(config: TransformerConfig, wanted: str | None = None) -> Architecture:
     """The first of Llama, Qwen2, Qwen3 and GPT-2 that supports `config`, or `wanted`.
 
     Raises `ConfigError` with each option that `wanted`, or the nearest architecture, does not support.
@@ -241,7 +241,7 @@ def choose_architecture(config: ModelConfig, wanted: str | None = None) -> Archi
     return nearest
 
 
-def _unsupported_options(config: ModelConfig, architecture: Architecture) -> list[str]:
+def _unsupported_options(config: TransformerConfig, architecture: Architecture) -> list[str]:
     """Options that the architecture does not support, each with the value that it needs."""
     is_gpt2 = architecture == "gpt2"
     required: dict[str, Any] = {
@@ -307,7 +307,7 @@ def make_config(
     return common | (_gpt2_keys(config) if spec.architecture == "gpt2" else _llama_keys(spec))
 
 
-def _gpt2_keys(config: ModelConfig) -> dict[str, Any]:
+def _gpt2_keys(config: TransformerConfig) -> dict[str, Any]:
     return {
         "n_positions": config.max_seq_len,
         "n_embd": config.d_model,

@@ -36,6 +36,8 @@ from distft.checkpoint.target import UNFINISHED_MARKER
 from distft.config import parse
 from distft.errors import CheckpointError, ConfigError
 from distft.model.config import ModelConfig
+from distft.model.settings import AnyModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.tokenizer import Tokenizer
 
 _NO_PADDING = (
@@ -125,19 +127,24 @@ def write_huggingface(
     return notes
 
 
-def _model_config(source: CheckpointSource) -> ModelConfig:
+def _model_config(source: CheckpointSource) -> TransformerConfig:
     raw = source.manifest.config.get("model")
     if raw is None:
         raise ConfigError(
             f"{source.path} does not contain the model's configuration, which transformers needs: "
             "give the run's configuration with --run-config."
         )
-    config: ModelConfig = parse(ModelConfig, raw, where="model")
+    config: ModelConfig = parse(AnyModelConfig, raw, where="model")
+    if not isinstance(config, TransformerConfig):
+        raise ConfigError(
+            f"{source.path} has model.type={raw.get('type')}, and transformers has no such model: only "
+            "model.type=transformer can be exported. Convert it to distft or universal."
+        )
     return config
 
 
 def _choose_head(
-    source: CheckpointSource, model: ModelConfig
+    source: CheckpointSource, model: TransformerConfig
 ) -> tuple[HeadKind, Literal["mean", "first"] | None, list[str]]:
     """The head to export, how to pool for one that lies beside the model, and notes on what is left out."""
     parameters = source.manifest.parameters
@@ -162,7 +169,7 @@ def _choose_head(
     return "none", "first" if pooling == "first" else "mean", [note]
 
 
-def _dropout_notes(model: ModelConfig, architecture: str) -> list[str]:
+def _dropout_notes(model: TransformerConfig, architecture: str) -> list[str]:
     if not model.dropout or architecture == "gpt2":
         return []
     return [
@@ -293,7 +300,7 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 def _tokenizer_files(
-    source: CheckpointSource, model: ModelConfig, *, is_classifier: bool
+    source: CheckpointSource, model: TransformerConfig, *, is_classifier: bool
 ) -> tuple[dict[str, bytes], dict[str, int | None], list[str]]:
     """The files of the source's tokenizer, if it has one, its bos, eos and pad ids, and notes."""
     record = source.manifest.tokenizer

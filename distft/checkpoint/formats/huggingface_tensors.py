@@ -10,8 +10,9 @@ from torch import Tensor
 from distft.checkpoint.formats.huggingface_config import Architecture, HeadKind, HuggingFaceModelSpec
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.errors import ConfigError
-from distft.model.config import LANGUAGE_MODEL, ClassificationHead, Heads, ModelConfig
+from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads
 from distft.model.transformer import Transformer
+from distft.model.transformer_config import TransformerConfig
 
 LM_HEAD = "lm_head.weight"
 
@@ -90,7 +91,7 @@ def base_prefix(architecture: Architecture) -> str:
 
 
 def map_tensors(
-    config: ModelConfig,
+    config: TransformerConfig,
     architecture: Architecture,
     head: HeadKind,
     *,
@@ -164,7 +165,7 @@ def read_parameter(
 
 
 def parameter_shapes(
-    config: ModelConfig, head: HeadKind, *, num_labels: int = 0
+    config: TransformerConfig, head: HeadKind, *, num_labels: int = 0
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of distft's parameters, tied ones once; without the head if `head` is `none`."""
     heads: dict[HeadKind, Heads] = {

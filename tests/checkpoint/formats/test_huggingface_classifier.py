@@ -17,7 +17,7 @@ from support.huggingface_models import (
 from torch import Tensor
 
 from distft.checkpoint.formats.huggingface_target import write_huggingface
-from distft.model.config import ClassificationHead
+from distft.model.heads import ClassificationHead
 from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
 
 

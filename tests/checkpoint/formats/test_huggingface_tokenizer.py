@@ -16,7 +16,7 @@ from support.huggingface_models import make_distft_model, save_model
 
 from distft.checkpoint.formats.huggingface_target import write_huggingface
 from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
-from distft.model.config import ModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.tokenizer import Tokenizer, TokenizerTrainConfig, train_tokenizer
 
 TEXT = inspect.getsource(argparse) + inspect.getsource(json) + "Grüße, déjà vu, 日本語テキスト 😀\n" * 9
@@ -78,7 +78,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer
             tokenizer = train_tokenizer(TEXT.splitlines(keepends=True), training, folder / "t.model")
         else:
             tokenizer = train_with_sentencepiece(**SENTENCEPIECE_MODELS[kind])
-        config = ModelConfig(
+        config = TransformerConfig(
             vocab_size=tokenizer.vocab_size, max_seq_len=99, d_model=4, num_layers=1, num_heads=1
         )
         source = save_model(make_distft_model(config), folder / "distft", tokenizer=tokenizer)
@@ -158,7 +158,7 @@ def test_an_unsupported_tokenizer_is_exported_as_tokenizer_model_only(
 
 
 def test_a_checkpoint_without_a_tokenizer_is_exported_without_one(tmp_path: Path) -> None:
-    shape = ModelConfig(vocab_size=9, max_seq_len=9, d_model=4, num_layers=1, num_heads=1)
+    shape = TransformerConfig(vocab_size=9, max_seq_len=9, d_model=4, num_layers=1, num_heads=1)
     notes = write_huggingface(
         save_model(make_distft_model(shape), tmp_path / "distft"), str(tmp_path / "exported")
     )

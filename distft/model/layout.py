@@ -1,0 +1,23 @@
+"""What a model knows of its rows beside their tokens: positions, documents, padding, prefixes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+# (hidden [N, C], weight [V, C]) -> what the caller computes from them, such as a summed loss
+HiddenLossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+HiddenLosses: TypeAlias = Mapping[str, HiddenLossFn]  # by the name of a head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLayout:
+    """Of rows of shape [B, T]."""
+
+    shape: torch.Size
+    position_ids: Tensor  # int64 [1 or B, T]
+    document_ids: Tensor | None = None  # int64 [B, T]: each document's tokens depend on that document alone
+    lengths: Tensor | None = None  # int64 [B]: real tokens at each row's start
+    is_prefix: Tensor | None = None  # bool [B, T]: tokens that a causal model's earlier tokens see, too

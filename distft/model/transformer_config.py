@@ -1,0 +1,168 @@
+"""Sizes and variants of a Transformer: covers Llama, Mistral, Qwen 2 and 3, and GPT-2."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distft.model.config import MOST, MOST_LAYERS, ModelConfig
+from distft.model.products import Product
+
+if TYPE_CHECKING:
+    from distft.model.heads import Heads
+    from distft.model.transformer import Transformer
+
+
+def _default_num_kv_heads(data: dict[str, Any]) -> int:
+    return int(data["num_heads"])
+
+
+def _default_head_dim(data: dict[str, Any]) -> int:
+    d_model: int = data["d_model"]
+    num_heads: int = data["num_heads"]
+    return max(d_model // num_heads, 1)
+
+
+def _default_d_ff(data: dict[str, Any]) -> int:
+    d_model: int = data["d_model"]
+    if data["mlp"] == "gelu":
+        return 4 * d_model
+    # 8/3 * d_model: SwiGLU has three matrices instead of two, so two thirds of 4 * d_model give as many
+    # weights. Rounded up to a multiple of 16, since matrix products are fast on whole vectors.
+    return -(-8 * d_model // 48) * 16
+
+
+class TransformerConfig(ModelConfig):
+    """Sizes and variants of a Transformer. Widths are in elements, lengths in tokens."""
+
+    type: Literal["transformer"] = "transformer"
+    num_layers: int = Field(ge=1, le=MOST_LAYERS)
+    num_heads: int = Field(ge=1, le=MOST)
+    num_kv_heads: int = Field(default_factory=_default_num_kv_heads, ge=1, le=MOST)  # default: num_heads
+    head_dim: int = Field(default_factory=_default_head_dim, ge=1, le=MOST)  # default: d_model / num_heads
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = Field(1e-5, gt=0)
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = Field(10_000.0, gt=0)
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, as in GPT-2
+    d_ff: int = Field(
+        default_factory=_default_d_ff, ge=1, le=MOST
+    )  # default: 8/3 * d_model; gelu: 4 * d_model
+    attention_bias: bool = False  # on q, k, v and o
+    qkv_bias: bool = False  # on q, k and v only, as in Qwen 2
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k, as in Qwen 3
+    dropout: float = Field(0.0, ge=0, lt=1)  # of embeddings, attention weights and both residual branches
+    attention: Literal["causal", "bidirectional"] = "causal"
+    attention_kernel: Literal["auto", "sdpa", "cudnn", "flex"] = "auto"  # auto: flex for packed rows on CUDA
+    init_std: float | None = Field(0.02, gt=0)  # of matrices; null: d_model ** -0.5
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        errors = []
+        if self.num_heads % self.num_kv_heads:
+            errors.append(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: each "
+                f"key-value head serves the same number of query heads."
+            )
+        if "head_dim" not in self.model_fields_set and self.d_model % self.num_heads:
+            errors.append(
+                f"d_model={self.d_model} is not a multiple of num_heads={self.num_heads}: "
+                f"change one of them, or set head_dim."
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            errors.append(
+                f"head_dim={self.head_dim} is odd, but rotary positions rotate pairs of elements: "
+                f"set head_dim: {self.head_dim + 1}, or positions: learned."
+            )
+        if self.attention_kernel == "flex" and self.dropout:
+            errors.append(
+                f"dropout={self.dropout} is set, but attention_kernel: flex cannot drop attention weights: "
+                f"set dropout: 0, or attention_kernel: sdpa."
+            )
+        if errors:
+            raise ValueError("\n".join(errors))
+        return self
+
+    @property
+    def is_causal(self) -> bool:
+        return self.attention == "causal"
+
+    @property
+    def direction_setting(self) -> str:
+        return "attention"
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.attention_bias or self.qkv_bias
+
+    def build(self, heads: "Heads") -> "Transformer":
+        from distft.model.transformer import Transformer
+
+        return Transformer(self, heads)
+
+    def num_backbone_parameters(self) -> int:
+        total = self.norm_numel + self.num_layers * self.num_block_parameters()
+        if self.positions == "learned":
+            total += self.max_seq_len * self.d_model
+        return total
+
+    @property
+    def norm_numel(self) -> int:
+        """Parameters of a norm over hidden states."""
+        return self.d_model * (2 if self.norm == "layernorm" else 1)
+
+    def num_block_parameters(self) -> int:
+        """Of one block."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.d_model * (2 * q_size + 2 * kv_size)
+        if self.has_qkv_bias:
+            attention += q_size + 2 * kv_size
+        if self.attention_bias:
+            attention += self.d_model
+        if self.qk_norm:
+            attention += 2 * self.head_dim
+        num_up = 2 if self.mlp == "swiglu" else 1
+        mlp = self.d_model * self.d_ff * (num_up + 1)
+        if self.mlp_bias:
+            mlp += num_up * self.d_ff + self.d_model
+        return attention + mlp + 2 * self.norm_numel
+
+    def backbone_products(self, seq_len: int) -> Iterator[Product]:  # noqa: ARG002
+        for index in range(self.num_layers):
+            yield from self.block_products(f"blocks.{index}.")
+
+    def block_products(self, block: str) -> Iterator[Product]:
+        """Of the block whose parameters' names begin with `block`."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        width, hidden = self.d_model, self.d_ff
+        yield Product(f"{block}attn.q.", width * q_size, (f"{block}attn_norm.",))
+        yield Product(f"{block}attn.k.", width * kv_size)
+        yield Product(f"{block}attn.v.", width * kv_size, flops_per_pair=self.flops_per_pair)
+        yield Product(f"{block}attn.o.", width * q_size)
+        after_attention = (f"{block}attn.", f"{block}mlp_norm.")
+        if self.mlp == "swiglu":
+            yield Product(f"{block}mlp.gate.", width * hidden, after_attention)
+        yield Product(f"{block}mlp.up.", width * hidden, after_attention)
+        yield Product(f"{block}mlp.down.", width * hidden, (f"{block}mlp.gate.", f"{block}mlp.up."))
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Forward, of one layer: a score, and its share of the weighted sum of values."""
+        return 4 * self.num_heads * self.head_dim
+
+    def input_width(self, name: str, shape: tuple[int, ...]) -> int:  # noqa: ARG002
+        return self.d_model  # also of `o` and `down`, as in Llama's relatives
+
+    def residual_init_factor(self, name: str) -> float:
+        """Of `o` and `down`, which write into the residual stream: its variance does not grow with depth.
+
+        1 / sqrt(2 * num_layers) as in Radford et al. 2019, GPT-2.
+        """
+        writes_residual = name.endswith((".o.weight", ".down.weight"))
+        return 1 / math.sqrt(2 * self.num_layers) if writes_residual else 1.0

@@ -1,0 +1,266 @@
+"""What all models share: embedding, a backbone of the model's own, and heads by name.
+
+It knows nothing of ranks, freezing or the optimizer.
+Shape letters: B rows, T positions, N = B * T, C = d_model, H = output_size, V = padded_vocab_size, K classes.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distft.errors import ConfigError
+from distft.model.config import ModelConfig
+from distft.model.dropout import dropout, random_row_keys
+from distft.model.heads import (
+    LANGUAGE_MODEL,
+    ClassificationHead,
+    EmbeddingHead,
+    GeneratorHead,
+    Head,
+    Heads,
+    LanguageModelHead,
+    TokenHead,
+)
+from distft.model.layers import Linear, make_embedding
+from distft.model.layout import HiddenLosses, HiddenLossFn, RowLayout
+
+
+class OutputProjection(Linear):
+    """Logits over the vocabulary, or the result of a `HiddenLossFn`, which never needs all logits at once."""
+
+    def forward(self, x_BTH: Tensor, loss_from_hidden: HiddenLossFn | None = None) -> Tensor:
+        if loss_from_hidden is None:
+            return super().forward(x_BTH)
+        # The loss is computed here and not in the objective, because ZeRO 3 gathers a weight only during the
+        # forward of the module that owns it.
+        dtype = self.matmul_dtype(x_BTH)
+        return loss_from_hidden(x_BTH.flatten(0, -2).to(dtype), self.weight.to(dtype))
+
+
+class Embedding(nn.Module):
+    """The pooled vector [B, H] of each row, as an `EmbeddingHead` describes it."""
+
+    def __init__(self, head: EmbeddingHead) -> None:
+        super().__init__()
+        self.head = head
+        if head.learns_temperature:
+            self.log_temperature = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        x_BH = x_BH.float()
+        if self.head.normalize:
+            x_BH = functional.normalize(x_BH, dim=-1)
+        x_BH = x_BH * self.head.temperature**-0.5
+        return x_BH * torch.exp(-0.5 * self.log_temperature.float()) if self.head.learns_temperature else x_BH
+
+
+class ModelWithHeads(nn.Module):
+    """Embedding, backbone and one or more heads, by name. It has parameters only, no buffers.
+
+    Build it under `torch.device("meta")` and fill it by name (`distft.model.initialisation`): on a real
+    device its layers would draw their own weights, which the run's seed does not determine.
+
+    A subclass makes its layers in `make_backbone` and runs them in `encode`. It also generates if it has
+    `new_caches` and `encode_cached`.
+    """
+
+    __call__: Callable[..., dict[str, Tensor]]
+
+    def __init__(self, config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = dict(heads)
+        self.embed = make_embedding(config.padded_vocab_size, config.d_model)
+        self.make_backbone()
+        for name, head in self.heads.items():
+            if hasattr(self, name):
+                raise ConfigError(
+                    f"A head cannot have the name {name!r}: the model has a part of that name. Set head of "
+                    "the objective to another name; in a mixture a part's head has the name of the part."
+                )
+            self.add_module(name, self.make_head(head))
+
+    def make_backbone(self) -> None:
+        """Add the layers between embedding and heads."""
+        raise NotImplementedError
+
+    def encode(self, x_BTC: Tensor, layout: RowLayout, dropout_keys_B: Tensor | None) -> Tensor:
+        """Hidden states [B, T, H] of embedded rows. `dropout_keys_B` is given in training with dropout only.
+
+        What it returns for padding is not read.
+        """
+        raise NotImplementedError
+
+    def new_caches(self, num_positions: int) -> Sequence[Any]:
+        """What `encode_cached` remembers of up to `num_positions` positions, empty."""
+        raise NotImplementedError
+
+    def encode_cached(
+        self, x_BTC: Tensor, position_ids: Tensor, caches: Sequence[Any], num_padding_B: Tensor | None
+    ) -> Tensor:
+        """Hidden states [B, T, H] of tokens that continue those in `caches`, to which it adds them.
+
+        Row b has `num_padding_B[b]` tokens of padding before its first real one; None: no row has any.
+        """
+        raise NotImplementedError
+
+    def set_activation_checkpointing(self, mode: Literal["none", "selective", "full"]) -> None:
+        """What the backward recomputes: nothing, all but products and attention, or whole blocks."""
+        if mode != "none":
+            raise ConfigError(
+                f"engine.activation_checkpointing={mode}: only the blocks of model.type=transformer can be "
+                "recomputed. Set engine.activation_checkpointing=none."
+            )
+
+    def compile_blocks(self) -> None:
+        """Compile what trains, where torch.compile makes it faster; by default nothing."""
+
+    @property
+    def fp8_layers(self) -> nn.Module | None:
+        """The layers whose products can be in FP8; None: the model has none."""
+        return None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        *,
+        is_prefix: Tensor | None = None,
+        heads: Collection[str] | None = None,
+        losses_from_hidden: HiddenLosses | None = None,
+    ) -> dict[str, Tensor]:
+        """The output of each of `heads` (None: all) by name.
+
+        That is logits [B, T, V] of a language model or generator and [B, K] of a classifier, numbers
+        [B, T, K] of a token head, vectors [B, H] of an embedding.
+
+        `input_ids`, `position_ids` (None: 0, 1, 2, ...) and `document_ids` (tokens see only tokens with
+        the same id) are int64 [B, T]; `lengths` is int64 [B], the number of real tokens at each row's start.
+        `is_prefix` bool [B, T] marks tokens that a causal model's earlier tokens see, too.
+        `dropout_keys` int64 [B] determine what training drops in each row; None: drawn at random.
+        A language model's or generator's head `name` in `losses_from_hidden` returns
+        `losses_from_hidden[name](hidden [N, H], weight [V, H])` in place of its logits.
+
+        Raises `ConfigError` for rows longer than `max_seq_len`.
+        """
+        if input_ids.shape[1] > self.config.max_seq_len:
+            raise ConfigError(
+                f"A row of {input_ids.shape[1]} tokens is longer than model.max_seq_len="
+                f"{self.config.max_seq_len}: shorten the rows, or raise it before pretraining."
+            )
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        layout = RowLayout(
+            shape=input_ids.shape,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            lengths=lengths,
+            is_prefix=is_prefix,
+        )
+        if not self.training or not self.config.dropout:
+            dropout_keys = None
+        elif dropout_keys is None:
+            dropout_keys = random_row_keys(len(input_ids), input_ids.device)
+        x_BTC = self.embed_tokens(input_ids, position_ids)
+        if dropout_keys is not None:
+            x_BTC = dropout(x_BTC, self.config.dropout, dropout_keys, site=0)
+        losses = losses_from_hidden or {}
+        names = list(self.heads if heads is None else heads)
+        outputs = self.outputs_beside_backbone(names, x_BTC, layout, dropout_keys, losses)
+        if len(outputs) < len(names):
+            x_BTH = self.encode(x_BTC, layout, dropout_keys)
+            for name in names:
+                if name not in outputs:
+                    outputs[name] = self._head_output(name, x_BTH, lengths, losses.get(name))
+        return outputs
+
+    def embed_tokens(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:  # noqa: ARG002
+        """The backbone's input [B, T, C]."""
+        x_BTC: Tensor = self.embed(input_ids)
+        return x_BTC
+
+    def outputs_beside_backbone(
+        self,
+        names: Sequence[str],  # noqa: ARG002
+        x_BTC: Tensor,  # noqa: ARG002
+        layout: RowLayout,  # noqa: ARG002
+        dropout_keys_B: Tensor | None,  # noqa: ARG002
+        losses: HiddenLosses,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """The outputs of those of the heads `names` that do not read the backbone's hidden states."""
+        return {}
+
+    def logits(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+        """The logits of a model with one head; the arguments are those of `forward`."""
+        (logits,) = self(*args, **kwargs).values()
+        return logits
+
+    def forward_cached(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        caches: Sequence[Any],
+        num_padding_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, 1, V] after the last of the tokens `input_ids` [B, T], which continue the cached ones.
+
+        For generation; `num_padding_B` as for `encode_cached`.
+        """
+        x_BTC = self.embed_tokens(input_ids, position_ids)
+        x_BTH = self.encode_cached(x_BTC, position_ids, caches, num_padding_B)
+        # Only the last position is sampled from, so a whole prompt needs V logits per row and not T * V.
+        lm_head: OutputProjection = self.get_submodule("lm_head")  # type: ignore[assignment]
+        return lm_head(x_BTH[:, -1:])
+
+    def make_head(self, head: Head) -> nn.Module:
+        """The module of `head`. Raises `ConfigError` for one that this model cannot have."""
+        size = self.config.output_size
+        if isinstance(head, EmbeddingHead):
+            return Embedding(head)
+        if isinstance(head, ClassificationHead):
+            return Linear(size, head.num_labels, bias=False)
+        if isinstance(head, TokenHead):
+            return Linear(size, head.num_outputs, bias=False)
+        if isinstance(head, GeneratorHead):
+            raise ConfigError("A generator has a Transformer's blocks: it needs model.type=transformer.")
+        projection = OutputProjection(size, self.config.padded_vocab_size, bias=False)
+        if self.config.tie_embeddings:
+            projection.weight = self.embed.weight
+        return projection
+
+    def _head_output(
+        self, name: str, x_BTH: Tensor, lengths: Tensor | None, loss_from_hidden: HiddenLossFn | None
+    ) -> Tensor:
+        """Of a head that reads the last hidden states."""
+        head, module = self.heads[name], self.get_submodule(name)
+        output: Tensor
+        if isinstance(head, ClassificationHead | EmbeddingHead):
+            output = module(pool(x_BTH, lengths, head.pooling))
+        elif isinstance(head, LanguageModelHead):
+            output = module(x_BTH, loss_from_hidden)
+        else:
+            output = module(x_BTH)
+        return output
+
+
+def pool(x_BTH: Tensor, lengths: Tensor | None, pooling: str) -> Tensor:
+    """One vector per row, [B, H], from its real tokens; of a row of padding alone any finite one."""
+    if pooling == "first":
+        return x_BTH[:, 0]
+    if lengths is None:
+        lengths = torch.full((len(x_BTH),), x_BTH.shape[1], device=x_BTH.device)
+    # Lengths are clamped because a row may be padding alone: length 0.
+    lengths = lengths.clamp_min(1)
+    if pooling == "last":
+        return x_BTH[torch.arange(len(x_BTH), device=x_BTH.device), lengths - 1]
+    is_real_BT1 = (torch.arange(x_BTH.shape[1], device=x_BTH.device) < lengths[:, None])[..., None]
+    if pooling == "max":
+        return x_BTH.masked_fill(~is_real_BT1, -torch.inf).amax(dim=1)
+    # Padding is selected away and not multiplied by 0: it may be infinite.
+    return torch.where(is_real_BT1, x_BTH, 0).sum(dim=1) / lengths[:, None].to(x_BTH.dtype)

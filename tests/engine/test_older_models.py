@@ -1,0 +1,84 @@
+"""Models other than the Transformer train the same on every engine and number of ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.engine_scenarios import (
+    FREEING,
+    SEQ_LEN,
+    VOCAB_SIZE,
+    Scenario,
+    Training,
+    collectives_for,
+    run_alone,
+)
+from support.rank_pool import run_ranks
+
+from distft.config import parse
+from distft.model.config import ModelConfig
+from distft.model.settings import AnyModelConfig
+from distft.topology import Topology
+
+NUM_STEPS = 6
+MODELS: list[dict[str, Any]] = [
+    {"type": "deep_averaging", "num_layers": 2, "direction": "bidirectional"},
+    {"type": "deep_averaging", "num_layers": 2, "dropout": 0.2},
+    {"type": "cnn", "num_layers": 2, "kernel_sizes": [2, 3, 4]},
+    {"type": "rnn", "num_layers": 2},
+    {"type": "lstm", "num_layers": 2, "dropout": 0.2},
+    {"type": "gru", "num_layers": 2, "direction": "bidirectional", "d_hidden": 11, "tie_embeddings": False},
+]
+PARTLY = ("blocks.1.*",)
+
+
+def _model(raw: dict[str, Any]) -> ModelConfig:
+    sizes = {"vocab_size": VOCAB_SIZE, "max_seq_len": SEQ_LEN, "d_model": 18}
+    model: ModelConfig = parse(AnyModelConfig, {**sizes, **raw})
+    return model
+
+
+def _scenarios(stages: dict[int | None, tuple[str, ...]]) -> list[Scenario]:
+    return [
+        Scenario(
+            stage=stage,
+            other_model=_model(raw),
+            trainable=trainable,
+            zero=FREEING if stage == 3 else {},
+        )
+        for raw in MODELS
+        for stage, trainable in stages.items()
+    ]
+
+
+def _train_all(topology: Topology, scenarios: list[Scenario]) -> list[tuple[list[float], dict[Any, Any]]]:
+    results = []
+    for scenario in scenarios:
+        training = Training(scenario, topology, collectives_for(scenario, topology))
+        results.append((training.run(NUM_STEPS), training.whole_state()))
+        training.engine.close()
+    return results
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("world_size", "stages"),
+    [(1, {2: PARTLY}), (2, {0: ("*",), 1: ("*",), 2: ("*",), 3: PARTLY}), (4, {3: ("*",)})],
+    ids=["1", "2", "4"],
+)
+def test_zero_computes_what_the_local_engine_computes(
+    world_size: int, stages: dict[int | None, tuple[str, ...]]
+) -> None:
+    scenarios = _scenarios(stages)
+    by_rank = run_ranks(_train_all, world_size, scenarios, timeout_s=240)
+    for number, scenario in enumerate(scenarios):
+        alone = run_alone(Scenario(other_model=scenario.model, trainable=scenario.trainable), NUM_STEPS)
+        for results in by_rank:
+            losses, state = results[number]
+            assert losses == pytest.approx(alone.losses, abs=1e-6), scenario
+            expected = alone.whole_state()
+            assert state.keys() == expected.keys()
+            for key, values in state.items():
+                torch.testing.assert_close(
+                    values, expected[key], atol=2e-5, rtol=1e-4, msg=f"{scenario} {key}"
+                )

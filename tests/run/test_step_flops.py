@@ -1,0 +1,110 @@
+"""The FLOPs of a step, for MFU and `config check`, against those that torch counts in a real step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.small_runs import make_text_data, pretraining
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from distft.collectives import SingleProcess
+from distft.config import parse
+from distft.data.batch import Batch, MixedBatch
+from distft.objective.interface import ObjectiveContext
+from distft.run.check import check_run
+from distft.run.config import RunConfig
+from distft.run.inputs import RunInputs
+from distft.run.model import build_module
+from distft.topology import Topology
+
+OBJECTIVES: list[tuple[str, dict[str, Any]]] = [
+    ("causal", {"type": "causal_lm"}),
+    ("bidirectional", {"type": "masked_lm"}),
+    ("bidirectional", {"type": "masked_lm", "mask_rate": 0.4}),
+    ("bidirectional", {"type": "next_sentence", "masking": {"mask_rate": 0.3}}),
+    ("bidirectional", {"type": "sentence_order"}),
+    ("bidirectional", {"type": "replaced_token", "generator_size": 0.5}),
+    ("causal", {"type": "prefix_lm", "min_prefix_share": 0.6}),
+    ("causal", {"type": "span_corruption", "noise_density": 0.3}),
+    ("causal", {"type": "contrastive", "views": "dropout"}),
+    ("causal", {"type": "contrastive", "views": "crops", "crop_share": [0.9, 1.0]}),
+]
+UNLABELLED: list[dict[str, Any]] = [
+    {"type": "pseudo_label", "threshold": 0.0},
+    {"type": "consistency"},
+    {"type": "entropy"},
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_data(tmp_path_factory.mktemp("data"))
+
+
+def inputs_of(raw: dict[str, Any]) -> RunInputs:
+    """With a vocabulary that costs more than the blocks."""
+    raw["model"] |= {"pad_vocab_to": 512, "dropout": 0.1}
+    return check_run(parse(RunConfig, {**raw, "validation": None}), Topology())[1]
+
+
+def counted_flops(inputs: RunInputs) -> tuple[float, float]:
+    """Of one step as torch counts them, and as `inputs` does."""
+    objective = inputs.config.objective
+    module = build_module(inputs.model, inputs.heads).to_empty(device="cpu").train()
+    for param in module.parameters():
+        torch.nn.init.normal_(param, std=0.02)
+    batch = inputs.train.batch(0, 40).for_step(3)
+    state = {name: torch.tensor(values) for name, values in objective.initial_state(inputs.heads).items()}
+    context = ObjectiveContext(inputs.model.vocab_size or 0, SingleProcess(), state=state)
+    # The loss adds the gradient of the output's weight in place, which torch does not count by itself.
+    counting = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+    with sdpa_kernel(SDPBackend.MATH), counting as counter:
+        (prepared,) = objective.prepare_step(module, [batch], context)
+        loss = sum(objective.loss_sums(module, prepared, context).values())
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+    streams = batch.streams if isinstance(batch, MixedBatch) else {"": batch}
+    expected = sum(inputs.training_flops[name].of(*dense_work(own)) for name, own in streams.items())
+    return float(counter.get_total_flops()), expected
+
+
+def addmm_flops(_: Any, left: Any, right: Any, **_shapes: Any) -> int:
+    """From the shapes of the arguments."""
+    return int(2 * left[0] * left[1] * right[1])
+
+
+def dense_work(batch: Batch) -> tuple[int, int]:
+    """Tokens and pairs, where attention between documents and of padding is computed too."""
+    num_rows, width = batch.input_ids.shape
+    return num_rows * width, num_rows * width**2
+
+
+@pytest.mark.parametrize(("attention", "objective"), OBJECTIVES, ids=str)
+def test_a_step_costs_the_passes_and_logits_that_the_objective_names(
+    data: Path, tmp_path: Path, attention: str, objective: dict[str, Any]
+) -> None:
+    raw = pretraining(data, tmp_path, objective=objective)
+    raw["model"]["attention"] = attention
+    counted, expected = counted_flops(inputs_of(raw))
+    assert expected == pytest.approx(counted, rel=0.08)  # how many tokens are targets is drawn
+
+
+@pytest.mark.parametrize("part", UNLABELLED, ids=lambda part: str(part["type"]))
+def test_a_step_with_unlabelled_rows_costs_one_pass_of_each_view(
+    data: Path, tmp_path: Path, part: dict[str, Any]
+) -> None:
+    labelled = {"type": "labelled", "path": str(data / "train.jsonl")}
+    raw = pretraining(data, tmp_path, tokenizer=str(data / "tokenizer.model"), compare_with_supervised=False)
+    raw["data"] = {
+        "type": "streams",
+        "streams": {"topic": {"data": labelled}, "rows": {"share": 3, "data": {**labelled, "label": None}}},
+    }
+    parts = {
+        "topic": {"objective": {"type": "classification"}},
+        "rows": {"objective": part | {"head": "topic"}},
+    }
+    raw["objective"] = {"type": "mixture", "parts": parts}
+    counted, expected = counted_flops(inputs_of(raw))
+    assert expected == pytest.approx(counted, rel=0.02)
