@@ -147,11 +147,7 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
     assert tokenizer is not None
     assert model is not None
     context = replace(data_context(tokenizer, model, config), cache_dir=cache_dir)
-    train, validation = _build_data(config, context, errors)
-    config = config.model_copy(update={"objective": config.objective.resolved(model, train)})
-    context = replace(context, label_names=None if train is None else train.label_names)
-    train = _transformed(config, "data", train, context, errors)
-    validation = _transformed(config, "validation", validation, context, errors)
+    config, train, validation = _build_data(config.model_copy(update={"model": model}), context, errors)
     label_names = None if train is None else train.label_names
     with errors.collect():
         heads = placeholder_heads(config) if train is None else config.objective.heads(label_names)
@@ -166,7 +162,7 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
     errors.raise_if_any()
     assert train is not None
     return RunInputs(
-        config=config.model_copy(update={"model": model}),
+        config=config,
         tokenizer=tokenizer,
         model=model,
         train=train,
@@ -240,8 +236,11 @@ def _check_the_rest(
 
 def _build_data(
     config: RunConfig, context: DataContext, errors: ErrorCollector
-) -> tuple[AnyFeed | None, AnyFeed | None]:
-    """The training and the validation data; None for what is not configured or has errors."""
+) -> tuple[RunConfig, AnyFeed | None, AnyFeed | None]:
+    """The training and the validation data; None for what is not configured or has errors.
+
+    And `config`, which has a model, with the values of settings that depend on the training data.
+    """
     train: AnyFeed | None = None
     validation: AnyFeed | None = None
     with errors.collect(), naming_settings("data", config.data):
@@ -250,7 +249,13 @@ def _build_data(
     with errors.collect(), naming_settings("validation", config.validation):
         if config.validation is not None:
             validation = config.validation.build_for_evaluation(context)
-    return train, validation
+    assert config.model is not None
+    config = config.model_copy(update={"objective": config.objective.resolved(config.model, train)})
+    return (
+        config,
+        _transformed(config, "data", train, context, errors),
+        _transformed(config, "validation", validation, context, errors),
+    )
 
 
 def _transformed(

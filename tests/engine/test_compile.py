@@ -1,4 +1,4 @@
-"""Compiled blocks compute what eager ones do at every ZeRO stage, and are compiled once."""
+"""Compiled blocks compute what eager ones do under ZeRO, and are compiled once."""
 
 from typing import Any
 
@@ -32,8 +32,8 @@ def _train(topology: Topology, scenarios: list[Scenario]) -> list[tuple[list[flo
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_compiled_blocks_compute_what_eager_ones_do_at_every_stage(stage: int) -> None:
+@pytest.mark.parametrize("stage", [2, 3])  # gradients are exchanged during the backward; so are weights
+def test_compiled_blocks_compute_what_eager_ones_do(stage: int) -> None:
     zero: dict[str, Any] = FREEING if stage == 3 else {}
     scenarios = [
         Scenario(stage=stage, compile=True, zero=zero, activation_checkpointing=mode, trainable=trainable)

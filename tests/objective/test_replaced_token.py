@@ -144,7 +144,7 @@ def train_all(topology: Topology, scenarios: list[Scenario]) -> list[tuple[list[
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("world_size", "stages"), [(1, (3,)), (2, (0, 1, 2)), (4, (3,))])
+@pytest.mark.parametrize(("world_size", "stages"), [(2, (0, 1, 2)), (4, (3,))])
 def test_loss_and_gradient_are_those_of_one_rank(world_size: int, stages: tuple[int, ...]) -> None:
     """With dropout and cuts of 1 and 7 rows; moments are a tenth of the gradients."""
     base = replace(SCENARIO, dropout=0.2)

@@ -66,11 +66,13 @@ def test_a_fifth_of_every_area_is_in_the_test_split(
     assert all(abs(test[area] - count / 5) <= 0.5 for area, count in task.areas.items())
 
 
-def test_the_same_library_gives_the_same_files(written: tuple[Path, StdlibTask], tmp_path: Path) -> None:
-    directory, _ = written
-    write_stdlib_task(tmp_path)
+def test_the_same_library_gives_the_same_files(tmp_path: Path) -> None:
+    areas = {"logging/a.py": functions_of("log", 50), "xml/a.py": functions_of("xml", 45)}
+    library = make_library(tmp_path / "library", areas)
+    for out in ("first", "second"):
+        write_stdlib_task(tmp_path / out, library)
     for name in ("train.jsonl", "test.jsonl", "task.json"):
-        assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
 def test_a_text_includes_decorators_and_is_dedented(tmp_path: Path) -> None:
