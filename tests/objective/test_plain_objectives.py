@@ -52,8 +52,8 @@ def test_a_causal_model_is_required_for_next_tokens() -> None:
     with pytest.raises(ConfigError) as caught:
         CausalLM().check_model(BIDIRECTIONAL)
     assert str(caught.value) == (
-        "model.attention=bidirectional with objective.type=causal_lm: every token attends to the token that "
-        "it has to predict. Set model.attention=causal, or another objective."
+        "model.attention=bidirectional with objective.type=causal_lm: every token sees the one that it has "
+        "to predict. Set model.attention=causal, or another objective."
     )
 
 

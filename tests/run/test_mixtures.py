@@ -297,7 +297,8 @@ def test_numbers_with_which_the_loss_would_be_infinite_are_refused(data: Path, t
     source = {"type": "labelled", "path": str(path), "labels": "number"}
     raw = pretraining(data, tmp_path / "run", data=source, validation=None)
     raw["tokenizer"] = str(data / "tokenizer.model")
-    raw["objective"] = {"type": "regression", "offset": 1.5}
+    raw["objective"] = {"type": "regression", "offset": 1.5, "scale": 1.0}
     assert "the number -3e+30 of the data" in error_of(raw)
-    raw["objective"]["scale"] = 1e30
-    check_run(parse(RunConfig, raw), Topology())
+    for scale in (1e30, None):  # by default their deviation
+        raw["objective"]["scale"] = scale
+        check_run(parse(RunConfig, raw), Topology())

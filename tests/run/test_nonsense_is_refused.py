@@ -78,7 +78,7 @@ def test_single_fields_of_the_checkpoints_model_can_be_set(
 
 def test_a_language_model_that_sees_its_targets_is_refused(data: Path, tmp_path: Path) -> None:
     model = {**pretraining(data, tmp_path)["model"], "attention": "bidirectional"}
-    with pytest.raises(ConfigError, match="every token attends to the token that it has to predict"):
+    with pytest.raises(ConfigError, match="every token sees the one that it has to predict"):
         run(Topology(), pretraining(data, tmp_path / "run", model=model))
 
 
