@@ -128,8 +128,8 @@ class Checkpoint(ManifestSource):
         where = storage.join(self.path, record.file)
         try:
             with storage.unreadable_as_unreachable(where):
-                data = storage.read_bytes(where)
-            found = Tokenizer(data).fingerprint
+                storage.read_bytes(where)
+            found = Tokenizer.load(where).fingerprint
         except FileNotFoundError:
             damage = f"{where} is missing"
         except DataError as error:

@@ -18,7 +18,14 @@ from torch import Tensor
 from distft import storage
 from distft.checkpoint.damage import require_undamaged
 from distft.checkpoint.fingerprint import fingerprint, fingerprint_text
-from distft.checkpoint.manifest import MANIFEST, FileRecord, Manifest, ParameterRecord, StateRecord
+from distft.checkpoint.manifest import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    ParameterRecord,
+    StateRecord,
+    TokenizerRecord,
+)
 from distft.checkpoint.rank_file import LazyFragment, bytes_of, write_rank_file
 from distft.checkpoint.sources import CheckpointSource, stored_states
 from distft.checkpoint.steps import rank_file_name
@@ -137,8 +144,7 @@ def write_distft(
 
         with ThreadPoolExecutor(_THREADS) as threads:
             files = list(threads.map(write, range(world_size)))
-        manifest = _manifest(source, files, sums)
-        _copy_tokenizer(source, target)
+        manifest = _manifest(source, files, sums, _copy_tokenizer(source, target))
         storage.commit_bytes(storage.join(target, MANIFEST), manifest.to_bytes())
     return manifest
 
@@ -171,7 +177,12 @@ def _lazy_fragments(
             yield LazyFragment(name, state, start, stop, getattr(torch, record.dtype), chunks)
 
 
-def _manifest(source: CheckpointSource, files: list[FileRecord], sums: _FingerprintSums) -> Manifest:
+def _manifest(
+    source: CheckpointSource,
+    files: list[FileRecord],
+    sums: _FingerprintSums,
+    tokenizer: TokenizerRecord | None,
+) -> Manifest:
     parameters = {}
     for name, record in source.manifest.parameters.items():
         states = {
@@ -181,11 +192,17 @@ def _manifest(source: CheckpointSource, files: list[FileRecord], sums: _Fingerpr
             for state, saved in record.states.items()
         }
         parameters[name] = record.model_copy(update={"states": states})
-    return source.manifest.model_copy(update={"parameters": parameters, "files": files})
+    changes = {"parameters": parameters, "files": files, "tokenizer": tokenizer}
+    return source.manifest.model_copy(update=changes)
 
 
-def _copy_tokenizer(source: CheckpointSource, target: str) -> None:
-    tokenizer = source.manifest.tokenizer
-    if tokenizer is not None and tokenizer.file is not None:
-        # Not a copy: what lies beside a model of transformers becomes part of the one file.
-        Tokenizer.load(storage.join(source.path, tokenizer.file)).save(storage.join(target, tokenizer.file))
+def _copy_tokenizer(source: CheckpointSource, target: str) -> TokenizerRecord | None:
+    """Write the source's tokenizer into `target`; returns its record there."""
+    record = source.manifest.tokenizer
+    if record is None or record.file is None:
+        return record
+    # Not a copy: what lies beside a sentencepiece model of transformers becomes part of the one file.
+    tokenizer = Tokenizer.load(storage.join(source.path, record.file))
+    for name, data in tokenizer.files().items():
+        storage.commit_bytes(storage.join(target, name), data)
+    return record.model_copy(update={"file": tokenizer.file_name})

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from distft import storage
 from distft.checkpoint.manifest import MANIFEST
 from distft.errors import CheckpointError
+from distft.tokenizer.files import OWN_FILES as TOKENIZER_FILES
 
 STEP_PREFIX = "step_"
-TOKENIZER_FILE = "tokenizer.model"  # beside a manifest
 _OWN_FILE = re.compile(
-    rf"rank_\d{{5,}}(_\w+)?\.safetensors|{re.escape(MANIFEST)}|{re.escape(TOKENIZER_FILE)}"
+    rf"rank_\d{{5,}}(_\w+)?\.safetensors|{re.escape(MANIFEST)}|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
 )
 
 

@@ -25,7 +25,15 @@ Corpus = Annotated[
         callback=all_expanded,
     ),
 ]
-TokenizerFile = Annotated[str, typer.Option("--tokenizer", "-t", help="A .model file.", callback=expanded)]
+TokenizerFile = Annotated[
+    str,
+    typer.Option(
+        "--tokenizer",
+        "-t",
+        help="A .model or tokenizer.json file, or a directory of transformers.",
+        callback=expanded,
+    ),
+]
 ShardsDirectory = Annotated[
     str,
     typer.Option(
@@ -88,13 +96,21 @@ def tokenizer_train(
 @tokenizer_app.command("import")
 def tokenizer_import(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A sentencepiece .model file.", callback=expanded)
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A sentencepiece .model or a tokenizer.json file, or a directory of transformers.",
+            callback=expanded,
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The .model file to write.", callback=expanded)
+        Path,
+        typer.Option(
+            "--output", "-o", help="The .model file to write, or a directory for others.", callback=expanded
+        ),
     ],
 ) -> None:
-    """Check and copy a sentencepiece model, with the tokens that the files of transformers beside it add.
+    """Check and copy a tokenizer, with the tokens that the files of transformers beside it add.
 
     Prints its special ids and fingerprint.
     """

@@ -15,6 +15,16 @@ from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX
 from distft.keyed_random import row_keys, stream_seed
 
+_MODEL_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "document_ids",
+    "is_prefix",
+    "segment_ids",
+    "lengths",
+    "dropout_keys",
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -34,6 +44,7 @@ class Batch:
     position_ids: Tensor | None = None  # int64 [B, T]; None: 0, 1, 2, ... in each row
     document_ids: Tensor | None = None  # int64 [B, T]; attention stays within one id; None: one id per row
     is_prefix: Tensor | None = None  # bool [B, T]: tokens that earlier ones of their document attend to, too
+    segment_ids: Tensor | None = None  # int64 [B, T]: which text of a pair each token is of; None: 0
     lengths: Tensor | None = None  # int64 [B]: tokens before the right padding; None: no padding
     num_target_bytes: int = 0  # UTF-8 bytes of the target tokens; 0 if unknown
     dropout_keys: Tensor | None = None  # int64 [B]: what dropout draws in each row; None: at random
@@ -76,8 +87,7 @@ class Batch:
     @property
     def model_inputs(self) -> dict[str, Tensor | None]:
         """The arguments of `Transformer.forward`."""
-        names = ("input_ids", "position_ids", "document_ids", "is_prefix", "lengths", "dropout_keys")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _MODEL_INPUTS}
 
     def row_keys(self, seed: int) -> Tensor:
         """int64 [B]: what random numbers of each row depend on; each row of a sequence has another one."""
@@ -269,6 +279,7 @@ def merge_batches(batches: Sequence[Batch], row_positions: Sequence[Indices]) ->
         sequence_numbers=concatenate_optional("sequence_numbers", _unknown_numbers),
         position_ids=concatenate_optional("position_ids", _positions),
         document_ids=concatenate_optional("document_ids", lambda batch: torch.zeros_like(batch.input_ids)),
+        segment_ids=concatenate_optional("segment_ids", lambda batch: torch.zeros_like(batch.input_ids)),
         is_prefix=concatenate_optional(
             "is_prefix", lambda batch: torch.zeros_like(batch.input_ids, dtype=torch.bool)
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -23,6 +23,32 @@ DocumentMode = Literal["separate", "joined"]  # whether a row's documents see ea
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextTemplate:
+    """Ids that stand before, between and behind the texts of a row."""
+
+    before: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
+
+    @property
+    def num_marks(self) -> int:
+        """Tokens of a row of one text besides it."""
+        return len(self.before) + len(self.behind)
+
+    def row(self, text: Sequence[int], seq_len: int) -> list[int]:
+        """A row of one text, which is cut if the row would have more than `seq_len` tokens."""
+        return [*self.before, *text[: max(seq_len - self.num_marks, 0)], *self.behind]
+
+    def pair(self, first: Sequence[int], second: Sequence[int]) -> list[int]:
+        """A row of two texts."""
+        return [*self.before, *first, *self.between, *second, *self.behind]
+
+    def second_start(self, first: Sequence[int]) -> int:
+        """Where the second text of a pair begins."""
+        return len(self.before) + len(first) + len(self.between)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataContext:
     """Sizes, tokenizer and labels of the run, passed to every data config's `build`."""
 
@@ -36,6 +62,8 @@ class DataContext:
     pad_id: int | None = None
     unk_id: int | None = None
     piece_id: Callable[[str], int | None] = lambda _: None  # the id of a piece, such as <mask>; None: no such
+    template: TextTemplate | None = None  # of rows of whole texts; None: texts alone, pairs with eos between
+    has_segments: bool = False  # the model tells the two texts of a pair apart by `Batch.segment_ids`
     token_bytes: NDArray[np.int64] | None = None  # [vocab_size] UTF-8 bytes of each token, for bits per byte
     starts_word: NDArray[np.bool_] | None = None  # [vocab_size] whether each token begins a word
     label_names: Labels = None  # of a trained classifier; None: collect them from the data

@@ -22,7 +22,7 @@ from distft.data.sampler import Indices
 from distft.errors import DataError
 
 _FACTS = "facts.json"
-_VERSION = 2  # of the rows that a configuration gives: raise it with any change of them
+_VERSION = 3  # of the rows that a configuration gives: raise it with any change of them
 _HASHED_BYTES = 1 << 20  # at a time
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from distft.config import PathText, Settings
-from distft.data.dataset import ClassNames, DataContext, check_vocabulary
+from distft.data.dataset import ClassNames, DataContext, TextTemplate, check_vocabulary
 from distft.data.targets import LABEL, LABELS, NUMBER, ROW
 from distft.errors import ConfigError, DataError
 
@@ -66,7 +67,7 @@ class LabelledConfig(Settings):
         Raises `DataError` with file and line of every problem.
         """
         from distft.data.encoded_once import encoded_once
-        from distft.data.labelled_rows import LABEL_IDS, LabelledRows
+        from distft.data.labelled_rows import LABEL_IDS, SECOND_STARTS, LabelledRows
 
         settings = {
             **self.model_dump(exclude={"shuffle", "data_seed"}),
@@ -74,6 +75,7 @@ class LabelledConfig(Settings):
             "vocab_size": context.vocab_size,
             "tokenizer": context.tokenizer_fingerprint,
             "eos_id": context.eos_id,
+            "template": None if context.template is None else asdict(context.template),
             "label_names": context.label_names,
         }
         table = encoded_once(context.cache_dir, self.path, settings, lambda: self._encode(context))
@@ -81,7 +83,15 @@ class LabelledConfig(Settings):
         names = None if found is None else tuple(found)
         targets = self._targets(table.columns[LABEL_IDS], table.facts["label_sets"], names)
         summary = table.facts["summary"]
-        return LabelledRows(table.rows, targets, pad_id=context.pad_id or 0, summary=summary), names
+        has_segments = context.has_segments and self.text_pair is not None
+        rows = LabelledRows(
+            table.rows,
+            targets,
+            second_starts=table.columns[SECOND_STARTS] if has_segments else None,
+            pad_id=context.pad_id or 0,
+            summary=summary,
+        )
+        return rows, names
 
     def _targets(
         self, ids: Indices, label_sets: Sequence[Sequence[int]], names: ClassNames | None
@@ -100,19 +110,20 @@ class LabelledConfig(Settings):
 
     def _encode(self, context: DataContext) -> EncodedTable:
         from distft.data.encoded_once import EncodedTable
-        from distft.data.labelled_rows import LABEL_IDS, describe
+        from distft.data.labelled_rows import LABEL_IDS, SECOND_STARTS, describe
         from distft.data.records import RowErrors
 
         records = self._read()
         errors = RowErrors(self.path)
         label_ids, facts, label_lines = self._encode_labels(records, context, errors)
-        rows, text_lengths, max_tokens = self._encode_records(records, context, errors)
+        rows, second_starts, text_lengths, max_tokens = self._encode_records(records, context, errors)
         errors.raise_if_any()
         check_vocabulary(self.path, rows.max_value, context)
         facts["summary"] = describe(
             self.path, label_lines, text_lengths, max_tokens=max_tokens, seq_len=context.seq_len
         )
-        return EncodedTable(rows=rows, columns={LABEL_IDS: label_ids}, facts=facts)
+        columns = {LABEL_IDS: label_ids, SECOND_STARTS: second_starts}
+        return EncodedTable(rows=rows, columns=columns, facts=facts)
 
     def _read(self) -> list[Record]:
         from distft.data.records import read_records
@@ -187,21 +198,19 @@ class LabelledConfig(Settings):
 
     def _encode_records(
         self, records: Sequence[Record], context: DataContext, errors: RowErrors
-    ) -> tuple[RaggedArray, list[int], int]:
-        """Token rows of at most `seq_len`, the tokens of each row's texts, and how many of them fit."""
+    ) -> tuple[RaggedArray, Indices, list[int], int]:
+        """Token rows of at most `seq_len`, where the second text of each begins (without one, where it ends),
+        the tokens of each row's texts, and how many of them fit.
+        """
+        import numpy as np
+
         from distft.data.batch import RaggedArray
         from distft.data.labelled_rows import truncate_pair
 
-        separator: list[int] = []
-        if self.text_pair is not None:
-            separator = [context.eos_id] if context.eos_id is not None else context.encode("\n")
-            if context.seq_len < len(separator) + 2:
-                raise ConfigError(
-                    f"batch.seq_len={context.seq_len} has no room for {self.text!r} and {self.text_pair!r} "
-                    f"with a separator between them: set it to {len(separator) + 2} or more."
-                )
-        max_tokens = context.seq_len - len(separator)
-        rows, lengths = [], []
+        template = self._template(context)
+        num_marks = template.num_marks + len(template.between)
+        max_tokens = context.seq_len - num_marks
+        rows, starts, lengths = [], [], []
         for record in records:
             first = context.encode(record.values[self.text])
             second = context.encode(record.values[self.text_pair]) if self.text_pair is not None else []
@@ -210,5 +219,25 @@ class LabelledConfig(Settings):
                     errors.add(record.line, f"{column!r} encodes to no tokens.")
             lengths.append(len(first) + len(second))
             first, second = truncate_pair(first, second, max_tokens)
-            rows.append(first + separator + second)
-        return RaggedArray(rows), lengths, max_tokens
+            row = template.pair(first, second)
+            rows.append(row)
+            starts.append(len(row) if self.text_pair is None else template.second_start(first))
+        return RaggedArray(rows), np.array(starts, np.int64), lengths, max_tokens
+
+    def _template(self, context: DataContext) -> TextTemplate:
+        """Raises `ConfigError` if a row has no room for its texts."""
+        template = context.template or TextTemplate()
+        if self.text_pair is None:
+            template = replace(template, between=())
+        elif context.template is None:
+            between = [context.eos_id] if context.eos_id is not None else context.encode("\n")
+            template = TextTemplate(between=tuple(between))
+        num_texts = 1 if self.text_pair is None else 2
+        least = template.num_marks + len(template.between) + num_texts
+        if context.seq_len < least:
+            texts = repr(self.text) if num_texts == 1 else f"{self.text!r} and {self.text_pair!r}"
+            marks = "with a separator between them" if context.template is None else "and the tokens around"
+            raise ConfigError(
+                f"batch.seq_len={context.seq_len} has no room for {texts} {marks}: set it to {least} or more."
+            )
+        return template

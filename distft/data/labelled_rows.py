@@ -18,6 +18,7 @@ from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
 
 LABEL_IDS = "label_ids"  # a column of encoded rows: the `ids` of `RowTargets`
+SECOND_STARTS = "second_starts"  # a column of encoded rows: where the second text begins, or the row ends
 _MAX_SHOWN = 20  # labels in a description
 _MOST_DIGITS = 640  # of a label that is sorted as an integer: Python may be set to refuse longer ones
 
@@ -132,10 +133,12 @@ class LabelledRows:
         rows: RaggedArray,
         targets: RowTargets | Indices,  # ids of classes, or other targets
         *,
+        second_starts: Indices | None = None,  # makes segment ids: 1 from there on
         pad_id: int = 0,
         summary: str = "labelled rows",
     ) -> None:
         self._rows = rows
+        self._second_starts = second_starts
         self._targets = targets if isinstance(targets, RowTargets) else RowTargets(LABEL, targets)
         self._pad_id = pad_id
         self.num_sequences = len(rows)
@@ -152,8 +155,22 @@ class LabelledRows:
             input_ids=torch.from_numpy(self._rows.padded(indices, self._pad_id)),
             targets=targets,
             num_targets=dict.fromkeys(targets, len(indices)),
+            segment_ids=self._segment_ids(indices),
             lengths=torch.from_numpy(self._rows.lengths(indices)),
         )
+
+    def _segment_ids(self, indices: Indices) -> Tensor | None:
+        if self._second_starts is None:
+            return None
+        starts, lengths = self._second_starts[indices], self._rows.lengths(indices)
+        return segment_ids(starts, lengths)
+
+
+def segment_ids(second_starts: Indices, lengths: Indices) -> Tensor:
+    """int64 [B, T], T the greatest length: 1 for the tokens from `second_starts` to the row's end, else 0."""
+    columns = np.arange(lengths.max())
+    is_second = (columns >= second_starts[:, None]) & (columns < lengths[:, None])
+    return torch.from_numpy(is_second.astype(np.int64))
 
 
 def describe(

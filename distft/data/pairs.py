@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from distft.config import PathText, Settings
-from distft.data.dataset import DataContext, check_vocabulary
+from distft.data.dataset import DataContext, TextTemplate, check_vocabulary
 from distft.errors import DataError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class PairsConfig(Settings):
             "seq_len": context.seq_len,
             "vocab_size": context.vocab_size,
             "tokenizer": context.tokenizer_fingerprint,
+            "template": None if context.template is None else asdict(context.template),
         }
         table = encoded_once(context.cache_dir, self.path, settings, lambda: self._encode(context))
         scores = table.columns[SCORES].view(np.float64) if self.score is not None else None
@@ -138,6 +140,7 @@ class PairsConfig(Settings):
         """A row of at most `seq_len` tokens for each text, and the tokens that each text has."""
         from distft.data.batch import RaggedArray
 
+        template = context.template or TextTemplate()
         rows, lengths = [], []
         for record in records:
             for column in self.columns:
@@ -145,5 +148,5 @@ class PairsConfig(Settings):
                 if not ids:
                     errors.add(record.line, f"{column!r} encodes to no tokens.")
                 lengths.append(len(ids))
-                rows.append(ids[: context.seq_len])
+                rows.append(template.row(ids, context.seq_len))
         return RaggedArray(rows), lengths

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from distft.data.batch import Batch, RaggedArray
 from distft.data.documents import BoolArray, documents
+from distft.data.labelled_rows import segment_ids
 from distft.data.sampler import Indices
 from distft.data.targets import IGNORE_INDEX
 from distft.keyed_random import uniform
@@ -34,6 +35,7 @@ class PairMaker:
     first_id: int | None
     separator_id: int
     pad_id: int
+    has_segments: bool  # the batch gets segment ids: 0 up to the first separator, then 1
     is_special: BoolArray  # [V]: not part of a text
     starts_word: BoolArray | None  # [V]
     num_sequences: int
@@ -107,10 +109,13 @@ class PairMaker:
         end = [self.separator_id]
         rows = RaggedArray([[*marks, *first, *end, *second, *end] for first, second in pairs])
         every = np.arange(len(pairs))
+        starts = np.array([len(marks) + len(first) + len(end) for first, _ in pairs])
+        lengths = rows.lengths(every)
         return Batch(
             input_ids=torch.from_numpy(rows.padded(every, self.pad_id)),
             targets={self.target: torch.tensor(labels)},
             num_targets={self.target: sum(label != IGNORE_INDEX for label in labels)},
             sequence_numbers=batch.sequence_numbers,
-            lengths=torch.from_numpy(rows.lengths(every)),
+            segment_ids=segment_ids(starts, lengths) if self.has_segments else None,
+            lengths=torch.from_numpy(lengths),
         )

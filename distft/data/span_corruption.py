@@ -54,6 +54,7 @@ class SpanCorrupter:
             position_ids=torch.from_numpy(rows.position_ids),
             document_ids=torch.from_numpy(rows.document_ids),
             is_prefix=torch.from_numpy(rows.is_prefix),
+            segment_ids=None,
             lengths=torch.from_numpy(rows.lengths),
             num_target_bytes=0,
         )

@@ -1,4 +1,4 @@
-"""A pre-norm Transformer block, and how it trains: compiled, or with activations recomputed selectively.
+"""A Transformer block, and how it trains: compiled, or with activations recomputed selectively.
 
 Shape letters: B rows, T positions, C = d_model.
 """
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from distft.model.attention import Attention, KVCache, RotaryCosSin
 from distft.model.attention_kernels import AttentionMask
 from distft.model.dropout import dropout
-from distft.model.layers import GELU, SwiGLU, make_norm
+from distft.model.layers import make_mlp, make_norm
 from distft.model.transformer_config import TransformerConfig
 
 _aten = torch.ops.aten
@@ -38,7 +38,7 @@ def _keep_or_recompute(_context: Any, operation: Any, *_args: Any, **_kwargs: An
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Residual block: attention, then feed-forward; a norm before each, or after the sum with each."""
 
     __call__: Callable[..., Tensor]
 
@@ -49,7 +49,8 @@ class Block(nn.Module):
         self.attn_norm = make_norm(config)
         self.attn = Attention(config)
         self.mlp_norm = make_norm(config)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
+        self.mlp = make_mlp(config)
+        self.is_pre_norm = config.norm_position == "pre"
         self.dropout = config.dropout
         self.recomputes_selectively = False  # keep only what `_KEPT_OPS` lists for the backward
         # With a gradient only: other batch shapes, as in evaluation, would compile once more for each.
@@ -104,11 +105,16 @@ class Block(nn.Module):
         dropout_keys_B: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
-        y_BTC = self.attn(self.attn_norm(x_BTC), rope, mask, dropout_keys_B, kv_cache)
+        y_BTC = self.attn(
+            self.attn_norm(x_BTC) if self.is_pre_norm else x_BTC, rope, mask, dropout_keys_B, kv_cache
+        )
         if dropout_keys_B is not None:
             y_BTC = dropout(y_BTC, self.dropout, dropout_keys_B, site=1)
         x_BTC = x_BTC + y_BTC
-        y_BTC = self.mlp(self.mlp_norm(x_BTC))
+        if not self.is_pre_norm:
+            x_BTC = self.attn_norm(x_BTC)
+        y_BTC = self.mlp(self.mlp_norm(x_BTC) if self.is_pre_norm else x_BTC)
         if dropout_keys_B is not None:
             y_BTC = dropout(y_BTC, self.dropout, dropout_keys_B, site=2)
-        return x_BTC + y_BTC
+        x_BTC = x_BTC + y_BTC
+        return x_BTC if self.is_pre_norm else self.mlp_norm(x_BTC)

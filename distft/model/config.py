@@ -55,6 +55,11 @@ class ModelConfig(Settings):
         return "direction"
 
     @property
+    def has_segments(self) -> bool:
+        """Whether the texts of a pair have segment ids of their own."""
+        return False
+
+    @property
     def output_size(self) -> int:
         """Width of the hidden states that the heads read."""
         return self.d_model

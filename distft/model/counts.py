@@ -9,11 +9,14 @@ from distft.model.heads import (
     ClassificationHead,
     EmbeddingHead,
     GeneratorHead,
+    Head,
     Heads,
     TokenHead,
 )
 from distft.model.products import Product
 from distft.model.transformer_config import TransformerConfig
+
+_EMBEDDINGS = ("embed.", "position_embed.", "segment_embed.", "embed_norm.")  # before all blocks
 
 
 def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
@@ -25,16 +28,32 @@ def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
         elif isinstance(head, GeneratorHead):
             total += _num_generator_parameters(_transformer(config), head)
         elif isinstance(head, ClassificationHead | TokenHead):
-            total += config.output_size * _num_outputs(head)
-        elif not config.tie_embeddings:
-            total += config.padded_vocab_size * config.output_size
+            width, num_outputs = config.output_size, _num_outputs(head)
+            total += width * num_outputs
+            if has_hidden_layer(head):
+                total += (width + 1) * width + num_outputs
+        else:
+            if not config.tie_embeddings:
+                total += config.padded_vocab_size * config.output_size
+            if _has_transform(config):
+                norm_numel = _transformer(config).norm_numel
+                total += (config.d_model + 1) * config.d_model + norm_numel + config.padded_vocab_size
     return total
+
+
+def has_hidden_layer(head: Head) -> bool:
+    """Whether the head is a classifier with a layer before its output."""
+    return isinstance(head, ClassificationHead) and head.hidden != "none"
+
+
+def _has_transform(config: ModelConfig) -> bool:
+    return isinstance(config, TransformerConfig) and config.lm_head_transform
 
 
 def _num_generator_parameters(config: TransformerConfig, head: GeneratorHead) -> int:
     own = head.config(config)
     blocks = own.num_layers * own.num_block_parameters()
-    return 2 * config.d_model * own.d_model + blocks + own.norm_numel
+    return 2 * config.d_model * own.d_model + blocks + own.has_final_norm * own.norm_numel
 
 
 def _transformer(config: ModelConfig) -> TransformerConfig:
@@ -91,10 +110,11 @@ def training_flops(
 
     per_token, per_pair = 0.0, 0.0
     for chain in _chains(config, seq_len, heads):
-        has_trainable_before = trains("embed.", "position_embed.")
+        has_trainable_before = trains(*_EMBEDDINGS)
         for product in chain:
             has_trainable_before = has_trainable_before or trains(*product.before)
-            per_token += 2 * product.numel * (has_trainable_before + trains(product.name))
+            needs_input_gradient = has_trainable_before or trains(*product.before_alone)
+            per_token += 2 * product.numel * (needs_input_gradient + trains(product.name))
             if product.flops_per_pair:
                 has_trainable_before = has_trainable_before or trains(
                     *_attention_inputs(product.name[: -len("v.")])
@@ -106,17 +126,17 @@ def training_flops(
 def recomputed_flops(config: TransformerConfig, trainable: Collection[str] | None = None) -> Flops:
     """FLOPs that full activation checkpointing adds: a second forward of each block that has a backward.
 
-    It ends before the block's last product, `mlp.down`, since the backward does not need its result.
+    It ends before the block's last product, `mlp.down`, unless a norm follows that: the backward does not
+    need its result.
     """
     blocks = [f"blocks.{index}." for index in range(config.num_layers)]
     names = None if trainable is None else tuple(trainable)
-    before = ["embed.", "position_embed."]
     num_recomputed = sum(
-        names is None or any(name.startswith((*before, *blocks[: index + 1])) for name in names)
+        names is None or any(name.startswith((*_EMBEDDINGS, *blocks[: index + 1])) for name in names)
         for index in range(config.num_layers)
     )
     products = list(config.block_products(blocks[0]))
-    numel = sum(product.numel for product in products[:-1])
+    numel = sum(product.numel for product in (products[:-1] if config.norm_position == "pre" else products))
     return Flops(2.0 * numel * num_recomputed, config.flops_per_pair * num_recomputed)
 
 
@@ -138,11 +158,22 @@ def _main_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[
     before_heads = ("blocks.", "norm.")  # of every backbone
     for name, head in heads.items():
         if isinstance(head, ClassificationHead | TokenHead):
-            num_uses = 1 / seq_len if isinstance(head, ClassificationHead) else 1
-            yield Product(f"{name}.", config.output_size * _num_outputs(head) * num_uses, before_heads)
+            width, num_uses = config.output_size, 1 / seq_len if isinstance(head, ClassificationHead) else 1
+            numel = width * _num_outputs(head) * num_uses
+            if has_hidden_layer(head):
+                hidden = f"{name}.hidden."
+                yield Product(hidden, width**2 * num_uses, before_heads)
+                yield Product(f"{name}.output.", numel, before_alone=(hidden,))
+            else:
+                yield Product(f"{name}.", numel, before_heads)
         elif not isinstance(head, EmbeddingHead | GeneratorHead):
-            weight = "embed." if config.tie_embeddings else f"{name}."
-            yield Product(weight, config.output_size * config.padded_vocab_size, before_heads)
+            weight = "embed." if config.tie_embeddings else f"{name}.weight"
+            numel = config.output_size * config.padded_vocab_size
+            if _has_transform(config):
+                yield Product(f"{name}.dense.", config.d_model**2, before_heads)
+                yield Product(weight, numel, before_alone=(f"{name}.dense.", f"{name}.norm."))
+            else:
+                yield Product(weight, numel, before_heads)
 
 
 def _generator_products(config: TransformerConfig, name: str, head: GeneratorHead) -> list[Product]:

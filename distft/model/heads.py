@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from distft.model.config import Pooling
 from distft.model.transformer_config import TransformerConfig
 
+# A layer with this activation; with one, the classifier has biases.
+HiddenLayer: TypeAlias = Literal["none", "tanh", "relu"]
 HeadName: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 
 
@@ -24,6 +26,7 @@ class ClassificationHead:
 
     num_labels: int
     pooling: Pooling = "last"
+    hidden: HiddenLayer = "none"  # between the pooled vector and the logits, as wide as that vector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ Shape letters: B rows, T positions, C = d_model.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ class Linear(nn.Linear):
         return functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward (Shazeer 2020, arXiv:2002.05202): `gate`, `up`, `down`."""
+class GatedMLP(nn.Module):
+    """Gated feed-forward (Shazeer 2020, arXiv:2002.05202), SwiGLU or GeGLU: `gate`, `up`, `down`."""
 
     __call__: Callable[..., Tensor]
 
@@ -66,13 +66,14 @@ class SwiGLU(nn.Module):
         self.gate = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.activation = activation_of(config)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x_BTC)) * self.up(x_BTC))
+        return self.down(self.activation(self.gate(x_BTC)) * self.up(x_BTC))
 
 
-class GELU(nn.Module):
-    """GPT-2's feed-forward: `up`, GELU, `down`."""
+class MLP(nn.Module):
+    """Plain feed-forward: `up`, GELU, `down`."""
 
     __call__: Callable[..., Tensor]
 
@@ -80,14 +81,27 @@ class GELU(nn.Module):
         super().__init__()
         self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.activation = activation_of(config)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down(functional.gelu(self.up(x_BTC), approximate="tanh"))
+        return self.down(self.activation(self.up(x_BTC)))
+
+
+def make_mlp(config: TransformerConfig) -> nn.Module:
+    return GatedMLP(config) if config.is_gated else MLP(config)
+
+
+def activation_of(config: TransformerConfig) -> Callable[[Tensor], Tensor]:
+    """The function of the feed-forward."""
+    if config.mlp == "swiglu":
+        return functional.silu
+    return partial(functional.gelu, approximate="tanh" if config.mlp == "gelu" else "none")
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
-    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
-    return kind(config.d_model, eps=config.norm_eps)
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def make_embedding(num_rows: int, d_model: int) -> nn.Embedding:

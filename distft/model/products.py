@@ -11,3 +11,4 @@ class Product:
     numel: float  # multiply-adds per token
     before: tuple[str, ...] = ()
     flops_per_pair: int = 0  # of the attention that follows it
+    before_alone: tuple[str, ...] = ()  # like `before`, but before none of the products that follow

@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from distft.errors import ConfigError
 from distft.model.attention import PreallocatedKVCache, RotaryCosSin, rotary_cos_sin
 from distft.model.attention_kernels import AttentionMask, make_attention_mask
 from distft.model.block import Block
-from distft.model.heads import GeneratorHead, Head
-from distft.model.layers import Linear, make_embedding, make_norm
+from distft.model.heads import GeneratorHead, Head, LanguageModelHead
+from distft.model.layers import Linear, activation_of, make_embedding, make_norm
 from distft.model.layout import HiddenLosses, HiddenLossFn, RowLayout
 from distft.model.transformer_config import TransformerConfig
 from distft.model.with_heads import ModelWithHeads, OutputProjection
@@ -30,7 +32,7 @@ class Generator(nn.Module):
         # Indices after the model's own, so that dropout draws other numbers.
         indices = range(model.num_layers, model.num_layers + head.num_layers)
         self.blocks = nn.ModuleList(Block(config, index) for index in indices)
-        self.norm = make_norm(config)
+        self.norm = _make_final_norm(config)
         self.hidden = Linear(config.d_model, model.d_model, bias=False)
         self.output = OutputProjection(model.d_model, model.padded_vocab_size, bias=False)
 
@@ -50,6 +52,20 @@ class Generator(nn.Module):
         return output
 
 
+class TransformedProjection(OutputProjection):
+    """BERT's logits: of the hidden states behind a layer of their own, and with a bias."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config.d_model, config.padded_vocab_size, bias=True)
+        self.dense = Linear(config.d_model, config.d_model, bias=True)
+        # Behind a gate there is no activation of one input; BERT's relatives have GELU here.
+        self.activation = functional.gelu if config.is_gated else activation_of(config)
+        self.norm = make_norm(config)
+
+    def forward(self, x_BTH: Tensor, loss_from_hidden: HiddenLossFn | None = None) -> Tensor:
+        return super().forward(self.norm(self.activation(self.dense(x_BTH))), loss_from_hidden)
+
+
 class Transformer(ModelWithHeads):
     """Embedding, blocks, norm and one or more heads, by name."""
 
@@ -60,15 +76,37 @@ class Transformer(ModelWithHeads):
         self._recomputes_blocks = False
         self._rotary_cos_sin: Callable[..., RotaryCosSin] = rotary_cos_sin
         if config.positions == "learned":
-            self.position_embed = make_embedding(config.max_seq_len, config.d_model)
+            self.position_embed = make_embedding(config.num_positions, config.d_model)
+        if config.num_segments:
+            self.segment_embed = make_embedding(config.num_segments, config.d_model)
+        if config.embedding_norm:
+            self.embed_norm = make_norm(config)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
-        self.norm = make_norm(config)
+        self.norm = _make_final_norm(config)
 
-    def embed_tokens(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        x_BTC = super().embed_tokens(input_ids, position_ids)
+    def embed_tokens(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None = None
+    ) -> Tensor:
+        x_BTC: Tensor = self.embed(input_ids)
         if self.config.positions == "learned":
-            x_BTC = x_BTC + self.position_embed(position_ids)
-        return x_BTC
+            x_BTC = x_BTC + self.position_embed(position_ids + self.config.position_offset)
+        if segment_ids is not None:
+            self._check_segments(segment_ids)
+        if self.config.num_segments:
+            x_BTC = x_BTC + self.segment_embed(
+                torch.zeros_like(input_ids) if segment_ids is None else segment_ids
+            )
+        return self.embed_norm(x_BTC) if self.config.embedding_norm else x_BTC
+
+    def _check_segments(self, segment_ids: Tensor) -> None:
+        """Raise `ConfigError` for ids without a row; on a GPU, for which it would wait, if none has one."""
+        num_rows = self.config.num_segments
+        largest = int(segment_ids.max()) if segment_ids.device.type == "cpu" and segment_ids.numel() else 0
+        if largest >= num_rows:
+            raise ConfigError(
+                f"The rows have the segment id {largest}, and model.num_segments={num_rows}: leave segment "
+                f"ids out, or raise it to {largest + 1} before pretraining."
+            )
 
     def encode(self, x_BTC: Tensor, layout: RowLayout, dropout_keys_B: Tensor | None) -> Tensor:
         # Mask and rotation angles are the same for all blocks, so they are computed once.
@@ -115,6 +153,8 @@ class Transformer(ModelWithHeads):
         return y_BTC
 
     def make_head(self, head: Head) -> nn.Module:
+        if isinstance(head, LanguageModelHead) and self.config.lm_head_transform:
+            return self.tied(TransformedProjection(self.config))
         if not isinstance(head, GeneratorHead):
             return super().make_head(head)
         generator = Generator(self.config, head)
@@ -135,7 +175,8 @@ class Transformer(ModelWithHeads):
         for block in self._all_blocks():
             block.compile_training()
         # Cheap to compile for any shape at once, so these two are compiled for evaluation too.
-        self.norm.forward = torch.compile(self.norm.forward, dynamic=True)
+        if self.config.has_final_norm:
+            self.norm.forward = torch.compile(self.norm.forward, dynamic=True)
         self._rotary_cos_sin = torch.compile(rotary_cos_sin, dynamic=True)
 
     @property
@@ -155,6 +196,10 @@ class Transformer(ModelWithHeads):
         if self.config.positions == "learned":
             return None
         return self._rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
+
+
+def _make_final_norm(config: TransformerConfig) -> nn.Module:
+    return make_norm(config) if config.has_final_norm else nn.Identity()
 
 
 def _cached_mask(

@@ -1,7 +1,8 @@
-"""Sizes and variants of a Transformer: covers Llama, Mistral, Qwen 2 and 3, and GPT-2."""
+"""Sizes and variants of a Transformer: covers Llama, Mistral, Qwen 2 and 3, GPT-2, and BERT's relatives."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +13,9 @@ from distft.model.products import Product
 if TYPE_CHECKING:
     from distft.model.heads import Heads
     from distft.model.transformer import Transformer
+
+
+GATED_MLPS = ("swiglu", "geglu")  # with a matrix `gate` beside `up` and `down`
 
 
 def _default_num_kv_heads(data: dict[str, Any]) -> int:
@@ -26,9 +30,9 @@ def _default_head_dim(data: dict[str, Any]) -> int:
 
 def _default_d_ff(data: dict[str, Any]) -> int:
     d_model: int = data["d_model"]
-    if data["mlp"] == "gelu":
+    if data["mlp"] not in GATED_MLPS:
         return 4 * d_model
-    # 8/3 * d_model: SwiGLU has three matrices instead of two, so two thirds of 4 * d_model give as many
+    # 8/3 * d_model: a gated one has three matrices instead of two, so two thirds of 4 * d_model give as many
     # weights. Rounded up to a multiple of 16, since matrix products are fast on whole vectors.
     return -(-8 * d_model // 48) * 16
 
@@ -43,16 +47,27 @@ class TransformerConfig(ModelConfig):
     head_dim: int = Field(default_factory=_default_head_dim, ge=1, le=MOST)  # default: d_model / num_heads
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(1e-5, gt=0)
+    norm_bias: bool = True  # of layernorm
+    # pre: before attention and feed-forward, and after the last block. post: after each sum, as in BERT.
+    norm_position: Literal["pre", "post"] = "pre"
+    embedding_norm: bool = False  # a norm over the sum of the embeddings, as in BERT
     positions: Literal["rotary", "learned"] = "rotary"
+    position_offset: int = Field(0, ge=0, le=MOST)  # row of the first learned position; RoBERTa: 2
+    num_segments: int = Field(
+        0, ge=0, le=MOST
+    )  # kinds of text that have an embedding ("token types"); 0: none
     rope_theta: float = Field(10_000.0, gt=0)
-    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, as in GPT-2
+    # gelu: the tanh approximation, as in GPT-2; gelu_exact: BERT's; geglu: gated by the exact one.
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
     d_ff: int = Field(
         default_factory=_default_d_ff, ge=1, le=MOST
-    )  # default: 8/3 * d_model; gelu: 4 * d_model
+    )  # default: 8/3 * d_model; without a gate 4 * d_model
     attention_bias: bool = False  # on q, k, v and o
     qkv_bias: bool = False  # on q, k and v only, as in Qwen 2
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k, as in Qwen 3
+    # Of lm_head: a matrix, GELU and a norm before the logits, and a bias on them, as in BERT.
+    lm_head_transform: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)  # of embeddings, attention weights and both residual branches
     attention: Literal["causal", "bidirectional"] = "causal"
     attention_kernel: Literal["auto", "sdpa", "cudnn", "flex"] = "auto"  # auto: flex for packed rows on CUDA
@@ -76,6 +91,11 @@ class TransformerConfig(ModelConfig):
                 f"head_dim={self.head_dim} is odd, but rotary positions rotate pairs of elements: "
                 f"set head_dim: {self.head_dim + 1}, or positions: learned."
             )
+        if self.position_offset and self.positions != "learned":
+            errors.append(
+                f"position_offset={self.position_offset} is a row of learned positions: set positions: "
+                "learned, or leave it out."
+            )
         if self.attention_kernel == "flex" and self.dropout:
             errors.append(
                 f"dropout={self.dropout} is set, but attention_kernel: flex cannot drop attention weights: "
@@ -94,6 +114,10 @@ class TransformerConfig(ModelConfig):
         return "attention"
 
     @property
+    def has_segments(self) -> bool:
+        return self.num_segments > 1
+
+    @property
     def num_blocks(self) -> int:
         return self.num_layers
 
@@ -107,15 +131,29 @@ class TransformerConfig(ModelConfig):
         return Transformer(self, heads)
 
     def num_backbone_parameters(self) -> int:
-        total = self.norm_numel + self.num_layers * self.num_block_parameters()
-        if self.positions == "learned":
-            total += self.max_seq_len * self.d_model
-        return total
+        num_norms = self.has_final_norm + self.embedding_norm
+        num_rows = self.num_positions + self.num_segments
+        blocks = self.num_layers * self.num_block_parameters()
+        return num_norms * self.norm_numel + num_rows * self.d_model + blocks
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the table of learned positions."""
+        return self.max_seq_len + self.position_offset if self.positions == "learned" else 0
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a norm follows the last block; with `norm_position: post` it is a part of that block."""
+        return self.norm_position == "pre"
+
+    @property
+    def is_gated(self) -> bool:
+        return self.mlp in GATED_MLPS
 
     @property
     def norm_numel(self) -> int:
         """Parameters of a norm over hidden states."""
-        return self.d_model * (2 if self.norm == "layernorm" else 1)
+        return self.d_model * (2 if self.norm == "layernorm" and self.norm_bias else 1)
 
     def num_block_parameters(self) -> int:
         """Of one block."""
@@ -127,7 +165,7 @@ class TransformerConfig(ModelConfig):
             attention += self.d_model
         if self.qk_norm:
             attention += 2 * self.head_dim
-        num_up = 2 if self.mlp == "swiglu" else 1
+        num_up = 2 if self.is_gated else 1
         mlp = self.d_model * self.d_ff * (num_up + 1)
         if self.mlp_bias:
             mlp += num_up * self.d_ff + self.d_model
@@ -135,18 +173,21 @@ class TransformerConfig(ModelConfig):
 
     def backbone_products(self, seq_len: int) -> Iterator[Product]:  # noqa: ARG002
         for index in range(self.num_layers):
-            yield from self.block_products(f"blocks.{index}.")
+            first, *rest = self.block_products(f"blocks.{index}.")
+            yield replace(first, before=(*first.before, f"blocks.{index - 1}.")) if index else first
+            yield from rest
 
     def block_products(self, block: str) -> Iterator[Product]:
         """Of the block whose parameters' names begin with `block`."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         width, hidden = self.d_model, self.d_ff
-        yield Product(f"{block}attn.q.", width * q_size, (f"{block}attn_norm.",))
+        is_pre_norm = self.norm_position == "pre"
+        yield Product(f"{block}attn.q.", width * q_size, (f"{block}attn_norm.",) if is_pre_norm else ())
         yield Product(f"{block}attn.k.", width * kv_size)
         yield Product(f"{block}attn.v.", width * kv_size, flops_per_pair=self.flops_per_pair)
         yield Product(f"{block}attn.o.", width * q_size)
-        after_attention = (f"{block}attn.", f"{block}mlp_norm.")
-        if self.mlp == "swiglu":
+        after_attention = (f"{block}attn.", f"{block}{'mlp' if is_pre_norm else 'attn'}_norm.")
+        if self.is_gated:
             yield Product(f"{block}mlp.gate.", width * hidden, after_attention)
         yield Product(f"{block}mlp.up.", width * hidden, after_attention)
         yield Product(f"{block}mlp.down.", width * hidden, (f"{block}mlp.gate.", f"{block}mlp.up."))
@@ -162,7 +203,7 @@ class TransformerConfig(ModelConfig):
     def residual_init_factor(self, name: str) -> float:
         """Of `o` and `down`, which write into the residual stream: its variance does not grow with depth.
 
-        1 / sqrt(2 * num_layers) as in Radford et al. 2019, GPT-2.
+        1 / sqrt(2 * num_layers) as in Radford et al. 2019, GPT-2. With `norm_position: post` the norms do it.
         """
-        writes_residual = name.endswith((".o.weight", ".down.weight"))
+        writes_residual = self.norm_position == "pre" and name.endswith((".o.weight", ".down.weight"))
         return 1 / math.sqrt(2 * self.num_layers) if writes_residual else 1.0

@@ -37,7 +37,35 @@ class OutputProjection(Linear):
         # The loss is computed here and not in the objective, because ZeRO 3 gathers a weight only during the
         # forward of the module that owns it.
         dtype = self.matmul_dtype(x_BTH)
-        return loss_from_hidden(x_BTH.flatten(0, -2).to(dtype), self.weight.to(dtype))
+        x_NH, weight_VH = x_BTH.flatten(0, -2).to(dtype), self.weight.to(dtype)
+        if self.bias is not None:
+            x_NH, weight_VH = _with_bias_columns(x_NH, weight_VH, self.bias.to(dtype))
+        return loss_from_hidden(x_NH, weight_VH)
+
+
+_BIAS_COLUMNS = 8  # GPUs multiply fast if widths are multiples of it
+
+
+def _with_bias_columns(x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and weight whose product includes the bias: it is the weight of an element that is 1."""
+    one_and_zeros = x_NH.new_zeros(_BIAS_COLUMNS)
+    one_and_zeros[0] = 1
+    columns_V = functional.pad(bias_V[:, None], (0, _BIAS_COLUMNS - 1))
+    x_NH = torch.cat([x_NH, one_and_zeros.expand(len(x_NH), -1)], dim=1)
+    return x_NH, torch.cat([weight_VH, columns_V], dim=1)
+
+
+class HiddenClassifier(nn.Module):
+    """The classifier of BERT's relatives: a dense layer with an activation, then the output, with biases."""
+
+    def __init__(self, size: int, head: ClassificationHead) -> None:
+        super().__init__()
+        self.hidden = Linear(size, size, bias=True)
+        self.output = Linear(size, head.num_labels, bias=True)
+        self.activation = torch.tanh if head.hidden == "tanh" else torch.relu
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        return self.output(self.activation(self.hidden(x_BH)))
 
 
 class Embedding(nn.Module):
@@ -132,6 +160,7 @@ class ModelWithHeads(nn.Module):
         dropout_keys: Tensor | None = None,
         *,
         is_prefix: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         heads: Collection[str] | None = None,
         losses_from_hidden: HiddenLosses | None = None,
     ) -> dict[str, Tensor]:
@@ -143,11 +172,13 @@ class ModelWithHeads(nn.Module):
         `input_ids`, `position_ids` (None: 0, 1, 2, ...) and `document_ids` (tokens see only tokens with
         the same id) are int64 [B, T]; `lengths` is int64 [B], the number of real tokens at each row's start.
         `is_prefix` bool [B, T] marks tokens that a causal model's earlier tokens see, too.
+        `segment_ids` int64 [B, T] (None: 0 everywhere) say which text of a pair a token is of.
         `dropout_keys` int64 [B] determine what training drops in each row; None: drawn at random.
         A language model's or generator's head `name` in `losses_from_hidden` returns
         `losses_from_hidden[name](hidden [N, H], weight [V, H])` in place of its logits.
 
-        Raises `ConfigError` for rows longer than `max_seq_len`.
+        Raises `ConfigError` for rows longer than `max_seq_len`, and for segment ids that the model has no row
+        for.
         """
         if input_ids.shape[1] > self.config.max_seq_len:
             raise ConfigError(
@@ -167,7 +198,7 @@ class ModelWithHeads(nn.Module):
             dropout_keys = None
         elif dropout_keys is None:
             dropout_keys = random_row_keys(len(input_ids), input_ids.device)
-        x_BTC = self.embed_tokens(input_ids, position_ids)
+        x_BTC = self.embed_tokens(input_ids, position_ids, segment_ids)
         if dropout_keys is not None:
             x_BTC = dropout(x_BTC, self.config.dropout, dropout_keys, site=0)
         losses = losses_from_hidden or {}
@@ -180,8 +211,18 @@ class ModelWithHeads(nn.Module):
                     outputs[name] = self._head_output(name, x_BTH, lengths, losses.get(name))
         return outputs
 
-    def embed_tokens(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:  # noqa: ARG002
+    def embed_tokens(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,  # noqa: ARG002
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
         """The backbone's input [B, T, C]."""
+        if segment_ids is not None:
+            raise ConfigError(
+                "The rows have segment ids, and this model has no segments: leave them out, or take "
+                "model.type=transformer with model.num_segments=2."
+            )
         x_BTC: Tensor = self.embed(input_ids)
         return x_BTC
 
@@ -224,12 +265,17 @@ class ModelWithHeads(nn.Module):
         if isinstance(head, EmbeddingHead):
             return Embedding(head)
         if isinstance(head, ClassificationHead):
+            if head.hidden != "none":
+                return HiddenClassifier(size, head)
             return Linear(size, head.num_labels, bias=False)
         if isinstance(head, TokenHead):
             return Linear(size, head.num_outputs, bias=False)
         if isinstance(head, GeneratorHead):
             raise ConfigError("A generator has a Transformer's blocks: it needs model.type=transformer.")
-        projection = OutputProjection(size, self.config.padded_vocab_size, bias=False)
+        return self.tied(OutputProjection(size, self.config.padded_vocab_size, bias=False))
+
+    def tied(self, projection: OutputProjection) -> OutputProjection:
+        """`projection` with the embedding as its weight, if the configuration ties them."""
         if self.config.tie_embeddings:
             projection.weight = self.embed.weight
         return projection

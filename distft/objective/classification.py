@@ -10,7 +10,7 @@ from pydantic import Field
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, LABEL
 from distft.errors import ConfigError
-from distft.model.heads import ClassificationHead, Heads
+from distft.model.heads import Heads
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.row_objective import RowObjective, require_targets
 
@@ -31,7 +31,7 @@ class Classification(RowObjective):
         """`classifier`. Raises `ConfigError` for data without labels."""
         if not isinstance(label_names, tuple):
             raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
-        return {self.head_name: ClassificationHead(num_labels=len(label_names), pooling=self.head_pooling)}
+        return {self.head_name: self.row_head(len(label_names))}
 
     @property
     def row_labels(self) -> str:

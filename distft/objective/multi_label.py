@@ -10,7 +10,7 @@ from pydantic import Field
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, LABELS
 from distft.errors import ConfigError
-from distft.model.heads import ClassificationHead, Heads
+from distft.model.heads import Heads
 from distft.objective.classification import macro_f1
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.row_objective import RowObjective, require_targets
@@ -33,7 +33,7 @@ class MultiLabel(RowObjective):
             raise ConfigError(
                 "objective.type=multi_label needs labels: set data.type=labelled with labels=several."
             )
-        return {self.head_name: ClassificationHead(num_labels=len(label_names), pooling=self.head_pooling)}
+        return {self.head_name: self.row_head(len(label_names))}
 
     @property
     def row_labels(self) -> str:

@@ -10,7 +10,7 @@ from pydantic import Field
 from distft.data.dataset import Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, NUMBER, ROW
 from distft.errors import ConfigError
-from distft.model.heads import ClassificationHead, Heads
+from distft.model.heads import Heads
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.row_objective import RowObjective, require_targets
 
@@ -28,7 +28,7 @@ _LEAST_SCALE = 1e-30
 
 
 class Regression(RowObjective):
-    """Squared or Huber error of `offset + scale * output`, in units of `scale`; the output has no bias.
+    """Squared or Huber error of `offset + scale * output`, in units of `scale`.
 
     By default the numbers of the training data are standardised: their mean becomes 0 and their deviation 1.
     """
@@ -41,7 +41,7 @@ class Regression(RowObjective):
     scale: float | None = Field(None, ge=_LEAST_SCALE, allow_inf_nan=False)
 
     def heads(self, label_names: Labels) -> Heads:  # noqa: ARG002
-        return {self.head_name: ClassificationHead(num_labels=1, pooling=self.head_pooling)}
+        return {self.head_name: self.row_head(1)}
 
     @property
     def row_labels(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from distft.errors import ConfigError
-from distft.model.heads import HeadName
+from distft.model.heads import ClassificationHead, HeadName, HiddenLayer
 from distft.objective.interface import Model, only_batch
 from distft.objective.pooled import PooledObjective
 
@@ -21,6 +21,12 @@ class RowObjective(PooledObjective):
     """An objective whose terms are sums over rows."""
 
     head: HeadName | None = None  # name of its parameters; null: classifier, in a mixture that of its part
+    # A layer with this activation before the output; with one, both have biases. BERT and RoBERTa: tanh.
+    hidden: HiddenLayer = "none"
+
+    def row_head(self, num_outputs: int) -> ClassificationHead:
+        """The head over a row's vector."""
+        return ClassificationHead(num_labels=num_outputs, pooling=self.head_pooling, hidden=self.hidden)
 
     def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
         counts = only_batch(batch).num_targets

@@ -72,6 +72,7 @@ class SentencePairs(PooledObjective):
             first_id=_piece(data, _FIRST_PIECES, data.bos_id),
             separator_id=_separator_id(data),
             pad_id=data.pad_id or 0,
+            has_segments=data.has_segments,
             is_special=special_ids(data, *_FIRST_PIECES, *_SEPARATOR_PIECES),
             starts_word=data.starts_word,
             num_sequences=context.num_sequences,

@@ -26,7 +26,15 @@ def as_columns(batch: Batch) -> Batch:
 def repeated(batch: Batch) -> Batch:
     """Each row twice: dropout draws something else in each (Gao et al. 2021, SimCSE, arXiv:2104.08821)."""
     hashes = _row_hashes(batch).repeat_interleave(2)
-    fields = ("input_ids", "sequence_numbers", "position_ids", "document_ids", "is_prefix", "lengths")
+    fields = (
+        "input_ids",
+        "sequence_numbers",
+        "position_ids",
+        "document_ids",
+        "is_prefix",
+        "segment_ids",
+        "lengths",
+    )
     doubled = {
         name: value.repeat_interleave(2, dim=0)
         for name in fields

@@ -26,12 +26,13 @@ from distft.prepare.work_log import LOG, WorkHeader, WorkLog, open_log
 from distft.storage import is_url, join, local_path
 from distft.storage.local import TEMPORARY_MARK
 from distft.tokenizer import Tokenizer
+from distft.tokenizer.files import OWN_FILES as TOKENIZER_FILES
+from distft.tokenizer.files import find_tokenizer_file
 
 TRAIN, VALIDATION = "train", "validation"
-TOKENIZER = "tokenizer.model"
 CLAIM = "unfinished.claim"  # at a URL: which machine writes there
 _DRAFT = re.compile(
-    rf"({re.escape(MANIFEST)}|{re.escape(TOKENIZER)}){re.escape(TEMPORARY_MARK)}[0-9a-f]{{8}}"
+    rf"({'|'.join(map(re.escape, (MANIFEST, *TOKENIZER_FILES)))}){re.escape(TEMPORARY_MARK)}[0-9a-f]{{8}}"
 )
 _OLD_LOG = "unfinished.json"  # of versions before 2
 
@@ -153,8 +154,8 @@ class Output:
 
     def check_tokenizer(self, tokenizer: Tokenizer, replaced: Iterable[ShardManifest]) -> None:
         """Raise `ConfigError` if a tokenizer is there that is neither this one nor that of shards there."""
-        path = join(self.path, TOKENIZER)
-        if not storage.exists(path):
+        path = self._tokenizer_path()
+        if path is None:
             return
         with contextlib.suppress(DataError):
             found = Tokenizer.load(path).fingerprint
@@ -163,17 +164,27 @@ class Output:
         raise ConfigError(f"{path} is another tokenizer, not that of shards here: choose another output.")
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Write the tokenizer beside the shards, unless it is there."""
-        path = join(self.path, TOKENIZER)
-        if storage.exists(path) and Tokenizer.load(path).fingerprint == tokenizer.fingerprint:
+        """Write the tokenizer beside the shards, unless it is there, in place of that of replaced ones."""
+        path = self._tokenizer_path()
+        old = None if path is None else Tokenizer.load(path)
+        if old is not None and old.fingerprint == tokenizer.fingerprint:
             return
-        tokenizer.save(path)
+        files = tokenizer.files()
+        for name, data in files.items():
+            storage.commit_bytes(join(self.path, name), data)
+        if old is not None:
+            storage.remove_files(self.path, [name for name in old.files() if name not in files])
+
+    def _tokenizer_path(self) -> str | None:
+        """Of the tokenizer that is in the output."""
+        name = find_tokenizer_file(self.path)
+        return None if name is None else join(self.path, name)
 
     def check_inputs(
         self, files: Iterable[SourceFile], manifests: dict[str, ShardManifest], work: str = ""
     ) -> None:
         """Raise `ConfigError` if a file of the corpus is one that the work writes, replaces or removes."""
-        own = [join(self.path, name) for name in (TOKENIZER, LOG, CLAIM)]
+        own = [join(self.path, name) for name in (*TOKENIZER_FILES, LOG, CLAIM)]
         for split in (TRAIN, VALIDATION):
             names = [MANIFEST] if split in manifests else []
             names += [file.name for file in manifests[split].files] if split in manifests else []

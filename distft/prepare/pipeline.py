@@ -37,7 +37,7 @@ class TokenizeConfig(Settings):
     """The corpus to tokenize, and the layout of the shards."""
 
     corpus: CorpusConfig
-    tokenizer: PathText  # a .model file
+    tokenizer: PathText  # a .model or tokenizer.json file, or a directory with one
     output: PathText  # a directory or URL; shards go to its `train` and `validation`
     shard_tokens: int = Field(1 << 27, ge=1)  # per shard, except the last: 256 MiB of uint16
     num_workers: int | None = Field(None, ge=1)  # processes; None: one per core

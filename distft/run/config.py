@@ -62,7 +62,7 @@ class RunConfig(Settings):
     heartbeat_s: float = Field(
         default=5.0, ge=0, le=MOST_SECONDS
     )  # between heartbeats of a rank; 0: no heartbeats
-    tokenizer: PathText | None = None  # a .model file; null: the one of the data or the checkpoint
+    tokenizer: PathText | None = None  # its file or directory; null: the one of the data or the checkpoint
     init_from: PathText | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
     allow_model_changes: tuple[str, ...] = ()  # fields of model that may differ from init_from's
     model: AnyModelConfig | None = None  # null: that of init_from

@@ -14,12 +14,14 @@ from distft.collectives import Collectives, ProcessGroup, SingleProcess, all_or_
 from distft.data.batch import Batch, RaggedArray
 from distft.data.corpus import CHUNK_BYTES, ListedCorpus
 from distft.data.corpus_chunks import CorpusChunk, Document
+from distft.data.dataset import TextTemplate
 from distft.errors import ConfigError, DataError
 from distft.model.config import Pooling, check_pooling
 from distft.model.heads import EmbeddingHead, Heads
 from distft.model.with_heads import ModelWithHeads
 from distft.run.embedding_files import EmbeddingFile, check_writable, file_type
 from distft.run.engines import choose_device
+from distft.run.inputs import text_template
 from distft.run.pretrained import TrainedModel, load_model, open_model
 from distft.topology import Topology
 
@@ -88,7 +90,7 @@ def embed_corpus(
                 on_progress(chunk.source_bytes)
         own = EmbedResult(
             num_documents=embedder.num_documents,
-            num_elements=module.config.d_model,
+            num_elements=module.config.output_size,
             num_cut=embedder.num_cut,
             num_without_text=embedder.without_text.total(),
         )
@@ -170,6 +172,7 @@ class _Embedder:
 
     def __init__(self, trained: TrainedModel, module: ModelWithHeads, device: torch.device) -> None:
         self._encode = trained.tokenizer.encode
+        self._template = text_template(trained.tokenizer) or TextTemplate()
         self._pad_id = trained.tokenizer.pad_id or 0
         self._seq_len = trained.config.batch.seq_len
         self._batch_size = trained.config.evaluation.micro_batch_size or trained.config.batch.micro_batch_size
@@ -199,14 +202,15 @@ class _Embedder:
         ids = self._encode(document.text)
         if not ids:
             raise DataError(f"{document.origin}: the text encodes to no tokens: remove it.")
-        self.num_cut += len(ids) > self._seq_len or document.continues_in_next
-        return ids[: self._seq_len]
+        num_free = self._seq_len - self._template.num_marks
+        self.num_cut += len(ids) > num_free or document.continues_in_next
+        return self._template.row(ids, self._seq_len)
 
     @torch.no_grad()
     def _embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The embeddings [N, C] of N rows, float32 in host memory."""
         ragged, order = RaggedArray(rows), sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        vectors = torch.empty(len(rows), self._module.config.d_model)
+        vectors = torch.empty(len(rows), self._module.config.output_size)
         for indices in torch.split(torch.tensor(order), self._batch_size):
             batch = Batch(
                 input_ids=torch.from_numpy(ragged.padded(indices.numpy(), self._pad_id)),

@@ -7,7 +7,7 @@ from distft import storage
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.sources import CheckpointSource, notes_of
-from distft.data.dataset import DataContext, Labels
+from distft.data.dataset import DataContext, Labels, TextTemplate
 from distft.data.feed import AnyFeed, StreamFeed
 from distft.data.labelled import LabelledConfig
 from distft.data.streams import StreamsConfig
@@ -190,9 +190,8 @@ def tokenizer_notes(tokenizer: Tokenizer, source: CheckpointSource | None) -> li
         f"checkpoint's {record.fingerprint}."
     )
     if record.file is not None:
-        own = Tokenizer.load(storage.join(source.path, record.file)).model_proto.pieces
-        pieces = tokenizer.model_proto.pieces
-        num_equal = sum(one.text == other.text for one, other in zip(own, pieces, strict=False))
+        own = Tokenizer.load(storage.join(source.path, record.file)).piece_texts
+        num_equal = sum(one == other for one, other in zip(own, tokenizer.piece_texts, strict=False))
         note += f" {num_equal:,} of its {len(own):,} ids have the same text in both."
     return [note]
 
@@ -313,10 +312,24 @@ def data_context(
         pad_id=tokenizer.pad_id,
         unk_id=tokenizer.unk_id,
         piece_id=tokenizer.piece_id,
+        template=text_template(tokenizer),
+        has_segments=model.has_segments,
         token_bytes=tokenizer.token_bytes(),
         starts_word=tokenizer.starts_word(),
         label_names=label_names,
     )
+
+
+def text_template(tokenizer: Tokenizer) -> TextTemplate | None:
+    """What stands around the texts of a row, as transformers puts it there for BERT and RoBERTa."""
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    if bos is None or eos is None:
+        return None
+    if tokenizer.piece_id("[CLS]") == bos and tokenizer.piece_id("[SEP]") == eos:
+        return TextTemplate(before=(bos,), between=(eos,), behind=(eos,))
+    if tokenizer.adds_bos and tokenizer.piece_id("<mask>") is not None:
+        return TextTemplate(before=(bos,), between=(eos, eos), behind=(eos,))
+    return None
 
 
 def placeholder_heads(config: RunConfig) -> Heads:

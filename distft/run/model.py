@@ -60,16 +60,18 @@ def head_prefixes(heads: Heads) -> tuple[str, ...]:
 def new_parameter_prefixes(
     init_from: CheckpointSource, heads: Heads, label_names: Labels, objective: Settings
 ) -> tuple[str, ...]:
-    """Name prefixes of parameters not taken from `init_from`: classifiers whose classes differ."""
+    """Name prefixes of parameters not taken from `init_from`: classifiers whose classes or layers differ."""
     saved = _by_head(saved_label_names(init_from), init_from.manifest.config.get("objective"))
     own = _by_head(label_names, objective.model_dump())
 
-    def is_same(name: str) -> bool:
+    def is_same(name: str, head: ClassificationHead) -> bool:
+        has_hidden_layer = f"{name}.hidden.weight" in init_from.manifest.parameters
         # Without names, as of a regression, on both sides there are no classes that could differ.
-        return _of_head(saved, name) == _of_head(own, name)
+        has_same_classes = _of_head(saved, name) == _of_head(own, name)
+        return has_same_classes and has_hidden_layer == (head.hidden != "none")
 
-    classifiers = [name for name, head in heads.items() if isinstance(head, ClassificationHead)]
-    return tuple(f"{name}." for name in classifiers if not is_same(name))
+    classifiers = {name: head for name, head in heads.items() if isinstance(head, ClassificationHead)}
+    return tuple(f"{name}." for name, head in classifiers.items() if not is_same(name, head))
 
 
 def saved_label_names(source: CheckpointSource) -> Labels:

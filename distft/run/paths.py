@@ -13,9 +13,9 @@ from distft.data.streams import StreamsConfig
 from distft.data.tokens import TokensConfig
 from distft.errors import CheckpointError, ConfigError, DataError, ErrorCollector
 from distft.run.config import RunConfig
+from distft.tokenizer.files import LIBRARY_FILE, SENTENCEPIECE_FILE, find_tokenizer_file
 from distft.tracker.jsonl import EVENTS_FILE, METRICS_FILE, read_lines
 
-TOKENIZER_FILE = "tokenizer.model"  # in a checkpoint, and beside token shards
 CONFIG_FILE = "config.yaml"  # of a run, in its directory
 CONFIG_HEADER = "# Written by distft at each start of this run.\n"
 
@@ -148,21 +148,24 @@ def find_tokenizer(config: RunConfig, init_from: str | None) -> str:
     """Path of the run's tokenizer: of the setting, else in the checkpoint, else next to the token shards."""
     if config.tokenizer is not None:
         return config.tokenizer
-    candidates = []
-    if init_from is not None:
-        candidates.append(storage.join(init_from, TOKENIZER_FILE))
+    directories = [] if init_from is None else [init_from]
     key, shards = next(
         ((key, path) for key, path in data_paths("data", config.data).items() if ".sources." in key), ("", "")
     )
     if shards:
         if not storage.exists(shards):
             raise DataError(f"{key}: {shards} does not exist: make token shards with `distft tokenize`.")
-        candidates += [storage.join(shards, TOKENIZER_FILE), storage.join(_above(shards), TOKENIZER_FILE)]
-    for candidate in candidates:
-        if storage.exists(candidate):
-            return candidate
-    tried = f" (tried {', '.join(candidates)})" if candidates else ""
-    raise ConfigError(f"tokenizer is not set, and none was found{tried}: set tokenizer to a .model file.")
+        directories += [shards, _above(shards)]
+    for directory in directories:
+        name = find_tokenizer_file(directory)
+        if name is not None:
+            return storage.join(directory, name)
+    tried = f" (tried {SENTENCEPIECE_FILE} and {LIBRARY_FILE} in {', '.join(directories)})" * bool(
+        directories
+    )
+    raise ConfigError(
+        f"tokenizer is not set, and none was found{tried}: set tokenizer to a .model or tokenizer.json file."
+    )
 
 
 def _require_checkpoint(init_from: str) -> None:

@@ -26,8 +26,8 @@ from distft.run.config import RunConfig
 from distft.run.engines import choose_device
 from distft.run.inputs import data_context, tokenizer_notes
 from distft.run.model import build_module, require_parameters, saved_label_names
-from distft.run.paths import TOKENIZER_FILE
 from distft.tokenizer import Tokenizer
+from distft.tokenizer.files import SENTENCEPIECE_FILE, find_tokenizer_file
 from distft.topology import Topology
 from distft.tracker import progress
 from distft.train.evaluation import evaluate
@@ -169,7 +169,7 @@ def _validation_hint(source: CheckpointSource, raw: dict[str, Any], overrides: S
         return ""
     if not any(key == "validation.path" for key in _keys(overrides)):
         return ""
-    tokenizer = storage.join(source.path, TOKENIZER_FILE)
+    tokenizer = _tokenizer_path(source)
     return (
         f" The model was trained on token shards and is evaluated on such: make them with `distft tokenize "
         f"{validation.get('path')} -t {tokenizer} -o shards`, and set validation.sources.0.path="
@@ -178,11 +178,13 @@ def _validation_hint(source: CheckpointSource, raw: dict[str, Any], overrides: S
 
 
 def _load_tokenizer(source: CheckpointSource, path: str | None) -> Tokenizer:
-    if path is None:
-        record = source.manifest.tokenizer
-        name = TOKENIZER_FILE if record is None or record.file is None else record.file
-        path = storage.join(source.path, name)
-    return Tokenizer.load(path)
+    return Tokenizer.load(_tokenizer_path(source) if path is None else path)
+
+
+def _tokenizer_path(source: CheckpointSource) -> str:
+    record = source.manifest.tokenizer
+    name = None if record is None else record.file
+    return storage.join(source.path, name or find_tokenizer_file(source.path) or SENTENCEPIECE_FILE)
 
 
 def load_model(trained: TrainedModel, device: torch.device, heads: Heads | None = None) -> ModelWithHeads:

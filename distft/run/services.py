@@ -18,7 +18,6 @@ from distft.engine.interface import Engine
 from distft.objective.interface import ObjectiveContext
 from distft.optim.adamw import parameter_groups
 from distft.run.inputs import RunInputs
-from distft.run.paths import TOKENIZER_FILE
 from distft.run.run_dir import RunRecord, ledger_fields
 from distft.tracker import LEDGER_EVENT
 from distft.train.evaluation import evaluate
@@ -155,7 +154,7 @@ class RunServices(TrainerServices):
                 label_names=_as_json(inputs.label_names),
                 tokenizer=TokenizerRecord(
                     fingerprint=inputs.tokenizer.fingerprint,
-                    file=TOKENIZER_FILE,
+                    file=inputs.tokenizer.file_name,
                     document_start=inputs.train.document_start,
                 ),
                 written_by=self._written_by(),
@@ -164,7 +163,7 @@ class RunServices(TrainerServices):
                 probe=probe,
                 data_fingerprint=inputs.train.fingerprint,
             ),
-            attachments={TOKENIZER_FILE: inputs.tokenizer.to_bytes()},
+            attachments=inputs.tokenizer.files(),
         )
 
     def _written_by(self) -> dict[str, Any]:

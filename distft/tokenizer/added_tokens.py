@@ -7,7 +7,8 @@ of our own. So one file holds the whole vocabulary, wherever it is copied.
 from collections.abc import Mapping
 
 from distft.errors import DataError
-from distft.tokenizer.companions import TOKENIZER_JSON, Companions
+from distft.tokenizer.companions import Companions
+from distft.tokenizer.files import LIBRARY_FILE
 from distft.tokenizer.model_proto import (
     ADDED,
     PIECES,
@@ -70,7 +71,7 @@ def _check_same_vocabulary(proto: ModelProto, found: Companions) -> None:
         plain = text.replace(" ", META_SPACE)  # our own export has plain spaces
         if index < num_pieces and index not in found.tokens and plain != proto.pieces[index].text:
             raise DataError(
-                f"{TOKENIZER_JSON} beside it has another vocabulary: id {index} is {text[:40]!r} there and "
+                f"{LIBRARY_FILE} beside it has another vocabulary: id {index} is {text[:40]!r} there and "
                 f"{proto.pieces[index].text[:40]!r} in the model. If the file does not belong to the model, "
                 "copy the model into a directory of its own."
             )

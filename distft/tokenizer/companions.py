@@ -1,6 +1,5 @@
 """Reads the files beside a sentencepiece model of transformers that carry more ids, as of ChatML."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +7,17 @@ from typing import Any
 from distft import storage
 from distft.errors import DataError
 from distft.storage import AnyPath
+from distft.tokenizer.files import (
+    ADDED_TOKENS,
+    CONFIG_FILE,
+    LIBRARY_FILE,
+    SPECIAL_MAP,
+    json_object,
+    read_bounded,
+)
 from distft.tokenizer.model_proto import SPECIAL_NAMES
 
-TOKENIZER_JSON = "tokenizer.json"
 FINGERPRINT_KEY = "distft_tokenizer"  # in an export's tokenizer_config.json: of the model beside it
-_CONFIG, _SPECIAL_MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-_MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json in use has 35 MiB
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,12 +36,13 @@ class Companions:
 def read_companions(directory: AnyPath) -> Companions:
     """Read the files in `directory`; those that are missing say nothing. Raises `DataError` for bad ones."""
     found = Companions()
-    for name in (TOKENIZER_JSON, _CONFIG, _SPECIAL_MAP, _ADDED):
+    for name in (LIBRARY_FILE, CONFIG_FILE, SPECIAL_MAP, ADDED_TOKENS):
         path = storage.join(directory, name)
-        raw = _read_object(path)
-        if raw is None:
+        data = read_bounded(path)
+        if data is None:
             continue
         found.names.append(name)
+        raw = json_object(path, data)
         try:
             _READERS[name](raw, found)
         except (TypeError, ValueError, AttributeError, LookupError) as error:
@@ -47,32 +52,11 @@ def read_companions(directory: AnyPath) -> Companions:
     return found
 
 
-def _read_object(path: str) -> dict[str, Any] | None:
-    try:
-        size = storage.size(path)
-        if size > _MAX_JSON_BYTES:
-            raise DataError(f"{path} has {size:,} bytes, more than a tokenizer's file can have.")
-        data = storage.read_range(path, 0, size)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-    storage.check_not_lfs_pointer(path, data)
-    try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise DataError(f"{path} is not JSON: {reason}.") from None
-    if not isinstance(raw, dict):
-        raise DataError(f"{path} is JSON, but not an object.")
-    return raw
-
-
 def _read_tokenizer_json(raw: dict[str, Any], found: Companions) -> None:
     vocabulary = raw.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # of a unigram model: [[text, score], ...]
         vocabulary = {text: index for index, (text, _) in enumerate(vocabulary)}
-    found.vocabulary = {_text(text): _id(index) for text, index in vocabulary.items()}
+    found.vocabulary = {checked_text(text): checked_id(index) for text, index in vocabulary.items()}
     steps = (raw.get("post_processor") or {}).get("single") or [{}]
     found.adds_bos = "SpecialToken" in steps[0]
     for token in raw.get("added_tokens") or []:
@@ -95,7 +79,7 @@ def _read_special(raw: dict[str, Any], found: Companions) -> None:
     for name in SPECIAL_NAMES:
         token = raw.get(f"{name}_token")
         if token is not None and name not in found.special:
-            found.special[name] = _text(token["content"] if isinstance(token, dict) else token)
+            found.special[name] = checked_text(token["content"] if isinstance(token, dict) else token)
 
 
 def _read_added_tokens(raw: dict[str, Any], found: Companions) -> None:
@@ -104,15 +88,15 @@ def _read_added_tokens(raw: dict[str, Any], found: Companions) -> None:
 
 
 _READERS = {
-    TOKENIZER_JSON: _read_tokenizer_json,
-    _CONFIG: _read_tokenizer_config,
-    _SPECIAL_MAP: _read_special,
-    _ADDED: _read_added_tokens,
+    LIBRARY_FILE: _read_tokenizer_json,
+    CONFIG_FILE: _read_tokenizer_config,
+    SPECIAL_MAP: _read_special,
+    ADDED_TOKENS: _read_added_tokens,
 }
 
 
 def _add(found: Companions, index: Any, text: Any, settings: Mapping[str, Any]) -> None:
-    known = found.tokens.setdefault(_id(index), _text(text))
+    known = found.tokens.setdefault(checked_id(index), checked_text(text))
     if known != text:
         raise ValueError(f"id {index} is {text[:40]!r}, but {known[:40]!r} in another file beside it")
     if (
@@ -122,13 +106,13 @@ def _add(found: Companions, index: Any, text: Any, settings: Mapping[str, Any]) 
         found.stripping.append(text)
 
 
-def _id(value: Any) -> int:
+def checked_id(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{str(value)[:40]!r} is not an id")
     return value
 
 
-def _text(value: Any) -> str:
+def checked_text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{str(value)[:40]!r} is not a token's text")
     try:

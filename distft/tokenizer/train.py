@@ -12,7 +12,7 @@ from distft.config import Settings
 from distft.errors import ConfigError
 from distft.tokenizer.pretokenization import META_SPACE
 from distft.tokenizer.sample import sample_sentences
-from distft.tokenizer.tokenizer import Tokenizer
+from distft.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _RESERVED = re.compile(f"[{META_SPACE}\u2585\0]+")  # by sentencepiece, which drops text with U+2585
 _TOO_HIGH = re.compile(r"Vocabulary size too high .*<= (\d+)")
@@ -67,7 +67,9 @@ class TokenizerTrainConfig(Settings):
         return self.vocab_size or (_ALL_CHARACTERS if self.algorithm == "char" else _DEFAULT_VOCAB_SIZE)
 
 
-def train_tokenizer(texts: Iterable[str], config: TokenizerTrainConfig, output_path: str | Path) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], config: TokenizerTrainConfig, output_path: str | Path
+) -> SentencePieceTokenizer:
     """Train on a sample of `texts`, write the model to `output_path`, return it.
 
     The same texts and settings give the same model. Raises `ConfigError` if there is no text, or too little
@@ -88,7 +90,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerTrainConfig, output_p
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(_training_error_message(str(error), config, sample)) from error
-    tokenizer = Tokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
     tokenizer.save(output_path)
     return tokenizer
 

@@ -11,9 +11,10 @@ from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.frozen import FrozenWeights
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.retention import delete_own_files, delete_unneeded
-from distft.checkpoint.steps import TOKENIZER_FILE, committed_steps, rank_file_name
+from distft.checkpoint.steps import committed_steps, rank_file_name
 from distft.collectives import SingleProcess
 from distft.errors import StorageError, SupersededError
+from distft.tokenizer.files import SENTENCEPIECE_FILE as TOKENIZER_FILE
 
 
 def nothing_wrong() -> None:

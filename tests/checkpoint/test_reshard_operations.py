@@ -24,11 +24,11 @@ from distft.checkpoint.reshard import (
     write_distft,
 )
 from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
-from distft.checkpoint.steps import TOKENIZER_FILE
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
 from distft.errors import CheckpointError
 from distft.tokenizer import Tokenizer, TokenizerTrainConfig, train_tokenizer
+from distft.tokenizer.files import SENTENCEPIECE_FILE as TOKENIZER_FILE
 
 SHAPES = {"a": (3, 5), "empty": (0, 4), "b": (2,), "c": (11,)}
 STATES: Mapping[str, Mapping[str, torch.dtype]] = {

@@ -23,12 +23,13 @@ from distft.checkpoint import store as store_module
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.manifest import MANIFEST
-from distft.checkpoint.steps import TOKENIZER_FILE, committed_steps, rank_file_name
+from distft.checkpoint.steps import committed_steps, rank_file_name
 from distft.checkpoint.store import CheckpointStore, LatestValid
 from distft.checkpoint.writer_fence import WRITER_FILE
 from distft.collectives import SingleProcess
 from distft.errors import StorageError, SupersededError, UnreachableError
 from distft.storage.local import LocalStorage
+from distft.tokenizer.files import SENTENCEPIECE_FILE as TOKENIZER_FILE
 
 # The search
 

@@ -17,9 +17,10 @@ from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import MANIFEST
 from distft.checkpoint.reshard import write_distft
-from distft.checkpoint.steps import TOKENIZER_FILE, find_checkpoint_directory
+from distft.checkpoint.steps import find_checkpoint_directory
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
+from distft.tokenizer.files import SENTENCEPIECE_FILE as TOKENIZER_FILE
 
 
 def put_in_place(operations: list[Operation]) -> list[str]:

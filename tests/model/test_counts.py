@@ -1,6 +1,6 @@
 """Parameter and FLOP counts against the real module and torch's FlopCounterMode."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,12 +21,22 @@ from distft.model.heads import (
 from distft.model.transformer import Transformer
 from distft.model.transformer_config import TransformerConfig
 
-BOOLEANS = ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_embeddings")
+BOOLEANS = (
+    "attention_bias",
+    "qkv_bias",
+    "mlp_bias",
+    "norm_bias",
+    "embedding_norm",
+    "qk_norm",
+    "tie_embeddings",
+    "lm_head_transform",
+)
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> TransformerConfig:
     num_kv_heads = draw(st.integers(1, 3))
+    positions: Literal["rotary", "learned"] = draw(st.sampled_from(["rotary", "learned"]))
     flags: dict[str, Any] = {name: draw(st.booleans()) for name in BOOLEANS}
     return TransformerConfig(
         vocab_size=draw(st.integers(1, 40)),
@@ -39,15 +49,35 @@ def configs(draw: st.DrawFn) -> TransformerConfig:
         head_dim=2 * draw(st.integers(1, 4)),
         d_ff=draw(st.integers(1, 30)),
         norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
-        positions=draw(st.sampled_from(["rotary", "learned"])),
-        mlp=draw(st.sampled_from(["swiglu", "gelu"])),
+        norm_position=draw(st.sampled_from(["pre", "post"])),
+        positions=positions,
+        position_offset=draw(st.integers(0, 2)) if positions == "learned" else 0,
+        num_segments=draw(st.integers(0, 2)),
+        mlp=draw(st.sampled_from(["swiglu", "geglu", "gelu", "gelu_exact"])),
         attention=draw(st.sampled_from(["causal", "bidirectional"])),
         **flags,
     )
 
 
 CLASSIFIER = {"classifier": ClassificationHead(num_labels=3)}
-MODULES = ("embed", "blocks.0", "blocks.1", "blocks.2", "norm", "lm_head", "classifier", "tokens")
+BERT_CLASSIFIER: Heads = {"classifier": ClassificationHead(num_labels=3, hidden="tanh")}
+MODULES = (
+    "embed",
+    "embed_norm",
+    "segment_embed",
+    "blocks.0",
+    "blocks.0.mlp.down",
+    "blocks.0.mlp_norm",
+    "blocks.1",
+    "blocks.2",
+    "norm",
+    "lm_head",
+    "lm_head.dense",
+    "lm_head.norm",
+    "classifier",
+    "classifier.hidden",
+    "tokens",
+)
 GENERATOR_MODULES = tuple(f"generator.{name}" for name in ("input", "blocks.0", "blocks.1", "norm", "hidden"))
 OTHERS: Heads = {
     "generator": GeneratorHead(num_layers=2, size=0.5),
@@ -55,7 +85,9 @@ OTHERS: Heads = {
     "vector": EmbeddingHead(learns_temperature=True),
 }
 GENERATOR: Heads = {"generator": OTHERS["generator"]}
-HEADS = st.sampled_from([LANGUAGE_MODEL, CLASSIFIER, {**LANGUAGE_MODEL, **CLASSIFIER}, OTHERS, GENERATOR])
+SEVERAL: Heads = {**LANGUAGE_MODEL, **BERT_CLASSIFIER, "tokens": TokenHead(num_outputs=2)}
+BOTH: Heads = {**LANGUAGE_MODEL, **CLASSIFIER}
+HEADS = st.sampled_from([LANGUAGE_MODEL, CLASSIFIER, BERT_CLASSIFIER, BOTH, SEVERAL, OTHERS, GENERATOR])
 
 
 @settings(max_examples=20)
@@ -106,10 +138,20 @@ def test_flops_of_training_equal_those_that_torch_counts_whatever_is_frozen(
         assert training_flops(config, seq_len, heads) == training_flops(config, seq_len, heads, trainable)
 
 
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
 @pytest.mark.parametrize("module", ["embed", "blocks.0", "blocks.1", "blocks.2", "lm_head"])
-def test_recomputed_flops_equal_those_that_torch_counts(module: str) -> None:
+def test_recomputed_flops_equal_those_that_torch_counts(
+    module: str, norm_position: Literal["pre", "post"]
+) -> None:
     config = TransformerConfig(
-        vocab_size=11, max_seq_len=8, d_model=8, num_layers=3, num_heads=2, d_ff=12, tie_embeddings=False
+        vocab_size=11,
+        max_seq_len=8,
+        d_model=8,
+        num_layers=3,
+        num_heads=2,
+        d_ff=12,
+        tie_embeddings=False,
+        norm_position=norm_position,
     )
     with torch.device("meta"):
         model = Transformer(config)

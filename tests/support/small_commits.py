@@ -9,9 +9,10 @@ from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.manifest import Progress
 from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMetadata
-from distft.checkpoint.steps import TOKENIZER_FILE, rank_file_name
+from distft.checkpoint.steps import rank_file_name
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import SingleProcess
+from distft.tokenizer.files import SENTENCEPIECE_FILE as TOKENIZER_FILE
 
 KEEP_ONE = CheckpointConfig(keep_last=1)
 RANK_FILE = rank_file_name(0)

@@ -10,9 +10,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
 from distft.errors import DataError
 from distft.tokenizer import Tokenizer, import_tokenizer
+from distft.tokenizer.huggingface_export import huggingface_files as tokenizer_files
+from distft.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 WORDS = "lake river trout perch known little more and for its the".split()  # noqa: SIM905
 CHATML = {"<|im_start|>": 320, "<|im_end|>": 321, "<pad>": 322}
@@ -118,7 +119,7 @@ def test_special_ids_are_those_of_transformers_and_one_file_holds_them(
         assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 321, 322)
         assert found.vocab_size == 323
         assert found.encode("<|im_end|>") == [321]
-    bare = Tokenizer((chat / "tokenizer.model").read_bytes())
+    bare = SentencePieceTokenizer((chat / "tokenizer.model").read_bytes())
     with_tokens = Tokenizer.load(chat / "tokenizer.model")
     assert bare.fingerprint != with_tokens.fingerprint
     assert with_tokens.fingerprint == Tokenizer.load(tmp_path / "alone.model").fingerprint
@@ -182,11 +183,17 @@ def test_a_file_beside_the_model_that_is_none_is_told(tmp_path: Path, content: s
         Tokenizer.load(tmp_path / "tokenizer.model")
 
 
-def test_tokenizers_of_other_libraries_are_answered_with_what_can_be_done(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "tokenizer.model"):
-        with pytest.raises(DataError, match=r"get the tokenizer\.model that was published with it"):
+def test_a_tokenizer_of_another_kind_is_answered_with_what_can_be_done(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
+    )
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(
+            DataError, match=r"is Unigram.* get the tokenizer\.model that was published with it"
+        ):
             Tokenizer.load(path)
+    with pytest.raises(DataError, match=r"has a tokenizer\.json: name that"):
+        Tokenizer.load(tmp_path / "tokenizer.model")
     (tmp_path / "a.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(DataError, match=r"a\.model is a git-LFS pointer"):
         Tokenizer.load(tmp_path / "a.model")

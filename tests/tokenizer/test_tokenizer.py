@@ -22,6 +22,7 @@ from distft.tokenizer import (
     train_tokenizer,
 )
 from distft.tokenizer.pretokenization import pretokenization_pattern
+from distft.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 TEXT = inspect.getsource(argparse) + inspect.getsource(json)
 ODD_IDS = {"unk_id": 5, "bos_id": None, "eos_id": 3, "pad_id": 0}
@@ -160,7 +161,7 @@ def test_token_bytes_add_up_to_the_utf8_size_of_the_text(
 def test_ids_equal_those_of_sentencepiece_for_the_whole_text(
     lossless: dict[str, Tokenizer], name: str, chunk_chars: int, text: str
 ) -> None:
-    tokenizer = Tokenizer(lossless[name].to_bytes())
+    tokenizer = SentencePieceTokenizer(lossless[name].to_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretokenization, "_CHUNK_CHARS", chunk_chars)
         assert tokenizer.encode(text) == sentencepiece_processor(tokenizer.to_bytes()).encode(text)
@@ -172,7 +173,7 @@ def test_ids_equal_those_of_sentencepiece_for_the_whole_text(
 def test_a_foreign_model_encodes_and_decodes_as_sentencepiece_does(
     foreign: dict[str, bytes], name: str, chunk_chars: int, text: str
 ) -> None:
-    tokenizer, processor = Tokenizer(foreign[name]), sentencepiece_processor(foreign[name])
+    tokenizer, processor = SentencePieceTokenizer(foreign[name]), sentencepiece_processor(foreign[name])
     if tokenizer.model_proto.has_identity_normalization:
         text = text.replace("\u2581", "")  # a deliberate difference: sentencepiece would decode it as a space
     with pytest.MonkeyPatch.context() as patch:
@@ -191,13 +192,13 @@ def test_long_texts_of_cached_and_new_words_encode_as_sentencepiece_does(
         monkeypatch.setattr(pretokenization, constant, value)
     numbers = " ".join(str(i * i * i) for i in range(9000))
     for text in (TEXT + numbers + TEXT, f"  {TEXT}   ", " " * 70_000 + "x" + " " * 70_000):
-        assert Tokenizer(model).encode(text) == sentencepiece_processor(model).encode(text)
+        assert SentencePieceTokenizer(model).encode(text) == sentencepiece_processor(model).encode(text)
 
 
 def test_words_are_split_only_where_no_piece_can_cross(
     lossless: dict[str, Tokenizer], foreign: dict[str, bytes]
 ) -> None:
-    everything = {**{name: Tokenizer(model) for name, model in foreign.items()}, **lossless}
+    everything = {**{name: SentencePieceTokenizer(model) for name, model in foreign.items()}, **lossless}
     patterns = {
         name: pretokenization_pattern(tokenizer.model_proto) for name, tokenizer in everything.items()
     }
@@ -273,9 +274,12 @@ def test_a_fingerprint_does_not_depend_on_the_path(lossless: dict[str, Tokenizer
 
 def test_a_fingerprint_depends_on_settings_and_special_ids(foreign: dict[str, bytes]) -> None:
     same = foreign_model()
-    assert Tokenizer(same).fingerprint == Tokenizer(foreign["sentencepiece's defaults"]).fingerprint
+    assert (
+        SentencePieceTokenizer(same).fingerprint
+        == SentencePieceTokenizer(foreign["sentencepiece's defaults"]).fingerprint
+    )
     others = [foreign_model(bos_id=-1), foreign_model(add_dummy_prefix=False), foreign_model(pad_id=3)]
-    assert len({Tokenizer(model).fingerprint for model in [same, *others]}) == 4
+    assert len({SentencePieceTokenizer(model).fingerprint for model in [same, *others]}) == 4
 
 
 def test_importing_copies_the_model(foreign: dict[str, bytes], tmp_path: Path) -> None:
@@ -289,7 +293,7 @@ def test_importing_copies_the_model(foreign: dict[str, bytes], tmp_path: Path) -
 @given(junk=st.binary(max_size=200))
 def test_invalid_bytes_are_not_a_model(junk: bytes) -> None:
     with pytest.raises(DataError):
-        Tokenizer(junk)
+        SentencePieceTokenizer(junk)
 
 
 def test_the_error_for_a_missing_tokenizer_names_the_remedy(tmp_path: Path) -> None:
@@ -305,7 +309,7 @@ def test_the_parsed_model_proto_agrees_with_sentencepiece(
     lossless: dict[str, Tokenizer], foreign: dict[str, bytes], name: str
 ) -> None:
     model = lossless[name].to_bytes() if name in lossless else foreign[name]
-    model_proto, processor = Tokenizer(model).model_proto, sentencepiece_processor(model)
+    model_proto, processor = SentencePieceTokenizer(model).model_proto, sentencepiece_processor(model)
     numbers = range(processor.get_piece_size())
     assert [p.text for p in model_proto.pieces] == [processor.id_to_piece(i) for i in numbers]
     assert np.allclose([p.score for p in model_proto.pieces], [processor.get_score(i) for i in numbers])

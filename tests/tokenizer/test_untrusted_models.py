@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.errors import DataError
-from distft.tokenizer import Tokenizer
 from distft.tokenizer.model_proto import parse_model_proto
+from distft.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
 def field(number: int, value: bytes) -> bytes:
@@ -51,7 +51,7 @@ BAD = {
 def test_a_model_that_is_none_is_told(kind: str) -> None:
     model, message = BAD[kind]
     with pytest.raises(DataError, match=message):
-        Tokenizer(model)
+        SentencePieceTokenizer(model)
 
 
 def test_a_long_number_costs_no_time_and_a_short_file_no_memory() -> None:
@@ -88,7 +88,7 @@ def test_changed_bytes_give_a_model_or_our_own_error(changes: list[tuple[int, in
         if position < len(model):
             model[position] = value
     try:
-        tokenizer = Tokenizer(bytes(model))
+        tokenizer = SentencePieceTokenizer(bytes(model))
         ids = tokenizer.encode("the quick brown fox")
     except DataError:
         return

@@ -7,8 +7,6 @@ from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.rank_file import bytes_of
 from distft.checkpoint.safetensors_header import safetensors_header
 from distft.checkpoint.sources import CheckpointSource
-from distft.tokenizer import Tokenizer
-from distft.tokenizer.model_proto import PieceType
 
 CLASSIFIER = "classifier.weight"
 HEAD_FILE = "classifier.safetensors"
@@ -43,16 +41,6 @@ with torch.no_grad():
 print([labels[i] for i in logits.argmax(1)])
 ```
 """
-
-
-def padding_id(tokenizer: Tokenizer) -> int | None:
-    """An id that no text has, so that padding is not taken for text: pad, else eos, bos or a like one."""
-    if tokenizer.pad_id is not None:
-        return tokenizer.pad_id
-    pieces = tokenizer.model_proto.pieces
-    candidates = [i for i in (tokenizer.eos_id, tokenizer.bos_id) if i is not None]
-    candidates += [i for i, piece in enumerate(pieces) if piece.type is PieceType.CONTROL]
-    return next((i for i in candidates if pieces[i].type is PieceType.CONTROL), None)
 
 
 def head_files(source: CheckpointSource, pooling: str, label_names: list[str]) -> dict[str, bytes]:

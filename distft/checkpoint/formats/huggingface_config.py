@@ -1,6 +1,6 @@
 """`config.json` of transformers: to a `TransformerConfig`, chosen and written for one. No files, no tensors.
 
-A distft model can be a Llama, Mistral, Qwen2, Qwen3 or GPT-2 of transformers. Both the older spelling of a
+A distft model can be a Llama, Mistral, Qwen2, Qwen3, GPT-2, BERT, RoBERTa or DistilBERT. Both the older spelling of a
 key (`rope_theta`, `torch_dtype`) and the newer one (`rope_parameters`, `dtype`) are read and written.
 """
 
@@ -10,23 +10,49 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import ValidationError
 
-from distft.checkpoint.formats.huggingface_keys import DEFAULTS, Gpt2Keys, Keys, LlamaKeys
+from distft.checkpoint.formats.huggingface_encoders import (
+    CLASSIFIER_LAYERS,
+    ENCODERS,
+    encoder_keys,
+    encoder_problems,
+    encoder_sizes,
+    required_options,
+)
+from distft.checkpoint.formats.huggingface_keys import (
+    DEFAULTS,
+    BertKeys,
+    DistilBertKeys,
+    Gpt2Keys,
+    Keys,
+    LlamaKeys,
+)
 from distft.config import parse
 from distft.errors import ConfigError
 from distft.model.transformer_config import TransformerConfig
 
 # `model_type` of transformers
-Architecture: TypeAlias = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+Architecture: TypeAlias = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "roberta", "distilbert"
+]
 HeadKind: TypeAlias = Literal["language_model", "classifier", "none"]
 
-_PREFERENCE_ORDER: tuple[Architecture, ...] = ("llama", "qwen2", "qwen3", "gpt2")
+_PREFERENCE_ORDER: tuple[Architecture, ...] = ("llama", "qwen2", "qwen3", "gpt2", *ENCODERS)
 _CLASS_PREFIXES: dict[Architecture, str] = {
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "gpt2": "GPT2",
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
 }
+_KEYS: dict[Architecture, type[Keys]] = {
+    "gpt2": Gpt2Keys,
+    "bert": BertKeys,
+    "roberta": BertKeys,
+    "distilbert": DistilBertKeys,
+}  # of the others LlamaKeys
 _SILU = ("silu", "swish")
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 _DEFAULT_ROPE_THETA = 10_000.0
@@ -41,10 +67,25 @@ class HuggingFaceModelSpec:
     head: HeadKind
     label_names: tuple[str, ...] | None  # of a classifier, by class
 
+    @property
+    def objective(self) -> dict[str, str] | None:
+        """Settings of the objective whose head a classifier with a layer has; None: there is no such head."""
+        layer = CLASSIFIER_LAYERS.get(self.architecture)
+        if self.head != "classifier" or layer is None:
+            return None
+        return {"type": "classification", "pooling": classifier_pooling(self.architecture), "hidden": layer}
+
+
+def classifier_pooling(architecture: Architecture) -> Literal["first", "last"]:
+    """How the classifiers of an architecture make one vector of a row's hidden states."""
+    return "first" if architecture in ENCODERS else "last"
+
 
 def class_name(architecture: Architecture, head: HeadKind) -> str:
     """Name of the transformers class with this head."""
     language_model = "LMHeadModel" if architecture == "gpt2" else "ForCausalLM"
+    if architecture in ENCODERS:
+        language_model = "ForMaskedLM"
     suffix = {"language_model": language_model, "classifier": "ForSequenceClassification", "none": "Model"}
     return _CLASS_PREFIXES[architecture] + suffix[head]
 
@@ -56,9 +97,8 @@ def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
     if architecture is None:
         known = ", ".join(get_args(Architecture))
         raise ConfigError(f"model_type={model_type!r} is not supported: it must be one of {known}.")
-    keys_class = Gpt2Keys if architecture == "gpt2" else LlamaKeys
     try:
-        keys = keys_class.model_validate({**DEFAULTS[architecture], **raw})
+        keys = _KEYS.get(architecture, LlamaKeys).model_validate({**DEFAULTS[architecture], **raw})
     except ValidationError as error:
         raise ConfigError(
             "\n".join(
@@ -67,10 +107,7 @@ def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
             )
         ) from None
     head, problems = _parse_head(keys, architecture)
-    if isinstance(keys, Gpt2Keys):
-        sizes, size_problems = _gpt2_sizes(keys), _gpt2_problems(keys)
-    else:
-        sizes, size_problems = _llama_sizes(keys, architecture), _llama_problems(keys, architecture)
+    sizes, size_problems = _sizes_and_problems(keys, architecture, head)
     problems += size_problems
     if keys.quantization_config:
         problems.append("quantization_config: quantized weights are not supported; save them in bf16.")
@@ -90,9 +127,26 @@ def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
     return HuggingFaceModelSpec(architecture=architecture, model=model, head=head, label_names=labels)
 
 
+def _sizes_and_problems(
+    keys: Keys, architecture: Architecture, head: HeadKind
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of `TransformerConfig`, and options that distft does not support."""
+    if isinstance(keys, Gpt2Keys):
+        return _gpt2_sizes(keys), _gpt2_problems(keys)
+    if isinstance(keys, LlamaKeys):
+        return _llama_sizes(keys, architecture), _llama_problems(keys, architecture)
+    assert isinstance(keys, BertKeys | DistilBertKeys)
+    assert architecture in ENCODERS
+    is_language_model = head == "language_model"
+    problems = encoder_problems(keys, architecture, is_language_model=is_language_model)
+    return encoder_sizes(keys, architecture), problems
+
+
 def _parse_head(keys: Keys, architecture: Architecture) -> tuple[HeadKind, list[str]]:
     """The model's head, from its class in `architectures` (default: a language model), and problems."""
-    classes = {class_name(architecture, kind): kind for kind in get_args(HeadKind)}
+    classes: dict[str, HeadKind] = {class_name(architecture, kind): kind for kind in get_args(HeadKind)}
+    if architecture == "bert":
+        classes["BertForPreTraining"] = "language_model"
     named = keys.architectures[0] if keys.architectures else class_name(architecture, "language_model")
     if named not in classes:
         given = keys.architectures
@@ -244,22 +298,13 @@ def choose_architecture(config: TransformerConfig, wanted: str | None = None) ->
 def _unsupported_options(config: TransformerConfig, architecture: Architecture) -> list[str]:
     """Options that the architecture does not support, each with the value that it needs."""
     is_gpt2 = architecture == "gpt2"
-    required: dict[str, Any] = {
-        "norm": "layernorm" if is_gpt2 else "rmsnorm",
-        "positions": "learned" if is_gpt2 else "rotary",
-        "mlp": "gelu" if is_gpt2 else "swiglu",
-        "attention": "causal",
-        "qk_norm": architecture == "qwen3",
-    }
-    if architecture != "llama":
-        required["mlp_bias"] = is_gpt2
-    if architecture in {"mistral", "qwen2", "gpt2"}:
-        required["attention_bias"] = is_gpt2
-    if architecture == "qwen2":
-        required["qkv_bias"] = True
-    elif not is_gpt2 and not config.attention_bias:  # attention_bias includes the biases of q, k and v
-        required["qkv_bias"] = False
-    if is_gpt2:
+    has_heads_of_gpt2 = is_gpt2 or architecture in ENCODERS
+    required: dict[str, Any]
+    if architecture in ENCODERS:
+        required = required_options(config, architecture)
+    else:
+        required = _options_of_decoders(config, architecture)
+    if has_heads_of_gpt2:
         required["num_kv_heads"] = config.num_heads
         if config.head_dim * config.num_heads != config.d_model:
             required["head_dim"] = f"d_model / num_heads = {config.d_model / config.num_heads:g}"
@@ -277,6 +322,34 @@ def _unsupported_options(config: TransformerConfig, architecture: Architecture) 
     return problems
 
 
+def _options_of_decoders(config: TransformerConfig, architecture: Architecture) -> dict[str, Any]:
+    """The values of settings that a model of this architecture, which is no encoder, must have."""
+    is_gpt2 = architecture == "gpt2"
+    required: dict[str, Any] = {
+        "norm": "layernorm" if is_gpt2 else "rmsnorm",
+        "positions": "learned" if is_gpt2 else "rotary",
+        "mlp": "gelu" if is_gpt2 else "swiglu",
+        "attention": "causal",
+        "qk_norm": architecture == "qwen3",
+        "norm_position": "pre",
+        "embedding_norm": False,
+        "position_offset": 0,
+        "num_segments": 0,
+        "lm_head_transform": False,
+    }
+    if is_gpt2:
+        required["norm_bias"] = True
+    if architecture != "llama":
+        required["mlp_bias"] = is_gpt2
+    if architecture in {"mistral", "qwen2", "gpt2"}:
+        required["attention_bias"] = is_gpt2
+    if architecture == "qwen2":
+        required["qkv_bias"] = True
+    elif not is_gpt2 and not config.attention_bias:  # attention_bias includes the biases of q, k and v
+        required["qkv_bias"] = False
+    return required
+
+
 def _yaml_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -286,7 +359,7 @@ def make_config(
 ) -> dict[str, Any]:
     """The `config.json` of a model; `special_ids` has the tokenizer's bos, eos and pad ids.
 
-    Only GPT-2 gets the model's dropout: the other architectures have dropout on attention weights only.
+    Only GPT-2 and the encoders get the model's dropout: the other architectures have dropout on attention weights only.
     """
     config = spec.model
     common = {
@@ -304,7 +377,11 @@ def make_config(
         common["id2label"] = {str(i): name for i, name in enumerate(spec.label_names)}
         common["label2id"] = {name: i for i, name in enumerate(spec.label_names)}
         common["problem_type"] = "single_label_classification"
-    return common | (_gpt2_keys(config) if spec.architecture == "gpt2" else _llama_keys(spec))
+    if spec.architecture == "gpt2":
+        return common | _gpt2_keys(config)
+    if spec.architecture in ENCODERS:
+        return common | encoder_keys(config, spec.architecture)
+    return common | _llama_keys(spec)
 
 
 def _gpt2_keys(config: TransformerConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # Modules without memory are built to learn the shapes: more layers than any model has would take minutes.
 _Layers = Annotated[int, Field(ge=0, le=2000)]
@@ -66,6 +66,43 @@ class Gpt2Keys(Keys):
     add_cross_attention: bool = False
 
 
+class _EncoderKeys(Keys):
+    vocab_size: _Size = 30522
+    tie_word_embeddings: bool = True
+    max_position_embeddings: _Size = 512
+
+
+class BertKeys(_EncoderKeys):
+    hidden_size: _Size = 768
+    num_hidden_layers: _Layers = 12
+    num_attention_heads: _Size = 12
+    intermediate_size: _Size = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    type_vocab_size: _Size = 2
+    layer_norm_eps: float = 1e-12
+    pad_token_id: _Size = 0
+    position_embedding_type: str = "absolute"  # of transformers before 5
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+
+    @field_validator("pad_token_id", mode="before")
+    @classmethod
+    def _without_padding(cls, value: Any) -> Any:
+        return 0 if value is None else value
+
+
+class DistilBertKeys(_EncoderKeys):
+    dim: _Size = 768
+    n_layers: _Layers = 6
+    n_heads: _Size = 12
+    hidden_dim: _Size = 3072
+    activation: str = "gelu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+
 _QWEN = {"vocab_size": 151936, "sliding_window": 4096, "num_key_value_heads": 32}
 DEFAULTS: Mapping[str, dict[str, Any]] = {  # where they differ from those above
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
@@ -78,4 +115,7 @@ DEFAULTS: Mapping[str, dict[str, Any]] = {  # where they differ from those above
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128},
     "gpt2": {},
+    "bert": {},
+    "roberta": {"vocab_size": 50265, "pad_token_id": 1},
+    "distilbert": {},
 }

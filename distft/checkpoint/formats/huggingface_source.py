@@ -17,15 +17,14 @@ from distft.checkpoint.formats.huggingface_tensors import (
     map_saved_tensors,
     read_parameter,
 )
-from distft.checkpoint.formats.huggingface_tokenizer import TOKENIZER_FILE
+from distft.checkpoint.formats.huggingface_tokenizer import find_tokenizer
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.checkpoint.fragments import WEIGHT
-from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord, TokenizerRecord
+from distft.checkpoint.manifest import Manifest, ParameterRecord, Progress, StateRecord
 from distft.checkpoint.rank_file import read_elements
 from distft.checkpoint.safetensors_header import TensorLocation
 from distft.checkpoint.sources import ManifestSource
-from distft.errors import CheckpointError, ConfigError, DataError
-from distft.tokenizer import Tokenizer
+from distft.errors import CheckpointError, ConfigError
 
 _MOST_NOTES = 5
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -178,37 +177,6 @@ def model_fields(spec: HuggingFaceModelSpec, path: str) -> dict[str, Any]:
     return {
         "config": {"model": spec.model.model_dump(mode="json")},
         "label_names": None if spec.label_names is None else list(spec.label_names),
-        "tokenizer": _find_tokenizer(path),
+        "tokenizer": find_tokenizer(path),
         "tied": {LM_HEAD: "embed.weight"} if is_tied else {},
     }
-
-
-def _find_tokenizer(path: str) -> TokenizerRecord | None:
-    """The directory's sentencepiece model, with what the files beside it add to it.
-
-    None if tokenizer.model is missing or of another kind, such as tiktoken's. Raises `DataError` for a
-    git-LFS pointer, and for files of another model beside it.
-    """
-    where = storage.join(path, TOKENIZER_FILE)
-    if not storage.exists(where):
-        return None
-    storage.check_not_lfs_pointer(where)
-    try:
-        tokenizer = Tokenizer.load(where)
-    except DataError:
-        if _is_sentencepiece(where):
-            raise
-        return None
-    return TokenizerRecord(
-        fingerprint=tokenizer.fingerprint,
-        file=TOKENIZER_FILE,
-        document_start=() if tokenizer.bos_id is None or not tokenizer.adds_bos else (tokenizer.bos_id,),
-    )
-
-
-def _is_sentencepiece(path: str) -> bool:
-    try:
-        Tokenizer(storage.read_bytes(path))
-    except DataError:
-        return False
-    return True

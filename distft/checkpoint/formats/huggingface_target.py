@@ -16,7 +16,6 @@ from distft.checkpoint.formats.huggingface_classifier import (
     HEAD_FILE,
     README_FILE,
     head_files,
-    padding_id,
 )
 from distft.checkpoint.formats.huggingface_config import (
     HeadKind,
@@ -26,7 +25,6 @@ from distft.checkpoint.formats.huggingface_config import (
 )
 from distft.checkpoint.formats.huggingface_files import INDEX_FILE, WEIGHTS_FILE
 from distft.checkpoint.formats.huggingface_tensors import LM_HEAD, HuggingFaceTensor, TensorMap, map_tensors
-from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.rank_file import bytes_of
@@ -47,7 +45,7 @@ _NO_PADDING = (
 _CHUNK_NUMEL = 1 << 22  # elements read and written at a time
 _EXPORT_FILES = re.compile(  # names of the files that an export writes before config.json
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-    r"|tokenizer(\.model|\.json|_config\.json)|generation_config\.json|classifier\.safetensors|classifier\.md"
+    r"|tokenizer(\.model|\.json|_config\.json)|special_tokens_map\.json|added_tokens\.json|generation_config\.json|classifier\.safetensors|classifier\.md"
 )
 
 
@@ -311,20 +309,19 @@ def _tokenizer_files(
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     notes = []
     if is_classifier and tokenizer.pad_id is None:
-        ids["pad"] = padding_id(tokenizer)
-        piece = "" if ids["pad"] is None else tokenizer.model_proto.pieces[ids["pad"]].text
+        ids["pad"] = tokenizer.padding_id()
+        piece = "" if ids["pad"] is None else tokenizer.piece_texts[ids["pad"]]
         notes = [
             f"The tokenizer has no pad: the export pads with {piece!r}, which no text has."
             if piece
             else _NO_PADDING
         ]
-    files, tokenizer_notes = tokenizer_files(
-        tokenizer,
+    files, tokenizer_notes = tokenizer.huggingface_files(
         max_seq_len=model.max_seq_len,
         pad_id=ids["pad"],
         begins_with_bos=tokenizer.bos_id is not None and record.document_start == (tokenizer.bos_id,),
     )
-    return files, ids, [*notes, *tokenizer_notes]
+    return dict(files), ids, [*notes, *tokenizer_notes]
 
 
 def _commit_json(target: str, name: str, value: dict[str, Any]) -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from support.huggingface_models import make_distft_model, save_model
 
 from distft.checkpoint.formats.huggingface_target import write_huggingface
-from distft.checkpoint.formats.huggingface_tokenizer import tokenizer_files
 from distft.model.transformer_config import TransformerConfig
 from distft.tokenizer import Tokenizer, TokenizerTrainConfig, train_tokenizer
+from distft.tokenizer.huggingface_export import huggingface_files as tokenizer_files
+from distft.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 TEXT = inspect.getsource(argparse) + inspect.getsource(json) + "Grüße, déjà vu, 日本語テキスト 😀\n" * 9
 SYMBOLS = ("<|user turn|>", "\n\n", "a,b", "x\ty")
@@ -61,7 +62,7 @@ def train_with_sentencepiece(**options: Any) -> Tokenizer:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines()), model_writer=model, minloglevel=2, **settings
     )
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
 @pytest.fixture(scope="module")
