@@ -24,7 +24,13 @@ FLOORS = (  # lowest first; a package imports only itself and packages of lower 
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # The package of distft that alone imports a heavy dependency.
-OWNERS = {"deepspeed": "engine", "ray": "cluster", "sentencepiece": "tokenizer", "wandb": "tracker"}
+OWNERS = {
+    "deepspeed": "engine",
+    "ray": "cluster",
+    "sentencepiece": "tokenizer",
+    "tokenizers": "tokenizer",
+    "wandb": "tracker",
+}
 # Tools that compare distft with the dependency, or start Ray clusters to kill their nodes.
 OWNER_EXCEPTIONS = {
     ("tools/checkpoint_benchmark.py", "deepspeed"),

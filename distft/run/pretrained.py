@@ -151,7 +151,7 @@ def _substitute_config(source: CheckpointSource, path: str) -> dict[str, Any]:
         "model": model,
         "data": data,
         "objective": source.manifest.config.get("objective")
-        or {"type": "classification" if is_classifier else "causal_lm"},
+        or {"type": "classification" if is_classifier else _language_model_objective(model)},
         "batch": {
             "global_batch_size": _MICRO_BATCH_SIZE,
             "micro_batch_size": _MICRO_BATCH_SIZE,
@@ -160,6 +160,10 @@ def _substitute_config(source: CheckpointSource, path: str) -> dict[str, Any]:
         "optim": {"peak_lr": 1e-3},
         "train": {"max_steps": 1},
     }
+
+
+def _language_model_objective(model: dict[str, Any]) -> str:
+    return "masked_lm" if model.get("attention") == "bidirectional" else "causal_lm"
 
 
 def _validation_hint(source: CheckpointSource, raw: dict[str, Any], overrides: Sequence[str]) -> str:

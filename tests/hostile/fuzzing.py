@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from hypothesis import strategies as st
+from support.library_tokenizers import WRITERS
 from support.small_runs import make_text_data, pretraining, run
 
 from distft.cli.main import app
@@ -20,6 +21,7 @@ from hostile.guard import Guard
 
 RUN = "hostile.readers:run_cli"
 READ_CHECKPOINT = "hostile.readers:read_checkpoint"
+READ_TOKENIZER = "hostile.readers:read_tokenizer"
 READ_CORPUS = "hostile.corpus_readers:read_corpus"
 READ_LABELLED = "hostile.corpus_readers:read_labelled"
 # What a parser is most likely to mistake: signs, nesting, escapes, numbers that are too large, markup.
@@ -221,4 +223,18 @@ def _settings(directory: Path, data: Path) -> list[Subject]:
             function=RUN,
             arguments=("tokenizer", "import", "{}/a.model", "-o", "{}/../out.model"),
         ),
+        *_library_tokenizers(directory),
     ]
+
+
+def _library_tokenizers(directory: Path) -> list[Subject]:
+    subjects = []
+    for kind in ("qwen", "gpt2", "vocab.txt"):
+        source = directory / f"{kind} tokenizer"
+        source.mkdir()
+        WRITERS[kind](source)
+        only = ("tokenizer*.json", "vocab.*", "merges.txt")
+        subjects.append(
+            Subject(name=source.name, source=source, function=READ_TOKENIZER, arguments=("{}",), only=only)
+        )
+    return subjects

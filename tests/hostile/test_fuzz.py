@@ -25,6 +25,9 @@ NAMES = (
     "csv",
     "run.yaml",
     "tokenizer",
+    "qwen tokenizer",
+    "gpt2 tokenizer",
+    "vocab.txt tokenizer",
 )
 
 

@@ -211,8 +211,11 @@ class Training:
         if stop == start:
             labels[:] = -100
         numbers = torch.arange(start, max(stop, start + 1))
+        second_starts = rows[:, :1] % SEQ_LEN  # rows are pairs for a model that has segments
+        is_second = torch.arange(SEQ_LEN) >= second_starts
         return Batch(
             input_ids=rows[:, :-1],
+            segment_ids=is_second.long() if self.scenario.model.has_segments else None,
             dropout_keys=row_keys(3, numbers),
             targets={NEXT_TOKEN: labels},
             num_targets={NEXT_TOKEN: int((labels != -100).sum())},

@@ -101,7 +101,7 @@ def randomize(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, param in model.named_parameters():
             values = torch.randn(param.shape, generator=generator) * 0.2
-            param.copy_(values + 1 if "norm" in name or ".ln_" in name else values)
+            param.copy_(values + 1 if "norm" in name.lower() or ".ln_" in name else values)
 
 
 def model_config(**changes: Any) -> TransformerConfig:
@@ -136,12 +136,12 @@ def load_from_hf(path: Path | str) -> tuple[HuggingFaceCheckpoint, Transformer]:
     """Open a model directory of transformers, and build the distft model with its weights."""
     source = HuggingFaceCheckpoint.open(str(path))
     config = TransformerConfig.model_validate(source.manifest.config["model"])
-    labels = source.manifest.label_names
-    return source, build_model(
-        config,
-        source,
-        LANGUAGE_MODEL if labels is None else {"classifier": ClassificationHead(num_labels=len(labels))},
-    )
+    labels, objective = source.manifest.label_names, source.manifest.config.get("objective", {})
+    if labels is None:
+        return source, build_model(config, source)
+    options = {name: objective[name] for name in ("pooling", "hidden") if name in objective}
+    head = ClassificationHead(num_labels=len(labels), **options)
+    return source, build_model(config, source, {"classifier": head})
 
 
 def make_distft_model(config: TransformerConfig, heads: Heads = LANGUAGE_MODEL) -> Transformer:
@@ -166,7 +166,9 @@ def save_model(
     params = dict(module.named_parameters())
     config: dict[str, Any] = {"model": module.config.model_dump(mode="json")}
     if "classifier" in module.heads:
-        config["objective"] = {"type": "classification", "pooling": pooling}
+        head = module.heads["classifier"]
+        assert isinstance(head, ClassificationHead)
+        config["objective"] = {"type": "classification", "pooling": pooling, "hidden": head.hidden}
     snapshot = CheckpointSnapshot(
         progress=Progress(step=1),
         fragments=[Fragment(n, WEIGHT, 0, change(p.detach().reshape(-1))) for n, p in params.items()],

@@ -9,6 +9,7 @@ from distft.checkpoint.safetensors_header import safetensors_header
 from distft.checkpoint.sources import CheckpointSource
 
 CLASSIFIER = "classifier.weight"
+CLASSIFIER_HIDDEN, CLASSIFIER_OUTPUT = "classifier.hidden", "classifier.output"  # of one with a layer
 HEAD_FILE = "classifier.safetensors"
 README_FILE = "classifier.md"
 
@@ -16,7 +17,13 @@ _POOLING = {
     "last": "hidden[torch.arange(len(hidden)), mask.sum(1) - 1]",
     "mean": "(hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
     "first": "hidden[:, 0]",
+    "max": "hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)",
 }
+_LOGITS = "pooled @ head['{name}'].T"
+_LOGITS_WITH_LAYER = (
+    "torch.{activation}(pooled @ head['{hidden}.weight'].T + head['{hidden}.bias'])"
+    " @ head['{output}.weight'].T + head['{output}.bias']"
+)
 _README = """# A classifier of distft
 
 transformers has no model with this head, so its weights lie beside the model, in `{head_file}`.
@@ -30,31 +37,43 @@ from transformers import AutoModel, AutoTokenizer
 folder = "."  # this directory
 labels = {labels}
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-head = load_file(f"{{folder}}/{head_file}")["{name}"]
+head = load_file(f"{{folder}}/{head_file}")
 
 texts = ["a text", "another one"]
 with torch.no_grad():
     rows = tokenizer(texts, padding=True, return_tensors="pt")
     hidden, mask = model(**rows).last_hidden_state, rows["attention_mask"]
     pooled = {pooling}
-    logits = pooled.to(head.dtype) @ head.T
+    pooled = pooled.to(next(iter(head.values())).dtype)
+    logits = {logits}
 print([labels[i] for i in logits.argmax(1)])
 ```
 """
 
 
-def head_files(source: CheckpointSource, pooling: str, label_names: list[str]) -> dict[str, bytes]:
-    """The files of a head that transformers cannot hold: its weights, and how to apply them."""
-    record = source.manifest.parameters[CLASSIFIER]
-    values = source.read(CLASSIFIER, WEIGHT, 0, prod(record.shape))
-    header = safetensors_header([(CLASSIFIER, values.dtype, record.shape)])
+def head_files(
+    source: CheckpointSource, pooling: str, hidden: str, label_names: list[str]
+) -> dict[str, bytes]:
+    """The files of a head that transformers cannot hold: its weights, and how to apply them.
+
+    `pooling` and `hidden` are the objective's.
+    """
+    parts = [
+        f"{part}.{kind}" for part in (CLASSIFIER_HIDDEN, CLASSIFIER_OUTPUT) for kind in ("weight", "bias")
+    ]
+    names = [CLASSIFIER] if hidden == "none" else parts
+    shapes = {name: source.manifest.parameters[name].shape for name in names}
+    values = {name: source.read(name, WEIGHT, 0, prod(shape)) for name, shape in shapes.items()}
+    header = safetensors_header([(name, values[name].dtype, shapes[name]) for name in names])
     readme = _README.format(
         head_file=HEAD_FILE,
-        name=CLASSIFIER,
         labels=json.dumps(label_names, ensure_ascii=False),
         pooling=_POOLING[pooling],
+        logits=(_LOGITS if hidden == "none" else _LOGITS_WITH_LAYER).format(
+            name=CLASSIFIER, activation=hidden, hidden=CLASSIFIER_HIDDEN, output=CLASSIFIER_OUTPUT
+        ),
     )
     return {
-        HEAD_FILE: header + bytes_of(values),
+        HEAD_FILE: header + b"".join(bytes_of(values[name]) for name in names),
         README_FILE: readme.encode(),
     }

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from distft import storage
 from distft.checkpoint.formats.huggingface_config import HuggingFaceModelSpec, parse_config
+from distft.checkpoint.formats.huggingface_encoders import ENCODERS
 from distft.checkpoint.formats.huggingface_files import read_json, scan_tensors
 from distft.checkpoint.formats.huggingface_tensors import (
     LM_HEAD,
     TensorMap,
     map_saved_tensors,
     read_parameter,
+    tied_copies,
 )
 from distft.checkpoint.formats.huggingface_tokenizer import find_tokenizer
 from distft.checkpoint.formats.names import CONFIG_FILE
@@ -30,7 +32,11 @@ _MOST_NOTES = 5
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CHUNK_BYTES = 16 << 20  # read at a time from a tensor that has to be read whole
 # Buffers that older versions of transformers saved; newer ones compute them.
-_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+_BUFFERS = re.compile(
+    r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|(^|\.)embeddings\.(position|token_type)_ids$"
+)
+# BERT's other heads: of sentence pairs in its pretraining, and a layer that only its own classifier reads.
+_LEFT_OUT = re.compile(r"^((bert|roberta)\.)?pooler\.|^cls\.seq_relationship\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +46,7 @@ class _MatchedTensors:
     tensor_map: TensorMap
     locations: dict[str, TensorLocation]  # of tensors with the required shape, by transformers' name
     problems: list[str]
+    left_out: list[str]  # names of the other heads' tensors
 
 
 class HuggingFaceCheckpoint(ManifestSource):
@@ -56,6 +63,8 @@ class HuggingFaceCheckpoint(ManifestSource):
     ) -> None:
         super().__init__(path, manifest)
         self.notes = [*matched.problems[:_MOST_NOTES]]  # for the user
+        if matched.left_out:
+            self.notes.append(f"{path}: {', '.join(matched.left_out)} left out: the layers of another head.")
         self._spec = spec
         self._tensor_map = matched.tensor_map
         self._locations = matched.locations
@@ -102,14 +111,18 @@ class HuggingFaceCheckpoint(ManifestSource):
 
 def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool = False) -> _MatchedTensors:
     scan = scan_tensors(path)
+    scan.locations = {_present_name(name): location for name, location in scan.locations.items()}
+    scan.unreadable = {_present_name(name) for name in scan.unreadable}
     tensor_map = map_saved_tensors(spec, (*scan.locations, *scan.unreadable))
     problems = [*scan.damage]
-    if spec.model.tie_embeddings and LM_HEAD in scan.locations:
-        copy = scan.locations.pop(LM_HEAD)
-        embedding = scan.locations.setdefault(tensor_map.embedding_name, copy)
-        if compare_tied and not _has_same_bytes(embedding, copy):
+    for copy_name, original_name in tied_copies(spec, tensor_map).items():
+        copy = scan.locations.pop(copy_name, None)
+        if copy is None:
+            continue
+        original = scan.locations.setdefault(original_name, copy)
+        if compare_tied and not _has_same_bytes(original, copy):
             problems.append(
-                f"{copy.path}: {LM_HEAD} differs from {tensor_map.embedding_name}, though "
+                f"{copy.path}: {copy_name} differs from {original_name}, though "
                 "tie_word_embeddings is true: the model is damaged, or tie_word_embeddings must be false."
             )
     locations = {}
@@ -129,12 +142,25 @@ def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool 
             )
         else:
             locations[name] = location
+    left_out = [name for name in scan.locations if spec.architecture in ENCODERS and _LEFT_OUT.search(name)]
+    for name in left_out:
+        del scan.locations[name]
     problems += [
         f"{location.path}: {name} {list(location.shape)} is not part of the model in {CONFIG_FILE}."
         for name, location in scan.locations.items()
         if not _BUFFERS.search(name)
     ]
-    return _MatchedTensors(tensor_map=tensor_map, locations=locations, problems=problems)
+    return _MatchedTensors(
+        tensor_map=tensor_map, locations=locations, problems=problems, left_out=sorted(left_out)
+    )
+
+
+def _present_name(name: str) -> str:
+    """A tensor's name as transformers writes it now: the first BERTs have the names of TensorFlow."""
+    for before, now in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if name.endswith(before):
+            return name.removesuffix(before) + now
+    return name
 
 
 def _has_same_bytes(one: TensorLocation, other: TensorLocation) -> bool:
@@ -174,8 +200,11 @@ def _manifest(
 def model_fields(spec: HuggingFaceModelSpec, path: str) -> dict[str, Any]:
     """Fields of the manifest that describe the model in the directory `path` and its tokenizer."""
     is_tied = spec.model.tie_embeddings and spec.head == "language_model"
+    config: dict[str, Any] = {"model": spec.model.model_dump(mode="json")}
+    if spec.objective is not None:
+        config["objective"] = spec.objective
     return {
-        "config": {"model": spec.model.model_dump(mode="json")},
+        "config": config,
         "label_names": None if spec.label_names is None else list(spec.label_names),
         "tokenizer": find_tokenizer(path),
         "tied": {LM_HEAD: "embed.weight"} if is_tied else {},

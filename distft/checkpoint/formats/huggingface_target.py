@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +13,28 @@ from torch import Tensor
 from distft import storage
 from distft.checkpoint.formats.huggingface_classifier import (
     CLASSIFIER,
+    CLASSIFIER_OUTPUT,
     HEAD_FILE,
     README_FILE,
     head_files,
 )
 from distft.checkpoint.formats.huggingface_config import (
+    Architecture,
     HeadKind,
     HuggingFaceModelSpec,
     choose_architecture,
+    classifier_pooling,
     make_config,
 )
+from distft.checkpoint.formats.huggingface_encoders import CLASSIFIER_LAYERS, ENCODERS
 from distft.checkpoint.formats.huggingface_files import INDEX_FILE, WEIGHTS_FILE
-from distft.checkpoint.formats.huggingface_tensors import LM_HEAD, HuggingFaceTensor, TensorMap, map_tensors
+from distft.checkpoint.formats.huggingface_tensors import (
+    LM_HEAD,
+    LM_TRANSFORM,
+    HuggingFaceTensor,
+    TensorMap,
+    map_tensors,
+)
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.rank_file import bytes_of
@@ -88,7 +98,7 @@ def write_huggingface(
     """
     model = _model_config(source)
     chosen = choose_architecture(model, architecture)
-    head, pooling, notes = _choose_head(source, model)
+    head, beside, notes = _choose_head(source, model, chosen)
     labels = source.manifest.label_names if head == "classifier" else None
     spec = HuggingFaceModelSpec(
         architecture=chosen, model=model, head=head, label_names=None if labels is None else tuple(labels)
@@ -96,7 +106,7 @@ def write_huggingface(
     tensor_map = map_tensors(model, chosen, head, num_labels=len(labels or ()), has_prefix=head != "none")
     _check_parameters(source, tensor_map)
     files, special_ids, tokenizer_notes = _tokenizer_files(
-        source, model, is_classifier=head == "classifier" or pooling is not None
+        source, model, is_classifier=(head == "classifier" and chosen not in ENCODERS) or beside is not None
     )
     notes += tokenizer_notes
     notes += _dropout_notes(model, chosen)
@@ -112,8 +122,8 @@ def write_huggingface(
         on_progress=on_progress or (lambda _: None),
     )
     _write_weights(export, max_shard_bytes)
-    if pooling is not None:
-        files |= head_files(source, pooling, list(source.manifest.label_names or ()))
+    if beside is not None:
+        files |= head_files(source, *beside, list(source.manifest.label_names or ()))
     for name, data in files.items():
         storage.commit_bytes(storage.join(target, name), data)
     if head == "language_model":
@@ -142,13 +152,16 @@ def _model_config(source: CheckpointSource) -> TransformerConfig:
 
 
 def _choose_head(
-    source: CheckpointSource, model: TransformerConfig
-) -> tuple[HeadKind, Literal["mean", "first"] | None, list[str]]:
-    """The head to export, how to pool for one that lies beside the model, and notes on what is left out."""
+    source: CheckpointSource, model: TransformerConfig, architecture: Architecture
+) -> tuple[HeadKind, tuple[str, str] | None, list[str]]:
+    """The head to export, and notes on what is left out.
+
+    Between them `pooling` and `hidden` of a classifier that lies beside the model.
+    """
     parameters = source.manifest.parameters
-    record = parameters.get(CLASSIFIER)
+    record = parameters.get(CLASSIFIER) or parameters.get(f"{CLASSIFIER_OUTPUT}.weight")
     if record is None:
-        if model.tie_embeddings or LM_HEAD in parameters:
+        if _has_logits(source, model):
             return "language_model", None, []
         return "none", None, [f"{source.path} has no head, so the export has none."]
     names = source.manifest.label_names
@@ -157,18 +170,31 @@ def _choose_head(
         note = f"it has {record.shape[0]} classes, but the checkpoint has {count} names for them."
         return "none", None, [f"The classifier is left out: {note}"]
     objective = source.manifest.config.get("objective")
-    pooling = objective.get("pooling", "last") if isinstance(objective, dict) else "last"
-    if pooling == "last":
+    own = objective if isinstance(objective, dict) else {}
+    pooling, hidden = own.get("pooling", "last"), own.get("hidden", "none")
+    needed, layer = classifier_pooling(architecture), CLASSIFIER_LAYERS.get(architecture, "none")
+    if pooling == needed and hidden == layer:
         return "classifier", None, []
+    if pooling != needed:
+        reason = f"it pools {pooling!r}, but those pool the {needed} token"
+    else:
+        reason = f"it has hidden={hidden}, but those of {architecture} have hidden={layer}"
     note = (
-        f"The classifier is not one of transformers: it pools {pooling!r}, but those pool the last token. "
+        f"The classifier is not one of transformers: {reason}. "
         f"Its weights are written to {HEAD_FILE}, and {README_FILE} shows the lines that apply them."
     )
-    return "none", "first" if pooling == "first" else "mean", [note]
+    return "none", (pooling, hidden), [note]
+
+
+def _has_logits(source: CheckpointSource, model: TransformerConfig) -> bool:
+    parameters = source.manifest.parameters
+    if model.lm_head_transform:
+        return f"{LM_TRANSFORM}.weight" in parameters
+    return model.tie_embeddings or LM_HEAD in parameters
 
 
 def _dropout_notes(model: TransformerConfig, architecture: str) -> list[str]:
-    if not model.dropout or architecture == "gpt2":
+    if not model.dropout or architecture == "gpt2" or architecture in ENCODERS:
         return []
     return [
         f"dropout={model.dropout} is left out, as {architecture} has dropout on attention weights only. This "

@@ -1,6 +1,6 @@
 """Maps distft's parameters to transformers' tensors: names, shapes, and rows of joined tensors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from distft.checkpoint.formats.huggingface_config import Architecture, HeadKind, HuggingFaceModelSpec
+from distft.checkpoint.formats.huggingface_encoders import (
+    CLASSIFIER_LAYERS,
+    ENCODERS,
+    TIED_COPIES,
+    encoder_layers,
+    encoder_modules,
+)
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.errors import ConfigError
-from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads
+from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads, HiddenLayer
 from distft.model.transformer import Transformer
 from distft.model.transformer_config import TransformerConfig
 
-LM_HEAD = "lm_head.weight"
+LM_HEAD, LM_TRANSFORM = "lm_head.weight", "lm_head.dense"
 
 _LLAMA_MODULES = {
     "embed": "model.embed_tokens",
@@ -87,6 +94,8 @@ class TensorMap:
 
 def base_prefix(architecture: Architecture) -> str:
     """Prefix of transformers' names of all tensors but the head; models saved without a head lack it."""
+    if architecture in ENCODERS:
+        return f"{architecture}."
     return "transformer." if architecture == "gpt2" else "model."
 
 
@@ -103,7 +112,8 @@ def map_tensors(
     The head of a tied language model is not a tensor of its own.
     """
     groups: dict[str, list[str]] = {}
-    shapes = parameter_shapes(config, head, num_labels=num_labels)
+    layer = CLASSIFIER_LAYERS.get(architecture, "none")
+    shapes = parameter_shapes(config, head, num_labels=num_labels, hidden=layer)
     prefix = base_prefix(architecture)
     for parameter in shapes:
         name = huggingface_name(parameter, architecture)
@@ -141,6 +151,14 @@ def map_saved_tensors(spec: HuggingFaceModelSpec, names: Iterable[str]) -> Tenso
     )
 
 
+def tied_copies(spec: HuggingFaceModelSpec, tensor_map: TensorMap) -> dict[str, str]:
+    """Tensors that a file may have as copies of others, and the names of those."""
+    if not spec.model.tie_embeddings:
+        return {}
+    copies = TIED_COPIES.get(spec.architecture, {LM_HEAD: None})
+    return {copy: original or tensor_map.embedding_name for copy, original in copies.items()}
+
+
 def read_parameter(
     location: ParameterLocation, read: Callable[[int, int], Tensor], start: int, stop: int
 ) -> Tensor:
@@ -165,12 +183,15 @@ def read_parameter(
 
 
 def parameter_shapes(
-    config: TransformerConfig, head: HeadKind, *, num_labels: int = 0
+    config: TransformerConfig, head: HeadKind, *, num_labels: int = 0, hidden: HiddenLayer = "none"
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of distft's parameters, tied ones once; without the head if `head` is `none`."""
+    """Shapes of distft's parameters, tied ones once; without the head if `head` is `none`.
+
+    `num_labels` and `hidden` are the classifier's.
+    """
     heads: dict[HeadKind, Heads] = {
         "language_model": LANGUAGE_MODEL,
-        "classifier": {"classifier": ClassificationHead(num_labels=max(num_labels, 1))},
+        "classifier": {"classifier": ClassificationHead(num_labels=max(num_labels, 1), hidden=hidden)},
         "none": {},
     }
     try:
@@ -184,13 +205,22 @@ def parameter_shapes(
 
 def huggingface_name(parameter: str, architecture: Architecture) -> str:
     """Name of the transformers tensor that contains the parameter."""
-    modules = {**(_GPT2_MODULES if architecture == "gpt2" else _LLAMA_MODULES), **_HEADS}
+    modules = _modules(architecture)
     module, _, kind = parameter.rpartition(".")
     if not module.startswith("blocks."):
         return f"{modules[module]}.{kind}"
     _, number, inner = module.split(".", 2)
-    layers = "h" if architecture == "gpt2" else "layers"
-    return f"{base_prefix(architecture)}{layers}.{number}.{modules[inner]}.{kind}"
+    if architecture in ENCODERS:
+        layers = encoder_layers(architecture)
+    else:
+        layers = base_prefix(architecture) + ("h" if architecture == "gpt2" else "layers")
+    return f"{layers}.{number}.{modules[inner]}.{kind}"
+
+
+def _modules(architecture: Architecture) -> Mapping[str, str]:
+    if architecture in ENCODERS:
+        return encoder_modules(architecture)
+    return {**(_GPT2_MODULES if architecture == "gpt2" else _LLAMA_MODULES), **_HEADS}
 
 
 def _is_conv1d(name: str, architecture: Architecture) -> bool:
