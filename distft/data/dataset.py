@@ -24,7 +24,7 @@ DocumentMode = Literal["separate", "joined"]  # whether a row's documents see ea
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextTemplate:
-    """Ids that stand before, between and behind the texts of a row."""
+    """Ids that stand before, between and behind the texts of a row: [CLS] and [SEP] of BERT."""
 
     before: tuple[int, ...] = ()
     between: tuple[int, ...] = ()

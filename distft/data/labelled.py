@@ -51,6 +51,7 @@ class LabelledConfig(Settings):
             seed=self.data_seed,
             shuffle=self.shuffle,
             label_names=names,
+            document_start=None if context.template is None else context.template.before,
             numbers=rows.numbers,
         )
 

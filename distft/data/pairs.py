@@ -60,7 +60,12 @@ class PairsConfig(Settings):
         rows = self.open(context)
         if problem := without_negatives(rows.num_distinct, self.columns, rows.num_sequences):
             raise DataError(f"{self.path}: {problem}")
-        return Feed.for_training(rows, seed=self.data_seed, shuffle=self.shuffle)
+        return Feed.for_training(
+            rows,
+            seed=self.data_seed,
+            shuffle=self.shuffle,
+            document_start=None if context.template is None else context.template.before,
+        )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
         """Every pair once, in file order."""

@@ -1,6 +1,7 @@
 """What the settings of all models have in common; each type of model has a class of its own."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
@@ -21,10 +22,10 @@ MOST_LAYERS = 4096  # each is a module, also on the meta device
 Pooling: TypeAlias = Literal["last", "mean", "first", "max"]  # of a row's real tokens, to one vector
 
 
-class ModelConfig(Settings):
+class ModelConfig(Settings, ABC):
     """Embedding, vocabulary and rows. Widths are in elements, lengths in tokens.
 
-    A subclass adds the settings of its layers, `type`, and the methods that raise NotImplementedError here.
+    A subclass adds the settings of its layers, `type`, and the abstract methods.
     """
 
     vocab_size: int | None = Field(None, ge=1, le=MOST)  # null: the tokenizer's size
@@ -45,9 +46,9 @@ class ModelConfig(Settings):
         return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
 
     @property
+    @abstractmethod
     def is_causal(self) -> bool:
         """Whether a position's hidden state depends on the positions before it alone."""
-        raise NotImplementedError
 
     @property
     def direction_setting(self) -> str:
@@ -65,24 +66,24 @@ class ModelConfig(Settings):
         return self.d_model
 
     @property
+    @abstractmethod
     def num_blocks(self) -> int:
         """Number of modules `blocks.0`, `blocks.1`, ..., which all backbones consist of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, heads: "Heads") -> "ModelWithHeads":
         """The module. Build it under `torch.device("meta")`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_backbone_parameters(self) -> int:
         """Elements of all parameters but the token embedding and the heads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backbone_products(self, seq_len: int) -> Iterator[Product]:
         """The matrix products per token between embedding and heads, in the order of the forward pass.
 
         For rows of one document of `seq_len` tokens.
         """
-        raise NotImplementedError
 
     def input_width(self, name: str, shape: tuple[int, ...]) -> int:  # noqa: ARG002
         """Elements that each output of the matrix `name` sums; for `init_std: null`."""

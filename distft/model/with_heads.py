@@ -4,6 +4,7 @@ It knows nothing of ranks, freezing or the optimizer.
 Shape letters: B rows, T positions, N = B * T, C = d_model, H = output_size, V = padded_vocab_size, K classes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
@@ -85,14 +86,13 @@ class Embedding(nn.Module):
         return x_BH * torch.exp(-0.5 * self.log_temperature.float()) if self.head.learns_temperature else x_BH
 
 
-class ModelWithHeads(nn.Module):
+class ModelWithHeads(nn.Module, ABC):
     """Embedding, backbone and one or more heads, by name. It has parameters only, no buffers.
 
     Build it under `torch.device("meta")` and fill it by name (`distft.model.initialisation`): on a real
     device its layers would draw their own weights, which the run's seed does not determine.
 
-    A subclass makes its layers in `make_backbone` and runs them in `encode`. It also generates if it has
-    `new_caches` and `encode_cached`.
+    A subclass makes its layers in `make_backbone`, runs them in `encode`, and in `encode_cached` to generate.
     """
 
     __call__: Callable[..., dict[str, Tensor]]
@@ -111,21 +111,22 @@ class ModelWithHeads(nn.Module):
                 )
             self.add_module(name, self.make_head(head))
 
+    @abstractmethod
     def make_backbone(self) -> None:
         """Add the layers between embedding and heads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, x_BTC: Tensor, layout: RowLayout, dropout_keys_B: Tensor | None) -> Tensor:
         """Hidden states [B, T, H] of embedded rows. `dropout_keys_B` is given in training with dropout only.
 
         What it returns for padding is not read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def new_caches(self, num_positions: int) -> Sequence[Any]:
         """What `encode_cached` remembers of up to `num_positions` positions, empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_cached(
         self, x_BTC: Tensor, position_ids: Tensor, caches: Sequence[Any], num_padding_B: Tensor | None
     ) -> Tensor:
@@ -133,7 +134,6 @@ class ModelWithHeads(nn.Module):
 
         Row b has `num_padding_B[b]` tokens of padding before its first real one; None: no row has any.
         """
-        raise NotImplementedError
 
     def set_activation_checkpointing(self, mode: Literal["none", "selective", "full"]) -> None:
         """What the backward recomputes: nothing, all but products and attention, or whole blocks."""

@@ -156,6 +156,11 @@ class Output:
         """Raise `ConfigError` if a tokenizer is there that is neither this one nor that of shards there."""
         path = self._tokenizer_path()
         if path is None:
+            foreign = [name for name in tokenizer.files() if storage.exists(join(self.path, name))]
+            if foreign:
+                raise ConfigError(
+                    f"{join(self.path, foreign[0])} is of no tokenizer of shards here: choose another output."
+                )
             return
         with contextlib.suppress(DataError):
             found = Tokenizer.load(path).fingerprint

@@ -107,7 +107,7 @@ def _add(found: Companions, index: Any, text: Any, settings: Mapping[str, Any]) 
 
 
 def checked_id(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{str(value)[:40]!r} is not an id")
     return value
 

@@ -96,7 +96,7 @@ def add_token(added: dict[int, dict[str, Any]], index: Any, text: Any, flags: Ma
     special = bool(flags.get("special", True))
     added[index] = {
         "id": index,
-        "content": _bounded(text),
+        "content": _bounded(checked_text(text)),
         "single_word": bool(flags.get("single_word")),
         "lstrip": bool(flags.get("lstrip")),
         "rstrip": bool(flags.get("rstrip")),

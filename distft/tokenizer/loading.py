@@ -9,6 +9,7 @@ from distft.tokenizer.files import (
     LIBRARY_FILE,
     MAX_FILE_BYTES,
     MERGES,
+    OWN_FILES,
     SENTENCEPIECE_FILE,
     VOCAB_JSON,
     VOCAB_TXT,
@@ -70,11 +71,13 @@ def _read(path: AnyPath, name: str) -> bytes:
 
 
 def require_tokenizer_target(path: str | Path) -> None:
-    """Raise `ConfigError` if a file is at `path` that is no tokenizer: it would be overwritten."""
+    """Raise `ConfigError` if a file there, or in the directory, is no tokenizer: it would be replaced."""
     local = storage.local_path(path)
+    if local is not None and local.name == LIBRARY_FILE:
+        local = local.parent  # other files are written beside it
     if local is None or not local.exists() or (local.is_file() and local.stat().st_size == 0):
         return
-    if local.is_dir() and find_tokenizer_file(local) is None:
+    if local.is_dir() and not any((local / name).exists() for name in OWN_FILES):
         return
     try:
         Tokenizer.load(local)

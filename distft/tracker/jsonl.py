@@ -1,9 +1,11 @@
 """Metrics and events as JSON lines in the run's directory."""
 
+import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from distft.tracker.interface import Metrics, finite_or_none, plain_number
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+_LOCK_S = 5.0  # for a lock that is held for milliseconds
 
 
 class LineWriter:
@@ -32,6 +35,21 @@ class LineWriter:
         """Raises `StorageError` when the disk is full."""
         text = json.dumps({k: _json_value(v) for k, v in record.items()}, ensure_ascii=False, allow_nan=False)
         self._write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process is in such a block; one that was stopped in it is not waited for."""
+        give_up_s = time.monotonic() + _LOCK_S
+        while time.monotonic() < give_up_s:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.01)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Fsync and close. A second call does nothing."""
@@ -101,6 +119,21 @@ class EventLog:
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event. Raises `StorageError` when the disk is full."""
         self._lines.append({"time": round(self._clock(), 3), "kind": kind, **redact(fields)})
+
+    def write_once(self, kind: str, key: Mapping[str, Any], *, since: float, **fields: Any) -> None:
+        """Append one event with `key` and `fields`, unless the file has one with this `key`.
+
+        Events before the time `since` do not count. Of several processes that try, one writes it. Raises
+        `StorageError` when the disk is full.
+        """
+        with self._lines.locked():
+            records = read_lines(self._lines.path)
+            same = {"kind": kind, **redact(key)}
+            if not any(
+                record.get("time", 0.0) >= since and all(record.get(k) == v for k, v in same.items())
+                for record in records
+            ):
+                self.write(kind, **key, **fields)
 
     def close(self) -> None:
         self._lines.close()

@@ -52,6 +52,7 @@ class Watchdog:
         """
         store = collectives.store() if heartbeat_s > 0 else None
         self.heartbeat = HeartbeatRecorder(None if store is None else clock)
+        self._begun_at = time.time()
         self._rank = collectives.rank
         self._world_size = collectives.world_size
         self._run_dir = run_dir
@@ -191,7 +192,9 @@ class Watchdog:
             for rank in hang.ranks:
                 process = self._processes[rank]
                 fields = hang_event(hang.reason, rank, last_seen[rank])
-                log.write(HANG_EVENT, **fields, host=process.host, pid=process.pid, found_by=self._rank)
+                # On a busy machine, a later rank may report before the first one is done.
+                key = {"rank": fields.pop("rank"), "host": process.host, "pid": process.pid}
+                log.write_once(HANG_EVENT, key, since=self._begun_at, **fields, found_by=self._rank)
             log.close()
 
     def _end_run(self, ranks: tuple[int, ...], message: str) -> None:

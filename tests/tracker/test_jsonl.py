@@ -1,6 +1,8 @@
 """The metrics file has every step of the final history once, after any crashes and resumes."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,28 @@ def test_events_of_all_attempts_are_kept(tmp_path: Path) -> None:
         "more": {"é": None},
     }  # fmt: skip
     assert second["attempt"] == 1
+
+
+def test_of_several_that_write_an_event_one_does_and_earlier_attempts_do_not_count(
+    tmp_path: Path,
+) -> None:
+    key = {"rank": 1, "host": "a", "pid": 7}
+
+    def write(number: int) -> None:
+        events = EventLog(tmp_path)
+        events.write_once("hang", key, since=begun, found_by=number, stack=["one", "two"])
+        events.close()
+
+    for attempt in range(2):
+        begun = round(time.time(), 3)  # as events have it
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(write, range(8)))
+        found = read_lines(tmp_path / "events.jsonl")
+        assert [record["kind"] for record in found] == ["hang"] * (attempt + 1)
+        time.sleep(0.002)
+    other = EventLog(tmp_path)
+    other.write_once("hang", {**key, "pid": 8}, since=0.0)
+    assert len(read_lines(tmp_path / "events.jsonl")) == 3
 
 
 def test_a_torn_line_does_not_damage_the_next(tmp_path: Path) -> None:
