@@ -7,8 +7,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Processes that run tests, one file at a time each; up to 3 GB of memory per process.
-TEST_WORKERS ?= 2
+# Processes that run tests, one file at a time each; up to 3 GB of memory per process. Many wait for their ranks.
+TEST_WORKERS ?= 3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev

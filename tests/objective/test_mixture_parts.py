@@ -161,7 +161,17 @@ def result(terms: list[float], is_measured: list[bool]) -> StepResult:
     zero = torch.zeros(())
     signals = DeferredRead(torch.zeros(0, dtype=torch.int64))
     counts = torch.tensor(is_measured).long()
-    return StepResult(zero, torch.tensor(terms), torch.tensor(is_measured), counts, zero, zero, signals)
+    return StepResult(
+        loss=zero,
+        terms=torch.tensor(terms),
+        is_measured=torch.tensor(is_measured),
+        num_targets=counts,
+        num_tokens=counts.sum(),
+        sums=torch.zeros(0),
+        grad_norm=zero,
+        is_skipped=zero,
+        signals=signals,
+    )
 
 
 def test_a_term_is_logged_as_of_the_last_step_that_measured_it() -> None:
