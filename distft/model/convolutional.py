@@ -14,7 +14,7 @@ from torch.nn import functional
 from distft.model.documents import documents_of
 from distft.model.dropout import dropout
 from distft.model.layers import MatmulDtype
-from distft.model.layout import RowLayout
+from distft.model.layout import RowLayout, without_left_padding
 from distft.model.older_configs import ConvolutionalConfig
 from distft.model.with_heads import ModelWithHeads
 
@@ -100,8 +100,8 @@ class ConvolutionalModel(ModelWithHeads):
         num_rows, num_new, _ = x_BTC.shape
         positions = torch.arange(num_new, device=x_BTC.device)
         for block, cache in zip(self.blocks, caches, strict=True):
-            if not cache and num_padding_B is not None:
-                x_BTC = torch.where((positions >= num_padding_B[:, None])[..., None], x_BTC, 0)
+            if not cache:
+                x_BTC = without_left_padding(x_BTC, num_padding_B)
             before = cache.get("inputs", x_BTC.new_zeros(num_rows, self._gap, x_BTC.shape[-1]))
             x_BGC = torch.cat((before, x_BTC), dim=1)
             cache["inputs"] = x_BGC[:, x_BGC.shape[1] - self._gap :]

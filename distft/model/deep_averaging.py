@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from distft.model.documents import documents_of
 from distft.model.dropout import dropout
 from distft.model.layers import Linear
-from distft.model.layout import RowLayout
+from distft.model.layout import RowLayout, without_left_padding
 from distft.model.older_configs import DeepAveragingConfig
 from distft.model.with_heads import ModelWithHeads
 
 
 class DeepAveragingModel(ModelWithHeads):
-    """All positions of a document have the same hidden state; causal: that of what came before and they."""
+    """All positions of a document have the same hidden state; causal: that of the document up to there."""
 
     config: DeepAveragingConfig
 
@@ -48,17 +48,14 @@ class DeepAveragingModel(ModelWithHeads):
         return y_DH[documents.numbers].view(num_rows, num_positions, -1)
 
     def new_caches(self, num_positions: int) -> Sequence[dict[str, Tensor]]:  # noqa: ARG002
-        return [{}]  # the sum of the embeddings so far, [B, 1, C], and how many there are, [B, 1, 1]
+        return [{}]  # the sum of the embeddings so far, float64 [B, 1, C]
 
     def encode_cached(
         self, x_BTC: Tensor, position_ids: Tensor, caches: Sequence[Any], num_padding_B: Tensor | None
     ) -> Tensor:
         (cache,) = caches
-        if not cache and num_padding_B is not None:
-            is_real_BT1 = (torch.arange(x_BTC.shape[1], device=x_BTC.device) >= num_padding_B[:, None])[
-                ..., None
-            ]
-            x_BTC = torch.where(is_real_BT1, x_BTC, 0)
+        if not cache:
+            x_BTC = without_left_padding(x_BTC, num_padding_B)
         sums_BTC = x_BTC.double().cumsum(1) + cache.get("sum", 0.0)
         cache["sum"] = sums_BTC[:, -1:]
         return self._layers((sums_BTC / (position_ids[..., None] + 1)).to(x_BTC.dtype), None)

@@ -12,6 +12,14 @@ HiddenLossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 HiddenLosses: TypeAlias = Mapping[str, HiddenLossFn]  # by the name of a head
 
 
+def without_left_padding(x_BTC: Tensor, num_padding_B: Tensor | None) -> Tensor:
+    """`x_BTC` with zeros at the first `num_padding_B` positions of each row; None: there are none."""
+    if num_padding_B is None:
+        return x_BTC
+    is_real_BT = torch.arange(x_BTC.shape[1], device=x_BTC.device) >= num_padding_B[:, None]
+    return torch.where(is_real_BT[..., None], x_BTC, 0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowLayout:
     """Of rows of shape [B, T]."""

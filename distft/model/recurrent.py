@@ -3,7 +3,7 @@
 Shape letters: B rows, T positions, N = B * T, D documents, C input width, H output width of a layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -72,11 +72,9 @@ class RecurrentLayer(nn.Module):
     ) -> tuple[Tensor, State]:
         """The outputs and the last state of rows [B, T, C], or of a time-major [N, C] with `batch_sizes`."""
         dtype = self.matmul_dtype(x)
-        weights = [weight.to(dtype) for weight in self._parameters.values() if weight is not None]
-        num_rows = len(x) if batch_sizes is None else int(batch_sizes[0])
+        weights = [weight.to(dtype) for weight in self.parameters(recurse=False)]
         if state is None:
-            zeros = x.new_zeros(self._num_directions, num_rows, self._d_hidden)
-            state = (zeros,) * self._num_states
+            state = self.first_state(x, len(x) if batch_sizes is None else int(batch_sizes[0]))
         state = tuple(part.to(dtype) for part in state)
         shape = (True, 1, 0.0, self.training, self._num_directions == 2)  # biases, layers, dropout, ...
         hidden = state if len(state) > 1 else state[0]
@@ -85,6 +83,11 @@ class RecurrentLayer(nn.Module):
         else:
             y, *new_state = self._compute(x.to(dtype), batch_sizes, hidden, weights, *shape)
         return y.to(x.dtype), tuple(new_state)
+
+    def first_state(self, x: Tensor, num_rows: int) -> State:
+        """Zeros, in the dtype and on the device of `x`."""
+        zeros = x.new_zeros(self._num_directions, num_rows, self._d_hidden)
+        return (zeros,) * self._num_states
 
 
 class RecurrentModel(ModelWithHeads):
@@ -123,7 +126,8 @@ class RecurrentModel(ModelWithHeads):
         caches: Sequence[Any],
         num_padding_B: Tensor | None,
     ) -> Tensor:
-        for layer, cache in zip(self.blocks, caches, strict=True):
+        layers: Iterable[RecurrentLayer] = self.blocks  # type: ignore[assignment]
+        for layer, cache in zip(layers, caches, strict=True):
             if cache or num_padding_B is None:
                 x_BTC, cache["state"] = layer(x_BTC, state=cache.get("state"))
             else:
@@ -131,17 +135,12 @@ class RecurrentModel(ModelWithHeads):
         return x_BTC
 
 
-def _from_first_real(layer: nn.Module, x_BTC: Tensor, num_padding_B: Tensor) -> tuple[Tensor, State]:
-    """A layer's outputs and states where row b begins after `num_padding_B[b]` positions: step by step."""
-    outputs, state = [], None
+def _from_first_real(layer: RecurrentLayer, x_BTC: Tensor, num_padding_B: Tensor) -> tuple[Tensor, State]:
+    """A layer's outputs and state where row b begins after `num_padding_B[b]` positions: step by step."""
+    outputs, state = [], layer.first_state(x_BTC, len(x_BTC))
     for position in range(x_BTC.shape[1]):
         output, new_state = layer(x_BTC[:, position : position + 1], state=state)
-        is_real_B1 = (num_padding_B <= position)[:, None]
-        old_state = new_state if state is None else state
-        state = tuple(
-            torch.where(is_real_B1, new, 0 if state is None else old)
-            for new, old in zip(new_state, old_state, strict=True)
-        )
+        has_begun_B1 = (num_padding_B <= position)[:, None]
+        state = tuple(torch.where(has_begun_B1, new, old) for new, old in zip(new_state, state, strict=True))
         outputs.append(output)
-    assert state is not None  # a prompt has at least one token
     return torch.cat(outputs, dim=1), state

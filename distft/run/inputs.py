@@ -70,30 +70,32 @@ class RunInputs:
         A row of a stream goes through the heads of that stream's part alone. Passes without a gradient, such
         as a teacher's, count too.
         """
-        objective = self.config.objective
-        if not isinstance(objective, Mixture):
-            return {"": self._step_flops.of(self.heads, objective.passes)}
-        flops = {}
-        for name in objective.parts:
-            heads = {head: self.heads[head] for head in objective.heads_of_part(name, self.label_names)}
-            flops[name] = self._step_flops.of(heads, objective.part(name).passes)
-        return flops
+        return {name: self._step_flops.of(heads, passes) for name, (heads, passes) in self._parts.items()}
 
     @property
     def recomputed_flops(self) -> dict[str, Flops]:
         """What full activation checkpointing adds to `training_flops`."""
-        return {name: self._step_flops.recomputed(passes) for name, (_, passes) in self.passes.items()}
+        return {name: self._step_flops.recomputed(passes) for name, (_, passes) in self._parts.items()}
 
     @property
     def passes(self) -> dict[str, tuple[int, Passes]]:
-        """The rows of a sequence and the passes of each, by stream."""
-        objective, train = self.config.objective, self.train
-        if not isinstance(objective, Mixture) or not isinstance(train, StreamFeed):
-            return {"": (_rows_per_sequence(train), objective.passes)}
+        """The rows of a sequence, for which this reads one, and the passes of each, by stream."""
+        streams = self.train.streams if isinstance(self.train, StreamFeed) else {"": self.train}
         return {
-            name: (_rows_per_sequence(train.streams[name]), objective.part(name).passes)
-            for name in objective.parts
+            name: (_rows_per_sequence(streams[name]), passes) for name, (_, passes) in self._parts.items()
         }
+
+    @property
+    def _parts(self) -> dict[str, tuple[Heads, Passes]]:
+        """The heads and the passes of a row, by stream."""
+        objective = self.config.objective
+        if not isinstance(objective, Mixture):
+            return {"": (self.heads, objective.passes)}
+        parts: dict[str, tuple[Heads, Passes]] = {}
+        for name in objective.parts:
+            heads = {head: self.heads[head] for head in objective.heads_of_part(name, self.label_names)}
+            parts[name] = (heads, objective.part(name).passes)
+        return parts
 
     @property
     def _step_flops(self) -> StepFlops:

@@ -57,14 +57,22 @@ def _is_tiktoken(path: str) -> bool:
 def read_bounded(path: AnyPath, max_bytes: int = MAX_FILE_BYTES) -> bytes | None:
     """A file's content; None if there is no file. Raises `DataError` if it cannot be or is too large."""
     try:
-        size = storage.size(path)
-        if size > max_bytes:
-            raise DataError(f"{path} has {size:,} bytes, more than a tokenizer's file can have.")
-        data = storage.read_range(path, 0, size)
+        return read_limited(path, max_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def read_limited(path: AnyPath, max_bytes: int, *, subject: str = "") -> bytes:
+    """A file's content. Raises `OSError`, and `DataError` if it is too large or a git-LFS pointer.
+
+    `subject` stands before the path in the message on its size.
+    """
+    size = storage.size(path)
+    if size > max_bytes:
+        raise DataError(f"{subject}{path} has {size:,} bytes, more than a tokenizer's file can have.")
+    data = storage.read_range(path, 0, size)
     storage.check_not_lfs_pointer(path, data)
     return data
 

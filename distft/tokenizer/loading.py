@@ -14,6 +14,7 @@ from distft.tokenizer.files import (
     VOCAB_JSON,
     VOCAB_TXT,
     find_tokenizer_file,
+    read_limited,
 )
 from distft.tokenizer.interface import Tokenizer
 from distft.tokenizer.model_proto import MAX_MODEL_BYTES
@@ -54,11 +55,9 @@ def _file_at(path: AnyPath) -> AnyPath:
 
 def _read(path: AnyPath, name: str) -> bytes:
     """The bytes of a tokenizer's file. Raises `DataError`, with what can be done about it."""
+    max_bytes = MAX_FILE_BYTES if name in _OF_LIBRARY else MAX_MODEL_BYTES
     try:
-        size = storage.size(path)
-        if size > (MAX_FILE_BYTES if name in _OF_LIBRARY else MAX_MODEL_BYTES):
-            raise DataError(f"tokenizer {path} has {size:,} bytes, more than a tokenizer's file can have.")
-        data = storage.read_range(path, 0, size)
+        return read_limited(path, max_bytes, subject="tokenizer ")
     except OSError as error:
         there = find_tokenizer_file(storage.parent(path))
         hint = "" if there is None else f" {storage.parent(path)} has a {there}: name that."
@@ -66,8 +65,6 @@ def _read(path: AnyPath, name: str) -> bytes:
             f"tokenizer {path} cannot be read: {error}. Train one with `distft tokenizer train`, or "
             f"name that of a model: its tokenizer.model, {LIBRARY_FILE} or directory.{hint}"
         ) from error
-    storage.check_not_lfs_pointer(path, data)
-    return data
 
 
 def require_tokenizer_target(path: str | Path) -> None:

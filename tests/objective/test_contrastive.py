@@ -21,7 +21,6 @@ from distft.data.labelled_rows import LabelledRows
 from distft.data.pairs_rows import PairRows
 from distft.errors import ConfigError
 from distft.model.transformer import Transformer
-from distft.model.transformer_config import TransformerConfig
 from distft.objective.contrastive import Contrastive
 from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import ObjectiveConfig
@@ -332,23 +331,6 @@ def test_crops_are_spans_of_the_longest_document_and_depend_on_seed_and_sequence
     assert set(crop(packed).input_ids[crop(packed).input_ids > 0].tolist()) == {2}
 
 
-@pytest.mark.parametrize(
-    ("settings", "problem"),
-    [
-        ({"loss": "triplet", "temperature": 0.1}, "no temperature"),
-        ({"loss": "margin", "learns_temperature": True}, "no temperature"),
-        ({"margin": 0.5}, "has no margin"),
-        ({"symmetric": True, "negatives": "own"}, "symmetric needs negatives=batch"),
-        ({"views": "crops", "crop_share": [0.5, 0.2]}, "ascending"),
-        ({"crop_share": [0.1, 0.2]}, "needs views=crops"),
-        ({"temperature": 1e-300}, "temperature.*0.0001"),
-    ],
-)
-def test_settings_without_sense_are_refused(settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        parse(ObjectiveConfig, {"type": "contrastive", **settings})
-
-
 def test_a_batch_or_data_without_negatives_is_refused_before_training() -> None:
     pairs = Case().feed()
     with pytest.raises(ConfigError, match="global_batch_size=1 leaves a text without negatives"):
@@ -404,12 +386,3 @@ def test_crops_of_one_token_are_refused_and_the_lengths_of_others_told() -> None
         f"crops of a text of seq_len={SEQ_LEN} have 1 to {round(SEQ_LEN / 2)} tokens",
     )
     assert not crops.notes(context_of(Case().feed()))
-
-
-def test_a_model_whose_views_would_be_equal_is_refused() -> None:
-    sizes: dict[str, Any] = {"vocab_size": 9, "max_seq_len": 8, "d_model": 8, "num_layers": 1, "num_heads": 1}
-    with pytest.raises(ConfigError, match=r"views=dropout with model\.dropout=0"):
-        Contrastive(views="dropout").check_model(TransformerConfig(**sizes))
-    with pytest.raises(ConfigError, match="pooling=first"):
-        Contrastive(pooling="first").check_model(TransformerConfig(**sizes))
-    Contrastive(views="dropout").check_model(TransformerConfig(**sizes, dropout=0.1))
