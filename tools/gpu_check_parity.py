@@ -26,6 +26,14 @@ _SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# Settings of other models than the small Transformer; `None` leaves one out.
+_NO_HEADS = {"num_heads": None, "num_kv_heads": None, "d_ff": None, "attention_kernel": None}
+_MODELS: Mapping[str, Mapping[str, Any]] = {
+    "transformer": {},
+    "post-norm": {"norm": "layernorm", "norm_position": "post", "positions": "learned", "mlp": "gelu_exact"},
+    **{name: {"type": name, **_NO_HEADS} for name in ("deep_averaging", "rnn", "lstm", "gru")},
+    "cnn": {"type": "cnn", "kernel_sizes": (2, 3, 4, 5), **_NO_HEADS},
+}
 # torch's messages if a backend does not take these inputs, on a GPU and on a CPU
 _NO_KERNEL = ("No available kernel", "No viable backend")
 _NO_FP16 = "fp16 is not supported on your device"  # DeepSpeed's
@@ -42,6 +50,7 @@ class Variant:
     engine: Mapping[str, Any] = field(default_factory=dict)
     attention_kernel: str = "auto"
     sdpa_backend: str | None = None  # the only one that torch may use
+    model: str = "transformer"  # key of `_MODELS`
 
     @property
     def engine_settings(self) -> dict[str, Any]:
@@ -57,6 +66,11 @@ def parity_cases(session: Session) -> list[Case]:
     """Everything that runs without a compiler of its own, the plainest first."""
     variants = [*_precisions(), *_zero_stages(), *_kernels(), *_memory_savers()]
     return [_case(session, variant) for variant in variants]
+
+
+def model_parity_cases(session: Session) -> list[Case]:
+    """Models of each type."""
+    return [_case(session, variant) for variant in _models()]
 
 
 def compiled_parity_cases(session: Session) -> list[Case]:
@@ -130,6 +144,17 @@ def _kernels() -> Iterator[Variant]:
             )
 
 
+def _models() -> Iterator[Variant]:
+    for model in _MODELS:
+        if model == "transformer":
+            continue
+        for precision, packed in (("fp32", False), ("fp32", True), ("bf16", True)):
+            name = f"{model} {precision} {'packed' if packed else 'plain'}"
+            yield Variant(name=name, precision=precision, packed=packed, model=model)
+        zero = {"type": "zero", "zero_stage": 3}
+        yield Variant(name=f"{model} fp32 zero 3", model=model, engine=zero)
+
+
 def _memory_savers() -> Iterator[Variant]:
     for level in ("selective", "full"):
         settings = {"activation_checkpointing": level}
@@ -165,7 +190,7 @@ def _compiled() -> Iterator[Variant]:
 
 def compare(session: Session, variant: Variant) -> Row:
     """Train on the device, and compare each loss with the reference's."""
-    expected = reference_losses(session, packed=variant.packed, dropout=variant.dropout)
+    expected = reference_losses(session, packed=variant.packed, dropout=variant.dropout, model=variant.model)
     try:
         with _kernel_choice(variant.sdpa_backend):
             losses = train(session, variant, device=session.device.kind, num_steps=len(expected))
@@ -199,14 +224,18 @@ def require_equal(losses: Sequence[float], expected: Sequence[float], tolerance:
     return values
 
 
-def reference_losses(session: Session, *, packed: bool, dropout: float) -> list[float]:
+def reference_losses(
+    session: Session, *, packed: bool, dropout: float, model: str = "transformer"
+) -> list[float]:
     """Losses of the local engine on the CPU in fp32. Kept in a file for later processes."""
-    name = f"{'packed' if packed else 'plain'}_{dropout:g}"
+    name = f"{model}_{'packed' if packed else 'plain'}_{dropout:g}"
     path = session.work_dir / f"reference_{name}.json"
     if path.exists():
         losses: list[float] = json.loads(path.read_text())
         return losses
-    plain = Variant(name=f"reference {name}", packed=packed, dropout=dropout, attention_kernel="sdpa")
+    plain = Variant(
+        name=f"reference {name}", packed=packed, dropout=dropout, attention_kernel="sdpa", model=model
+    )
     losses = train(session, plain, device="cpu", num_steps=num_steps(session))
     path.write_text(json.dumps(losses))
     return losses
@@ -248,7 +277,9 @@ def _config(session: Session, variant: Variant, device: str) -> RunConfig:
         **small_model(session),
         "attention_kernel": variant.attention_kernel,
         "dropout": variant.dropout,
+        **_MODELS[variant.model],
     }
+    model = {name: value for name, value in model.items() if value is not None}
     return run_config(
         session.data,
         session.work_dir / "parity",

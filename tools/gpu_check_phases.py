@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from gpu_check_device import Device
-from gpu_check_parity import compiled_parity_cases, parity_cases
+from gpu_check_parity import compiled_parity_cases, model_parity_cases, parity_cases
 from gpu_check_product import Session
 from gpu_check_ranks import rank_cases
 from gpu_check_resume import resume_cases
@@ -19,6 +19,7 @@ from distft.run.environment import configure_environment
 PHASES: Mapping[str, Callable[[Session], Sequence[Case]]] = {
     "machine": machine_cases,
     "parity": parity_cases,
+    "parity-models": model_parity_cases,
     "speed": speed_cases,
     "sync": sync_cases,
     "resume": resume_cases,
