@@ -229,7 +229,7 @@ class Training:
         step = min(self._num_steps, total - 1)
         lr = self.config.optim.lr(step, total)
         batches = [next(self._batches) for _ in self.plan.micro_batches(self._num_steps, self._rank)]
-        self.num_attention_pairs = sum(pairs for batch in batches for _, pairs in batch.work.values())
+        self.num_attention_pairs = sum(work[1] for batch in batches for work in batch.work.values())
         result = train_step(
             self.engine,
             batches,
@@ -243,7 +243,8 @@ class Training:
 
     def _prepare(self, batch: AnyBatch) -> AnyBatch:
         """In the prefetching thread, as the training loop does it."""
-        return batch.for_step(self.config.seed if self.inputs.model.dropout else None)
+        model = self.inputs.model
+        return batch.for_step(self.config.seed if model.has_dropout else None, model.attention_reach)
 
     def losses(self, num_steps: int) -> list[float]:
         return [float(self.step().loss) for _ in range(num_steps)]

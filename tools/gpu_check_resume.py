@@ -123,7 +123,7 @@ def background_save(session: Session) -> Row:
     """How long training waits for a save in the background: the first one allocates host memory."""
     run_dir = session.work_dir / "runs" / "background save"
     model = MODELS["tiny" if session.dry else "124M"]
-    rows = 2 if session.dry else 8
+    rows = 2 if session.dry else 32
     config = run_config(
         session.data,
         run_dir,
@@ -131,9 +131,9 @@ def background_save(session: Session) -> Row:
         model=model,
         batch=(rows, rows, model.max_seq_len),
         engine={"type": "local", "param_dtype": "bf16", "compile": False},
-        # On a GPU a write of 1.5 GB is over before the next save, which would wait for it.
-        max_steps=9 if session.dry else 90,
-        checkpoint={"every_steps": 3 if session.dry else 30, "keep_last": 1},
+        # On an H100, 40 steps of 0.08 s are longer than the write of 1.5 GB, for which the next save waits.
+        max_steps=9 if session.dry else 120,
+        checkpoint={"every_steps": 3 if session.dry else 40, "keep_last": 1},
     )
     run_training(config, Topology())
     saves = [event for event in _json_lines(run_dir / "events.jsonl") if event.get("kind") == "save"]
