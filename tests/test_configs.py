@@ -59,7 +59,7 @@ def test_a_shipped_configuration_parses_and_its_model_builds_on_the_meta_device(
     assert all(param.is_meta for param in module.parameters())
     assert sum(param.numel() for param in module.parameters()) == num_parameters(model, heads)
     assert select_trainable((name for name, _ in module.named_parameters()), config.trainable)
-    assert config.batch.seq_len <= model.max_seq_len
+    assert config.batch.seq_len <= model.longest_row
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -36,7 +36,8 @@ from distft.model.initialisation import initial_fragment
 from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import CausalLM
-from distft.optim.adamw import AdamWConfig, parameter_groups
+from distft.optim.adamw import AdamWConfig
+from distft.optim.groups import parameter_groups
 from distft.run.environment import configure_environment
 from distft.run.model import build_module
 from distft.topology import BatchPlan, Topology

@@ -12,7 +12,8 @@ from distft.engine.state_bytes import StateBytes, state_bytes
 from distft.model.counts import num_parameters
 from distft.model.heads import LANGUAGE_MODEL
 from distft.model.transformer_config import TransformerConfig
-from distft.optim.adamw import AdamWConfig, ParameterGroup
+from distft.optim.adamw import AdamWConfig
+from distft.optim.groups import ParameterGroup
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _LOGITS_CHUNK_NUMEL = 2**27  # the cross entropy's chunk on a GPU
@@ -56,8 +57,9 @@ class MemoryPlan:
                 {"zero_stage": self.zero_stage, "param_dtype": self.precision, "offload_optimizer": offload}
             )
         shapes = {"all": (num_parameters(self.model, LANGUAGE_MODEL),)}
-        group = ParameterGroup(("all",), weight_decay=0.0, lr_scale=1.0, updates=0)
-        return state_bytes(shapes, [group], engine, AdamWConfig(), world_size=1)
+        optim = AdamWConfig()
+        group = ParameterGroup(("all",), weight_decay=0.0, lr_scale=1.0, updates=0, rule=optim.rule)
+        return state_bytes(shapes, [group], engine, optim, world_size=1)
 
     def _activation_bytes(self) -> int:
         tokens = self.micro_batch_size * self.seq_len

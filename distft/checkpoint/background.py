@@ -62,7 +62,7 @@ class CheckpointSaver:
             self._raise_failure()
             return
         fragments = self._arena.stage(
-            snapshot.fragments, is_constant=lambda f: not snapshot.parameters[f.parameter].trainable
+            snapshot.fragments, is_constant=lambda f: snapshot.parameters[f.parameter].is_constant
         )
         staged = replace(snapshot, fragments=fragments)
         stall_s = time.perf_counter() - began

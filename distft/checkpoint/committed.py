@@ -12,7 +12,7 @@ from distft.checkpoint.fragments import Interval, StoredIntervals
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.checkpoint.rank_file import FragmentLocation, read_header, read_values
 from distft.checkpoint.sources import ManifestSource
-from distft.checkpoint.steps import STEP_PREFIX, absolute, find_checkpoint_directory
+from distft.checkpoint.steps import STEP_PREFIX, absolute, find_checkpoint_directory, step_name
 from distft.collectives import Collectives, all_or_none
 from distft.errors import CheckpointError, DataError, StorageError, UnreachableError
 from distft.tokenizer import Tokenizer
@@ -178,9 +178,16 @@ def read_manifest(path: str) -> bytes:
         ) from None
 
 
-def find_checkpoint(path: str) -> Checkpoint:
+def find_checkpoint(path: str, *, newest: bool = False) -> Checkpoint:
     """The checkpoint at `path`, or the newest commit of the run or `checkpoints` directory there.
 
-    Raises `CheckpointError` if there is none.
+    Of a run with early stopping its best commit, unless `newest`. Raises `CheckpointError` if there is none.
     """
-    return Checkpoint.open(find_checkpoint_directory(path))
+    directory = find_checkpoint_directory(path)
+    found = Checkpoint.open(directory)
+    best = found.manifest.progress.best_of_run
+    if newest or best is None or best.step == found.step or directory == path:
+        return found
+    best_directory = storage.join(storage.parent(directory), step_name(best.step))
+    is_kept = storage.exists(storage.join(best_directory, MANIFEST))
+    return Checkpoint.open(best_directory) if is_kept else found

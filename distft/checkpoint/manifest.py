@@ -85,6 +85,14 @@ class TokenizerRecord(Settings):
     document_start: Annotated[tuple[Count, ...], Field(max_length=8)] | None = None
 
 
+class BestMetric(Settings):
+    """The best value of a validation metric so far."""
+
+    value: float
+    step: Count  # of that evaluation
+    evaluations_since: Count = 0
+
+
 class Progress(Settings):
     """How far a run has trained.
 
@@ -101,6 +109,9 @@ class Progress(Settings):
     steps_without_targets: Count = 0  # steps whose whole batch had no target, so they updated nothing
     loss_scale: dict[str, float] | None = None  # fp16 only
     objective_state: dict[str, list[float]] = Field({})  # what the objective remembers from step to step
+    phase_starts: tuple[Count, ...] = ()  # the step from which each phase so far trains; empty: only one
+    best_of_phase: BestMetric | None = None  # for `phases.N.until_stalled`
+    best_of_run: BestMetric | None = None  # for `train.early_stopping`
 
 
 class Manifest(Settings):

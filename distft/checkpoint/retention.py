@@ -10,10 +10,11 @@ from distft.checkpoint.steps import is_rank_file, list_steps, own_files, step_na
 from distft.errors import StorageError
 
 
-def steps_to_prune(steps: Sequence[int], config: CheckpointConfig) -> list[int]:
-    """Steps that are neither among the last `keep_last` nor multiples of `keep_every_steps`, ascending."""
+def steps_to_prune(steps: Sequence[int], config: CheckpointConfig, best: int | None = None) -> list[int]:
+    """Steps that are neither `best`, the last `keep_last` nor multiples of `keep_every_steps`, ascending."""
     every = config.keep_every_steps
-    return [step for step in sorted(steps)[: -config.keep_last] if not (every and step % every == 0)]
+    old = sorted(steps)[: -config.keep_last]
+    return [step for step in old if step != best and not (every and step % every == 0)]
 
 
 def delete_unneeded(

@@ -24,6 +24,12 @@ class ParameterInfo:
     shape: tuple[int, ...]
     trainable: bool
     updates: int  # optimizer updates so far
+    is_buffer: bool = False  # it changes, but by no optimizer
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether a run does not change it."""
+        return not self.trainable and not self.is_buffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +77,7 @@ class CheckpointSnapshot:
                 name: ParameterRecord(
                     shape=info.shape,
                     trainable=info.trainable,
+                    is_buffer=info.is_buffer,
                     updates=info.updates,
                     states=dict(sorted(records[name].items(), key=lambda item: item[0] != WEIGHT)),
                 )

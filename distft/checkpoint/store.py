@@ -21,7 +21,7 @@ from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.fingerprint import DigestsByState, fragment_digests, merge_digests
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.frozen import FrozenWeights
-from distft.checkpoint.manifest import MANIFEST, Manifest, StateRecord
+from distft.checkpoint.manifest import MANIFEST, Manifest, Progress, StateRecord
 from distft.checkpoint.rank_file import LazyFragment, write_rank_file
 from distft.checkpoint.retention import delete_own_files, delete_unneeded, steps_to_prune
 from distft.checkpoint.snapshot import CheckpointSnapshot
@@ -62,6 +62,7 @@ class CheckpointStore:
         # Commits that count for retention, once this start has chosen what to resume from: an earlier start
         # may add others, late, whose files this one has deleted.
         self._counted_steps: set[int] | None = None
+        self._best_step: int | None = None  # by validation, for a run with early stopping: it stays
         self._untidy: dict[int, set[str]] = {}  # step whose directory may have others' files -> names to keep
 
     def path(self, step: int) -> str:
@@ -88,7 +89,7 @@ class CheckpointStore:
         listed = self._list_commits()
         for step in reversed(listed[0]):
             try:
-                checkpoint = self._open(step)
+                checkpoint = self.open(step)
                 checkpoint.verify(self._collectives)
             except CheckpointError as error:
                 damage.append(f"step {step}: {error}")
@@ -112,7 +113,7 @@ class CheckpointStore:
                         newest = storage.version(storage.join(self.path(steps[-1]), MANIFEST))
         return self._collectives.broadcast((tuple(steps), newest))
 
-    def _open(self, step: int) -> Checkpoint:
+    def open(self, step: int) -> Checkpoint:
         """The commit of `step` on all ranks; one of them reads it. Raises `CheckpointError` on all ranks."""
         path, data = self.path(step), b""
         with all_or_none(self._collectives, CheckpointError):
@@ -134,6 +135,11 @@ class CheckpointStore:
         self._counted_steps = set(found.listed[0])
         if found.checkpoint is not None:
             self._frozen.resume_from(found.checkpoint.manifest)
+            self._set_best(found.checkpoint.manifest.progress)
+
+    def _set_best(self, progress: Progress) -> None:
+        best = progress.best_of_run
+        self._best_step = None if best is None else best.step
 
     def save(self, snapshot: CheckpointSnapshot) -> str:
         """Write and commit one checkpoint; returns its path.
@@ -156,8 +162,8 @@ class CheckpointStore:
                 place = self._prepare(step, snapshot)
         attempt = collectives.broadcast(place.attempt)
 
-        trainable = [f for f in snapshot.fragments if snapshot.parameters[f.parameter].trainable]
-        frozen = [f for f in snapshot.fragments if not snapshot.parameters[f.parameter].trainable]
+        trainable = [f for f in snapshot.fragments if not snapshot.parameters[f.parameter].is_constant]
+        frozen = [f for f in snapshot.fragments if snapshot.parameters[f.parameter].is_constant]
         frozen_files, frozen_records = self._frozen.reuse_or_write(frozen, step, attempt)
         with all_or_none(collectives, StorageError):
             name = rank_file_name(collectives.rank, attempt)
@@ -173,6 +179,7 @@ class CheckpointStore:
                 records = _merge_records([digests for _, digests in gathered], frozen_records)
                 self._commit(snapshot, snapshot.manifest(files, records), place)
         self._damaged_steps.discard(step)
+        self._set_best(snapshot.progress)
         if self._counted_steps is not None:
             self._counted_steps.add(step)
         return path
@@ -239,6 +246,10 @@ class CheckpointStore:
             if step not in self._damaged_steps and (counted is None or step in counted)
         ]
 
+    def steps_to_prune(self, config: CheckpointConfig) -> list[int]:
+        """The commits that `config` does not keep, ascending."""
+        return steps_to_prune(self.valid_steps(), config, self._best_step)
+
     def prune(self, config: CheckpointConfig) -> list[int]:
         """Delete the commits that `config` does not keep; returns their steps, on rank 0.
 
@@ -251,7 +262,7 @@ class CheckpointStore:
             if self._collectives.rank == 0:
                 self._fence.check()
                 steps = self.valid_steps()
-                pruned = steps_to_prune(steps, config)
+                pruned = self.steps_to_prune(config)
                 delete_unneeded(self.root, steps, pruned, self._frozen, self._fence.check)
                 if self._counted_steps is not None:
                     self._counted_steps -= set(pruned)

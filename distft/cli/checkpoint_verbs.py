@@ -317,7 +317,6 @@ def prune(
             f"{run} is a single checkpoint: give its run's directory, or the directory of its checkpoints."
         )
     root = storage.parent(find_checkpoint_directory(run))
-    from distft.checkpoint.retention import steps_to_prune
     from distft.checkpoint.store import CheckpointStore
     from distft.collectives import SingleProcess
 
@@ -327,7 +326,7 @@ def prune(
     for damage in found.damage:
         print_note(damage)
     store.resume_from(found)
-    pruned = steps_to_prune(store.valid_steps(), config) if dry_run else store.prune(config)
+    pruned = store.steps_to_prune(config) if dry_run else store.prune(config)
     kept = [step for step in store.valid_steps() if step not in pruned]
     deleted, remaining = ("would delete", "would keep") if dry_run else ("deleted", "kept")
     say(f"{root}: {deleted} {_list_steps(pruned)}; {remaining} {_list_steps(kept)}.")

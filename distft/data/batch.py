@@ -23,6 +23,7 @@ _MODEL_INPUTS = (
     "segment_ids",
     "lengths",
     "dropout_keys",
+    "images",
 )
 
 
@@ -34,7 +35,7 @@ class Batch:
     sequence of the run's order may be several rows, one after another: the texts of a pair, or views of one.
     """
 
-    input_ids: Tensor  # int64 [B, T]
+    input_ids: Tensor  # int64 [B, T]; of images without texts [B, 1], which is not read
     targets: Mapping[str, Tensor]  # [B, T], [B] or [B, K]
     num_targets: Mapping[str, int]
     rows_per_sequence: int = 1
@@ -46,9 +47,12 @@ class Batch:
     is_prefix: Tensor | None = None  # bool [B, T]: tokens that earlier ones of their document attend to, too
     segment_ids: Tensor | None = None  # int64 [B, T]: which text of a pair each token is of; None: 0
     lengths: Tensor | None = None  # int64 [B]: tokens before the right padding; None: no padding
+    images: Tensor | None = None  # uint8 [B, channels, height, width]
+    is_captioned: bool = False  # each row's tokens are the text of its image
     num_target_bytes: int = 0  # UTF-8 bytes of the target tokens; 0 if unknown
     dropout_keys: Tensor | None = None  # int64 [B]: what dropout draws in each row; None: at random
     counted_pairs: int | None = None  # `num_attention_pairs`, once counted
+    counted_local_pairs: int | None = None  # those in a window, once counted; None: as many
     counted_tokens: int | None = None  # `num_real_tokens`, once counted
 
     @property
@@ -59,10 +63,25 @@ class Batch:
         """
         if self.counted_pairs is not None:
             return self.counted_pairs
+        return self._count_pairs(None)
+
+    def _count_pairs(self, reach: int | None) -> int:
+        """Of tokens at most `reach` positions apart."""
         num_rows, width = self.input_ids.shape
         if self.document_ids is None or self.position_ids is None:
-            return num_rows * width**2
-        return int((2 * self.position_ids + 1).sum())  # 1 + 3 + 5 + ... over a document of L tokens is L ** 2
+            num_copies, positions = num_rows, torch.arange(width)
+        else:
+            num_copies, positions = 1, self.position_ids
+        if reach is not None:
+            positions = positions.clamp_max(reach)
+        # 1 + 3 + 5 + ... over a document of L tokens is L ** 2: each token is in a pair with itself and, both
+        # ways round, with those before it.
+        return num_copies * int((2 * positions + 1).sum())
+
+    @property
+    def views_per_sequence(self) -> int:
+        """The texts and images that belong together."""
+        return self.rows_per_sequence * (2 if self.is_captioned else 1)
 
     @property
     def num_tokens(self) -> int:
@@ -80,9 +99,13 @@ class Batch:
         return self.num_tokens if self.lengths is None else int(self.lengths.sum())
 
     @property
-    def work(self) -> Mapping[str, tuple[int, int]]:
-        """Tokens and attention pairs: what a pass costs. The key names the stream, if there are any."""
-        return {"": (self.num_tokens, self.num_attention_pairs)}
+    def work(self) -> Mapping[str, tuple[int, int, int]]:
+        """Tokens, attention pairs, and those in a window: what a pass costs.
+
+        The key names the stream, if there are any.
+        """
+        pairs, local_pairs = self.num_attention_pairs, self.counted_local_pairs
+        return {"": (self.num_tokens, pairs, pairs if local_pairs is None else local_pairs)}
 
     @property
     def model_inputs(self) -> dict[str, Tensor | None]:
@@ -109,10 +132,17 @@ class Batch:
             counted_tokens=0,
         )
 
-    def for_step(self, dropout_seed: int | None) -> "Batch":
-        """With all that a step reads of it on the host, while it is in host memory; None: no dropout."""
-        pairs, tokens = self.num_attention_pairs, self.num_real_tokens
-        batch = replace(self, counted_pairs=pairs, counted_tokens=tokens)
+    def for_step(self, dropout_seed: int | None, attention_reach: int | None = None) -> "Batch":
+        """With all that a step reads of it on the host, while it is in host memory.
+
+        `dropout_seed` None: no dropout; `attention_reach` None: no layer's attention has a window.
+        """
+        batch = replace(
+            self,
+            counted_pairs=self.num_attention_pairs,
+            counted_local_pairs=None if attention_reach is None else self._count_pairs(attention_reach),
+            counted_tokens=self.num_real_tokens,
+        )
         return batch if dropout_seed is None else replace(batch, dropout_keys=self.row_keys(dropout_seed))
 
     def tensors(self) -> list[Tensor]:
@@ -157,15 +187,17 @@ class MixedBatch:
         return sum(batch.num_real_tokens for batch in self.streams.values())
 
     @property
-    def work(self) -> Mapping[str, tuple[int, int]]:
+    def work(self) -> Mapping[str, tuple[int, int, int]]:
         """As of a `Batch`, by stream."""
         return {name: batch.work[""] for name, batch in self.streams.items()}
 
-    def for_step(self, dropout_seed: int | None) -> "MixedBatch":
+    def for_step(self, dropout_seed: int | None, attention_reach: int | None = None) -> "MixedBatch":
         def seed(name: str) -> int | None:
             return None if dropout_seed is None else stream_seed(dropout_seed, name)
 
-        return MixedBatch({name: batch.for_step(seed(name)) for name, batch in self.streams.items()})
+        return MixedBatch(
+            {name: batch.for_step(seed(name), attention_reach) for name, batch in self.streams.items()}
+        )
 
     def tensors(self) -> list[Tensor]:
         return [tensor for batch in self.streams.values() for tensor in batch.tensors()]

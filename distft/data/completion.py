@@ -91,6 +91,7 @@ class CompletionConfig(Settings):
             "tokenizer": context.tokenizer_fingerprint,
             "eos_id": context.eos_id,
             "start": self._start(context),
+            "ends_sources": context.ends_sources,
         }
         table = encoded_once(context.cache_dir, self.path, settings, lambda: self._encode(context))
         return CompletionRows(
@@ -124,6 +125,7 @@ class CompletionConfig(Settings):
 
         start = list(self._start(context))
         eos = [] if context.eos_id is None else [context.eos_id]
+        prompt_end = eos if context.ends_sources else []
         rows, prompt_lengths = [], []
         num_prompts_cut = num_completions_cut = 0
         for record in records:
@@ -132,7 +134,7 @@ class CompletionConfig(Settings):
             for column, ids in ((self.prompt, prompt), (self.completion, completion)):
                 if not ids:
                     errors.add(record.line, f"{column!r} encodes to no tokens.")
-            completion = completion + eos
+            prompt, completion = prompt + prompt_end, completion + eos
             kept_completion = completion[: context.seq_len]
             room = context.seq_len + 1 - len(kept_completion)
             kept_prompt = (start + prompt[-(room - len(start)) :]) if room > len(start) else prompt[-1:]

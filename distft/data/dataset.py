@@ -63,7 +63,10 @@ class DataContext:
     unk_id: int | None = None
     piece_id: Callable[[str], int | None] = lambda _: None  # the id of a piece, such as <mask>; None: no such
     template: TextTemplate | None = None  # of rows of whole texts; None: texts alone, pairs with eos between
+    ends_sources: bool = False  # an encoder reads prompts, each with eos at its end, as T5's
     has_segments: bool = False  # the model tells the two texts of a pair apart by `Batch.segment_ids`
+    reads_tokens: bool = True  # the model does
+    image_shape: tuple[int, int, int] | None = None  # channels, height, width that the model reads; None: none
     token_bytes: NDArray[np.int64] | None = None  # [vocab_size] UTF-8 bytes of each token, for bits per byte
     starts_word: NDArray[np.bool_] | None = None  # [vocab_size] whether each token begins a word
     label_names: Labels = None  # of a trained classifier; None: collect them from the data

@@ -62,9 +62,10 @@ class LabelNames:
     def _check(self, label: str, line: int, known: dict[str, int], errors: RowErrors) -> None:
         if label not in known:
             known[label] = IGNORE_INDEX
-            errors.add(line, self._unknown_label_message(label))
+            errors.add(line, self.unknown_label_message(label))
 
-    def _unknown_label_message(self, label: str) -> str:
+    def unknown_label_message(self, label: str) -> str:
+        """The message for a label that is none of the names."""
         similar = difflib.get_close_matches(label, self.names, n=1)
         shown = ", ".join(map(repr, self.names[:10])) + (", ..." if len(self.names) > 10 else "")
         hint = f" Did you mean {similar[0]!r}?" if similar else ""

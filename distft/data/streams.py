@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from distft.config import Component, Settings
 from distft.data.completion import CompletionConfig
 from distft.data.dataset import DataContext
+from distft.data.images import ImagesConfig
 from distft.data.labelled import LabelledConfig
 from distft.data.pairs import PairsConfig
 from distft.data.shares import integer_shares
@@ -20,7 +21,9 @@ from distft.errors import ConfigError, ErrorCollector
 if TYPE_CHECKING:
     from distft.data.feed import Feed, StreamFeed
 
-StreamDataConfig = Annotated[TokensConfig | LabelledConfig | CompletionConfig | PairsConfig, Component()]
+StreamDataConfig = Annotated[
+    TokensConfig | LabelledConfig | CompletionConfig | PairsConfig | ImagesConfig, Component()
+]
 StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 
 

@@ -12,7 +12,7 @@ from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.sources import StateSource
 from distft.data.batch import AnyBatch
 from distft.engine.settings import Precision
-from distft.optim.adamw import ParameterGroup
+from distft.optim.groups import ParameterGroup
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,6 +64,12 @@ class Engine(Protocol):
 
     def set_ema_decay(self, decay: float) -> None:
         """The decay of the weights' moving average in the next `step`, if the optimizer has an average."""
+
+    def add_to_parameters(self, deltas: Mapping[str, Tensor]) -> None:
+        """Add `deltas`, whole and equal on all ranks, to parameters that no gradient moves, between steps.
+
+        Those are the ones for which `distft.optim.patterns.is_moved_by_rule` holds; they are kept in fp32.
+        """
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """The model computes with the weights' moving average, then with its own weights again, bit for bit.

@@ -1,6 +1,6 @@
 """The single-process engine in plain torch: for laptops and tests, and the reference for ZeRO."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,13 +13,17 @@ from distft.config.step_function import value_at
 from distft.data.batch import AnyBatch
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
+from distft.engine.moved_parameters import MovedParameters
 from distft.engine.settings import LocalConfig
-from distft.engine.weight_average import WeightAverage, WeightSlice, replaced_values
-from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
+from distft.engine.weight_average import WeightAverage, replaced_values
+from distft.optim.groups import ParameterGroup
+from distft.optim.kernels import set_clip_and_skip
+from distft.optim.segments import MasterSlice, SegmentedOptimizer
+from distft.optim.settings import OptimizerSettings
 
 
 class LocalEngine:
-    """AdamW over fp32 master weights; the model computes in `param_dtype`.
+    """An optimizer over fp32 master weights; the model computes in `param_dtype`.
 
     In fp32 the master weights are the model's own parameters. Otherwise the backward adds each gradient to
     its master's fp32 gradient as soon as it is complete, so accumulation does not round to bf16 or fp16.
@@ -31,7 +35,7 @@ class LocalEngine:
         groups: Sequence[ParameterGroup],
         *,
         settings: LocalConfig,
-        optim: AdamWConfig,
+        optim: OptimizerSettings,
         device: torch.device,
     ) -> None:
         """`module` is on the meta device, with `requires_grad` set; `load_fragments` gives it its weights."""
@@ -40,16 +44,17 @@ class LocalEngine:
         self._max_grad_norm = optim.max_grad_norm
         self._dtype = DTYPES[settings.param_dtype]
         self._loss_scale: Tensor | None = None  # fp16 only
+        self._moved = MovedParameters(module, device)
         allocate(module, device, self._dtype)
         self._params = dict(module.named_parameters())
-        self._groups = list(groups)
         self._masters = {name: self._make_master(name) for group in groups for name in group.names}
-        self._optimizer = build_adamw(self._masters, groups, optim)
-        self._moments = optim.moments
+        slices = [
+            MasterSlice(name, tuple(master.shape), 0, master, 0, master.numel())
+            for name, master in self._masters.items()
+        ]
+        self._optimizer = SegmentedOptimizer(slices, groups, optim)
         self._average: WeightAverage | None = None
         if optim.ema_decay is not None:
-            masters = self._masters.items()
-            slices = [WeightSlice(name, 0, master.detach().view(-1)) for name, master in masters]
             self._average = WeightAverage(value_at(optim.ema_decay, 0), slices)
 
     def _make_master(self, name: str) -> Tensor:
@@ -96,12 +101,12 @@ class LocalEngine:
         if self._loss_scale is not None:
             grad_norm = grad_norm / self._loss_scale
         is_skipped = set_clip_and_skip(
-            self._optimizer, grad_norm, loss_scale=self._loss_scale, max_grad_norm=self._max_grad_norm
+            self._optimizer.kernel, grad_norm, loss_scale=self._loss_scale, max_grad_norm=self._max_grad_norm
         )
-        for group, settings in zip(self._groups, self._optimizer.param_groups, strict=True):
-            settings["lr"] = group_lr(group)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.set_lr(group_lr)
+        self._optimizer.update(self._masters.values())
+        for master in self._masters.values():
+            master.grad = None
         self._copy_masters_to_model()
         if self._average is not None:
             self._average.update(is_skipped)
@@ -110,6 +115,10 @@ class LocalEngine:
     def set_ema_decay(self, decay: float) -> None:
         assert self._average is not None
         self._average.decay = decay
+
+    def add_to_parameters(self, deltas: Mapping[str, Tensor]) -> None:
+        for name, values in self._moved.add(deltas).items():
+            self._params[name].detach().copy_(values)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         assert self._average is not None
@@ -129,33 +138,32 @@ class LocalEngine:
         return value
 
     def fragments(self) -> Iterator[Fragment]:
+        yield from self._moved.fragments()
         for name, param in self._params.items():
-            master = self._masters.get(name)
-            yield Fragment(name, WEIGHT, 0, (param if master is None else master).detach().view(-1))
-            if master is not None:
-                state = self._optimizer.state[master]
-                for moment in self._moments:
-                    yield Fragment(name, moment, 0, state[moment].view(-1))
+            if name not in self._masters and name not in self._moved.values:
+                yield Fragment(name, WEIGHT, 0, param.detach().view(-1))
+        for own, moments, _ in self._optimizer.states():
+            yield Fragment(own.parameter, WEIGHT, 0, own.values)
+            for moment, values in moments.items():
+                yield Fragment(own.parameter, moment, 0, values)
         if self._average is not None:
             yield from self._average.fragments()
 
     def updates(self) -> dict[str, int]:
-        return {name: int(self._optimizer.state[master]["step"]) for name, master in self._masters.items()}
+        return {own.parameter: int(updates) for own, _, updates in self._optimizer.states()}
 
     def load_fragments(self, source: StateSource) -> None:
+        self._moved.load(source)
         for name, param in self._params.items():
             if name not in self._masters:
                 read_state(source, name, WEIGHT, param.detach().view(-1), 0)
-        for name, master in self._masters.items():
-            read_state(source, name, WEIGHT, master.detach().view(-1), 0)
-            state = self._optimizer.state[master]
-            state["step"] = torch.tensor(float(source.updates(name)), device=self.device)
-            for moment in self._moments:
-                state[moment] = torch.empty_like(master, requires_grad=False)
-                read_state(source, name, moment, state[moment].view(-1), 0)
+        for own, moments, _ in self._optimizer.states():
+            read_state(source, own.parameter, WEIGHT, own.values, 0)
+            for moment, values in moments.items():
+                read_state(source, own.parameter, moment, values, 0)
         if self._average is not None:
             self._average.load(source)
         self._copy_masters_to_model()
 
     def close(self) -> None:
-        self._optimizer.state.clear()
+        self._optimizer.close()

@@ -10,7 +10,9 @@ from math import prod
 
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import EngineSettings
-from distft.optim.adamw import AdamWConfig, ParameterGroup
+from distft.optim.groups import ParameterGroup
+from distft.optim.patterns import is_moved_by_rule
+from distft.optim.settings import OptimizerSettings
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
@@ -37,12 +39,12 @@ def state_bytes(
     shapes: Mapping[str, tuple[int, ...]],
     groups: Sequence[ParameterGroup],
     engine: EngineSettings,
-    optim: AdamWConfig,
+    optim: OptimizerSettings,
     world_size: int,
 ) -> StateBytes:
     """The states of a model with parameters of these `shapes`, of which those in `groups` train."""
     numel = {name: prod(shape) for name, shape in shapes.items()}
-    trainable = [[numel.pop(name) for name in group.names] for group in groups]
+    trainable = [_GroupSizes(group, [numel.pop(name) for name in group.names]) for group in groups]
     frozen = list(numel.values())
     weight = _BYTES[engine.param_dtype]
     is_zero = isinstance(engine, ZeroConfig)
@@ -50,52 +52,86 @@ def state_bytes(
         return _stage3(trainable, frozen, engine, optim, world_size)
     if isinstance(engine, ZeroConfig) and engine.zero_stage > 0:
         return _stages12(trainable, frozen, engine, optim, world_size)
-    num_trainable = sum(map(sum, trainable))
+    num_trainable = sum(group.total for group in trainable)
     num_masters = 0 if engine.param_dtype == "fp32" else num_trainable
+    moments = sum(group.moment_bytes * group.total for group in trainable)
     return StateBytes(
         weights=weight * (num_trainable + sum(frozen)),
         # In bf16 and fp16 stage 0 adds gradients up in that format; the update makes fp32 copies.
         gradients=_FP32 * num_trainable + (weight * num_masters if is_zero else 0),
-        optimizer=_FP32 * num_masters + (_moment_bytes(optim) + _average_bytes(optim)) * num_trainable,
+        optimizer=_FP32 * num_masters + moments + _average_bytes(optim) * num_trainable,
     )
 
 
+class _GroupSizes:
+    """The numbers of elements of a group's parameters."""
+
+    def __init__(self, group: ParameterGroup, sizes: list[int]) -> None:
+        self.sizes = sizes
+        self.total = sum(sizes)
+        self.moment_bytes = _FP32 * len(group.rule.moments)  # per element
+
+
 def _stages12(
-    trainable: list[list[int]], frozen: list[int], engine: ZeroConfig, optim: AdamWConfig, world_size: int
+    trainable: list[_GroupSizes],
+    frozen: list[int],
+    engine: ZeroConfig,
+    optim: OptimizerSettings,
+    world_size: int,
 ) -> StateBytes:
-    """Each group is one flat buffer with padding at its end, of which a rank updates an equal part."""
+    """All groups are one flat buffer with padding at its end, of which a rank updates an equal part."""
+    num_trainable = sum(group.total for group in trainable)
     multiple = _ALIGNMENT * world_size
-    padded = [-(-sum(group) // multiple) * multiple for group in trainable]
-    of_a_rank = sum(padded) // world_size
-    averaged = sum(min(size // world_size, sum(group)) for size, group in zip(padded, trainable, strict=True))
-    is_bf16 = engine.param_dtype == "bf16"
-    # The update copies one group's part at a time, except in bf16 and on one rank. Not counted: in fp32 both
-    # ranks on which a parameter lies keep its whole gradient.
-    copied = 0 if is_bf16 or world_size == 1 else max(padded, default=0) // world_size
-    whole = sum(padded) if is_bf16 else sum(map(sum, trainable))  # stage 2 frees the others' parts at once
+    padded = -(-num_trainable // multiple) * multiple
+    of_a_rank = padded // world_size
+    is_bf16_stage1 = engine.param_dtype == "bf16" and engine.zero_stage == 1  # another optimizer of DeepSpeed
+    # The update copies the rank's part. Not counted: in fp32 both ranks on which a parameter lies keep its
+    # whole gradient.
+    copied = 0 if is_bf16_stage1 else of_a_rank
+    whole = padded if is_bf16_stage1 else num_trainable  # stage 2 frees the others' parts at once
     gradients = _FP32 * max(whole if engine.zero_stage == 1 else 0, of_a_rank + copied)
-    optimizer = (_FP32 + _moment_bytes(optim)) * of_a_rank + _average_bytes(optim) * averaged
+    averaged = _average_bytes(optim) * min(of_a_rank, num_trainable)
+    optimizer = _FP32 * of_a_rank + _most_moments(trainable, of_a_rank, padded) + averaged
     return StateBytes(
-        weights=_BYTES[engine.param_dtype] * (sum(padded) + sum(frozen)),
+        weights=_BYTES[engine.param_dtype] * (padded + sum(frozen)),
         gradients=gradients,
         optimizer=optimizer,
         offloaded=0 if engine.offload_optimizer == "none" else optimizer + _FP32 * of_a_rank,
     )
 
 
+def _most_moments(trainable: list[_GroupSizes], of_a_rank: int, padded: int) -> int:
+    """Bytes of moments of the rank that has the most, if groups lie one behind the other."""
+    most = 0
+    for begin in range(0, padded, of_a_rank):
+        moments, start = 0, 0
+        for number, group in enumerate(trainable):
+            # The padding counts to the last group.
+            stop = padded if number == len(trainable) - 1 else start + group.total
+            moments += group.moment_bytes * max(0, min(stop, begin + of_a_rank) - max(start, begin))
+            start = stop
+        most = max(most, moments)
+    return most
+
+
 def _stage3(
-    trainable: list[list[int]], frozen: list[int], engine: ZeroConfig, optim: AdamWConfig, world_size: int
+    trainable: list[_GroupSizes],
+    frozen: list[int],
+    engine: ZeroConfig,
+    optim: OptimizerSettings,
+    world_size: int,
 ) -> StateBytes:
     """Each parameter is cut into equal parts, the last of them padded."""
     zero = {**_STAGE3_DEFAULTS, **engine.deepspeed.get("zero_optimization", {})}
     threshold = zero["stage3_param_persistence_threshold"]  # smaller parameters are also kept whole
-    all_sizes = [*(size for group in trainable for size in group), *frozen]
+    all_sizes = [*(size for group in trainable for size in group.sizes), *frozen]
     parts = _BYTES[engine.param_dtype] * sum(-(-size // world_size) for size in all_sizes)
     whole = sum(size for size in all_sizes if size <= threshold) if world_size > 1 else 0
-    of_each_group = [sum(-(-size // world_size) for size in group) for group in trainable]
+    of_each_group = [sum(-(-size // world_size) for size in group.sizes) for group in trainable]
     of_a_rank = sum(of_each_group)
-    copied = min(max(of_each_group, default=0), zero["sub_group_size"])  # by the update, one at a time
-    optimizer = (_FP32 + _moment_bytes(optim) + _average_bytes(optim)) * of_a_rank
+    copied = min(of_a_rank, zero["sub_group_size"])  # by the update, one part at a time
+    moments = sum(group.moment_bytes * n for group, n in zip(trainable, of_each_group, strict=True))
+    optimizer = (_FP32 + _average_bytes(optim)) * of_a_rank + moments
     offloaded = 0 if engine.offload_optimizer == "none" else optimizer + _FP32 * of_a_rank
     return StateBytes(
         weights=parts + _BYTES[engine.param_dtype] * whole,
@@ -106,12 +142,7 @@ def _stage3(
     )
 
 
-def _moment_bytes(optim: AdamWConfig) -> int:
-    """Per element."""
-    return _FP32 * len(optim.moments)
-
-
-def _average_bytes(optim: AdamWConfig) -> int:
+def _average_bytes(optim: OptimizerSettings) -> int:
     """Per element."""
     return 0 if optim.ema_decay is None else _FP32
 
@@ -120,13 +151,14 @@ def checkpoint_bytes(
     shapes: Mapping[str, tuple[int, ...]],
     groups: Sequence[ParameterGroup],
     engine: EngineSettings,
-    optim: AdamWConfig,
+    optim: OptimizerSettings,
 ) -> tuple[int, int]:
     """Bytes of a commit's trainable parameters, and of the frozen weights that all commits of a run share.
 
     Headers, manifest and tokenizer come on top.
     """
     numel = {name: prod(shape) for name, shape in shapes.items()}
-    num_trainable = sum(numel.pop(name) for group in groups for name in group.names)
-    per_element = _FP32 + _moment_bytes(optim) + _average_bytes(optim)
-    return per_element * num_trainable, _BYTES[engine.param_dtype] * sum(numel.values())
+    trainable = [_GroupSizes(group, [numel.pop(name) for name in group.names]) for group in groups]
+    num_moved = sum(numel.pop(name) for name in shapes if is_moved_by_rule(name))
+    own = sum((_FP32 + group.moment_bytes + _average_bytes(optim)) * group.total for group in trainable)
+    return own + _FP32 * num_moved, _BYTES[engine.param_dtype] * sum(numel.values())

@@ -2,28 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distft.checkpoint.fragments import EMA, Fragment
 from distft.checkpoint.sources import StateSource, read_state
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSlice:
-    """Master weights of a parameter on this rank, from flat element `start` on: a 1-D view of live memory."""
-
-    parameter: str
-    start: int
-    values: Tensor
+from distft.optim.segments import MasterSlice
 
 
 class WeightAverage:
     """Averages the rank's own master weights, in fp32 and in the same layout: ema = d * ema + (1 - d) * w."""
 
-    def __init__(self, decay: float, slices: Sequence[WeightSlice]) -> None:
+    def __init__(self, decay: float, slices: Sequence[MasterSlice]) -> None:
         self.decay = decay  # of the next update
         self._slices = list(slices)
         self._averages = [torch.empty_like(weights.values) for weights in slices]

@@ -1,7 +1,7 @@
 """The DeepSpeed ZeRO engine, stages 0 to 3; implements the `Engine` interface."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
@@ -19,12 +19,16 @@ from distft.engine import zero_layout
 from distft.engine.deepspeed_config import ZeroConfig, clips_in_kernel, deepspeed_config
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
+from distft.engine.moved_parameters import MovedParameters
 from distft.engine.node import read_in_shares, read_once_per_node
 from distft.engine.stage3_blocks import free_weights_until_backward, gather_by_block
-from distft.engine.weight_average import WeightAverage, WeightSlice, replaced_values
+from distft.engine.weight_average import WeightAverage, replaced_values
 from distft.errors import CheckpointError
 from distft.model.block import Block
-from distft.optim.adamw import AdamWConfig, ParameterGroup, build_adamw, set_clip_and_skip
+from distft.optim.groups import ParameterGroup
+from distft.optim.kernels import FlatOptimizer, set_clip_and_skip
+from distft.optim.segments import SegmentedOptimizer
+from distft.optim.settings import OptimizerSettings
 from distft.topology import BatchPlan
 
 _SUMMED_NUMEL = 1 << 26  # elements of one sum over ranks, which takes as much memory once more
@@ -39,7 +43,7 @@ class ZeroEngine:
         groups: Sequence[ParameterGroup],
         *,
         settings: ZeroConfig,
-        optim: AdamWConfig,
+        optim: OptimizerSettings,
         plan: BatchPlan,
         collectives: Collectives,
         device: torch.device,
@@ -55,9 +59,7 @@ class ZeroEngine:
         self.module = module
         self._stage = settings.zero_stage
         self._collectives = collectives
-        self._groups = list(groups)
         self._max_grad_norm = optim.max_grad_norm
-        self._moments = optim.moments
         self._ema_decay = optim.ema_decay
         self._average: WeightAverage | None = None
         self._loss_scale = 1.0
@@ -66,6 +68,7 @@ class ZeroEngine:
             settings, plan, is_cuda=device.type == "cuda", max_grad_norm=optim.max_grad_norm
         )
         dtype = DTYPES[settings.param_dtype]
+        self._moved = MovedParameters(module, device)
         if self._stage == 3:
             zero_layout.allocate_stage3(module, config, device, dtype)
         else:
@@ -76,15 +79,19 @@ class ZeroEngine:
         self._head_params = [
             param for name, param in self._params.items() if param.requires_grad and name.startswith(heads)
         ]
-        optimizer = build_adamw(self._params, groups, optim)
-        zero_layout.accept_optimizer(type(optimizer))
+        zero_layout.accept_optimizer(FlatOptimizer)
+        # One group for DeepSpeed, in which those of `groups` lie one behind the other.
+        flat_optimizer = FlatOptimizer([self._params[name] for group in groups for name in group.names])
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory statistics at any log level
             self._engine, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=optimizer,
+                optimizer=flat_optimizer,
                 config=config,
                 dist_init_required=False,
             )
+        slices = zero_layout.master_slices(self._engine, self._stage, self._params)
+        self._optimizer = SegmentedOptimizer(slices, groups, optim)
+        flat_optimizer.update = self._optimizer.update
         if self._clips_in_kernel and self._stage > 0:
             zero_layout.update_without_waiting(self._engine)
         if self._stage == 3:
@@ -119,22 +126,22 @@ class ZeroEngine:
         zero_layout.set_loss_scale(self._engine, self._stage, self._loss_scale)
 
     def step(self, group_lr: GroupLr) -> UpdateResult:
-        optimizer = self._engine.optimizer
-        for group, settings in zip(self._groups, optimizer.param_groups, strict=True):
-            settings["lr"] = group_lr(group)
-        update = self._update_by_kernel() if self._clips_in_kernel else self._update_by_wrapper(optimizer)
+        self._optimizer.set_lr(group_lr)
+        update = self._update_by_kernel() if self._clips_in_kernel else self._update_by_wrapper()
         if self._average is not None:
             self._average.update(update.is_skipped)
         return update
 
-    def _update_by_wrapper(self, optimizer: Any) -> UpdateResult:
+    def _update_by_wrapper(self) -> UpdateResult:
         """DeepSpeed clips and skips, which waits for the device."""
         self._engine.step()
         grad_norm = zero_layout.last_grad_norm(self._engine)
         grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.device)
         if self._stage == 0:  # unlike at the other stages, DeepSpeed reports the norm of the scaled gradients
             grad_norm = grad_norm / self._loss_scale
-        return UpdateResult(grad_norm, torch.tensor(float(optimizer.overflow), device=self.device))
+        return UpdateResult(
+            grad_norm, torch.tensor(float(self._engine.optimizer.overflow), device=self.device)
+        )
 
     def _update_by_kernel(self) -> UpdateResult:
         """The optimizer's kernel clips and skips: no pass over the gradients, and nothing waits."""
@@ -145,7 +152,7 @@ class ZeroEngine:
         else:
             grad_norm = zero_layout.gradient_norm(self._engine) / self._loss_scale
         is_skipped = set_clip_and_skip(
-            zero_layout.inner_optimizer(self._engine),
+            self._optimizer.kernel,
             grad_norm,
             loss_scale=None,  # DeepSpeed divides by it
             max_grad_norm=self._max_grad_norm,
@@ -156,6 +163,13 @@ class ZeroEngine:
     def set_ema_decay(self, decay: float) -> None:
         assert self._average is not None
         self._average.decay = decay
+
+    def add_to_parameters(self, deltas: Mapping[str, Tensor]) -> None:
+        for name, values in self._moved.add(deltas).items():
+            if self._stage == 3:
+                zero_layout.write_stage3_weights(self._engine, self._params[name], values)
+            else:
+                self._params[name].detach().copy_(values)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -187,20 +201,20 @@ class ZeroEngine:
         return self._collectives.all_reduce_sum(value)
 
     def fragments(self) -> Iterator[Fragment]:
-        for partition in zero_layout.local_partitions(self._engine, self._stage, self._params):
+        for own, moments, _ in self._optimizer.states():
             # At stage 0 every rank has the same whole parameters, so each saves an even slice of them.
-            numel = partition.master_weights.numel()
-            begin, end = self._even_slice(numel) if self._stage == 0 else (0, numel)
-            start = partition.start + begin
-            yield Fragment(partition.parameter, WEIGHT, start, partition.master_weights[begin:end])
-            for moment, values in partition.moments.items():
-                yield Fragment(partition.parameter, moment, start, values[begin:end])
+            begin, end = self._even_slice(own.numel) if self._stage == 0 else (0, own.numel)
+            start = own.start + begin
+            yield Fragment(own.parameter, WEIGHT, start, own.values[begin:end])
+            for moment, values in moments.items():
+                yield Fragment(own.parameter, moment, start, values[begin:end])
         for whole in () if self._average is None else self._average.fragments():
             numel = whole.values.numel()
             begin, end = self._even_slice(numel) if self._stage == 0 else (0, numel)
             yield Fragment(whole.parameter, whole.state, whole.start + begin, whole.values[begin:end])
+        yield from self._moved.fragments(self._collectives.dp_rank, self._collectives.dp_world_size)
         for name, param in self._params.items():
-            if param.requires_grad:
+            if param.requires_grad or name in self._moved.values:
                 continue
             if self._stage == 3:
                 start, values = zero_layout.stage3_weights(self._engine, param)
@@ -214,42 +228,35 @@ class ZeroEngine:
 
     def updates(self) -> dict[str, int]:
         """Update counts by parameter, equal on every rank: ranks exchange them, as each has only some."""
-        local = {
-            partition.parameter: int(partition.updates)
-            for partition in zero_layout.local_partitions(self._engine, self._stage, self._params)
-        }
+        local = {own.parameter: int(updates) for own, _, updates in self._optimizer.states()}
         return {name: n for counts in self._collectives.all_gather(local) for name, n in counts.items()}
 
     def load_fragments(self, source: StateSource) -> None:
-        # Parameters of one group have the same update count, because parameter_groups groups by it.
-        zero_layout.create_optimizer_state(
-            self._engine, self._stage, [g.updates for g in self._groups], self._moments
-        )
-        partitions = list(zero_layout.local_partitions(self._engine, self._stage, self._params))
+        self._moved.load(source)
         if self._ema_decay is not None:
-            slices = [WeightSlice(p.parameter, p.start, p.master_weights) for p in partitions]
+            slices = [own for own, _, _ in self._optimizer.states()]
             self._average = WeightAverage(value_at(self._ema_decay, 0), slices)
         if self._stage < 3:
-            read_once_per_node(source, self._states_on_every_rank(partitions), self._collectives)
+            read_once_per_node(source, self._states_on_every_rank(), self._collectives)
         else:
             self._load_stage3_weights(source)
         if self._stage > 0:  # at stage 0 every rank has all of it
-            for partition in partitions:
-                read_state(source, partition.parameter, WEIGHT, partition.master_weights, partition.start)
-                for moment, values in partition.moments.items():
-                    read_state(source, partition.parameter, moment, values, partition.start)
+            for own, moments, _ in self._optimizer.states():
+                read_state(source, own.parameter, WEIGHT, own.values, own.start)
+                for moment, values in moments.items():
+                    read_state(source, own.parameter, moment, values, own.start)
             if self._average is not None:
                 self._average.load(source)
 
-    def _states_on_every_rank(self, partitions: Sequence[zero_layout.ParameterPartition]) -> list[Fragment]:
+    def _states_on_every_rank(self) -> list[Fragment]:
         """Stages 0 to 2: the weights that the model computes with; at stage 0 all else, too."""
         states = [Fragment(name, WEIGHT, 0, p.detach().view(-1)) for name, p in self._params.items()]
         if self._stage > 0:
             return states
-        for partition in partitions:
-            if partition.master_weights.dtype != self._params[partition.parameter].dtype:
-                states.append(Fragment(partition.parameter, WEIGHT, 0, partition.master_weights))
-            states += [Fragment(partition.parameter, name, 0, v) for name, v in partition.moments.items()]
+        for own, moments, _ in self._optimizer.states():
+            if own.flat.dtype != self._params[own.parameter].dtype:
+                states.append(Fragment(own.parameter, WEIGHT, 0, own.values))
+            states += [Fragment(own.parameter, name, 0, values) for name, values in moments.items()]
         return states if self._average is None else [*states, *self._average.fragments()]
 
     def _load_stage3_weights(self, source: StateSource) -> None:
@@ -266,6 +273,7 @@ class ZeroEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+        self._optimizer.close()
 
 
 def _silence_step_logs() -> None:

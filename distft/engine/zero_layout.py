@@ -1,13 +1,13 @@
 """Where DeepSpeed ZeRO keeps weights and optimizer state; only this module uses DeepSpeed's private names.
 
-For every stage `local_partitions` yields this rank's `ParameterPartition`s: views of live memory, so writing
-to them changes the training state. We compared stages 0-3 in fp32, bf16 and fp16, with and without offload,
-element by element with plain torch. Another DeepSpeed may use another layout, so `check_version` comes first.
+For every stage `master_slices` yields this rank's slices of the master weights: views of live memory, so
+writing to them changes the training state. We compared stages 0-3 in fp32, bf16 and fp16, with and without
+offload, element by element with plain torch. Another DeepSpeed may use another layout, so `check_version`
+comes first.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
 from typing import Any
@@ -20,19 +20,9 @@ from torch import Tensor, nn
 
 from distft.engine.memory import replace_parameters
 from distft.errors import ConfigError
+from distft.optim.segments import MasterSlice
 
 _KNOWN_VERSIONS = ("0.19.",)
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterPartition:
-    """This rank's slice of one trainable parameter, from flat element `start` on, as views of live memory."""
-
-    parameter: str
-    start: int
-    master_weights: Tensor  # fp32
-    moments: Mapping[str, Tensor]
-    updates: Tensor  # the optimizer's scalar step count; one for a whole flat group
 
 
 def check_version() -> None:
@@ -65,40 +55,6 @@ def accept_optimizer(kind: type[torch.optim.Optimizer]) -> None:
         supported.append(kind)
 
 
-def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside DeepSpeed's wrapper, or the engine's own if it has no wrapper."""
-    optimizer = engine.optimizer
-    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-
-
-def create_optimizer_state(
-    engine: Any, zero_stage: int, updates_by_group: Sequence[int], moments: Sequence[str]
-) -> None:
-    """Create moments (zeros) and update counts; DeepSpeed would create them only at its first step."""
-    inner = inner_optimizer(engine)
-    for flat, group in _flat_parameters(engine, zero_stage):
-        inner.state[flat] = {
-            "step": torch.tensor(float(updates_by_group[group]), device=flat.device),
-            **{moment: torch.zeros_like(flat, requires_grad=False) for moment in moments},
-        }
-
-
-def _flat_parameters(engine: Any, zero_stage: int) -> Iterator[tuple[Tensor, int]]:
-    """The tensors that the inner optimizer updates, each with the number of its parameter group."""
-    optimizer = engine.optimizer
-    if zero_stage == 3:
-        # Stage 3 cuts a group into sub-groups of at most `sub_group_size` elements.
-        for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-            yield flat, optimizer.sub_group_to_group_id[i]
-    elif zero_stage in (1, 2):
-        for i, flat in enumerate(_flat_partitions(optimizer)):
-            yield flat, i
-    else:
-        for i, group in enumerate(inner_optimizer(engine).param_groups):
-            for param in group["params"]:
-                yield param, i
-
-
 def _is_bf16_stage1(optimizer: Any) -> bool:
     """Whether it is DeepSpeed's BF16_Optimizer: stage 1, bf16, gradients accumulated in fp32."""
     return hasattr(optimizer, "fp32_groups_flat_partition")
@@ -111,63 +67,49 @@ def _flat_partitions(optimizer: Any) -> Sequence[Tensor]:
     return optimizer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
 
 
-def local_partitions(
-    engine: Any, zero_stage: int, params: Mapping[str, nn.Parameter]
-) -> Iterator[ParameterPartition]:
-    """This rank's partition of every trainable parameter; at stage 0 that is the whole parameter."""
+def master_slices(engine: Any, zero_stage: int, params: Mapping[str, nn.Parameter]) -> Iterator[MasterSlice]:
+    """This rank's slice of every trainable parameter; at stage 0 that is the whole parameter."""
     trainable = {name: param for name, param in params.items() if param.requires_grad}
     if zero_stage == 0:
-        return _partitions_stage0(engine, trainable)
+        return _slices_stage0(engine, trainable)
     if zero_stage == 3:
-        return _partitions_stage3(engine, trainable)
-    return _partitions_stage12(engine, trainable)
+        return _slices_stage3(engine, trainable)
+    return _slices_stage12(engine, trainable)
 
 
-def _moments(state: Mapping[str, Tensor], start: int, numel: int) -> dict[str, Tensor]:
-    return {name: values.view(-1).narrow(0, start, numel) for name, values in state.items() if name != "step"}
-
-
-def _partitions_stage0(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[ParameterPartition]:
-    """Stage 0 partitions nothing: one partition contains the whole parameter."""
-    optimizer, inner = engine.optimizer, inner_optimizer(engine)
+def _slices_stage0(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[MasterSlice]:
+    """Stage 0 partitions nothing: one slice is the whole parameter."""
+    optimizer = engine.optimizer
     masters: dict[int, Tensor] = {}
-    if optimizer is not inner:  # bf16 and fp16: the wrapper has an fp32 copy of each parameter
+    if not isinstance(optimizer, torch.optim.Optimizer):  # bf16 and fp16: an fp32 copy of each parameter
         for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             masters |= {id(low): high for low, high in zip(low_group, high_group, strict=True)}
     for name, param in params.items():
         master = masters.get(id(param), param)
-        state = inner.state[master]
-        yield ParameterPartition(
-            name, 0, master.detach().view(-1), _moments(state, 0, master.numel()), state["step"]
-        )
+        yield MasterSlice(name, tuple(param.shape), 0, master, 0, master.numel())
 
 
-def _partitions_stage12(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[ParameterPartition]:
+def _slices_stage12(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[MasterSlice]:
     """Stages 1 and 2 cut each group's flat buffer evenly, so a parameter may lie on several ranks."""
-    optimizer = engine.optimizer
     for name, param in params.items():
         mapping = getattr(param, "_hp_mapping", None)  # None: this rank has no element of it
         if mapping is None:
             continue
-        flat = _flat_partitions(optimizer)[mapping.param_group_index]
-        state = optimizer.optimizer.state[flat]
+        flat = _flat_partitions(engine.optimizer)[mapping.param_group_index]
         # `hp` (high precision) is the position in this rank's fp32 buffer, `lp` that in the parameter.
         address, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
-        master = flat.detach().narrow(0, address.start, address.numel)
-        moments = _moments(state, address.start, address.numel)
-        yield ParameterPartition(name, start, master, moments, state["step"])
+        yield MasterSlice(name, tuple(param.shape), start, flat, address.start, address.numel)
 
 
-def _partitions_stage3(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[ParameterPartition]:
-    """Stage 3 cuts each parameter evenly and pads the last partitions."""
+def _slices_stage3(engine: Any, params: Mapping[str, nn.Parameter]) -> Iterator[MasterSlice]:
+    """Stage 3 cuts each parameter evenly and pads the last slices."""
     optimizer = engine.optimizer
     for name, param in params.items():
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
         flat = optimizer.fp32_partitioned_groups_flat[group]
-        state = optimizer.optimizer.state[flat]
         start, stop = _stage3_range(engine, param)
-        master = flat.detach().narrow(0, offset, stop - start)
-        yield ParameterPartition(name, start, master, _moments(state, offset, stop - start), state["step"])
+        shape = tuple(param.ds_shape)  # type: ignore[attr-defined]
+        yield MasterSlice(name, shape, start, flat, offset, stop - start)
 
 
 def _stage3_range(engine: Any, param: nn.Parameter) -> tuple[int, int]:
@@ -181,6 +123,14 @@ def stage3_weights(engine: Any, param: nn.Parameter) -> tuple[int, Tensor]:
     """Stage 3: (start, view) of this rank's slice of the weights that the model computes with."""
     start, stop = _stage3_range(engine, param)
     return start, param.ds_tensor.data.view(-1).narrow(0, 0, stop - start)  # type: ignore[attr-defined]
+
+
+def write_stage3_weights(engine: Any, param: nn.Parameter, values: Tensor) -> None:
+    """Stage 3: give a frozen parameter other weights on this rank; `values` has all of them."""
+    start, own = stage3_weights(engine, param)
+    own.copy_(values.view(-1)[start : start + own.numel()])
+    if is_gathered(param):
+        param.detach().copy_(values)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from distft.model.attention_kernels import AttentionMask, attention, attention_with_dropout
+from distft.model.attention_kernels import AttentionMask, attention, attention_written_out
 from distft.model.layers import Linear, MatmulDtype
+from distft.model.rope_scaling import RopeScaling
 from distft.model.transformer_config import TransformerConfig
 
 
@@ -54,11 +55,47 @@ class PreallocatedKVCache:
         return self._k_BSGD[:, : self._length], self._v_BSGD[:, : self._length]
 
 
-def rotary_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> RotaryCosSin:
-    """Rotation angles of `position_ids` [1 or B, T] (RoPE: Su et al. 2021, arXiv:2104.09864)."""
-    exponents_R = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[..., None, None].float() * theta**-exponents_R
-    return RotaryCosSin(angles.cos(), angles.sin())
+class SlidingKVCache:
+    """Keys and values of a layer with a window: of the last positions only, which later ones can see."""
+
+    def __init__(self, reach: int) -> None:
+        self._reach = reach
+        self._length = 0
+        self._k_BSGD: Tensor | None = None
+        self._v_BSGD: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Positions so far, with those that are forgotten."""
+        return self._length
+
+    def update(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values; return them with the last `reach` before, [B, S, G, D] each."""
+        self._length += k_BTGD.shape[1]
+        if self._k_BSGD is not None and self._v_BSGD is not None:
+            k_BTGD = torch.cat([self._k_BSGD, k_BTGD], dim=1)
+            v_BTGD = torch.cat([self._v_BSGD, v_BTGD], dim=1)
+        start = max(k_BTGD.shape[1] - self._reach, 0)
+        # Copies: a view of a long prompt would keep all of it in memory.
+        self._k_BSGD, self._v_BSGD = k_BTGD[:, start:].clone(), v_BTGD[:, start:].clone()
+        return k_BTGD, v_BTGD
+
+
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
+) -> Tensor:
+    """Radians per position of each pair, float32 [R] (RoPE: Su et al. 2021, arXiv:2104.09864)."""
+    exponents_R = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    return theta**-exponents_R if scaling is None else scaling.scaled(1.0 / theta**exponents_R, theta)
+
+
+def rotary_cos_sin(
+    position_ids: Tensor, inverse_frequencies_R: Tensor, magnitude: float = 1.0
+) -> RotaryCosSin:
+    """Of the rotation angles of `position_ids` [1 or B, T], times `magnitude`."""
+    angles = position_ids[..., None, None].float() * inverse_frequencies_R
+    if magnitude == 1:
+        return RotaryCosSin(angles.cos(), angles.sin())
+    return RotaryCosSin(angles.cos() * magnitude, angles.sin() * magnitude)
 
 
 def apply_rotary(x_BTHD: Tensor, rope: RotaryCosSin) -> Tensor:
@@ -78,7 +115,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.is_causal, self.dropout = config.head_dim, config.is_causal, config.dropout
-        self.kernel = config.attention_kernel
+        self.kernel, self.softcap = config.attention_kernel, config.attention_logit_softcap
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = Linear(config.d_model, q_size, bias=config.has_qkv_bias)
         self.k = Linear(config.d_model, kv_size, bias=config.has_qkv_bias)
@@ -124,14 +161,23 @@ class Attention(nn.Module):
         # [B, T, H, D], so flatten(2) in forward copies nothing either.
         q_BHTD, k_BGSD, v_BGSD = (x.to(dtype).transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
         if dropout_keys_B is None:
-            y_BHTD = attention(q_BHTD, k_BGSD, v_BGSD, mask, is_causal=self.is_causal, kernel=self.kernel)
-        else:
-            y_BHTD = attention_with_dropout(
+            y_BHTD = attention(
                 q_BHTD,
                 k_BGSD,
                 v_BGSD,
                 mask,
                 is_causal=self.is_causal,
+                kernel=self.kernel,
+                softcap=self.softcap,
+            )
+        else:
+            y_BHTD = attention_written_out(
+                q_BHTD,
+                k_BGSD,
+                v_BGSD,
+                mask,
+                is_causal=self.is_causal,
+                softcap=self.softcap,
                 rate=self.dropout,
                 keys_B=dropout_keys_B,
             )

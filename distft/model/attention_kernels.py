@@ -19,6 +19,7 @@ from distft.model.compiler import missing_for_compile
 from distft.model.dropout import dropout
 
 if TYPE_CHECKING:  # flex attention imports torch's compiler, 2 s
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from torch.nn.attention.flex_attention import BlockMask
@@ -70,28 +71,32 @@ def make_attention_mask(
     document_ids: Tensor | None,
     lengths: Tensor | None,
     is_prefix: Tensor | None = None,
+    *,
+    reach: int | None = None,
+    device: torch.device | None = None,
 ) -> AttentionMask:
-    """The mask of rows of `shape` [B, T]; None if the kernel needs none.
+    """The mask of rows of `shape` [B, T] on `device`; None if the kernel needs none.
 
     Every position attends to itself, also in padding: a softmax over no keys would give NaN. Tokens attend to
-    those of their document that `is_prefix` marks, wherever these are; padding is never marked.
+    those of their document that `is_prefix` marks, wherever these are; padding is never marked. `reach` is
+    that of a layer with a window: nothing farther away is seen, a prefix neither.
     """
     if config.is_causal:
         lengths = None  # padding is on the right, so no real token attends to it anyway
     else:
         is_prefix = None  # every token attends to all others anyway
-    if document_ids is None and lengths is None and is_prefix is None:
-        return None
-    if (
-        document_ids is not None
-        and lengths is None
-        and is_prefix is None
-        and uses_flex_attention(config, document_ids.device)
-    ):
-        return _flex_block_mask(document_ids, is_causal=config.is_causal)
     num_positions = shape[1]
-    device = next(x for x in (document_ids, lengths, is_prefix) if x is not None).device
-    if device.type == "cuda" and document_ids is not None:
+    if reach is not None and reach >= num_positions - 1:
+        reach = None  # the window covers the row
+    given = [x for x in (document_ids, lengths, is_prefix) if x is not None]
+    device = given[0].device if given else device or torch.device("cpu")
+    # No other kernel caps scores, and without one all T x T of them would be in memory.
+    is_capped_by_flex = config.attention_logit_softcap is not None and uses_flex_attention(config, device)
+    if not given and reach is None and not is_capped_by_flex:
+        return None
+    if lengths is None and is_prefix is None and uses_flex_attention(config, device):
+        return _flex_block_mask(shape, document_ids, device, is_causal=config.is_causal, reach=reach)
+    if device.type == "cuda" and (document_ids is not None or reach is not None):
         _warn_of_dense_mask(_lacks_for_flex(config, device) or "model.attention_kernel excludes it")
     positions = torch.arange(num_positions, device=device)
     mask = torch.ones(1, 1, num_positions, num_positions, dtype=torch.bool, device=device)
@@ -99,6 +104,8 @@ def make_attention_mask(
         mask = mask.tril()
     if is_prefix is not None:
         mask = mask | is_prefix[:, None, None, :]
+    if reach is not None:
+        mask = mask & ((positions[:, None] - positions).abs() <= reach)
     if document_ids is not None:
         mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     if lengths is not None:
@@ -110,27 +117,49 @@ def make_attention_mask(
 @cache
 def _warn_of_dense_mask(reason: str) -> None:
     _log.warning(
-        "Packed rows are computed with a dense mask, as slow as rows of one document and with T x T bytes of "
-        "memory per row: flex attention cannot serve them, because %s.",
+        "Packed rows and windows are computed with a dense mask, as slow as rows of one document and with "
+        "T x T bytes of memory per row: flex attention cannot serve them, because %s.",
         reason,
     )
 
 
-def _flex_block_mask(document_ids: Tensor, *, is_causal: bool) -> BlockMask:
+def _flex_block_mask(
+    shape: torch.Size,
+    document_ids: Tensor | None,
+    device: torch.device,
+    *,
+    is_causal: bool,
+    reach: int | None,
+) -> BlockMask:
     def attends(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_document = document_ids[row, query] == document_ids[row, key]
-        return same_document & (query >= key) if is_causal else same_document
+        sees = query >= key if is_causal else key >= 0
+        if document_ids is not None:
+            sees = sees & (document_ids[row, query] == document_ids[row, key])
+        if reach is not None:
+            sees = sees & (query - key <= reach) & (key - query <= reach)
+        return sees
 
     from torch.nn.attention.flex_attention import create_block_mask
 
-    num_rows, num_positions = document_ids.shape
-    create = _compiled("create_block_mask") if _compiles_flex(document_ids) else create_block_mask
-    return create(attends, num_rows, None, num_positions, num_positions, device=str(document_ids.device))
+    num_rows, num_positions = shape
+    create = _compiled("create_block_mask") if _compiles_flex(device) else create_block_mask
+    of_rows = None if document_ids is None else num_rows  # None: one for all
+    return create(attends, of_rows, None, num_positions, num_positions, device=str(device))
 
 
-def _compiles_flex(tensor: Tensor) -> bool:
+def _compiles_flex(device: torch.device) -> bool:
     """Whether to compile flex attention by itself: on a GPU, unless an enclosing torch.compile does."""
-    return tensor.is_cuda and not torch.compiler.is_compiling()
+    return device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+@cache
+def _capped(cap: float) -> Callable[..., Tensor]:
+    """The change of scores for flex attention; the same function for each call, so that it compiles once."""
+
+    def change(score: Tensor, _row: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return change
 
 
 @cache
@@ -141,7 +170,14 @@ def _compiled(name: str) -> Any:
 
 
 def attention(
-    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: AttentionMask, *, is_causal: bool, kernel: str
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    mask: AttentionMask,
+    *,
+    is_causal: bool,
+    kernel: str,
+    softcap: float | None = None,
 ) -> Tensor:
     """Weighted sums of the values, [B, H, T, D]; `kernel` is the setting `model.attention_kernel`."""
     is_grouped = q_BHTD.shape[1] != k_BGSD.shape[1]
@@ -150,8 +186,13 @@ def attention(
         # more than the sum of their squared lengths. SDPA with a dense mask computes all T x S scores.
         from torch.nn.attention.flex_attention import flex_attention
 
-        flex = _compiled("flex_attention") if _compiles_flex(q_BHTD) else flex_attention
-        return flex(q_BHTD, k_BGSD, v_BGSD, block_mask=mask, enable_gqa=is_grouped)  # type: ignore[no-any-return]
+        flex = _compiled("flex_attention") if _compiles_flex(q_BHTD.device) else flex_attention
+        change = None if softcap is None else _capped(softcap)
+        return flex(  # type: ignore[no-any-return]
+            q_BHTD, k_BGSD, v_BGSD, score_mod=change, block_mask=mask, enable_gqa=is_grouped
+        )
+    if softcap is not None:
+        return attention_written_out(q_BHTD, k_BGSD, v_BGSD, mask, is_causal=is_causal, softcap=softcap)
     if is_grouped and mask is not None and q_BHTD.is_cuda:
         # No fused kernel takes both a mask and grouped heads: SDPA would keep all T x S scores in memory.
         k_BGSD, v_BGSD = (_for_each_head(x, q_BHTD) for x in (k_BGSD, v_BGSD))
@@ -185,24 +226,31 @@ def _cudnn_first() -> AbstractContextManager[None]:
     return sdpa_kernel(order, set_priority=True)
 
 
-def attention_with_dropout(
+def attention_written_out(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSD: Tensor,
     mask: AttentionMask,
     *,
     is_causal: bool,
-    rate: float,
-    keys_B: Tensor,
+    softcap: float | None = None,
+    rate: float = 0.0,
+    keys_B: Tensor | None = None,
 ) -> Tensor:
-    """Attention written out, with all T x S weights in memory: no kernel takes a mask per weight."""
+    """Attention with all T x S weights in memory: no kernel drops weights, and none but flex caps scores.
+
+    `keys_B` is given to drop weights at `rate`.
+    """
     assert mask is None or isinstance(mask, Tensor)  # `uses_flex_attention` rules a block mask out
     k_BHSD, v_BHSD = (_for_each_head(x, q_BHTD) for x in (k_BGSD, v_BGSD))
     scores_BHTS = q_BHTD @ k_BHSD.transpose(2, 3) * q_BHTD.shape[-1] ** -0.5
+    if softcap is not None:
+        scores_BHTS = softcap * torch.tanh(scores_BHTS.float() / softcap)
     if mask is None and is_causal:
         mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=scores_BHTS.device).tril()
     if mask is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
     weights_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=torch.float32)
-    weights_BHTS = dropout(weights_BHTS, rate, keys_B, site=0)
+    if keys_B is not None:
+        weights_BHTS = dropout(weights_BHTS, rate, keys_B, site=0)
     return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from distft.model.config import ModelConfig
+from distft.model.config import ModelConfig, TokenModelConfig
 from distft.model.heads import (
     LANGUAGE_MODEL,
     ClassificationHead,
@@ -21,7 +21,7 @@ _EMBEDDINGS = ("embed.", "position_embed.", "segment_embed.", "embed_norm.")  # 
 
 def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
     """Elements of all parameters; tied embeddings count once."""
-    total = config.padded_vocab_size * config.d_model + config.num_backbone_parameters()
+    total = config.num_embedding_parameters + config.num_backbone_parameters()
     for head in heads.values():
         if isinstance(head, EmbeddingHead):
             total += head.learns_temperature
@@ -33,11 +33,12 @@ def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
             if has_hidden_layer(head):
                 total += (width + 1) * width + num_outputs
         else:
-            if not config.tie_embeddings:
+            if not _of_tokens(config).tie_embeddings:
                 total += config.padded_vocab_size * config.output_size
             if _has_transform(config):
                 norm_numel = _transformer(config).norm_numel
-                total += (config.d_model + 1) * config.d_model + norm_numel + config.padded_vocab_size
+                num_rows = config.output_size + _transformer(config).lm_head_transform_bias
+                total += num_rows * config.output_size + norm_numel + config.padded_vocab_size
     return total
 
 
@@ -63,6 +64,13 @@ def _transformer(config: ModelConfig) -> TransformerConfig:
     return config
 
 
+def _of_tokens(config: ModelConfig) -> TokenModelConfig:
+    """`config`, which has a language model's head."""
+    if not isinstance(config, TokenModelConfig):
+        raise TypeError(f"{type(config).__name__} has no vocabulary")
+    return config
+
+
 def _num_outputs(head: ClassificationHead | TokenHead) -> int:
     return head.num_labels if isinstance(head, ClassificationHead) else head.num_outputs
 
@@ -72,24 +80,49 @@ class Flops:
     """FLOPs of matrix products; a multiply-add counts 2.
 
     `per_token` is the cost of a token in the linear layers, `per_pair` that of a query and a key of the same
-    document in attention. A document of L tokens has L ** 2 pairs. Causal attention counts all of
-    them, although kernels skip half: so does the usual definition of MFU (PaLM, Chowdhery et al. 2022, B).
+    document in attention, `per_local_pair` in the layers with a window. `num_attention_pairs` counts both.
     """
 
     per_token: float
     per_pair: float
+    per_local_pair: float = 0.0
 
-    def of(self, num_tokens: int, num_pairs: int) -> float:
-        return self.per_token * num_tokens + self.per_pair * num_pairs
+    def of(self, num_tokens: int, num_pairs: int, num_local_pairs: int | None = None) -> float:
+        """`num_local_pairs` None: no document is longer than the window."""
+        if num_local_pairs is None:
+            num_local_pairs = num_pairs
+        pairs = self.per_pair * num_pairs + self.per_local_pair * num_local_pairs
+        return self.per_token * num_tokens + pairs
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.per_token + other.per_token, self.per_pair + other.per_pair)
+        return Flops(
+            self.per_token + other.per_token,
+            self.per_pair + other.per_pair,
+            self.per_local_pair + other.per_local_pair,
+        )
+
+    def __mul__(self, factor: float) -> "Flops":
+        return Flops(self.per_token * factor, self.per_pair * factor, self.per_local_pair * factor)
+
+
+def num_attention_pairs(num_tokens: int, reach: int | None = None) -> int:
+    """Queries and keys of a document that are at most `reach` positions apart; None: all.
+
+    Causal attention counts the pairs that it does not see too, although kernels skip that half: so does the
+    usual definition of MFU (PaLM, Chowdhery et al. 2022, appendix B).
+    """
+    num_apart = 0 if reach is None else max(num_tokens - 1 - reach, 0)
+    return num_tokens**2 - num_apart * (num_apart + 1)
 
 
 def forward_flops(config: ModelConfig, seq_len: int, heads: Heads = LANGUAGE_MODEL) -> Flops:
     """FLOPs of the forward pass over rows of `seq_len` tokens; a classifier's head runs once per row."""
     products = [product for chain in _chains(config, seq_len, heads) for product in chain]
-    return Flops(2 * sum(p.numel for p in products), sum(p.flops_per_pair for p in products))
+    return Flops(
+        2 * sum(p.numel for p in products),
+        sum(p.flops_per_pair for p in products),
+        sum(p.flops_per_local_pair for p in products),
+    )
 
 
 def training_flops(
@@ -108,36 +141,48 @@ def training_flops(
     def trains(*prefixes: str) -> bool:
         return names is None or any(name.startswith(prefixes) for name in names)
 
-    per_token, per_pair = 0.0, 0.0
+    per_token, per_pair, per_local_pair = 0.0, 0.0, 0.0
     for chain in _chains(config, seq_len, heads):
         has_trainable_before = trains(*_EMBEDDINGS)
         for product in chain:
             has_trainable_before = has_trainable_before or trains(*product.before)
             needs_input_gradient = has_trainable_before or trains(*product.before_alone)
+            if product.depends_on is not None:
+                needs_input_gradient = bool(product.depends_on) and trains(*product.depends_on)
             per_token += 2 * product.numel * (needs_input_gradient + trains(product.name))
-            if product.flops_per_pair:
+            if product.flops_per_pair or product.flops_per_local_pair:
                 has_trainable_before = has_trainable_before or trains(
                     *_attention_inputs(product.name[: -len("v.")])
                 )
                 per_pair += 2 * product.flops_per_pair * has_trainable_before
-    return forward_flops(config, seq_len, heads) + Flops(per_token, per_pair)
+                per_local_pair += 2 * product.flops_per_local_pair * has_trainable_before
+    return forward_flops(config, seq_len, heads) + Flops(per_token, per_pair, per_local_pair)
 
 
 def recomputed_flops(config: TransformerConfig, trainable: Collection[str] | None = None) -> Flops:
     """FLOPs that full activation checkpointing adds: a second forward of each block that has a backward.
 
-    It ends before the block's last product, `mlp.down`, unless a norm follows that: the backward does not
-    need its result.
+    It ends before the block's last product, `mlp.down`, unless a norm or the weights of experts follow that:
+    the backward does not need its result.
     """
     blocks = [f"blocks.{index}." for index in range(config.num_layers)]
     names = None if trainable is None else tuple(trainable)
-    num_recomputed = sum(
-        names is None or any(name.startswith((*_EMBEDDINGS, *blocks[: index + 1])) for name in names)
+    recomputed = [
+        index
         for index in range(config.num_layers)
+        if names is None or any(name.startswith((*_EMBEDDINGS, *blocks[: index + 1])) for name in names)
+    ]
+    numel = 0.0
+    for index in recomputed:
+        experts = config.experts_of(index)
+        numels = [p.numel for p in config.block_products(blocks[index], has_window=False, experts=experts)]
+        numel += sum(numels[:-1] if config.norm_position == "pre" and experts is None else numels)
+    num_local = sum(config.has_window(index) for index in recomputed)
+    return Flops(
+        2.0 * numel,
+        config.flops_per_pair * (len(recomputed) - num_local),
+        config.flops_per_pair * num_local,
     )
-    products = list(config.block_products(blocks[0]))
-    numel = sum(product.numel for product in (products[:-1] if config.norm_position == "pre" else products))
-    return Flops(2.0 * numel * num_recomputed, config.flops_per_pair * num_recomputed)
 
 
 def _attention_inputs(attention: str) -> tuple[str, ...]:
@@ -149,13 +194,14 @@ def _chains(config: ModelConfig, seq_len: int, heads: Heads) -> list[list[Produc
     generators = {name: head for name, head in heads.items() if isinstance(head, GeneratorHead)}
     chains = [_generator_products(_transformer(config), name, head) for name, head in generators.items()]
     if len(generators) < len(heads) or not heads:
-        chains.append([*_main_products(config, seq_len, heads)])
+        *others, last = config.product_chains(seq_len)
+        chains += [[*products] for products in others]
+        chains.append([*last, *_head_products(config, seq_len, heads)])
     return chains
 
 
-def _main_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[Product]:
-    yield from config.backbone_products(seq_len)
-    before_heads = ("blocks.", "norm.")  # of every backbone
+def _head_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[Product]:
+    before_heads = ("blocks.", "norm.", "encoder.", "decoder.")  # of every backbone
     for name, head in heads.items():
         if isinstance(head, ClassificationHead | TokenHead):
             width, num_uses = config.output_size, 1 / seq_len if isinstance(head, ClassificationHead) else 1
@@ -163,14 +209,14 @@ def _main_products(config: ModelConfig, seq_len: int, heads: Heads) -> Iterator[
             if has_hidden_layer(head):
                 hidden = f"{name}.hidden."
                 yield Product(hidden, width**2 * num_uses, before_heads)
-                yield Product(f"{name}.output.", numel, before_alone=(hidden,))
+                yield Product(f"{name}.output.", numel, before_alone=(hidden, f"{name}.norm."))
             else:
                 yield Product(f"{name}.", numel, before_heads)
         elif not isinstance(head, EmbeddingHead | GeneratorHead):
-            weight = "embed." if config.tie_embeddings else f"{name}.weight"
+            weight = "embed." if _of_tokens(config).tie_embeddings else f"{name}.weight"
             numel = config.output_size * config.padded_vocab_size
             if _has_transform(config):
-                yield Product(f"{name}.dense.", config.d_model**2, before_heads)
+                yield Product(f"{name}.dense.", config.output_size**2, before_heads)
                 yield Product(weight, numel, before_alone=(f"{name}.dense.", f"{name}.norm."))
             else:
                 yield Product(weight, numel, before_heads)
@@ -181,7 +227,7 @@ def _generator_products(config: TransformerConfig, name: str, head: GeneratorHea
     products = [Product(f"{name}.input.", config.d_model * own.d_model)]
     for index in range(own.num_layers):
         before = (f"{name}.input.",) if index == 0 else ()
-        first, *rest = own.block_products(f"{name}.blocks.{index}.")
+        first, *rest = own.block_products(f"{name}.blocks.{index}.", has_window=own.has_window(index))
         products += [replace(first, before=(*first.before, *before)), *rest]
     blocks = (f"{name}.input.", f"{name}.blocks.", f"{name}.norm.")
     products.append(Product(f"{name}.hidden.", config.d_model * own.d_model, blocks))

@@ -24,11 +24,8 @@ class Documents:
         return len(self.lengths)
 
 
-def documents_of(layout: RowLayout) -> Documents:
-    """The documents of rows. A new one begins with each row, at a change of id, and at the padding.
-
-    On a GPU this waits for the device once, since the number of documents is a shape.
-    """
+def document_begins(layout: RowLayout) -> Tensor:
+    """bool [B, T]: whether a document begins at a position, or the row's padding does."""
     num_rows, num_positions = layout.shape
     device = layout.position_ids.device
     begins_BT = torch.zeros(num_rows, num_positions, dtype=torch.bool, device=device)
@@ -37,7 +34,17 @@ def documents_of(layout: RowLayout) -> Documents:
         begins_BT[:, 1:] |= layout.document_ids[:, 1:] != layout.document_ids[:, :-1]
     if layout.lengths is not None:
         begins_BT |= torch.arange(num_positions, device=device) == layout.lengths[:, None]
-    begins_N = begins_BT.flatten()
+    return begins_BT
+
+
+def documents_of(layout: RowLayout) -> Documents:
+    """The documents of rows. A new one begins with each row, at a change of id, and at the padding.
+
+    On a GPU this waits for the device once, since the number of documents is a shape.
+    """
+    num_rows, num_positions = layout.shape
+    device = layout.position_ids.device
+    begins_N = document_begins(layout).flatten()
     numbers_N = begins_N.cumsum(0) - 1
     positions_N = torch.arange(num_rows * num_positions, device=device)
     starts_N = torch.where(begins_N, positions_N, 0).cummax(0).values

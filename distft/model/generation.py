@@ -44,13 +44,13 @@ class Decoder:
     def decode(self, token_B: Tensor) -> Tensor:
         """Append one token to each row; return logits [B, V] of the token after it."""
         # Finished rows stay in the batch, so their positions must stay inside the table of learned positions.
-        position_B = self._next_position_B.clamp_max(self._model.config.max_seq_len - 1)
+        position_B = self._next_position_B.clamp_max(self._model.config.longest_row - 1)
         self._next_position_B = self._next_position_B + 1
         return self._logits(token_B[:, None], position_B[:, None])
 
     def _logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         logits = self._model.forward_cached(input_ids, position_ids, self._caches, self._num_padding_B)
-        return logits[:, -1, : self._model.config.vocab_size].float()
+        return logits[:, -1, : self._model.config.vocabulary_size].float()
 
 
 @torch.no_grad()
@@ -77,6 +77,8 @@ def generate(
     Temperature 0 picks the most likely token. Otherwise `generator` (on the model's device) draws one of the
     `top_k` most likely, restricted to the fewest of them whose probabilities add up to `top_p`. Prompts may
     differ in length; no row influences another. Raises `ConfigError` that lists every invalid argument.
+
+    An encoder with a decoder reads each prompt as a source. There is no window: a row ends when it is full.
     """
     prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(ids) for ids in input_ids]
     _check_request(
@@ -84,7 +86,8 @@ def generate(
     )
     if not prompts or not max_new_tokens:
         return [[] for _ in prompts]
-    rows = _Rows(prompts, model.config.max_seq_len, min(num_kept, model.config.max_seq_len - 1))
+    rows = _Rows(prompts, model.config.longest_row, min(num_kept, model.config.longest_row - 1))
+    is_source = model.config.is_encoder_decoder
     with _eval_mode(model):
         while True:
             decoder = rows.start_decoder(model, max_new_tokens)
@@ -98,6 +101,7 @@ def generate(
                     lambda number, new: (
                         new[-1] == eos_id
                         or len(new) == max_new_tokens
+                        or (is_source and len(prompts[number]) + len(new) > model.config.longest_row)
                         or (is_finished is not None and is_finished(number, new))
                     ),
                 )
@@ -202,7 +206,7 @@ def _check_request(
     errors = []
     if "lm_head" not in model.heads:
         errors.append("The model is a classifier: it has no logits over the vocabulary to generate from.")
-    if not config.is_causal:
+    if not config.is_causal and not config.is_encoder_decoder:
         errors.append(
             f"model.{config.direction_setting}=bidirectional cannot generate: each token sees the next, "
             "which does not exist yet."
@@ -218,10 +222,15 @@ def _check_request(
     for number, prompt in enumerate(prompts):
         if not prompt:
             errors.append(f"Prompt {number} is empty: it needs at least one token, such as the bos_id.")
-        unknown = [token for token in prompt if not 0 <= token < (config.vocab_size or 0)]
+        if config.is_encoder_decoder and len(prompt) > config.longest_row:
+            errors.append(
+                f"Prompt {number} has {len(prompt)} tokens, and an encoder reads a source whole: shorten it to "
+                f"model.max_seq_len={config.longest_row}."
+            )
+        unknown = [token for token in prompt if not 0 <= token < (config.vocabulary_size or 0)]
         if unknown:
             errors.append(
-                f"Prompt {number} has token {unknown[0]}, but model.vocab_size={config.vocab_size}: "
+                f"Prompt {number} has token {unknown[0]}, but model.vocab_size={config.vocabulary_size}: "
                 f"encode it with the model's own tokenizer."
             )
     if errors:

@@ -10,8 +10,10 @@ from pydantic import Field
 from distft.model.config import Pooling
 from distft.model.transformer_config import TransformerConfig
 
-# A layer with this activation; with one, the classifier has biases.
-HiddenLayer: TypeAlias = Literal["none", "tanh", "relu"]
+# A layer with this activation; with one, the classifier has biases. gelu_norm: without a bias of the layer,
+# and with a norm behind it, as ModernBERT.
+HiddenLayer: TypeAlias = Literal["none", "tanh", "relu", "gelu_norm"]
+CLASSIFIER_NORM_EPS = 1e-5  # of that norm
 HeadName: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 
 
@@ -70,6 +72,7 @@ class GeneratorHead:
             "num_heads": num_heads,
             "num_kv_heads": gcd(num_heads, model.num_kv_heads),
             "d_ff": max(round(model.d_ff * self.size), 1),
+            "experts": None,
         }
         return model.model_copy(update=sizes)
 

@@ -24,16 +24,14 @@ class InitialValues:
 def initial_values(config: ModelConfig, name: str, shape: tuple[int, ...]) -> InitialValues:
     """Ones for norms, zeros for biases and a temperature's logarithm, normal for matrices.
 
-    A matrix has the standard deviation `init_std`, or 1 / sqrt(width of its input), times
-    `config.residual_init_factor(name)`.
+    A matrix has the standard deviation `config.initial_std(name, shape)`.
     """
     last = name.rpartition(".")[2]
-    if last.startswith("bias") or last == "log_temperature":
+    if last.startswith("bias") or last in {"log_temperature", "selection_bias"}:
         return InitialValues("zeros")
     if len(shape) == 1:
         return InitialValues("ones")
-    std = config.init_std if config.init_std is not None else config.input_width(name, shape) ** -0.5
-    return InitialValues("normal", std * config.residual_init_factor(name))
+    return InitialValues("normal", config.initial_std(name, shape))
 
 
 def initial_fragment(

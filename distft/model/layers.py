@@ -73,7 +73,7 @@ class GatedMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """Plain feed-forward: `up`, GELU, `down`."""
+    """Plain feed-forward: `up`, GELU or ReLU, `down`."""
 
     __call__: Callable[..., Tensor]
 
@@ -95,7 +95,9 @@ def activation_of(config: TransformerConfig) -> Callable[[Tensor], Tensor]:
     """The function of the feed-forward."""
     if config.mlp == "swiglu":
         return functional.silu
-    return partial(functional.gelu, approximate="tanh" if config.mlp == "gelu" else "none")
+    if config.mlp == "relu":
+        return functional.relu
+    return partial(functional.gelu, approximate="tanh" if config.mlp in {"gelu", "geglu_tanh"} else "none")
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:

@@ -7,9 +7,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-# (hidden [N, C], weight [V, C]) -> what the caller computes from them, such as a summed loss
-HiddenLossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# (hidden [N, C], weight [V, C]) -> what the caller computes from them, such as a summed loss. A model that
+# caps its logits x to cap * tanh(x / cap) passes `softcap=cap`, too.
+HiddenLossFn: TypeAlias = Callable[..., Tensor]
 HiddenLosses: TypeAlias = Mapping[str, HiddenLossFn]  # by the name of a head
+
+# Beside the outputs of heads: what the routers of experts chose. No head can have this name.
+ROUTING = "/routing"
 
 
 def without_left_padding(x_BTC: Tensor, num_padding_B: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distft.model.config import MOST, MOST_LAYERS, ModelConfig
+from distft.model.config import MOST, MOST_LAYERS, TokenModelConfig
 from distft.model.products import Product
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MOST_KERNEL = 4096
 
 
-class DirectedConfig(ModelConfig):
+class DirectedConfig(TokenModelConfig):
     """A model whose `direction` says what a position sees of its document."""
 
     direction: Literal["causal", "bidirectional"] = "causal"  # what comes before it, or all

@@ -5,11 +5,23 @@ from typing import Annotated, Any
 
 from distft.config import Component
 from distft.config.component import members_by_type
+from distft.model.encoder_decoder_config import EncoderDecoderConfig
+from distft.model.image_configs import ConvolutionalImageConfig, VisionTransformerConfig
+from distft.model.image_text_config import ImageTextConfig
 from distft.model.older_configs import ConvolutionalConfig, DeepAveragingConfig, RecurrentConfig
 from distft.model.transformer_config import TransformerConfig
 
 _DEFAULT_TYPE = "transformer"
-_BuiltIn = TransformerConfig | DeepAveragingConfig | ConvolutionalConfig | RecurrentConfig
+_BuiltIn = (
+    TransformerConfig
+    | DeepAveragingConfig
+    | ConvolutionalConfig
+    | RecurrentConfig
+    | EncoderDecoderConfig
+    | VisionTransformerConfig
+    | ConvolutionalImageConfig
+    | ImageTextConfig
+)
 AnyModelConfig = Annotated[_BuiltIn, Component(default=_DEFAULT_TYPE)]
 
 

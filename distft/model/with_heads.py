@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distft.errors import ConfigError
-from distft.model.config import ModelConfig
+from distft.model.config import ModelConfig, TokenModelConfig
 from distft.model.dropout import dropout, random_row_keys
 from distft.model.heads import (
+    CLASSIFIER_NORM_EPS,
     LANGUAGE_MODEL,
     ClassificationHead,
     EmbeddingHead,
@@ -26,24 +27,29 @@ from distft.model.heads import (
     TokenHead,
 )
 from distft.model.layers import Linear, make_embedding
-from distft.model.layout import HiddenLosses, HiddenLossFn, RowLayout
+from distft.model.layout import ROUTING, HiddenLosses, HiddenLossFn, RowLayout
 
 
 class OutputProjection(Linear):
     """Logits over the vocabulary, or the result of a `HiddenLossFn`, which never needs all logits at once."""
 
+    softcap: float | None = None  # logits x become softcap * tanh(x / softcap)
+
     def forward(self, x_BTH: Tensor, loss_from_hidden: HiddenLossFn | None = None) -> Tensor:
         if loss_from_hidden is None:
-            return super().forward(x_BTH)
+            logits = super().forward(x_BTH)
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         # The loss is computed here and not in the objective, because ZeRO 3 gathers a weight only during the
         # forward of the module that owns it.
         dtype = self.matmul_dtype(x_BTH)
         x_NH, weight_VH = x_BTH.flatten(0, -2).to(dtype), self.weight.to(dtype)
         if self.bias is not None:
             x_NH, weight_VH = _with_bias_columns(x_NH, weight_VH, self.bias.to(dtype))
-        return loss_from_hidden(x_NH, weight_VH)
+        options = {} if self.softcap is None else {"softcap": self.softcap}
+        return loss_from_hidden(x_NH, weight_VH, **options)
 
 
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu_norm": functional.gelu}  # of one with a layer
 _BIAS_COLUMNS = 8  # GPUs multiply fast if widths are multiples of it
 
 
@@ -57,16 +63,21 @@ def _with_bias_columns(x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> tuple
 
 
 class HiddenClassifier(nn.Module):
-    """The classifier of BERT's relatives: a dense layer with an activation, then the output, with biases."""
+    """The classifier of BERT's relatives: a dense layer with an activation, then the output, with biases.
+
+    ModernBERT's has a norm in between, and in place of the layer's bias that norm's weight.
+    """
 
     def __init__(self, size: int, head: ClassificationHead) -> None:
         super().__init__()
-        self.hidden = Linear(size, size, bias=True)
+        has_norm = head.hidden == "gelu_norm"
+        self.hidden = Linear(size, size, bias=not has_norm)
+        self.norm = nn.LayerNorm(size, eps=CLASSIFIER_NORM_EPS, bias=False) if has_norm else nn.Identity()
         self.output = Linear(size, head.num_labels, bias=True)
-        self.activation = torch.tanh if head.hidden == "tanh" else torch.relu
+        self.activation = _ACTIVATIONS[head.hidden]
 
     def forward(self, x_BH: Tensor) -> Tensor:
-        return self.output(self.activation(self.hidden(x_BH)))
+        return self.output(self.norm(self.activation(self.hidden(x_BH))))
 
 
 class Embedding(nn.Module):
@@ -101,7 +112,7 @@ class ModelWithHeads(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.heads = dict(heads)
-        self.embed = make_embedding(config.padded_vocab_size, config.d_model)
+        self.make_inputs()
         self.make_backbone()
         for name, head in self.heads.items():
             if hasattr(self, name):
@@ -111,9 +122,20 @@ class ModelWithHeads(nn.Module, ABC):
                 )
             self.add_module(name, self.make_head(head))
 
+    def make_inputs(self) -> None:
+        """Add the layers that read the inputs."""
+        config = self._token_config
+        self.embed = make_embedding(config.padded_vocab_size, config.d_model)
+
+    @property
+    def _token_config(self) -> TokenModelConfig:
+        """`config`, of a model that reads tokens."""
+        assert isinstance(self.config, TokenModelConfig)
+        return self.config
+
     @abstractmethod
     def make_backbone(self) -> None:
-        """Add the layers between embedding and heads."""
+        """Add the layers between inputs and heads."""
 
     @abstractmethod
     def encode(self, x_BTC: Tensor, layout: RowLayout, dropout_keys_B: Tensor | None) -> Tensor:
@@ -122,11 +144,16 @@ class ModelWithHeads(nn.Module, ABC):
         What it returns for padding is not read.
         """
 
-    @abstractmethod
+    def encode_with_routing(
+        self, x_BTC: Tensor, layout: RowLayout, dropout_keys_B: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`encode`, and the `routing_sums` of each layer with experts [L, 2 + E]; None: without gradient."""
+        return self.encode(x_BTC, layout, dropout_keys_B), None
+
     def new_caches(self, num_positions: int) -> Sequence[Any]:
         """What `encode_cached` remembers of up to `num_positions` positions, empty."""
+        raise NotImplementedError
 
-    @abstractmethod
     def encode_cached(
         self, x_BTC: Tensor, position_ids: Tensor, caches: Sequence[Any], num_padding_B: Tensor | None
     ) -> Tensor:
@@ -134,6 +161,7 @@ class ModelWithHeads(nn.Module, ABC):
 
         Row b has `num_padding_B[b]` tokens of padding before its first real one; None: no row has any.
         """
+        raise NotImplementedError
 
     def set_activation_checkpointing(self, mode: Literal["none", "selective", "full"]) -> None:
         """What the backward recomputes: nothing, all but products and attention, or whole blocks."""
@@ -161,8 +189,10 @@ class ModelWithHeads(nn.Module, ABC):
         *,
         is_prefix: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        images: Tensor | None = None,
         heads: Collection[str] | None = None,
         losses_from_hidden: HiddenLosses | None = None,
+        tells_routing: bool = False,
     ) -> dict[str, Tensor]:
         """The output of each of `heads` (None: all) by name.
 
@@ -173,43 +203,74 @@ class ModelWithHeads(nn.Module, ABC):
         the same id) are int64 [B, T]; `lengths` is int64 [B], the number of real tokens at each row's start.
         `is_prefix` bool [B, T] marks tokens that a causal model's earlier tokens see, too.
         `segment_ids` int64 [B, T] (None: 0 everywhere) say which text of a pair a token is of.
+        `images` uint8 [B, channels, height, width] are read by models of images, which ignore the tokens, and
+        by models of images with texts.
         `dropout_keys` int64 [B] determine what training drops in each row; None: drawn at random.
         A language model's or generator's head `name` in `losses_from_hidden` returns
         `losses_from_hidden[name](hidden [N, H], weight [V, H])` in place of its logits.
+        With `tells_routing`, a pass with gradient through experts has one more output, `ROUTING`: what
+        `encode_with_routing` returns.
 
         Raises `ConfigError` for rows longer than `max_seq_len`, and for segment ids that the model has no row
         for.
         """
-        if input_ids.shape[1] > self.config.max_seq_len:
+        layout = self.layout_of(input_ids, position_ids, document_ids, lengths, is_prefix)
+        if not self.training or not self.config.has_dropout:
+            dropout_keys = None
+        elif dropout_keys is None:
+            dropout_keys = random_row_keys(len(input_ids), input_ids.device)
+        x_BTC = self.embed_inputs(input_ids, layout, segment_ids, images, dropout_keys)
+        losses = losses_from_hidden or {}
+        names = list(self.heads if heads is None else heads)
+        outputs = self.outputs_beside_backbone(names, x_BTC, layout, dropout_keys, losses)
+        if set(names) - set(outputs):
+            x_BTH, routing = self.encode_with_routing(x_BTC, layout, dropout_keys)
+            if tells_routing and routing is not None:
+                outputs[ROUTING] = routing
+            for name in names:
+                if name not in outputs:
+                    outputs[name] = self._head_output(name, x_BTH, layout.lengths, losses.get(name))
+        return outputs
+
+    def layout_of(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        is_prefix: Tensor | None = None,
+    ) -> RowLayout:
+        """The layout of the backbone's input. Raises `ConfigError` for rows that are too long."""
+        if input_ids.shape[1] > self.config.longest_row:
             raise ConfigError(
                 f"A row of {input_ids.shape[1]} tokens is longer than model.max_seq_len="
-                f"{self.config.max_seq_len}: shorten the rows, or raise it before pretraining."
+                f"{self.config.longest_row}: shorten the rows, or raise it before pretraining."
             )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        layout = RowLayout(
+        return RowLayout(
             shape=input_ids.shape,
             position_ids=position_ids,
             document_ids=document_ids,
             lengths=lengths,
             is_prefix=is_prefix,
         )
-        if not self.training or not self.config.dropout:
-            dropout_keys = None
-        elif dropout_keys is None:
-            dropout_keys = random_row_keys(len(input_ids), input_ids.device)
-        x_BTC = self.embed_tokens(input_ids, position_ids, segment_ids)
-        if dropout_keys is not None:
-            x_BTC = dropout(x_BTC, self.config.dropout, dropout_keys, site=0)
-        losses = losses_from_hidden or {}
-        names = list(self.heads if heads is None else heads)
-        outputs = self.outputs_beside_backbone(names, x_BTC, layout, dropout_keys, losses)
-        if len(outputs) < len(names):
-            x_BTH = self.encode(x_BTC, layout, dropout_keys)
-            for name in names:
-                if name not in outputs:
-                    outputs[name] = self._head_output(name, x_BTH, lengths, losses.get(name))
-        return outputs
+
+    def embed_inputs(
+        self,
+        input_ids: Tensor,
+        layout: RowLayout,
+        segment_ids: Tensor | None = None,
+        images: Tensor | None = None,
+        dropout_keys_B: Tensor | None = None,
+    ) -> Tensor:
+        """The backbone's input, [B, T, C] with the T of `layout`. Raises `ConfigError` for other inputs."""
+        if images is not None:
+            raise ConfigError("The rows have images, and this model reads tokens alone: leave images out.")
+        x_BTC = self.embed_tokens(input_ids, layout.position_ids, segment_ids)
+        if dropout_keys_B is None:
+            return x_BTC
+        return dropout(x_BTC, self._token_config.dropout, dropout_keys_B, site=0)
 
     def embed_tokens(
         self,
@@ -276,7 +337,7 @@ class ModelWithHeads(nn.Module, ABC):
 
     def tied(self, projection: OutputProjection) -> OutputProjection:
         """`projection` with the embedding as its weight, if the configuration ties them."""
-        if self.config.tie_embeddings:
+        if self._token_config.tie_embeddings:
             projection.weight = self.embed.weight
         return projection
 

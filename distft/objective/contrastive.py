@@ -80,9 +80,13 @@ class Contrastive(PooledObjective):
         )
         return {self._head: head}
 
+    @property
+    def needs_text(self) -> bool:
+        return False
+
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
-        if self.views == "dropout" and not model.dropout:
+        if self.views == "dropout" and not model.has_dropout:
             raise ConfigError(
                 "objective.views=dropout with model.dropout=0: both views of a text would be equal. Set "
                 "model.dropout, such as 0.1, or another objective.views."
@@ -94,7 +98,13 @@ class Contrastive(PooledObjective):
 
         from distft.objective import views
 
-        num_texts = context.rows(np.zeros(1, np.int64)).rows_per_sequence
+        row = context.rows(np.zeros(1, np.int64))
+        num_texts = row.views_per_sequence
+        if row.images is not None and self.views == "crops":
+            raise ConfigError(
+                "objective.views=crops cuts texts, and these rows are images: set data.views=2 with "
+                "data.augment, and leave objective.views out."
+            )
         self._check_data(num_texts, context)
         if num_texts > 1:
             return (views.as_columns,)
@@ -107,7 +117,8 @@ class Contrastive(PooledObjective):
         if num_texts == 1 and self.views == "columns":
             problems.append(
                 "objective.views=columns needs two texts in each row: set data.type=pairs with the column of "
-                "the second text in data.positive, or set objective.views=dropout or crops."
+                "the second text in data.positive, or set objective.views=dropout or crops. Images have two "
+                "with data.views=2, and with data.text."
             )
         if num_texts > 1 and self.views != "columns" and context.step_share is not None:
             problems.append(
@@ -134,7 +145,7 @@ class Contrastive(PooledObjective):
         """How long crops are."""
         import numpy as np
 
-        if self.views != "crops" or context.rows(np.zeros(1, np.int64)).rows_per_sequence > 1:
+        if self.views != "crops" or context.rows(np.zeros(1, np.int64)).views_per_sequence > 1:
             return ()
         least, most = self._crop_lengths(context.data.seq_len)
         return (f"crops of a text of seq_len={context.data.seq_len:,} have {least:,} to {most:,} tokens",)
@@ -218,13 +229,13 @@ class Contrastive(PooledObjective):
         from distft.objective.views import TEXT_HASH
 
         num_sequences = batch.num_targets[_TERM]
-        hashes = batch.targets[TEXT_HASH].view(-1, batch.rows_per_sequence)
+        hashes = batch.targets[TEXT_HASH].view(-1, batch.views_per_sequence)
         return self._vectors(model, batch)[:num_sequences], hashes[:num_sequences]
 
     def _vectors(self, model: Model, batch: Batch) -> Tensor:
-        """The embeddings [B / K, K, C] of every row."""
+        """The embeddings [n, K, C] of every sequence."""
         vectors = model(**batch.model_inputs, heads=(self._head,))[self._head]
-        return vectors.view(-1, batch.rows_per_sequence, vectors.shape[1])
+        return vectors.view(-1, batch.views_per_sequence, vectors.shape[1])
 
     @property
     def _loss(self) -> ContrastiveLoss:

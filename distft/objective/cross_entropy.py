@@ -4,7 +4,7 @@ Shape letters: N rows, M rows of one chunk, C = d_model, V = padded_vocab_size, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -28,16 +28,20 @@ class FusedLinearCrossEntropy:
     Rows labelled `IGNORE_INDEX` and columns from `vocab_size` on (padding) do not count. Each other row adds
     `(1 - s) * nll + s * mean over the vocabulary of -log p + z_loss * logsumexp**2`
     (s: `label_smoothing`, Szegedy et al. 2015; z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+    With `softcap` a logit x is softcap * tanh(x / softcap).
     """
 
     vocab_size: int
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     compiles: bool = False  # with torch.compile, into one pass over the logits of a chunk
+    softcap: float | None = None  # that of the call
 
-    def __call__(self, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor) -> Tensor:
+    def __call__(
+        self, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, softcap: float | None = None
+    ) -> Tensor:
         return _FusedLinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
-            hidden_NC, weight_VC, labels_N, self
+            hidden_NC, weight_VC, labels_N, replace(self, softcap=softcap)
         )
 
 
@@ -48,11 +52,15 @@ class LossAndNumCorrect:
     vocab_size: int
 
     @torch.no_grad()
-    def __call__(self, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor) -> Tensor:
+    def __call__(
+        self, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, softcap: float | None = None
+    ) -> Tensor:
         weight_KC = weight_VC[: self.vocab_size]
         sums = torch.zeros(2, dtype=torch.float64, device=hidden_NC.device)
         for rows in _row_chunks(hidden_NC, self.vocab_size):
             logits_MK = (hidden_NC[rows] @ weight_KC.T).float()
+            if softcap is not None:
+                logits_MK.div_(softcap).tanh_().mul_(softcap)
             labels_M = labels_N[rows]
             counts_M = labels_M != IGNORE_INDEX
             target_M = labels_M.clamp_min(0)
@@ -93,10 +101,13 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             hidden_MC = hidden_NC[rows]
             # With all padded rows: tensor cores are fast on multiples of 8 or 64, which K may not be.
             logits_MV = hidden_MC @ weight_VC.T
+            slope_MV = None if loss_fn.softcap is None else _cap(logits_MV, loss_fn.softcap)
             logits_MV[:, loss_fn.vocab_size :] = -torch.inf
             chunk_loss, grad_MV, counts_M = loss_and_grad(
                 logits_MV, labels_N[rows], loss_fn.vocab_size, loss_fn.z_loss, loss_fn.label_smoothing
             )
+            if slope_MV is not None:
+                grad_MV = grad_MV * slope_MV
             loss += chunk_loss
             if hidden_grad is not None:
                 hidden_grad[rows] = (grad_MV @ weight_VC) * counts_M[:, None]
@@ -117,6 +128,13 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = (weight_grad * grad_output).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None
+
+
+def _cap(logits_MV: Tensor, softcap: float) -> Tensor:
+    """Cap logits in place; returns the derivatives by what they were."""
+    shares_MV = torch.tanh(logits_MV.float() / softcap)
+    logits_MV.copy_(shares_MV * softcap)
+    return (1 - shares_MV.square()).to(logits_MV.dtype)
 
 
 @cache

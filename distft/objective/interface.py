@@ -71,6 +71,11 @@ class Objective(Settings, ABC):
         return self
 
     @property
+    def needs_text(self) -> bool:
+        """Whether it makes no sense for a model of images alone."""
+        return True
+
+    @property
     def row_labels(self) -> str | None:
         """What it learns of `data.type=labelled`: the value of `labels` that it needs; None: any."""
         return None

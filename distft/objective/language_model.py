@@ -85,13 +85,13 @@ def hidden_losses(
 
     labels_N = rows.targets[target_name].flatten()
 
-    def loss_from_hidden(hidden_NC: Tensor, weight_VC: Tensor) -> Tensor:
+    def loss_from_hidden(hidden_NC: Tensor, weight_VC: Tensor, softcap: float | None = None) -> Tensor:
         if not has_few_targets:
-            return loss_fn(hidden_NC, weight_VC, labels_N=labels_N)
+            return loss_fn(hidden_NC, weight_VC, labels_N=labels_N, softcap=softcap)
         # The number of targets is known on the host, so that a GPU need not be waited for.
         counts_N = labels_N != IGNORE_INDEX
         positions = torch.nonzero_static(counts_N, size=rows.num_targets[target_name])[:, 0]
-        return loss_fn(hidden_NC[positions], weight_VC, labels_N=labels_N[positions])
+        return loss_fn(hidden_NC[positions], weight_VC, labels_N=labels_N[positions], softcap=softcap)
 
     return {"lm_head": loss_from_hidden}
 
@@ -139,8 +139,19 @@ def first_row(context: TransformContext, objective: str) -> Batch:
     return row
 
 
+def require_targets_behind_prefix(model: ModelConfig, objective: str) -> None:
+    """Raise `ConfigError` for a model that cannot predict the tokens behind a prefix, one after another."""
+    if not model.is_encoder_decoder:
+        require_causal(model, objective)
+
+
 def require_causal(model: ModelConfig, objective: str) -> None:
-    """Raise `ConfigError` for a bidirectional model."""
+    """Raise `ConfigError` for a bidirectional model, and for an encoder with a decoder."""
+    if model.is_encoder_decoder:
+        raise ConfigError(
+            f"objective.type={objective} with model.type=encoder_decoder: its rows have no source for the "
+            "encoder. Set objective.type=prefix_lm or span_corruption, or model.type=transformer."
+        )
     setting = f"model.{model.direction_setting}"
     if not model.is_causal:
         raise ConfigError(
@@ -150,7 +161,12 @@ def require_causal(model: ModelConfig, objective: str) -> None:
 
 
 def require_bidirectional(model: ModelConfig, objective: str) -> None:
-    """Raise `ConfigError` for a causal model."""
+    """Raise `ConfigError` for a causal model, and for an encoder with a decoder."""
+    if model.is_encoder_decoder:
+        raise ConfigError(
+            f"objective.type={objective} with model.type=encoder_decoder: its decoder would learn nothing. "
+            "Set objective.type=span_corruption, or model.type=transformer."
+        )
     setting = f"model.{model.direction_setting}"
     if model.is_causal:
         raise ConfigError(

@@ -168,6 +168,10 @@ class Mixture(Objective):
         errors.raise_if_any()
 
     @property
+    def needs_text(self) -> bool:
+        return any(part.objective.needs_text for part in self.parts.values())
+
+    @property
     def needs_averaged_weights(self) -> bool:
         return any(part.objective.needs_averaged_weights for part in self.parts.values())
 

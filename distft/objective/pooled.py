@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class PooledObjective(Objective):
     """An objective with a head over pooled hidden states."""
 
-    # Of a row's hidden states; null: last of a causal model, whose last token has seen all others, else mean.
+    # Of a row's hidden states; null: last of a causal model, whose last token has seen all others, first of a
+    # vit with a class token, else mean.
     pooling: Pooling | None = None
 
     def check_model(self, model: ModelConfig) -> None:
@@ -25,7 +26,7 @@ class PooledObjective(Objective):
         own = super().resolved(model, train)
         if self.pooling is not None:
             return own
-        return own.model_copy(update={"pooling": "last" if model.is_causal else "mean"})
+        return own.model_copy(update={"pooling": model.default_pooling})
 
     @property
     def head_pooling(self) -> Pooling:

@@ -15,8 +15,8 @@ from distft.objective.interface import Passes
 from distft.objective.language_model import (
     LanguageModelObjective,
     first_row,
-    require_causal,
     require_no_labels,
+    require_targets_behind_prefix,
     require_transformer,
 )
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class PrefixLM(LanguageModelObjective):
     """Cross entropy of the tokens behind each document's prefix (Raffel et al. 2019, arXiv:1910.10683).
 
-    Attention is causal, but all tokens of a prefix attend to each other.
+    Attention is causal, but all tokens of a prefix attend to each other. An encoder with a decoder has the
+    prefix in the encoder.
     """
 
     type: Literal["prefix_lm"] = "prefix_lm"
@@ -64,8 +65,9 @@ class PrefixLM(LanguageModelObjective):
         return Passes(logits_share=1 - share)
 
     def check_model(self, model: ModelConfig) -> None:
-        require_transformer(model, self.type, "others see no prefix in both directions")
-        require_causal(model, self.type)
+        if not model.is_encoder_decoder:
+            require_transformer(model, self.type, "others see no prefix in both directions")
+        require_targets_behind_prefix(model, self.type)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:
         from distft.data.prefixes import PrefixMarker

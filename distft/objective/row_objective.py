@@ -21,8 +21,13 @@ class RowObjective(PooledObjective):
     """An objective whose terms are sums over rows."""
 
     head: HeadName | None = None  # name of its parameters; null: classifier, in a mixture that of its part
-    # A layer with this activation before the output; with one, both have biases. BERT and RoBERTa: tanh.
+    # A layer with this activation before the output; with one, both have biases. BERT and RoBERTa: tanh;
+    # ModernBERT: gelu_norm, without a bias of the layer, and with a norm behind it.
     hidden: HiddenLayer = "none"
+
+    @property
+    def needs_text(self) -> bool:
+        return False
 
     def row_head(self, num_outputs: int) -> ClassificationHead:
         """The head over a row's vector."""

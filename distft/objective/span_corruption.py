@@ -12,7 +12,7 @@ from distft.data.dataset import DataContext, TransformContext
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 from distft.objective.interface import Passes
-from distft.objective.language_model import LanguageModelObjective, require_causal
+from distft.objective.language_model import LanguageModelObjective, require_targets_behind_prefix
 from distft.objective.masking import mask_token_id
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ _SENTINEL = "<extra_id_{}>"  # T5's name
 class SpanCorruption(LanguageModelObjective):
     """Cross entropy of removed spans behind the corrupted text (Raffel et al. 2019, arXiv:1910.10683, 3.1.4).
 
-    T5 gives the text to an encoder and the spans to a decoder; here both are one row, and the text a prefix
-    whose tokens attend to each other. Labels and next tokens of the data are not used.
+    Both are one row, and the text a prefix of it: T5 gives that to an encoder and the spans to a decoder, and
+    in a causal model its tokens attend to each other. Labels and next tokens of the data are not used.
     """
 
     type: Literal["span_corruption"] = "span_corruption"
@@ -41,7 +41,7 @@ class SpanCorruption(LanguageModelObjective):
         return Passes(logits_share=(self.noise_density + spans) / (1 + 2 * spans))
 
     def check_model(self, model: ModelConfig) -> None:
-        require_causal(model, self.type)
+        require_targets_behind_prefix(model, self.type)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:
         import numpy as np

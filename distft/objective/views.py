@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ def repeated(batch: Batch) -> Batch:
         "is_prefix",
         "segment_ids",
         "lengths",
+        "images",
     )
     doubled = {
         name: value.repeat_interleave(2, dim=0)
@@ -104,12 +106,22 @@ def _padded(rows: Sequence[NDArray[np.int64]]) -> Tensor:
 
 
 def _row_hashes(batch: Batch) -> Tensor:
+    """Of each row's text or image; of a captioned image, before that of its text."""
+    if batch.images is not None:
+        of_images = _hashes([*batch.images.flatten(1).numpy()])
+        if not batch.is_captioned:
+            return of_images
+        return torch.stack([of_images, _text_hashes(batch)], dim=1).flatten()
+    return _text_hashes(batch)
+
+
+def _text_hashes(batch: Batch) -> Tensor:
     ids = batch.input_ids.numpy()
     lengths = [ids.shape[1]] * len(ids) if batch.lengths is None else batch.lengths.tolist()
     return _hashes([row[:length] for row, length in zip(ids, lengths, strict=True)])
 
 
-def _hashes(rows: Sequence[NDArray[np.int64]]) -> Tensor:
+def _hashes(rows: Sequence[NDArray[Any]]) -> Tensor:
     digests = [xxh3_64_intdigest(np.ascontiguousarray(row).data) for row in rows]
     return torch.from_numpy(np.array(digests, np.uint64).view(np.int64))
 

@@ -1,4 +1,4 @@
-"""Selects parameters by glob patterns over their names, such as the trainable ones."""
+"""Selects parameters by glob patterns over their names, or by their kind, such as the trainable ones."""
 
 import difflib
 import re
@@ -7,13 +7,22 @@ from fnmatch import fnmatchcase
 
 from distft.errors import ConfigError
 
+# The selection bias of experts, which the training loop moves by a rule (`distft.train.experts`)
+_MOVED_BY_RULE = ".selection_bias"
+
+
+def is_moved_by_rule(name: str) -> bool:
+    """Whether no gradient moves this parameter, so that it never counts as trainable."""
+    return name.endswith(_MOVED_BY_RULE)
+
 
 def select_trainable(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     """The names selected by glob `patterns`, applied from first to last.
 
     A pattern adds the names that it matches; with a `!` in front it removes them. `["*", "!embed*"]` selects
-    all but the embeddings. Raises `ConfigError` that lists every pattern without a match, or if no name is
-    selected.
+    all but the embeddings. `@biases` and the others of `matching_names` select by kind.
+
+    Raises `ConfigError` that lists every pattern without a match, or if no name is selected.
     """
     known = list(names)
     selected: set[str] = set()
@@ -25,7 +34,7 @@ def select_trainable(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
         if pattern.startswith("!"):
             selected.difference_update(matches)
         else:
-            selected.update(matches)
+            selected.update(name for name in matches if not is_moved_by_rule(name))
     if errors:
         raise ConfigError("\n".join(errors))
     if not selected:
@@ -36,13 +45,55 @@ def select_trainable(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     return selected
 
 
+_BLOCK = re.compile(r"(?:.*\.)?blocks\.(?P<number>\d+)(?=\.)")
+_RANGE = re.compile(r"@(?P<kind>first_blocks|last_blocks|blocks):(?P<first>\d+)(-(?P<last>\d+))?")
+_KINDS = ("@biases", "@norms", "@embeddings", "@first_blocks:N", "@last_blocks:N", "@blocks:N-M")
+
+
+def block_of(name: str) -> str | None:
+    """The block that a parameter is of, such as `blocks.3`; None: it is of none."""
+    found = _BLOCK.match(name)
+    return None if found is None else found.group()
+
+
 def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that match a glob pattern, in order; case matters."""
-    return [name for name in names if fnmatchcase(name, pattern)]
+    """The names that match a glob pattern, in order; case matters.
+
+    `@biases`, `@norms` and `@embeddings` match parameters of that kind, `@last_blocks:2` and
+    `@first_blocks:2` those of as many blocks, and `@blocks:2-4` those of the blocks 2, 3 and 4, from 0.
+    """
+    known = list(names)
+    if pattern.startswith("@"):
+        return _of_kind(pattern, known)
+    return [name for name in known if fnmatchcase(name, pattern)]
+
+
+def _of_kind(pattern: str, names: Sequence[str]) -> list[str]:
+    if pattern == "@biases":
+        return [name for name in names if "bias" in name.rpartition(".")[2]]
+    if pattern == "@norms":
+        return [name for name in names if "norm" in name]
+    if pattern == "@embeddings":
+        return [name for name in names if name.endswith("embed.weight")]
+    found = _RANGE.fullmatch(pattern)
+    if found is None:
+        return []
+    blocks = {name: int(match["number"]) for name in names if (match := _BLOCK.match(name))}
+    kind, first = found["kind"], int(found["first"])
+    last = int(found["last"] or first)
+    if kind != "blocks":
+        depth = max(blocks.values(), default=-1) + 1
+        first, last = (0, first - 1) if kind == "first_blocks" else (depth - first, depth - 1)
+    return [name for name, number in blocks.items() if first <= number <= last]
 
 
 def no_match_message(setting: str, pattern: str, names: Sequence[str]) -> str:
     """The error text for a pattern without a match: it suggests similar names."""
+    if pattern.startswith("@"):
+        return (
+            f"{setting}: {pattern!r} matches none of the {len(names)} parameters; the kinds are "
+            f"{', '.join(_KINDS)}."
+        )
     # Names that differ only in a number, such as the layer's, count as one suggestion.
     closest: dict[str, str] = {}
     for name in difflib.get_close_matches(pattern, names, n=len(names) or 1, cutoff=0.3):

@@ -108,6 +108,25 @@ class WarmupStableDecayConfig(WarmupSettings):
             )
 
 
+class SlantedTriangularConfig(Settings):
+    """Rises for a short, and falls for a long part of the steps (Howard & Ruder 2018, ULMFiT, P18-1031)."""
+
+    type: Literal["slanted_triangular"] = "slanted_triangular"
+    cut_fraction: float = Field(0.1, gt=0, lt=1)  # of the steps, in which it rises
+    ratio: float = Field(32.0, ge=1)  # of the peak to the lowest
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Multiple of the peak for update `step` of `total_steps`."""
+        cut = max(int(total_steps * self.cut_fraction), 1)
+        fall = cut * (1 / self.cut_fraction - 1)
+        share = step / cut if step < cut else max(1 - (step - cut) / fall, 0.0)
+        return (1 + share * (self.ratio - 1)) / self.ratio
+
+    def check(self, total_steps: int) -> None:
+        """Every length of a run fits."""
+
+
 ScheduleConfig = Annotated[
-    CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig, Component()
+    CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig | SlantedTriangularConfig,
+    Component(),
 ]

@@ -172,7 +172,7 @@ def _newest_progress(run_dir: str) -> Progress | None:
     from distft.checkpoint.committed import find_checkpoint  # imports torch
 
     with contextlib.suppress(DistftError, OSError):
-        return find_checkpoint(run_dir).manifest.progress
+        return find_checkpoint(run_dir, newest=True).manifest.progress
     return None
 
 

@@ -128,6 +128,7 @@ def describe_run(
     import torch
 
     from distft.run.comparison import check_supervised_alone
+    from distft.run.phases import describe_phases
     from distft.run.plan import Speed, describe_needs, run_needs
     from distft.run.remarks import remarks
 
@@ -139,7 +140,11 @@ def describe_run(
     tokenizer = inputs.tokenizer
     lines = [
         f"model       {needs.num_parameters:,} parameters, {needs.num_trainable:,} of them trainable",
-        f"tokenizer   {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}",
+        *(
+            []
+            if tokenizer is None
+            else [f"tokenizer   {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}"]
+        ),
         *(f"note        {note}" for note in inputs.notes),
         *(f"data        {line}" for line in inputs.train.summary.splitlines()),
         *_describe_mixture(config),
@@ -155,6 +160,7 @@ def describe_run(
         f"batch       {plan.global_batch_size} sequences of {plan.seq_len} tokens a step; on {ranks} "
         f"{num_micro} micro-batch{'es' * (num_micro > 1)} of at most {largest}",
         *_describe_passes(inputs),
+        *(f"phase {number:<6}{line}" for number, line in enumerate(describe_phases(inputs), 1)),
         *describe_needs(needs, config, speed),
     ]
     return CheckedRun(lines, remarks(inputs, plan, has_gpu=torch.cuda.is_available()), needs)

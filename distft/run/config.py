@@ -10,6 +10,7 @@ from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.formats.detect import open_source
 from distft.config import Component, PathText, Settings, apply_overrides, load_yaml, parse, redact
 from distft.data.completion import CompletionConfig
+from distft.data.images import ImagesConfig
 from distft.data.labelled import LabelledConfig
 from distft.data.pairs import PairsConfig
 from distft.data.streams import StreamsConfig
@@ -17,16 +18,18 @@ from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
 from distft.errors import DistftError, suggest_name
+from distft.model.config import ModelConfig
 from distft.model.settings import AnyModelConfig, is_complete, model_setting_names
 from distft.objective.settings import CausalLM, ObjectiveConfig
-from distft.optim.adamw import AdamWConfig
+from distft.optim.config import OptimConfig
 from distft.run.cluster_config import MOST_SECONDS, ClusterConfig
+from distft.run.phases import PhaseConfig, phase_problems
 from distft.run.streams import stream_problems
 from distft.tracker import TrackerConfig
 from distft.train.schedule import TrainConfig
 
 DataConfig = Annotated[
-    TokensConfig | LabelledConfig | CompletionConfig | PairsConfig | StreamsConfig, Component()
+    TokensConfig | LabelledConfig | CompletionConfig | PairsConfig | ImagesConfig | StreamsConfig, Component()
 ]
 EngineConfig = Annotated[LocalConfig | ZeroConfig, Component()]
 
@@ -66,14 +69,16 @@ class RunConfig(Settings):
     init_from: PathText | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
     allow_model_changes: tuple[str, ...] = ()  # fields of model that may differ from init_from's
     model: AnyModelConfig | None = None  # null: that of init_from
-    trainable: tuple[str, ...] = ("*",)  # patterns of parameter names; "!pattern" excludes
+    # Patterns of parameter names, or kinds such as @biases and @last_blocks:2; "!pattern" excludes.
+    trainable: tuple[str, ...] = ("*",)
+    phases: tuple[PhaseConfig, ...] = Field((), max_length=1000)  # such as those of gradual unfreezing
     data: DataConfig
     validation: DataConfig | None = None
     batch: BatchConfig
     objective: ObjectiveConfig = CausalLM()
     # Train a mixture with unlabelled parts first without them, in run_dir/supervised_alone; say which won
     compare_with_supervised: bool = True
-    optim: AdamWConfig
+    optim: OptimConfig
     engine: EngineConfig = LocalConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -103,10 +108,8 @@ class RunConfig(Settings):
                 f"batch.micro_batch_size={self.batch.micro_batch_size} is more than "
                 f"batch.global_batch_size={self.batch.global_batch_size}"
             )
-        if self.model is not None and self.batch.seq_len > self.model.max_seq_len:
-            problems.append(
-                f"batch.seq_len={self.batch.seq_len} is more than model.max_seq_len={self.model.max_seq_len}"
-            )
+        if self.model is not None and (problem := seq_len_problem(self.batch.seq_len, self.model)):
+            problems.append(problem)
         if self.objective.needs_averaged_weights and self.optim.ema_decay is None:
             problems.append(
                 "a mean teacher is the moving average of the weights: set optim.ema_decay, such as 0.99"
@@ -120,6 +123,10 @@ class RunConfig(Settings):
                 "a run with unlabelled data is compared with supervised alone, which needs validation data: "
                 "set validation, or compare_with_supervised=false"
             )
+        evaluates = self.validation is not None and self.evaluation.every_steps is not None
+        problems += phase_problems(self.phases, evaluates=evaluates)
+        if self.train.early_stopping is not None and not evaluates:
+            problems.append("train.early_stopping needs validation and evaluation.every_steps")
         if self.evaluation.every_steps is not None and self.validation is None:
             problems.append("evaluation.every_steps is set, but validation is not")
         if self.hang_timeout_s < 3 * self.heartbeat_s:
@@ -130,6 +137,15 @@ class RunConfig(Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def seq_len_problem(seq_len: int, model: ModelConfig) -> str | None:
+    """Why rows of `seq_len` tokens are too long for the model; None if they are not."""
+    if seq_len <= model.longest_row:
+        return None
+    if not model.reads_tokens:
+        return f"batch.seq_len={seq_len} with images alone, each of which counts as one token: set it to 1"
+    return f"batch.seq_len={seq_len} is more than model.max_seq_len={model.longest_row}"
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -19,9 +19,9 @@ from distft.errors import ConfigError, DataError
 from distft.model.config import Pooling, check_pooling
 from distft.model.heads import EmbeddingHead, Heads
 from distft.model.with_heads import ModelWithHeads
+from distft.run.data_context import text_template
 from distft.run.embedding_files import EmbeddingFile, check_writable, file_type
 from distft.run.engines import choose_device
-from distft.run.inputs import text_template
 from distft.run.pretrained import TrainedModel, load_model, open_model
 from distft.topology import Topology
 
@@ -145,7 +145,10 @@ def embedding_head(trained: TrainedModel, options: EmbedOptions) -> EmbeddingHea
         raise ConfigError(f"{trained.source.path} has the embedding heads {', '.join(own)}: choose one.")
     head = own[options.head] if options.head is not None else next(iter(own.values()), None)
     if head is None:
-        head = EmbeddingHead(pooling="mean", normalize=False)
+        pooling: Pooling = "mean"
+        if trained.config.model is not None and trained.config.model.is_encoder_decoder:
+            pooling = trained.config.model.default_pooling
+        head = EmbeddingHead(pooling=pooling, normalize=False)
     if trained.config.model is not None and options.pooling is not None:
         check_pooling(options.pooling, trained.config.model, "--pooling")
     return EmbeddingHead(

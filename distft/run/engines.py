@@ -11,7 +11,7 @@ from distft.engine.local import LocalEngine
 from distft.engine.settings import LocalConfig
 from distft.errors import ConfigError
 from distft.model.initialisation import initial_fragment
-from distft.optim.adamw import parameter_groups
+from distft.optim.groups import parameter_groups
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
 from distft.run.model import new_parameter_prefixes, require_parameters

@@ -11,8 +11,9 @@ from distft.data.records import read_records
 from distft.data.rows import text_problem
 from distft.errors import ConfigError, DataError
 from distft.model.generation import generate
+from distft.objective.prefix_lm import PrefixLM
+from distft.run.data_context import tokenizer_notes
 from distft.run.engines import choose_device
-from distft.run.inputs import tokenizer_notes
 from distft.run.pretrained import TrainedModel, load_model, open_model
 from distft.tokenizer import Tokenizer
 from distft.topology import Topology
@@ -40,15 +41,18 @@ def generate_text(
     trust: bool = False,
     on_note: Callable[[str], None],
 ) -> list[str]:
-    """Each prompt with its continuation. `on_note` gets what the model did not see or was not trained for.
+    """Each prompt with its continuation; of an encoder with a decoder the target alone.
 
+    `on_note` gets what the model did not see or was not trained for.
     Raises `ConfigError` for a model that cannot generate, or a prompt or a stop text that is none.
     """
     _check_texts(prompts, options)
     trained = open_model(path, trust=trust)
     for note in (*trained.tokenizer.notes, *tokenizer_notes(trained.tokenizer, trained.source)):
         on_note(note)
-    if trained.config.model is not None and not trained.config.model.is_causal:
+    model = trained.config.model
+    is_source = model is not None and model.is_encoder_decoder
+    if model is not None and not model.is_causal and not is_source:
         raise ConfigError(
             f"{trained.source.path} is a bidirectional model, which fills in hidden tokens, and continues no "
             "text."
@@ -58,6 +62,7 @@ def generate_text(
     if "lm_head" not in module.heads:
         raise ConfigError(f"{trained.source.path} is a classifier, which cannot generate text.")
     start, start_of_nothing = document_start(trained), _start_of_nothing(trained.tokenizer)
+    end = source_end(trained) if is_source else []
     if not start and "" in prompts:
         on_note(
             "a prompt is empty, and the model has not learned how a document begins: its text goes on behind "
@@ -69,8 +74,8 @@ def generate_text(
         batch = prompts[first : first + _BATCH_SIZE]
         encoded = [trained.tokenizer.encode(prompt) for prompt in batch]
         starts = [start if start or ids else start_of_nothing for ids in encoded]
-        stops = _Stops(trained.tokenizer, encoded, options.stop)
-        rows = [[*begin, *ids] for begin, ids in zip(starts, encoded, strict=True)]
+        stops = _Stops(trained.tokenizer, [[] for _ in batch] if is_source else encoded, options.stop)
+        rows = [[*begin, *ids, *end] for begin, ids in zip(starts, encoded, strict=True)]
         continuations = generate(
             module,
             rows,
@@ -88,9 +93,10 @@ def generate_text(
         longest = max(
             longest, *(len(row) + len(new) - 1 for row, new in zip(rows, continuations, strict=True))
         )
-        texts += [prompt + stops.cut(i, continuations[i]) for i, prompt in enumerate(batch)]
-    if longest > module.config.max_seq_len:
-        on_note(_window_note(module.config.max_seq_len))
+        targets = [stops.cut(i, continuations[i]) for i in range(len(batch))]
+        texts += targets if is_source else [p + target for p, target in zip(batch, targets, strict=True)]
+    if longest > module.config.longest_row:
+        on_note(_window_note(module.config.longest_row))
     return texts
 
 
@@ -130,6 +136,13 @@ def document_start(trained: TrainedModel) -> list[int]:
     tokenizer = trained.tokenizer
     start = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
     return [] if start is None else [start]
+
+
+def source_end(trained: TrainedModel) -> list[int]:
+    """The ids with which a source ended in training: eos, unless sources were parts of texts."""
+    objective, eos_id = trained.config.objective, trained.tokenizer.eos_id
+    is_part = isinstance(objective, PrefixLM) and objective.prefix == "random"
+    return [] if is_part or eos_id is None else [eos_id]
 
 
 def _start_of_nothing(tokenizer: Tokenizer) -> list[int]:

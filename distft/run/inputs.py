@@ -3,23 +3,24 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from distft import storage
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.sources import CheckpointSource, notes_of
-from distft.data.dataset import DataContext, Labels, TextTemplate
+from distft.data.dataset import DataContext, Labels
 from distft.data.feed import AnyFeed, StreamFeed
+from distft.data.images import ImagesConfig
 from distft.data.labelled import LabelledConfig
 from distft.data.streams import StreamsConfig
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
 from distft.model.config import ModelConfig
-from distft.model.counts import Flops
+from distft.model.counts import Flops, num_attention_pairs
 from distft.model.heads import Heads
 from distft.objective.interface import Passes
 from distft.objective.mixture import Mixture
-from distft.optim.adamw import parameter_groups
+from distft.optim.groups import parameter_groups
 from distft.optim.patterns import select_trainable
-from distft.run.config import RunConfig
+from distft.run.config import RunConfig, seq_len_problem
+from distft.run.data_context import data_context, require_inputs_of_model, tokenizer_notes
 from distft.run.model import (
     added_block_prefixes,
     head_prefixes,
@@ -30,6 +31,7 @@ from distft.run.model import (
     require_same_model,
 )
 from distft.run.paths import check_data_files, find_tokenizer, naming_settings, require_outputs
+from distft.run.phases import check_phases
 from distft.run.step_flops import StepFlops
 from distft.run.streams import require_targets
 from distft.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ class RunInputs:
     """Inputs of a run, checked against each other. No memory is allocated for weights yet."""
 
     config: RunConfig  # with `model` set
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: the model reads images alone
     model: ModelConfig
     train: AnyFeed
     validation: AnyFeed | None
@@ -105,12 +107,13 @@ class RunInputs:
     def run_flops(self) -> float:
         """FLOPs of the whole run, of all ranks together, if every row holds one document."""
         batch, by_stream = self.config.batch, self.training_flops
+        num_local_pairs = num_attention_pairs(batch.seq_len, self.model.attention_reach)
         shares = dict.fromkeys(by_stream, 1.0)
         if isinstance(self.config.data, StreamsConfig):
             shares = {name: stream.share for name, stream in self.config.data.streams.items()}
         rows = {name: num_rows for name, (num_rows, _) in self.passes.items()}
         per_sequence = sum(
-            share * rows[name] * by_stream[name].of(batch.seq_len, batch.seq_len**2)
+            share * rows[name] * by_stream[name].of(batch.seq_len, batch.seq_len**2, num_local_pairs)
             for name, share in shares.items()
         )
         return per_sequence / sum(shares.values()) * batch.global_batch_size * self.total_steps
@@ -134,7 +137,11 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         init_from = _open_init_from(config)
     tokenizer = None
     is_init_from_missing = config.init_from is not None and init_from is None
-    if config.tokenizer is not None or not is_init_from_missing:  # otherwise it may be the checkpoint's
+    reads_tokens = _reads_tokens(config, init_from)
+    if not reads_tokens:
+        with errors.collect():
+            _require_no_tokenizer(config)
+    elif config.tokenizer is not None or not is_init_from_missing:  # otherwise it may be the checkpoint's
         with errors.collect():
             tokenizer = Tokenizer.load(find_tokenizer(config, None if init_from is None else init_from.path))
     model = None
@@ -143,10 +150,9 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
             model = _model_config(config, init_from, tokenizer)
     if model is not None:
         _check_model(config, model, init_from, errors)
-    if tokenizer is None or model is None:
+    if (tokenizer is None and reads_tokens) or model is None:
         _check_the_rest(config, model, init_from, errors)
         errors.raise_if_any()
-    assert tokenizer is not None
     assert model is not None
     context = replace(data_context(tokenizer, model, config), cache_dir=cache_dir)
     config, train, validation = _build_data(config.model_copy(update={"model": model}), context, errors)
@@ -163,7 +169,7 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
             _check_schedule(config, train)
     errors.raise_if_any()
     assert train is not None
-    return RunInputs(
+    inputs = RunInputs(
         config=config,
         tokenizer=tokenizer,
         model=model,
@@ -175,27 +181,26 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         trainable=trainable,
         init_from=init_from,
         notes=(
-            *tokenizer.notes,
-            *tokenizer_notes(tokenizer, init_from),
+            *(() if tokenizer is None else (*tokenizer.notes, *tokenizer_notes(tokenizer, init_from))),
             *(() if init_from is None else notes_of(init_from)),
         ),
     )
+    check_phases(inputs)
+    return inputs
 
 
-def tokenizer_notes(tokenizer: Tokenizer, source: CheckpointSource | None) -> list[str]:
-    """A note if `tokenizer` is not the one that the checkpoint's ids are of."""
-    record = None if source is None else source.manifest.tokenizer
-    if source is None or record is None or record.fingerprint == tokenizer.fingerprint:
-        return []
-    note = (
-        f"the tokenizer is not that of {source.path}: its fingerprint is {tokenizer.fingerprint}, the "
-        f"checkpoint's {record.fingerprint}."
-    )
-    if record.file is not None:
-        own = Tokenizer.load(storage.join(source.path, record.file)).piece_texts
-        num_equal = sum(one == other for one, other in zip(own, tokenizer.piece_texts, strict=False))
-        note += f" {num_equal:,} of its {len(own):,} ids have the same text in both."
-    return [note]
+def _reads_tokens(config: RunConfig, init_from: CheckpointSource | None) -> bool:
+    """Whether the run's model does; also where that is not known."""
+    if config.model is not None:
+        return config.model.reads_tokens
+    if init_from is None or "model" not in init_from.manifest.config:
+        return True
+    return model_of(init_from).reads_tokens
+
+
+def _require_no_tokenizer(config: RunConfig) -> None:
+    if config.tokenizer is not None:
+        raise ConfigError(f"tokenizer={config.tokenizer}, and the model reads images alone: leave it out.")
 
 
 def _open_init_from(config: RunConfig) -> CheckpointSource | None:
@@ -218,6 +223,7 @@ def _check_model(
     with errors.collect():
         _check_seq_len(config, model)
     with errors.collect():
+        require_inputs_of_model(config, model)
         config.objective.check_model(model)
     if init_from is not None:
         with errors.collect():
@@ -289,49 +295,12 @@ def _model_config(
     if tokenizer is not None:
         return model.for_vocabulary(tokenizer.vocab_size)
     known = model if init_from is None or "model" not in init_from.manifest.config else model_of(init_from)
-    return model.for_vocabulary(model.vocab_size or known.vocab_size or 1)
+    return model.for_vocabulary(model.vocabulary_size or known.vocabulary_size or 1)
 
 
 def _check_seq_len(config: RunConfig, model: ModelConfig) -> None:
-    if config.batch.seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"batch.seq_len={config.batch.seq_len} is more than model.max_seq_len={model.max_seq_len}."
-        )
-
-
-def data_context(
-    tokenizer: Tokenizer, model: ModelConfig, config: RunConfig, label_names: Labels = None
-) -> DataContext:
-    """The run's sizes and tokenizer, from which data is built."""
-    return DataContext(
-        seq_len=config.batch.seq_len,
-        global_batch_size=config.batch.global_batch_size,
-        vocab_size=model.padded_vocab_size,
-        encode=tokenizer.encode,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        unk_id=tokenizer.unk_id,
-        piece_id=tokenizer.piece_id,
-        template=text_template(tokenizer),
-        has_segments=model.has_segments,
-        token_bytes=tokenizer.token_bytes(),
-        starts_word=tokenizer.starts_word(),
-        label_names=label_names,
-    )
-
-
-def text_template(tokenizer: Tokenizer) -> TextTemplate | None:
-    """What stands around the texts of a row, as transformers puts it there for BERT and RoBERTa."""
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    if bos is None or eos is None:
-        return None
-    if tokenizer.piece_id("[CLS]") == bos and tokenizer.piece_id("[SEP]") == eos:
-        return TextTemplate(before=(bos,), between=(eos,), behind=(eos,))
-    if tokenizer.adds_bos and tokenizer.piece_id("<mask>") is not None:
-        return TextTemplate(before=(bos,), between=(eos, eos), behind=(eos,))
-    return None
+    if problem := seq_len_problem(config.batch.seq_len, model):
+        raise ConfigError(f"{problem}.")
 
 
 def placeholder_heads(config: RunConfig) -> Heads:
@@ -340,7 +309,7 @@ def placeholder_heads(config: RunConfig) -> Heads:
     of_streams = {
         name: _PLACEHOLDER_LABELS
         for name, stream in streams.items()
-        if isinstance(stream.data, LabelledConfig)
+        if isinstance(stream.data, LabelledConfig | ImagesConfig)
     }
     try:
         return config.objective.heads(of_streams or None)

@@ -119,7 +119,7 @@ def require_same_model(init_from: CheckpointSource, model: ModelConfig, allowed:
     """
     if "model" not in init_from.manifest.config:
         return  # of plain DeepSpeed: only names and shapes are known
-    before, after = model_of(init_from).model_dump(), model.model_dump()
+    before, after = _compared(model_of(init_from)), _compared(model)
     if before["type"] != after["type"]:
         raise ConfigError(
             f"model.type is {before['type']} in {init_from.path} and {after['type']} here: another type of "
@@ -139,10 +139,22 @@ def require_same_model(init_from: CheckpointSource, model: ModelConfig, allowed:
         )
 
 
+def _compared(model: ModelConfig) -> dict[str, Any]:
+    """The settings, without those of experts that only say how training balances them."""
+    settings = model.model_dump()
+    if settings.get("experts") is not None:
+        has_bias = settings["experts"].pop("bias_update_rate") is not None
+        for name in ("load_balance_weight", "router_z_weight"):
+            del settings["experts"][name]
+        settings["experts"]["has_bias"] = has_bias
+    return settings
+
+
 def added_block_prefixes(init_from: CheckpointSource, config: RunConfig) -> tuple[str, ...]:
     """Name prefixes of blocks that `init_from` lacks, if the configuration allows it to."""
-    if "num_layers" not in config.allow_model_changes or config.model is None:
+    changes = config.allow_model_changes  # num_layers, or those of an encoder or a decoder
+    if config.model is None or not any(name.endswith("_layers") for name in changes):
         return ()
     names = init_from.manifest.parameters
-    blocks = [f"blocks.{index}." for index in range(config.model.num_blocks)]
+    blocks = [f"{name}." for name in config.model.block_names]
     return tuple(block for block in blocks if not any(name.startswith(block) for name in names))

@@ -99,13 +99,20 @@ def _require_writable(setting: str, directory: Path) -> None:
         raise ConfigError(f"{name} cannot be created: {error.strerror}. Choose another {setting}.") from None
 
 
+def data_of_streams(setting: str, data: Any) -> dict[str, Any]:
+    """The data under `setting`, or those of its streams, by the dotted key that gives each."""
+    if not isinstance(data, StreamsConfig):
+        return {setting: data}
+    return {f"{setting}.streams.{name}.data": stream.data for name, stream in data.streams.items()}
+
+
 def data_paths(setting: str, data: Any) -> dict[str, str]:
     """The paths of the data under `setting`, by the dotted key that gives each."""
     if isinstance(data, StreamsConfig):
         return {
             key: path
-            for name, stream in data.streams.items()
-            for key, path in data_paths(f"{setting}.streams.{name}.data", stream.data).items()
+            for of_stream, own in data_of_streams(setting, data).items()
+            for key, path in data_paths(of_stream, own).items()
         }
     if isinstance(data, TokensConfig):
         return {f"{setting}.sources.{i}.path": source.path for i, source in enumerate(data.sources)}
@@ -183,6 +190,8 @@ def _above(path: str) -> str:
 def _require_tokenizer(config: RunConfig) -> None:
     if config.tokenizer is None and config.init_from is not None:
         return  # it may be in the checkpoint, whose directory is known when it has been opened
+    if config.model is not None and not config.model.reads_tokens:
+        return
     path = find_tokenizer(config, None)
     if not storage.exists(path):
         from distft.tokenizer import Tokenizer

@@ -8,9 +8,10 @@ from typing import Any
 from distft.checkpoint.config import CheckpointConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.state_bytes import StateBytes, checkpoint_bytes, state_bytes
-from distft.optim.adamw import parameter_groups
+from distft.optim.groups import parameter_groups
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
+from distft.run.phases import each_phase
 from distft.topology import BatchPlan
 
 
@@ -77,8 +78,7 @@ def run_needs(inputs: RunInputs, plan: BatchPlan, speed: Speed | None) -> RunNee
     """What the run of these inputs needs on `plan.dp_world_size` ranks."""
     config, num_steps, world_size = inputs.config, inputs.total_steps, plan.dp_world_size
     numel = {name: prod(shape) for name, shape in inputs.shapes.items()}
-    groups = parameter_groups(inputs.shapes, inputs.trainable, config.optim, {})
-    own, shared = checkpoint_bytes(inputs.shapes, groups, config.engine, config.optim)
+    state, own, shared = _largest_state(inputs, world_size)
     hours = None
     if speed is not None:
         hours = inputs.run_flops / (world_size * speed.peak_tflops * 1e12 * speed.mfu) / 3600
@@ -90,12 +90,23 @@ def run_needs(inputs: RunInputs, plan: BatchPlan, speed: Speed | None) -> RunNee
         num_tokens=num_steps * plan.global_batch_tokens,
         num_epochs=inputs.num_epochs,
         flops=inputs.run_flops,
-        state=state_bytes(inputs.shapes, groups, config.engine, config.optim, world_size),
+        state=state,
         checkpoint_bytes=own + shared,
         shared_bytes=shared,
         num_kept=num_kept_commits(config.checkpoint, num_steps),
         hours=hours,
     )
+
+
+def _largest_state(inputs: RunInputs, world_size: int) -> tuple[StateBytes, int, int]:
+    """Bytes a rank, of a commit and of the frozen weights, in the phase that needs most memory."""
+    found = []
+    for phase in each_phase(inputs):
+        config = phase.config
+        groups = parameter_groups(inputs.shapes, phase.trainable, config.optim, {})
+        state = state_bytes(inputs.shapes, groups, config.engine, config.optim, world_size)
+        found.append((state, *checkpoint_bytes(inputs.shapes, groups, config.engine, config.optim)))
+    return max(found, key=lambda entry: entry[0].total)
 
 
 def num_kept_commits(config: CheckpointConfig, num_steps: int) -> int:

@@ -23,8 +23,8 @@ from distft.model.heads import Heads
 from distft.model.with_heads import ModelWithHeads
 from distft.objective.interface import ObjectiveContext
 from distft.run.config import RunConfig
+from distft.run.data_context import data_context, require_inputs_of_model, tokenizer_notes
 from distft.run.engines import choose_device
-from distft.run.inputs import data_context, tokenizer_notes
 from distft.run.model import build_module, require_parameters, saved_label_names
 from distft.tokenizer import Tokenizer
 from distft.tokenizer.files import SENTENCEPIECE_FILE, find_tokenizer_file
@@ -59,12 +59,19 @@ class TrainedModel:
 
     source: CheckpointSource
     config: RunConfig  # with `model` set
-    tokenizer: Tokenizer
+    own_tokenizer: Tokenizer | None  # None: the model reads images alone
     notes: tuple[str, ...]  # on the tokenizer, and on what was assumed
 
     @property
     def label_names(self) -> Labels:
         return saved_label_names(self.source)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `ConfigError` for a model that reads no texts."""
+        if self.own_tokenizer is None:
+            raise ConfigError(f"The model of {self.source.path} reads images, and no texts.")
+        return self.own_tokenizer
 
 
 def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False) -> TrainedModel:
@@ -96,15 +103,17 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
         hint = _validation_hint(source, raw, overrides)
         raise ConfigError(f"In the configuration of {source.path}:\n{error}{hint}") from None
     has_other_tokenizer = any(key == "tokenizer" for key in _keys(overrides))
-    tokenizer = _load_tokenizer(source, config.tokenizer if has_other_tokenizer else None)
-    notes += [*tokenizer.notes, *tokenizer_notes(tokenizer, source)]
     assert config.model is not None  # of a checkpoint, or of the substitute
-    model = config.model.for_vocabulary(tokenizer.vocab_size)
+    model, tokenizer = config.model, None
+    if model.reads_tokens:
+        tokenizer = _load_tokenizer(source, config.tokenizer if has_other_tokenizer else None)
+        notes += [*tokenizer.notes, *tokenizer_notes(tokenizer, source)]
+        model = model.for_vocabulary(tokenizer.vocab_size)
     objective = config.objective.resolved(model, None)  # a checkpoint of a run has all values
     return TrainedModel(
         source=source,
         config=config.model_copy(update={"model": model, "objective": objective}),
-        tokenizer=tokenizer,
+        own_tokenizer=tokenizer,
         notes=tuple(notes),
     )
 
@@ -244,7 +253,8 @@ def evaluate_checkpoint(
             f"name some, such as {_example_overrides(config.data.type)}."
         )
     assert config.model is not None
-    context = data_context(trained.tokenizer, config.model, config, trained.label_names)
+    require_inputs_of_model(config, config.model)
+    context = data_context(trained.own_tokenizer, config.model, config, trained.label_names)
     feed: AnyFeed = config.validation.build_for_evaluation(context)
     feed = config.objective.transform_feed(feed, context, config.seed)
     device = choose_device(config, topology)
@@ -263,7 +273,7 @@ def evaluate_checkpoint(
                 module,
                 config.objective,
                 feed,
-                context=ObjectiveContext(config.model.vocab_size or 0, collectives),
+                context=ObjectiveContext(config.model.vocabulary_size or 0, collectives),
                 micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
                 seq_len=config.batch.seq_len,
                 device=device,

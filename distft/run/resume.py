@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.damage import require_undamaged
-from distft.checkpoint.manifest import Manifest
+from distft.checkpoint.manifest import Manifest, Progress
 from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.store import CheckpointStore, LatestValid
 from distft.collectives import Collectives, all_or_none
@@ -18,10 +18,12 @@ from distft.config.component import trusting
 from distft.data.dataset import Labels
 from distft.errors import CheckpointError, ConfigError
 from distft.run.config import RunConfig
-from distft.run.inputs import RunInputs, data_context
+from distft.run.data_context import data_context
+from distft.run.inputs import RunInputs
 from distft.run.model import saved_label_names
 from distft.run.paths import naming_settings
 from distft.tracker import EVENTS_FILE, LEDGER_EVENT, read_lines
+from distft.train.early_stopping import has_stalled
 
 # Settings that a resume may not change: they define what the model sees, and when.
 _FIXED_ON_RESUME = (
@@ -32,6 +34,7 @@ _FIXED_ON_RESUME = (
     ("model",),
     ("seed",),
     ("trainable",),
+    ("phases",),
 )
 _SECTIONS_TO_COMPARE = ("optim", "train", "engine", "batch")
 
@@ -41,7 +44,6 @@ def claim_run(
     inputs: RunInputs,
     collectives: Collectives,
     *,
-    total_steps: int,
     launch: str | None,
 ) -> LatestValid:
     """Choose what to resume from, and take over writing from earlier starts unless nothing is left to do.
@@ -51,12 +53,19 @@ def claim_run(
     `CheckpointStore.become_writer`. Raises the errors of `find_resume_checkpoint`, and `SupersededError`.
     """
     found = find_resume_checkpoint(store, inputs, collectives)
-    if found.checkpoint is not None and found.checkpoint.step >= total_steps:
+    if found.checkpoint is not None and is_over(found.checkpoint.manifest.progress, inputs):
         return found
     store.become_writer(launch)
     while not store.is_still_latest(found):
         found = find_resume_checkpoint(store, inputs, collectives)
     return found
+
+
+def is_over(progress: Progress, inputs: RunInputs) -> bool:
+    """Whether nothing is left to train."""
+    return progress.step >= inputs.total_steps or has_stalled(
+        inputs.config.train.early_stopping, progress.best_of_run
+    )
 
 
 def find_resume_checkpoint(
@@ -171,7 +180,7 @@ def _with_new_defaults(saved: Mapping[str, Any], config: RunConfig) -> dict[str,
     A section is read by the class that it has in `config`. Names in `saved` are imported only if `config`,
     which the user gave, has them too.
     """
-    completed = dict(saved)
+    completed = {"phases": [], **saved}
     for section in ("data", "objective", "model", *_SECTIONS_TO_COMPARE):
         now, before = getattr(config, section), saved.get(section)
         if isinstance(now, Settings) and isinstance(before, Mapping):

@@ -16,7 +16,9 @@ from distft.config import redact
 from distft.data.dataset import Labels
 from distft.engine.interface import Engine
 from distft.objective.interface import ObjectiveContext
-from distft.optim.adamw import parameter_groups
+from distft.optim.groups import parameter_groups
+from distft.optim.patterns import is_moved_by_rule
+from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
 from distft.run.run_dir import RunRecord, ledger_fields
 from distft.tracker import LEDGER_EVENT
@@ -36,6 +38,7 @@ class RunServices(TrainerServices):
         inputs: RunInputs,
         engine: Engine,
         *,
+        run_config: RunConfig,
         store: CheckpointStore,
         last_saved_step: int | None,
         loss_probe: LossProbe,
@@ -44,12 +47,13 @@ class RunServices(TrainerServices):
         context: ObjectiveContext,
         stop_requested: StopRequested,
     ) -> None:
+        """`inputs` are those of a phase of the run, and `run_config` has the settings of the run."""
         self.heartbeat = watchdog.heartbeat
         self.last_metrics: dict[str, float] = {}  # the last value of each name
         self.last_checkpoint: str | None = None  # the last one committed by this process
         self.last_saved_step = last_saved_step  # the last commit's; None without one
         self._inputs = inputs
-        self._config = inputs.config
+        self._config = run_config
         self._engine = engine
         self._saver = CheckpointSaver(
             store, self._config.checkpoint, copier_from(engine.device), self._log_commit
@@ -77,6 +81,13 @@ class RunServices(TrainerServices):
             )
 
     def evaluate(self) -> Metrics:
+        return self._evaluate(self._config.evaluation.max_sequences)
+
+    def sample_metrics(self) -> Metrics:
+        """Metrics of a few validation sequences, for their names."""
+        return self._evaluate(self._config.batch.micro_batch_size * self._context.collectives.world_size)
+
+    def _evaluate(self, max_sequences: int | None) -> Metrics:
         assert self._inputs.validation is not None  # otherwise no evaluation is due
         settings, batch = self._config.evaluation, self._config.batch
         return evaluate(
@@ -88,7 +99,7 @@ class RunServices(TrainerServices):
             micro_batch_size=settings.micro_batch_size or batch.micro_batch_size,
             seq_len=batch.seq_len,
             device=self._engine.device,
-            max_sequences=settings.max_sequences,
+            max_sequences=max_sequences,
         )
 
     def save(self, progress: Progress) -> None:
@@ -145,25 +156,23 @@ class RunServices(TrainerServices):
             progress=progress,
             fragments=list(self._engine.fragments()),
             parameters={
-                name: ParameterInfo(shape, name in inputs.trainable, updates.get(name, 0))
+                name: ParameterInfo(
+                    shape, name in inputs.trainable, updates.get(name, 0), is_buffer=is_moved_by_rule(name)
+                )
                 for name, shape in inputs.shapes.items()
             },
             metadata=RunMetadata(
                 run_id=self._run_id,
                 config=dict(redact(self._config.model_dump(mode="json"))),
                 label_names=_as_json(inputs.label_names),
-                tokenizer=TokenizerRecord(
-                    fingerprint=inputs.tokenizer.fingerprint,
-                    file=inputs.tokenizer.file_name,
-                    document_start=inputs.train.document_start,
-                ),
+                tokenizer=_tokenizer_record(inputs),
                 written_by=self._written_by(),
                 groups=_group_records(inputs, updates),
                 tied=_tied_names(self._engine.module),
                 probe=probe,
                 data_fingerprint=inputs.train.fingerprint,
             ),
-            attachments=inputs.tokenizer.files(),
+            attachments={} if inputs.tokenizer is None else inputs.tokenizer.files(),
         )
 
     def _written_by(self) -> dict[str, Any]:
@@ -177,6 +186,16 @@ class RunServices(TrainerServices):
             "param_dtype": engine.param_dtype,
             "world_size": self._context.collectives.world_size,
         }
+
+
+def _tokenizer_record(inputs: RunInputs) -> TokenizerRecord | None:
+    if inputs.tokenizer is None:
+        return None
+    return TokenizerRecord(
+        fingerprint=inputs.tokenizer.fingerprint,
+        file=inputs.tokenizer.file_name,
+        document_start=inputs.train.document_start,
+    )
 
 
 def _as_json(label_names: Labels) -> list[str] | dict[str, list[str]] | None:
@@ -193,9 +212,8 @@ def _group_records(inputs: RunInputs, updates: Mapping[str, int]) -> list[GroupR
             parameters=group.names,
             settings={
                 "lr": optim.peak_lr * group.lr_scale,
-                "betas": list(optim.betas),
-                "eps": optim.eps,
                 "weight_decay": group.weight_decay,
+                **optim.group_settings(group),
             },
         )
         for group in parameter_groups(inputs.shapes, inputs.trainable, optim, updates)

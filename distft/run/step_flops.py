@@ -20,18 +20,19 @@ class StepFlops:
 
     def of(self, heads: Heads, passes: Passes) -> Flops:
         """Of all passes with and without a gradient."""
+        # Without logits the decoder of an encoder has one position: where it begins.
+        has_logits = any(isinstance(head, LanguageModelHead) for head in heads.values())
+        model = self.model.with_target_share(passes.logits_share if has_logits else 1 / self.seq_len)
         trained = self._with_few_logits(
-            heads, passes, lambda own: training_flops(self.model, self.seq_len, own, self.trainable)
+            heads, passes, lambda own: training_flops(model, self.seq_len, own, self.trainable)
         )
-        forward = self._with_few_logits(
-            heads, passes, lambda own: forward_flops(self.model, self.seq_len, own)
-        )
-        return _times(trained, passes.trained) + _times(forward, passes.forward_only)
+        forward = self._with_few_logits(heads, passes, lambda own: forward_flops(model, self.seq_len, own))
+        return trained * passes.trained + forward * passes.forward_only
 
     def recomputed(self, passes: Passes) -> Flops:
         """What full activation checkpointing adds to that, of a Transformer."""
         assert isinstance(self.model, TransformerConfig)
-        return _times(recomputed_flops(self.model, self.trainable), passes.trained)
+        return recomputed_flops(self.model, self.trainable) * passes.trained
 
     def _with_few_logits(self, heads: Heads, passes: Passes, count: Callable[[Heads], Flops]) -> Flops:
         """`count(heads)`, but a language model's head on the share of positions that have logits."""
@@ -39,8 +40,4 @@ class StepFlops:
         if passes.logits_share == 1:
             return whole
         others = {name: head for name, head in heads.items() if not isinstance(head, LanguageModelHead)}
-        return _times(whole, passes.logits_share) + _times(count(others), 1 - passes.logits_share)
-
-
-def _times(flops: Flops, factor: float) -> Flops:
-    return Flops(flops.per_token * factor, flops.per_pair * factor)
+        return whole * passes.logits_share + count(others) * (1 - passes.logits_share)

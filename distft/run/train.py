@@ -11,28 +11,20 @@ from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.manifest import Progress
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
-from distft.config.step_function import value_at
-from distft.engine.interface import DTYPES
 from distft.errors import Interrupted, Preempted, SupersededError
-from distft.model.transformer_config import TransformerConfig
-from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.check import check_run
 from distft.run.comparison import check_supervised_alone, log_comparison
 from distft.run.config import RunConfig
-from distft.run.engines import build_collectives, build_engine, choose_device
+from distft.run.engines import build_collectives, choose_device
 from distft.run.environment import launch_name
 from distft.run.inputs import RunInputs
-from distft.run.resume import claim_run
+from distft.run.phase_run import PhaseRun
+from distft.run.phases import inputs_of_span, span_at
+from distft.run.resume import claim_run, is_over
 from distft.run.run_dir import RunRecord, open_run_dir
-from distft.run.services import RunServices
 from distft.run.stop_signals import stop_on_signals
-from distft.run.training_module import build_objective_context
 from distft.topology import BatchPlan, Topology
-from distft.train.loop import Trainer
-from distft.train.loss_probe import LossProbe
-from distft.train.schedule import TrainingSchedule
 from distft.train.services import StopRequested, never_stop
-from distft.train.throughput import Throughput, peak_flops_per_s
 from distft.watch.device_clock import device_clock
 from distft.watch.watchdog import Watchdog
 
@@ -126,7 +118,6 @@ class TrainingRun:
         directory = self._config.checkpoint.directory or storage.join(self._config.run_dir, "checkpoints")
         # The saver's thread needs a group of its own: this thread uses the other one at the same time.
         self._store = CheckpointStore(directory, collectives.with_new_group())
-        self._schedule = self._build_schedule()
         self._step = 0  # completed steps of the run
         self._saved_step: int | None = None  # the last one that is committed
 
@@ -135,7 +126,6 @@ class TrainingRun:
             self._store,
             self._inputs,
             self._collectives,
-            total_steps=self._schedule.total_steps,
             launch=launch_name(),
         )
         record = open_run_dir(
@@ -143,13 +133,13 @@ class TrainingRun:
             latest,
             self._collectives,
             self._device,
-            total_steps=self._schedule.total_steps,
+            total_steps=self._inputs.total_steps,
         )
         progress = Progress() if latest.checkpoint is None else latest.checkpoint.manifest.progress
         self._step, self._saved_step = progress.step, None if latest.checkpoint is None else progress.step
         status = "failed"
         try:
-            if progress.step < self._schedule.total_steps:
+            if not is_over(progress, self._inputs):
                 result = self._train_from(latest.checkpoint, progress, record)
             else:
                 result = self._log_nothing_to_do(progress, record)
@@ -181,101 +171,53 @@ class TrainingRun:
         )
 
     def _log_nothing_to_do(self, progress: Progress, record: RunRecord) -> RunResult:
-        total_steps = self._schedule.total_steps
-        is_beyond = progress.step > total_steps
-        reason = {"reason": "the run is already beyond its last step"} if is_beyond else {}
+        total_steps = self._inputs.total_steps
+        reason = {}
+        if progress.step > total_steps:
+            reason = {"reason": "the run is already beyond its last step"}
+        elif progress.step < total_steps:
+            reason = {"reason": "train.early_stopping has ended the run"}
         record.trackers.event("nothing_to_do", step=progress.step, total_steps=total_steps, **reason)
         return RunResult(step=progress.step, metrics={}, checkpoint=None)
 
     def _train_from(self, checkpoint: Checkpoint | None, progress: Progress, record: RunRecord) -> RunResult:
-        config, inputs = self._config, self._inputs
-        engine = build_engine(inputs, checkpoint, self._plan, self._collectives, self._device)
-        context = build_objective_context(
-            inputs,
-            self._plan,
-            self._collectives,
-            self._device,
-            progress.objective_state,
-            averaged_weights=engine.averaged_weights,
-        )
-        loss_probe = LossProbe(
-            inputs.train, config.objective, config.engine.param_dtype, vocab_size=context.vocab_size
-        )
-        if checkpoint is not None:
-            loss_probe.check(engine, checkpoint.manifest, checkpoint.path, self._collectives)
+        """Train phase after phase: each starts from the commit with which the one before ended."""
+        metrics: dict[str, float] = {}
         with stop_on_signals(self._stop_requested, on_request=record.announce_stop) as stop_requested:
-            services = RunServices(
-                inputs,
-                engine,
-                store=self._store,
-                last_saved_step=self._saved_step,
-                loss_probe=loss_probe,
-                record=record,
-                watchdog=self._watchdog,
-                context=context,
-                stop_requested=stop_requested,
-            )
-            trainer = Trainer(
-                engine=engine,
-                objective=config.objective,
-                context=context,
-                feed=inputs.train,
-                plan=self._plan,
-                schedule=self._schedule,
-                progress=progress,
-                services=services,
-                throughput=self._build_throughput(),
-                loss_scale=self._build_loss_scale(progress),
-                dropout_seed=config.seed if inputs.model.dropout > 0 else None,
-            )
-            try:
-                progress = trainer.run()
-            except KeyboardInterrupt:
-                raise  # without waiting for the save in progress
-            except BaseException:
-                services.close()  # the save in progress is valid
-                raise
-            finally:
-                self._step, self._saved_step = trainer.step, services.last_saved_step
-                engine.close()
-            services.close()
-        return RunResult(
-            step=progress.step, metrics=services.last_metrics, checkpoint=services.last_checkpoint
-        )
+            while True:
+                span = span_at(self._inputs, progress.phase_starts, progress.step)
+                phase = PhaseRun(
+                    inputs_of_span(self._inputs, span),
+                    span,
+                    self._inputs.config,
+                    plan=self._plan,
+                    collectives=self._collectives,
+                    device=self._device,
+                    store=self._store,
+                    record=record,
+                    watchdog=self._watchdog,
+                    stop_requested=stop_requested,
+                )
+                try:
+                    progress = phase.train(checkpoint, progress, self._saved_step)
+                finally:
+                    self._step, self._saved_step = phase.step, phase.saved_step
+                metrics |= phase.metrics
+                if is_over(progress, self._inputs):
+                    break
+                checkpoint = self._store.open(progress.step)
+        self._announce_best(progress, record)
+        return RunResult(step=progress.step, metrics=metrics, checkpoint=phase.last_checkpoint)
 
-    def _build_schedule(self) -> TrainingSchedule:
-        config = self._config
-        total_steps, ema_decay = self._inputs.total_steps, config.optim.ema_decay
-        return TrainingSchedule(
-            total_steps=total_steps,
-            lr_at=lambda step: config.optim.lr(step, total_steps),
-            log_every_steps=config.train.log_every_steps,
-            max_skipped_in_a_row=config.train.max_skipped_in_a_row,
-            max_skipped_share=config.train.max_skipped_share,
-            save_every_steps=config.checkpoint.every_steps,
-            evaluate_every_steps=config.evaluation.every_steps,
-            evaluate_at_end=self._inputs.validation is not None,
-            ema_decay_at=None if ema_decay is None else lambda step: value_at(ema_decay, step),
+    def _announce_best(self, progress: Progress, record: RunRecord) -> None:
+        stopping, best = self._config.train.early_stopping, progress.best_of_run
+        if stopping is None or best is None:
+            return
+        record.trackers.event(
+            "early_stop" if progress.step < self._inputs.total_steps else "best",
+            step=progress.step,
+            metric=stopping.metric,
+            best=best.value,
+            best_step=best.step,
+            note=f"{self._config.run_dir} stands for its best commit, that of step {best.step}",
         )
-
-    def _build_throughput(self) -> Throughput:
-        dtype = DTYPES[self._config.engine.param_dtype]
-        return Throughput(
-            flops=self._inputs.training_flops,
-            recomputed_flops=(
-                self._inputs.recomputed_flops
-                if self._config.engine.activation_checkpointing == "full"
-                and isinstance(self._inputs.model, TransformerConfig)
-                else None
-            ),
-            peak_flops_per_s=lambda: peak_flops_per_s(self._device, dtype),
-            world_size=self._collectives.world_size,
-        )
-
-    def _build_loss_scale(self, progress: Progress) -> DynamicLossScale | None:
-        if self._config.engine.param_dtype != "fp16":
-            return None
-        loss_scale = LossScaleConfig().build(self._device)
-        if progress.loss_scale is not None:
-            loss_scale.load_state_dict(progress.loss_scale)
-        return loss_scale

@@ -77,9 +77,9 @@ def build_objective_context(
     """
     initial = inputs.config.objective.initial_state(inputs.heads)
     state = {name: torch.tensor(saved_state.get(name, values)) for name, values in initial.items()}
-    assert inputs.model.vocab_size is not None  # RunInputs has filled it in
+    assert inputs.model.vocabulary_size is not None  # RunInputs has filled it in
     return ObjectiveContext(
-        inputs.model.vocab_size,
+        inputs.model.vocabulary_size,
         collectives,
         # On a CPU the compiled loss is no faster: 0.96 times the speed (6.9M parameters, AVX2).
         compiles=device.type == "cuda" and _uses_compile(inputs, plan, device),

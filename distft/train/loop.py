@@ -14,6 +14,8 @@ from distft.errors import DivergedError, Preempted, Resized
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
+from distft.train.early_stopping import EarlyStopping
+from distft.train.experts import ExpertLoad
 from distft.train.progress import IntervalSums, LatestTerms, ProgressCounter
 from distft.train.schedule import TrainingSchedule
 from distft.train.services import STOP_REASONS, TrainerServices
@@ -42,9 +44,14 @@ class Trainer:
         throughput: Throughput,
         loss_scale: DynamicLossScale | None = None,
         dropout_seed: int | None = None,
+        attention_reach: int | None = None,
+        early_stopping: EarlyStopping | None = None,
+        experts: ExpertLoad | None = None,
     ) -> None:
+        """`dropout_seed` and `attention_reach` as for `Batch.for_step`; `experts` are those of the model."""
         self._engine = engine
-        self._objective = objective
+        self._experts = experts
+        self._objective = objective if experts is None else experts.routed(objective)
         self._context = context
         self._feed = feed
         self._plan = plan
@@ -58,6 +65,8 @@ class Trainer:
         self._throughput = throughput
         self._loss_scale = loss_scale
         self._dropout_seed = dropout_seed
+        self._attention_reach = attention_reach
+        self._early_stopping = early_stopping or EarlyStopping(progress)
 
     @property
     def step(self) -> int:
@@ -65,7 +74,7 @@ class Trainer:
         return self._progress.step
 
     def run(self) -> Progress:
-        """Train to the last step; returns the final progress.
+        """Train to the last step of this phase; returns the progress there.
 
         Raises `DivergedError` after too many consecutive steps with non-finite gradients, and `Preempted`
         after a requested stop, once the run is saved.
@@ -82,19 +91,33 @@ class Trainer:
         )
         with batches:
             self._throughput.restart()
-            while self.step < self._schedule.total_steps:
+            while not self._is_phase_over:
                 signals = self._run_step(batches)
                 if self._schedule.is_evaluation_due(self.step):
                     self._evaluate()
-                if self._schedule.is_save_due(self.step):
+                if self._is_save_due:
                     self._save()
-                if not self._schedule.is_last(self.step):
+                if not self._is_run_over:
                     self._stop_if_signalled(signals)
         self._wait_for_saves()
         return self._current_progress()
 
+    @property
+    def _is_run_over(self) -> bool:
+        return self._schedule.is_last(self.step) or self._early_stopping.is_run_stalled
+
+    @property
+    def _is_phase_over(self) -> bool:
+        stops = self.step >= self._schedule.last_step or self._early_stopping.is_phase_over(self.step)
+        return stops or self._is_run_over
+
+    @property
+    def _is_save_due(self) -> bool:
+        is_due = self._schedule.is_save_due(self.step) or self._early_stopping.is_best(self.step)
+        return is_due or self._is_phase_over
+
     def _remaining_micro_batches(self) -> Iterator[MicroBatch]:
-        for step in range(self.step, self._schedule.total_steps):
+        for step in range(self.step, self._schedule.last_step):
             yield from self._plan.micro_batches(step, self._collectives.dp_rank)
 
     def _run_step(self, batches: Prefetcher) -> DeferredRead:
@@ -120,6 +143,8 @@ class Trainer:
                 signals=self._local_signals(),
                 before_update=self._services.before_update,
             )
+            if self._experts is not None:
+                self._experts.finish_step(self._engine, result.is_skipped)
         self._heartbeat.finish_step()
         self._progress.add_step(result)
         self._terms.add_step(result)
@@ -135,7 +160,7 @@ class Trainer:
 
     def _prepare(self, batch: AnyBatch) -> AnyBatch:
         """In the prefetching thread."""
-        return batch.for_step(self._dropout_seed)
+        return batch.for_step(self._dropout_seed, self._attention_reach)
 
     def _next_batch(self, batches: Prefetcher) -> AnyBatch:
         batch = next(batches)
@@ -198,6 +223,8 @@ class Trainer:
             **self._objective.term_metrics(terms, last),
             **self._objective.training_metrics(self._sums.read(self._objective.training_sum_names)),
         }
+        if self._experts is not None:
+            metrics |= self._experts.metrics()
         if self._progress.steps_without_targets:
             metrics["steps_without_targets"] = self._progress.steps_without_targets
         return metrics
@@ -205,6 +232,7 @@ class Trainer:
     def _evaluate(self) -> None:
         with self._heartbeat.phase("evaluation"):
             metrics = self._services.evaluate()
+            self._early_stopping.add(metrics, self.step)
             self._services.log({f"validation/{name}": value for name, value in metrics.items()}, self.step)
         self._throughput.restart()
 
@@ -218,7 +246,7 @@ class Trainer:
             self._services.wait_for_saves()
 
     def _current_progress(self) -> Progress:
-        return self._progress.to_progress(self._plan, self._context, self._loss_scale)
+        return self._progress.to_progress(self._plan, self._context, self._loss_scale, self._early_stopping)
 
     def _local_signals(self) -> list[int]:
         """1 for each of `STOP_REASONS` that holds on this rank, and for a failed save."""
@@ -233,7 +261,7 @@ class Trainer:
         reasons = {reason for reason, count in zip(STOP_REASONS, stop_counts, strict=True) if count}
         if not reasons:
             return
-        if not self._schedule.is_save_due(self.step):
+        if not self._is_save_due:
             self._save()
         self._wait_for_saves()
         if "requested" in reasons:

@@ -9,6 +9,7 @@ from distft.checkpoint.manifest import Progress
 from distft.objective.interface import ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan
+from distft.train.early_stopping import EarlyStopping
 from distft.train.ledger import SequenceLedger, merge_intervals
 from distft.train.step import StepResult
 
@@ -99,6 +100,7 @@ class ProgressCounter:
         plan: BatchPlan,
         context: ObjectiveContext,
         loss_scale: DynamicLossScale | None,
+        early_stopping: EarlyStopping,
     ) -> Progress:
         """The progress to save, with the sequences that all ranks used. Called by all ranks together."""
         used_by_rank = context.collectives.all_gather(self.ledger.take())
@@ -116,4 +118,7 @@ class ProgressCounter:
             steps_without_targets=self.steps_without_targets,
             loss_scale=None if loss_scale is None else loss_scale.state_dict(),
             objective_state={name: values.tolist() for name, values in context.state.items()},
+            phase_starts=early_stopping.phase_starts(self.step),
+            best_of_phase=None if early_stopping.is_phase_over(self.step) else early_stopping.best_of_phase,
+            best_of_run=early_stopping.best_of_run,
         )

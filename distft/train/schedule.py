@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from distft.config import Settings
+from distft.train.early_stopping import EarlyStoppingConfig
 
 _LEAST_SHARE = 0.1  # of the interval of evaluations, between the last two of a run
 
@@ -19,6 +20,7 @@ class TrainConfig(Settings):
     log_every_steps: int = Field(default=10, ge=1)
     max_skipped_in_a_row: int = Field(default=20, ge=1)  # steps with non-finite gradients that end the run
     max_skipped_share: float = Field(default=0.5, ge=0, le=1)  # of all steps; more fails the run at its end
+    early_stopping: EarlyStoppingConfig | None = None  # ends the run before; its best commit is kept
 
     @model_validator(mode="after")
     def _require_one_length(self) -> Self:
@@ -49,6 +51,12 @@ class TrainingSchedule:
     evaluate_every_steps: int | None  # None: not during training
     evaluate_at_end: bool
     ema_decay_at: Callable[[int], float] | None = None  # of the weights' average, if there is one
+    stop_step: int | None = None  # the last step of this phase of the run; None: of the run
+
+    @property
+    def last_step(self) -> int:
+        """To which this phase trains."""
+        return self.total_steps if self.stop_step is None else self.stop_step
 
     def is_last(self, step: int) -> bool:
         return step == self.total_steps
@@ -61,7 +69,7 @@ class TrainingSchedule:
         return self.is_log_due(step) or step % self.max_skipped_in_a_row == 0
 
     def is_save_due(self, step: int) -> bool:
-        return _is_multiple(step, self.save_every_steps) or self.is_last(step)
+        return _is_multiple(step, self.save_every_steps) or step == self.last_step
 
     def is_evaluation_due(self, step: int) -> bool:
         """Not shortly before the end, if the run is evaluated there anyway."""

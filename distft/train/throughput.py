@@ -104,10 +104,10 @@ class Throughput:
         self._num_steps += 1
         for batch in micro_batches:
             self._num_tokens += batch.num_real_tokens * num_ranks
-            for stream, (num_tokens, num_pairs) in batch.work.items():
-                self._num_flops += self._flops[stream].of(num_tokens, num_pairs) * num_ranks
+            for stream, work in batch.work.items():
+                self._num_flops += self._flops[stream].of(*work) * num_ranks
                 if self._recomputed_flops is not None:
-                    recomputed = self._recomputed_flops[stream].of(num_tokens, num_pairs)
+                    recomputed = self._recomputed_flops[stream].of(*work)
                     self._num_recomputed_flops += recomputed * num_ranks
         self._data_wait_s += data_wait_s
 

@@ -23,10 +23,9 @@ def _measure(topology: Topology, stages: list[int], precision: str) -> list[dict
         scenario = Scenario(stage=stage, trainable=TRAINABLE, precision=precision)
         training = Training(scenario, topology, collectives_for(scenario, topology))
         training.run(2)
-        engine = training.engine._engine  # type: ignore[attr-defined]
-        inner = zero_layout.inner_optimizer(engine)
+        kernel = training.engine._optimizer.kernel  # type: ignore[attr-defined]
         moments = sum(
-            state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in inner.state.values()
+            state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in kernel.state.values()
         )
         params = dict(training.engine.module.named_parameters())
         found.append(

@@ -45,8 +45,37 @@ MODELS: list[dict[str, Any]] = [
         "attention": "bidirectional",
         "dropout": 0.2,
     },
+    # A window in one of two layers, with rotary positions of its own, and capped scores and logits.
+    {
+        "num_layers": 2,
+        "num_heads": 3,
+        "d_ff": 29,
+        "norm": "layernorm",
+        "norm_bias": False,
+        "embedding_norm": True,
+        "first_attention_norm": False,
+        "mlp": "geglu",
+        "sliding_window": 4,
+        "global_attention_every": 2,
+        "local_rope_theta": 50.0,
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_seq_len": 6},
+        "attention_logit_softcap": 2.0,
+        "final_logit_softcap": 4.0,
+        "dropout": 0.2,
+    },
+    # Rows of a source, of which some are longer than others, and a target
+    {
+        "type": "encoder_decoder",
+        "num_encoder_layers": 2,
+        "num_heads": 3,
+        "d_ff": 29,
+        "mlp": "geglu_tanh",
+        "num_buckets": 8,
+        "max_distance": 10,
+        "dropout": 0.2,
+    },
 ]
-PARTLY = ("blocks.1.*",)
+PARTLY = ("*blocks.1.*",)
 
 
 def _model(raw: dict[str, Any]) -> ModelConfig:

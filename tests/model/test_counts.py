@@ -30,6 +30,7 @@ BOOLEANS = (
     "qk_norm",
     "tie_embeddings",
     "lm_head_transform",
+    "lm_head_transform_bias",
 )
 
 
@@ -38,6 +39,7 @@ def configs(draw: st.DrawFn) -> TransformerConfig:
     num_kv_heads = draw(st.integers(1, 3))
     positions: Literal["rotary", "learned"] = draw(st.sampled_from(["rotary", "learned"]))
     flags: dict[str, Any] = {name: draw(st.booleans()) for name in BOOLEANS}
+    norm_position: Literal["pre", "post"] = draw(st.sampled_from(["pre", "post"]))
     return TransformerConfig(
         vocab_size=draw(st.integers(1, 40)),
         pad_vocab_to=draw(st.sampled_from([1, 16])),
@@ -49,7 +51,8 @@ def configs(draw: st.DrawFn) -> TransformerConfig:
         head_dim=2 * draw(st.integers(1, 4)),
         d_ff=draw(st.integers(1, 30)),
         norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
-        norm_position=draw(st.sampled_from(["pre", "post"])),
+        norm_position=norm_position,
+        first_attention_norm=norm_position == "post" or draw(st.booleans()),
         positions=positions,
         position_offset=draw(st.integers(0, 2)) if positions == "learned" else 0,
         num_segments=draw(st.integers(0, 2)),
@@ -61,6 +64,7 @@ def configs(draw: st.DrawFn) -> TransformerConfig:
 
 CLASSIFIER = {"classifier": ClassificationHead(num_labels=3)}
 BERT_CLASSIFIER: Heads = {"classifier": ClassificationHead(num_labels=3, hidden="tanh")}
+MODERNBERT_CLASSIFIER: Heads = {"classifier": ClassificationHead(num_labels=3, hidden="gelu_norm")}
 MODULES = (
     "embed",
     "embed_norm",
@@ -76,6 +80,7 @@ MODULES = (
     "lm_head.norm",
     "classifier",
     "classifier.hidden",
+    "classifier.norm",
     "tokens",
 )
 GENERATOR_MODULES = tuple(f"generator.{name}" for name in ("input", "blocks.0", "blocks.1", "norm", "hidden"))
@@ -87,7 +92,9 @@ OTHERS: Heads = {
 GENERATOR: Heads = {"generator": OTHERS["generator"]}
 SEVERAL: Heads = {**LANGUAGE_MODEL, **BERT_CLASSIFIER, "tokens": TokenHead(num_outputs=2)}
 BOTH: Heads = {**LANGUAGE_MODEL, **CLASSIFIER}
-HEADS = st.sampled_from([LANGUAGE_MODEL, CLASSIFIER, BERT_CLASSIFIER, BOTH, SEVERAL, OTHERS, GENERATOR])
+HEADS = st.sampled_from(
+    [LANGUAGE_MODEL, CLASSIFIER, BERT_CLASSIFIER, MODERNBERT_CLASSIFIER, BOTH, SEVERAL, OTHERS, GENERATOR]
+)
 
 
 @settings(max_examples=20)

@@ -11,7 +11,7 @@ from support.library_tokenizers import TEXTS, WRITERS
 from support.small_runs import run
 
 from distft.cli.main import main
-from distft.run.inputs import text_template
+from distft.run.data_context import text_template
 from distft.run.pretrained import evaluate_checkpoint
 from distft.tokenizer import Tokenizer
 from distft.topology import Topology

@@ -49,15 +49,15 @@ def inputs_of(raw: dict[str, Any]) -> RunInputs:
     return check_run(parse(RunConfig, {**raw, "validation": None}), Topology())[1]
 
 
-def counted_flops(inputs: RunInputs) -> tuple[float, float]:
-    """Of one step as torch counts them, and as `inputs` does."""
+def counted_flops(inputs: RunInputs, start: int = 0, stop: int = 40) -> tuple[float, float]:
+    """Of one pass of these sequences as torch counts them, and as `inputs` does."""
     objective = inputs.config.objective
     module = build_module(inputs.model, inputs.heads).to_empty(device="cpu").train()
     for param in module.parameters():
         torch.nn.init.normal_(param, std=0.02)
-    batch = inputs.train.batch(0, 40).for_step(3)
+    batch = inputs.train.batch(start, stop).for_step(3)
     state = {name: torch.tensor(values) for name, values in objective.initial_state(inputs.heads).items()}
-    context = ObjectiveContext(inputs.model.vocab_size or 0, SingleProcess(), state=state)
+    context = ObjectiveContext(inputs.model.vocabulary_size or 0, SingleProcess(), state=state)
     # The loss adds the gradient of the output's weight in place, which torch does not count by itself.
     counting = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
     with sdpa_kernel(SDPBackend.MATH), counting as counter:
@@ -89,6 +89,29 @@ def test_a_step_costs_the_passes_and_logits_that_the_objective_names(
     raw["model"]["attention"] = attention
     counted, expected = counted_flops(inputs_of(raw))
     assert expected == pytest.approx(counted, rel=0.08)  # how many tokens are targets is drawn
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"type": "prefix_lm", "min_prefix_share": 0.6},
+        {"type": "span_corruption", "noise_density": 0.3},
+        {"type": "contrastive", "views": "dropout"},
+    ],
+    ids=lambda objective: str(objective["type"]),
+)
+def test_an_encoder_costs_what_the_sources_do_and_a_decoder_what_the_targets_do(
+    data: Path, tmp_path: Path, objective: dict[str, Any]
+) -> None:
+    raw = pretraining(data, tmp_path, objective=objective)
+    raw["model"] = {"type": "encoder_decoder", "num_encoder_layers": 2, **raw["model"]}
+    del raw["model"]["num_layers"]
+    inputs = inputs_of(raw)
+    # Row by row: of several the shorter sources and targets are padded, which is no work that counts.
+    num_rows = 1 if objective["type"] == "contrastive" else 24
+    pairs = [counted_flops(inputs, row, row + 1) for row in range(num_rows)]
+    counted, expected = (sum(values) for values in zip(*pairs, strict=True))
+    assert expected == pytest.approx(counted, rel=0.08)
 
 
 @pytest.mark.parametrize("part", UNLABELLED, ids=lambda part: str(part["type"]))

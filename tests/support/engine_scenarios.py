@@ -26,7 +26,8 @@ from distft.keyed_random import row_keys
 from distft.model.config import ModelConfig
 from distft.model.heads import LANGUAGE_MODEL, Heads
 from distft.model.transformer_config import TransformerConfig
-from distft.optim.adamw import AdamWConfig, parameter_groups
+from distft.optim.adamw import AdamWConfig
+from distft.optim.groups import parameter_groups
 from distft.optim.patterns import select_trainable
 from distft.topology import BatchPlan, Topology
 from distft.train.step import train_step
@@ -87,7 +88,7 @@ class Scenario:
         return AdamWConfig(
             peak_lr=3e-3,
             max_grad_norm=self.max_grad_norm,
-            lr_scales={"blocks.1.*": 0.5},
+            lr_scales={"*blocks.1.*": 0.5},
             ema_decay=0.9,
         )
 
@@ -213,9 +214,15 @@ class Training:
         numbers = torch.arange(start, max(stop, start + 1))
         second_starts = rows[:, :1] % SEQ_LEN  # rows are pairs for a model that has segments
         is_second = torch.arange(SEQ_LEN) >= second_starts
+        has_source = self.scenario.model.is_encoder_decoder
+        lengths = SEQ_LEN - rows[:, 0] % 3
+        if has_source:
+            labels[torch.arange(SEQ_LEN) >= lengths[:, None]] = -100
         return Batch(
             input_ids=rows[:, :-1],
             segment_ids=is_second.long() if self.scenario.model.has_segments else None,
+            is_prefix=~is_second if has_source else None,
+            lengths=lengths if has_source else None,
             dropout_keys=row_keys(3, numbers),
             targets={NEXT_TOKEN: labels},
             num_targets={NEXT_TOKEN: int((labels != -100).sum())},

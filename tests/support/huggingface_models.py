@@ -46,7 +46,8 @@ GPT2: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 3,
 }
-# model_type, and options that differ from LLAMA or GPT2
+# model_type, and options that differ from LLAMA or GPT2; the widths of experts are multiples of 4, which the
+# product of transformers needs
 HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
@@ -58,6 +59,34 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "qwen3": ("qwen3", {"head_dim": 10}),
     "qwen3_biases": ("qwen3", {"head_dim": 4, "attention_bias": True, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None, "intermediate_size": 28}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 12,
+        },
+    ),
+    "qwen2_moe_every": (
+        "qwen2_moe",
+        {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 10},
+    ),
     "gpt2": ("gpt2", {}),
     "gpt2_untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": None}),
 }
@@ -77,6 +106,28 @@ DISTFT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"qkv_bias": True, "num_heads": 3, "num_kv_heads": 1, "head_dim": 6}),
     "qwen3": ("qwen3", {"qk_norm": True, "num_kv_heads": 2, "head_dim": 10, "tie_embeddings": False}),
     "qwen3_biases": ("qwen3", {"qk_norm": True, "attention_bias": True, "qkv_bias": True}),
+    "mixtral": ("mixtral", {"d_ff": 28, "experts": {"num_experts": 4, "experts_per_token": 2}}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "qkv_bias": True,
+            "experts": {
+                "num_experts": 5,
+                "experts_per_token": 3,
+                "d_ff": 12,
+                "shared_d_ff": 13,
+                "shared_gate": True,
+                "normalize_weights": False,
+            },
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "qk_norm": True,
+            "experts": {"num_experts": 4, "experts_per_token": 2, "d_ff": 12, "dense_layers": [0]},
+        },
+    ),
     "gpt2": ("gpt2", {**DISTFT_GPT2, "d_ff": 37}),
     "gpt2_untied": ("gpt2", {**DISTFT_GPT2, "tie_embeddings": False, "pad_vocab_to": 8, "dropout": 0.1}),
 }

@@ -23,7 +23,7 @@ from distft.model.transformer import Transformer
 from distft.objective.interface import ObjectiveContext
 from distft.objective.mixture import Mixture
 from distft.objective.settings import ObjectiveConfig
-from distft.optim.adamw import parameter_groups
+from distft.optim.groups import parameter_groups
 from distft.topology import Topology
 from distft.train.step import StepResult, train_step
 from support.engine_scenarios import SEQ_LEN, VOCAB_SIZE, Scenario, Training, collectives_for, fresh_source

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from distft.data.batch import Batch
 from distft.engine.interface import GroupLr, LossTermsFn, UpdateResult
-from distft.optim.adamw import ParameterGroup
+from distft.optim.groups import ParameterGroup
+from distft.optim.settings import UpdateRule
 from distft.train.step import StepResult, train_step
 from distft.train.transfers import to_device
 
-GROUPS = (ParameterGroup(("a",), 0.0, 1.0, 0), ParameterGroup(("b",), 0.0, 0.5, 0))
+RULE = UpdateRule(())
+GROUPS = (ParameterGroup(("a",), 0.0, 1.0, 0, RULE), ParameterGroup(("b",), 0.0, 0.5, 0, RULE))
 
 
 class FakeEngine:

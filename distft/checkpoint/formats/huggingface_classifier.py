@@ -7,9 +7,11 @@ from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.rank_file import bytes_of
 from distft.checkpoint.safetensors_header import safetensors_header
 from distft.checkpoint.sources import CheckpointSource
+from distft.model.heads import CLASSIFIER_NORM_EPS
 
 CLASSIFIER = "classifier.weight"
 CLASSIFIER_HIDDEN, CLASSIFIER_OUTPUT = "classifier.hidden", "classifier.output"  # of one with a layer
+_CLASSIFIER_NORM = "classifier.norm"
 HEAD_FILE = "classifier.safetensors"
 README_FILE = "classifier.md"
 
@@ -20,9 +22,13 @@ _POOLING = {
     "max": "hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)",
 }
 _LOGITS = "pooled @ head['{name}'].T"
+_OUTPUT = " @ head['{output}.weight'].T + head['{output}.bias']"
 _LOGITS_WITH_LAYER = (
-    "torch.{activation}(pooled @ head['{hidden}.weight'].T + head['{hidden}.bias'])"
-    " @ head['{output}.weight'].T + head['{output}.bias']"
+    "torch.{activation}(pooled @ head['{hidden}.weight'].T + head['{hidden}.bias'])" + _OUTPUT
+)
+_LOGITS_WITH_NORM = (
+    "torch.nn.functional.layer_norm(torch.nn.functional.gelu(pooled @ head['{hidden}.weight'].T),"
+    " pooled.shape[1:], head['{norm}.weight'], eps={eps})" + _OUTPUT
 )
 _README = """# A classifier of distft
 
@@ -61,7 +67,10 @@ def head_files(
     parts = [
         f"{part}.{kind}" for part in (CLASSIFIER_HIDDEN, CLASSIFIER_OUTPUT) for kind in ("weight", "bias")
     ]
+    if hidden == "gelu_norm":
+        parts = [f"{CLASSIFIER_HIDDEN}.weight", f"{_CLASSIFIER_NORM}.weight", *parts[2:]]
     names = [CLASSIFIER] if hidden == "none" else parts
+    logits = {"none": _LOGITS, "gelu_norm": _LOGITS_WITH_NORM}.get(hidden, _LOGITS_WITH_LAYER)
     shapes = {name: source.manifest.parameters[name].shape for name in names}
     values = {name: source.read(name, WEIGHT, 0, prod(shape)) for name, shape in shapes.items()}
     header = safetensors_header([(name, values[name].dtype, shapes[name]) for name in names])
@@ -69,8 +78,13 @@ def head_files(
         head_file=HEAD_FILE,
         labels=json.dumps(label_names, ensure_ascii=False),
         pooling=_POOLING[pooling],
-        logits=(_LOGITS if hidden == "none" else _LOGITS_WITH_LAYER).format(
-            name=CLASSIFIER, activation=hidden, hidden=CLASSIFIER_HIDDEN, output=CLASSIFIER_OUTPUT
+        logits=logits.format(
+            name=CLASSIFIER,
+            activation=hidden,
+            hidden=CLASSIFIER_HIDDEN,
+            norm=_CLASSIFIER_NORM,
+            output=CLASSIFIER_OUTPUT,
+            eps=CLASSIFIER_NORM_EPS,
         ),
     )
     return {

@@ -1,8 +1,8 @@
-"""`config.json` of transformers: to a `TransformerConfig`, chosen and written for one. No files, no tensors.
+"""`config.json` of transformers: to a model's configuration, and written for one. No files, no tensors.
 
-A distft model can be a Llama, Mistral, Qwen2, Qwen3, GPT-2, BERT, RoBERTa or DistilBERT. Both the older
-spelling of a key (`rope_theta`, `torch_dtype`) and the newer one (`rope_parameters`, `dtype`) are read and
-written.
+A distft model can be a Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, GPT-2, BERT, RoBERTa,
+DistilBERT, ModernBERT or T5. Both the older spelling of a key (`rope_theta`, `torch_dtype`) and the newer one
+(`rope_parameters`, `dtype`) are read and written.
 """
 
 from collections.abc import Mapping
@@ -28,40 +28,80 @@ from distft.checkpoint.formats.huggingface_encoders import (
     encoder_sizes,
     required_options,
 )
+from distft.checkpoint.formats.huggingface_experts import (
+    MODELS_WITH_EXPERTS,
+    expert_keys,
+    expert_options,
+    expert_problems,
+    expert_sizes,
+    unsupported_experts,
+)
 from distft.checkpoint.formats.huggingface_keys import (
     DEFAULTS,
     BertKeys,
     DistilBertKeys,
+    ExpertKeys,
     Gpt2Keys,
     Keys,
     LlamaKeys,
+    ModernBertKeys,
+    T5Keys,
 )
+from distft.checkpoint.formats.huggingface_modernbert import POOLINGS
+from distft.checkpoint.formats.huggingface_t5 import t5_keys, t5_options, t5_problems, t5_sizes
 from distft.config import parse
 from distft.errors import ConfigError
+from distft.model.config import Pooling
+from distft.model.encoder_decoder_config import EncoderDecoderConfig
 from distft.model.transformer_config import TransformerConfig
 
 # `model_type` of transformers
 Architecture: TypeAlias = Literal[
-    "llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "roberta", "distilbert"
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt2",
+    "bert",
+    "roberta",
+    "distilbert",
+    "modernbert",
+    "t5",
 ]
+# The types of model that transformers has
+KnownConfig: TypeAlias = TransformerConfig | EncoderDecoderConfig
 HeadKind: TypeAlias = Literal["language_model", "classifier", "none"]
 
+_WITH_EXPERTS: tuple[Architecture, ...] = ("mixtral", "qwen3_moe", "qwen2_moe")
 _PREFERENCE_ORDER: tuple[Architecture, ...] = ("llama", "qwen2", "qwen3", "gpt2", *ENCODERS)
 _CLASS_PREFIXES: dict[Architecture, str] = {
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3_moe": "Qwen3Moe",
     "gpt2": "GPT2",
     "bert": "Bert",
     "roberta": "Roberta",
     "distilbert": "DistilBert",
+    "modernbert": "ModernBert",
+    "t5": "T5",
 }
 _KEYS: dict[Architecture, type[Keys]] = {
+    "mixtral": ExpertKeys,
+    "qwen2_moe": ExpertKeys,
+    "qwen3_moe": ExpertKeys,
     "gpt2": Gpt2Keys,
     "bert": BertKeys,
     "roberta": BertKeys,
     "distilbert": DistilBertKeys,
+    "modernbert": ModernBertKeys,
+    "t5": T5Keys,
 }  # of the others LlamaKeys
 
 
@@ -70,9 +110,10 @@ class HuggingFaceModelSpec:
     """A model as its `config.json` describes it."""
 
     architecture: Architecture
-    model: TransformerConfig
+    model: KnownConfig
     head: HeadKind
     label_names: tuple[str, ...] | None  # of a classifier, by class
+    pooling: Pooling | None = None  # of a classifier, where its architecture has several
 
     @property
     def objective(self) -> dict[str, str] | None:
@@ -80,12 +121,15 @@ class HuggingFaceModelSpec:
         layer = CLASSIFIER_LAYERS.get(self.architecture)
         if self.head != "classifier" or layer is None:
             return None
-        return {"type": "classification", "pooling": classifier_pooling(self.architecture), "hidden": layer}
+        pooling = self.pooling or classifier_poolings(self.architecture)[0]
+        return {"type": "classification", "pooling": pooling, "hidden": layer}
 
 
-def classifier_pooling(architecture: Architecture) -> Literal["first", "last"]:
+def classifier_poolings(architecture: Architecture) -> tuple[Pooling, ...]:
     """How the classifiers of an architecture make one vector of a row's hidden states."""
-    return "first" if architecture in ENCODERS else "last"
+    if architecture == "modernbert":
+        return tuple(POOLINGS.values())
+    return ("first",) if architecture in ENCODERS else ("last",)
 
 
 def class_name(architecture: Architecture, head: HeadKind) -> str:
@@ -93,6 +137,8 @@ def class_name(architecture: Architecture, head: HeadKind) -> str:
     language_model = "LMHeadModel" if architecture == "gpt2" else "ForCausalLM"
     if architecture in ENCODERS:
         language_model = "ForMaskedLM"
+    if architecture == "t5":
+        language_model = "ForConditionalGeneration"
     suffix = {"language_model": language_model, "classifier": "ForSequenceClassification", "none": "Model"}
     return _CLASS_PREFIXES[architecture] + suffix[head]
 
@@ -127,26 +173,32 @@ def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
         "tie_embeddings": keys.tie_word_embeddings,
         "init_std": keys.initializer_range or 0.02,
     }
-    model: TransformerConfig = parse(TransformerConfig, common | sizes, where="model")
+    kind: type[KnownConfig] = EncoderDecoderConfig if architecture == "t5" else TransformerConfig
+    model: KnownConfig = parse(kind, common | sizes, where="model")
     # transformers leaves names of its own making out of a config.json.
     names = keys.id2label or {0: "LABEL_0", 1: "LABEL_1"}
     labels = tuple(names[index] for index in sorted(names)) if head == "classifier" else None
-    return HuggingFaceModelSpec(architecture=architecture, model=model, head=head, label_names=labels)
+    pooling = POOLINGS[keys.classifier_pooling] if labels and isinstance(keys, ModernBertKeys) else None
+    return HuggingFaceModelSpec(
+        architecture=architecture, model=model, head=head, label_names=labels, pooling=pooling
+    )
 
 
 def _sizes_and_problems(
     keys: Keys, architecture: Architecture, head: HeadKind
 ) -> tuple[dict[str, Any], list[str]]:
-    """Fields of `TransformerConfig`, and options that distft does not support."""
+    """Fields of the model's configuration, and options that distft does not support."""
+    if isinstance(keys, T5Keys):
+        return t5_sizes(keys), t5_problems(keys)
     if isinstance(keys, Gpt2Keys):
         return gpt2_sizes(keys), gpt2_problems(keys)
+    if isinstance(keys, ExpertKeys):
+        return expert_sizes(keys, architecture), expert_problems(keys, architecture)
     if isinstance(keys, LlamaKeys):
         return llama_sizes(keys, architecture), llama_problems(keys, architecture)
-    assert isinstance(keys, BertKeys | DistilBertKeys)
+    assert isinstance(keys, BertKeys | DistilBertKeys | ModernBertKeys)
     assert architecture in ENCODERS
-    is_language_model = head == "language_model"
-    problems = encoder_problems(keys, architecture, is_language_model=is_language_model)
-    return encoder_sizes(keys, architecture), problems
+    return encoder_sizes(keys, architecture), encoder_problems(keys, architecture, head=head)
 
 
 def _parse_head(keys: Keys, architecture: Architecture) -> tuple[HeadKind, list[str]]:
@@ -165,12 +217,18 @@ def _parse_head(keys: Keys, architecture: Architecture) -> tuple[HeadKind, list[
     return head, []
 
 
-def choose_architecture(config: TransformerConfig, wanted: str | None = None) -> Architecture:
+def choose_architecture(config: KnownConfig, wanted: str | None = None) -> Architecture:
     """The first of Llama, Qwen2, Qwen3 and GPT-2 that supports `config`, or `wanted`.
 
     Raises `ConfigError` with each option that `wanted`, or the nearest architecture, does not support.
     """
-    candidates = _PREFERENCE_ORDER
+    candidates: tuple[Architecture, ...] = _PREFERENCE_ORDER
+    if isinstance(config, EncoderDecoderConfig):
+        candidates = ("t5",)
+    elif config.experts is not None:
+        candidates = _WITH_EXPERTS
+    elif config.sliding_window is not None:
+        candidates = ("mistral", *candidates)
     if wanted is not None:
         known = {str(name): name for name in get_args(Architecture)}
         if wanted not in known:
@@ -190,13 +248,20 @@ def choose_architecture(config: TransformerConfig, wanted: str | None = None) ->
     return nearest
 
 
-def _unsupported_options(config: TransformerConfig, architecture: Architecture) -> list[str]:
+def _unsupported_options(config: KnownConfig, architecture: Architecture) -> list[str]:
     """Options that the architecture does not support, each with the value that it needs."""
-    if architecture in ENCODERS:
+    if isinstance(config, EncoderDecoderConfig) != (architecture == "t5"):
+        needed = "encoder_decoder" if architecture == "t5" else "transformer"
+        return [f"model.type={config.type} would have to be {needed}."]
+    if isinstance(config, EncoderDecoderConfig):
+        required = t5_options(config)
+    elif architecture in ENCODERS:
         required = required_options(config, architecture)
+    elif architecture in MODELS_WITH_EXPERTS:
+        required = expert_options(config, architecture)
     else:
         required = decoder_options(config, architecture)
-    if architecture == "gpt2" or architecture in ENCODERS:
+    if isinstance(config, TransformerConfig) and architecture in {"gpt2", *ENCODERS}:
         required["num_kv_heads"] = config.num_heads
         if config.head_dim * config.num_heads != config.d_model:
             required["head_dim"] = f"d_model / num_heads = {config.d_model / config.num_heads:g}"
@@ -206,6 +271,8 @@ def _unsupported_options(config: TransformerConfig, architecture: Architecture) 
         for name, value in required.items()
         if found[name] != value
     ]
+    if isinstance(config, TransformerConfig):
+        problems += unsupported_experts(config, architecture)
     if architecture == "llama" and config.d_model % config.num_heads:
         problems.append(
             f"model.d_model={config.d_model} would have to be a multiple of num_heads={config.num_heads}; "
@@ -215,6 +282,8 @@ def _unsupported_options(config: TransformerConfig, architecture: Architecture) 
 
 
 def _yaml_text(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -241,8 +310,12 @@ def make_config(
         common["id2label"] = {str(i): name for i, name in enumerate(spec.label_names)}
         common["label2id"] = {name: i for i, name in enumerate(spec.label_names)}
         common["problem_type"] = "single_label_classification"
+    if isinstance(config, EncoderDecoderConfig):
+        return common | t5_keys(config)
     if spec.architecture == "gpt2":
         return common | gpt2_keys(config)
     if spec.architecture in ENCODERS:
-        return common | encoder_keys(config, spec.architecture)
+        return common | encoder_keys(config, spec.architecture, spec.pooling)
+    if spec.architecture in MODELS_WITH_EXPERTS:
+        return common | expert_keys(config, spec.architecture)
     return common | llama_keys(config, spec.architecture)

@@ -3,26 +3,34 @@
 from collections.abc import Mapping
 from typing import Any
 
+from distft.checkpoint.formats.huggingface_attention import (
+    layer_type_problems,
+    layer_types,
+    older_rope_keys,
+    rope_keys,
+    rope_problems,
+    rope_settings,
+    window_settings,
+)
 from distft.checkpoint.formats.huggingface_keys import Gpt2Keys, LlamaKeys
 from distft.model.transformer_config import TransformerConfig
 
 _SILU = ("silu", "swish")
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
-_DEFAULT_ROPE_THETA = 10_000.0
 
 
 def llama_sizes(keys: LlamaKeys, architecture: str) -> dict[str, Any]:
     """Fields of `TransformerConfig`."""
     given = keys.rope_scaling or keys.rope_parameters or {}
-    theta = given.get("rope_theta", keys.rope_theta)
     sizes = {
+        **rope_settings(given, keys.rope_theta, keys.max_position_embeddings),
+        **window_settings(keys, architecture),
         "max_seq_len": keys.max_position_embeddings,
         "d_model": keys.hidden_size,
         "num_layers": keys.num_hidden_layers,
         "num_heads": keys.num_attention_heads,
         "num_kv_heads": keys.num_key_value_heads or keys.num_attention_heads,
         "norm_eps": keys.rms_norm_eps,
-        "rope_theta": _DEFAULT_ROPE_THETA if theta is None else theta,
         "d_ff": keys.intermediate_size,
         # Mistral and Qwen2 ignore these keys.
         "attention_bias": architecture in {"llama", "qwen3"} and keys.attention_bias,
@@ -34,7 +42,9 @@ def llama_sizes(keys: LlamaKeys, architecture: str) -> dict[str, Any]:
 
 
 def llama_problems(keys: LlamaKeys, architecture: str) -> list[str]:
-    problems = [*_rope_problems(keys), *_sliding_window_problems(keys, architecture)]
+    problems = _rope_problems(keys)
+    if architecture in {"qwen2", "qwen3"}:
+        problems += layer_type_problems(keys.layer_types, keys.num_hidden_layers)
     if keys.hidden_act not in _SILU:
         problems.append(f"hidden_act={keys.hidden_act!r} is not supported: it must be {' or '.join(_SILU)}.")
     if keys.attention_dropout:
@@ -51,35 +61,7 @@ def _rope_problems(keys: LlamaKeys) -> list[str]:
     given = getattr(keys, name) or {}
     if any(isinstance(value, Mapping) for value in given.values()):
         return [f"{name}={given}: rotary positions that differ by layer are not supported."]
-    problems = []
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind != "default":
-        problems.append(f"{name}={given}: rotary positions of type {kind!r} are not supported.")
-    factors = {"": keys.partial_rotary_factor, f"{name}.": given.get("partial_rotary_factor")}
-    problems += [
-        f"{prefix}partial_rotary_factor={factor} is not supported: it must be 1."
-        for prefix, factor in factors.items()
-        if factor not in (None, 1)
-    ]
-    return problems
-
-
-def _sliding_window_problems(keys: LlamaKeys, architecture: str) -> list[str]:
-    """Problems of a sliding window that is shorter than the longest row."""
-    window, longest = keys.sliding_window, keys.max_position_embeddings
-    if architecture == "llama" or window is None or window >= longest:
-        return []
-    if architecture in {"qwen2", "qwen3"}:
-        is_windowed = keys.num_hidden_layers > keys.max_window_layers
-        if keys.layer_types is not None:
-            is_windowed = "sliding_attention" in keys.layer_types
-        if not keys.use_sliding_window or not is_windowed:
-            return []
-    return [
-        f"sliding_window={window} is less than max_position_embeddings={longest}, but distft's attention has "
-        f"no window. Rows of up to {window} tokens need none: set max_position_embeddings to {window} in a "
-        "copy of the file."
-    ]
+    return rope_problems(given, name, keys.partial_rotary_factor)
 
 
 def gpt2_sizes(keys: Gpt2Keys) -> dict[str, Any]:
@@ -137,7 +119,15 @@ def decoder_options(config: TransformerConfig, architecture: str) -> dict[str, A
         "position_offset": 0,
         "num_segments": 0,
         "lm_head_transform": False,
+        "first_attention_norm": True,
+        "local_rope_theta": None,
+        "attention_logit_softcap": None,
+        "final_logit_softcap": None,
     }
+    if architecture in {"llama", "gpt2"}:
+        required["sliding_window"] = None
+    elif architecture == "mistral":  # a window in all layers, or in none
+        required |= {"global_attention_every": None, "global_layers": ()}
     if is_gpt2:
         required["norm_bias"] = True
     if architecture != "llama":
@@ -165,6 +155,7 @@ def gpt2_keys(config: TransformerConfig) -> dict[str, Any]:
 
 
 def llama_keys(config: TransformerConfig, architecture: str) -> dict[str, Any]:
+    rope = rope_keys(config.rope_theta, config.rope_scaling, config.head_dim)
     keys = {
         "max_position_embeddings": config.max_seq_len,
         "hidden_size": config.d_model,
@@ -175,8 +166,8 @@ def llama_keys(config: TransformerConfig, architecture: str) -> dict[str, Any]:
         "intermediate_size": config.d_ff,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # for transformers before 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
+        **older_rope_keys(rope),
         "attention_dropout": 0.0,
     }
     if architecture in {"llama", "qwen3"}:
@@ -184,7 +175,9 @@ def llama_keys(config: TransformerConfig, architecture: str) -> dict[str, Any]:
     if architecture == "llama":
         keys["mlp_bias"] = config.mlp_bias
     if architecture != "llama":
-        keys["sliding_window"] = None
+        keys["sliding_window"] = config.sliding_window
     if architecture in {"qwen2", "qwen3"}:
-        keys["use_sliding_window"] = False
+        keys["use_sliding_window"] = config.sliding_window is not None
+        if config.sliding_window is not None:
+            keys["layer_types"] = layer_types(config)
     return keys

@@ -1,4 +1,4 @@
-"""The encoders of transformers: BERT, RoBERTa and DistilBERT. What sets their config.json and names apart.
+"""The encoders of transformers: BERT and its relatives. What sets their config.json and names apart.
 
 Their classifiers have a layer over the first token's hidden state, and their language models one before the
 logits.
@@ -7,13 +7,19 @@ logits.
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
-from distft.checkpoint.formats.huggingface_keys import BertKeys, DistilBertKeys
+from distft.checkpoint.formats import huggingface_modernbert as modernbert
+from distft.checkpoint.formats.huggingface_keys import BertKeys, DistilBertKeys, ModernBertKeys
 from distft.model.heads import HiddenLayer
 from distft.model.transformer_config import TransformerConfig
 
-EncoderArchitecture: TypeAlias = Literal["bert", "roberta", "distilbert"]
+EncoderArchitecture: TypeAlias = Literal["bert", "roberta", "distilbert", "modernbert"]
 ENCODERS: tuple[EncoderArchitecture, ...] = get_args(EncoderArchitecture)
-CLASSIFIER_LAYERS: Mapping[str, HiddenLayer] = {"bert": "tanh", "roberta": "tanh", "distilbert": "relu"}
+CLASSIFIER_LAYERS: Mapping[str, HiddenLayer] = {
+    "bert": "tanh",
+    "roberta": "tanh",
+    "distilbert": "relu",
+    "modernbert": "gelu_norm",
+}
 
 _ROBERTA_OFFSET = 2  # the id of its padding, and one
 _DISTILBERT_EPS = 1e-12
@@ -76,11 +82,14 @@ TIED_COPIES: Mapping[str, Mapping[str, str | None]] = {
     },
     "roberta": {"lm_head.decoder.weight": None, "lm_head.decoder.bias": "lm_head.bias"},
     "distilbert": {"vocab_projector.weight": None},
+    "modernbert": modernbert.TIED_COPIES,
 }
 
 
 def encoder_modules(architecture: EncoderArchitecture) -> Mapping[str, str]:
     """The names of transformers by those of distft's modules; those of a block are relative to it."""
+    if architecture == "modernbert":
+        return modernbert.MODULES
     return {
         "embed": f"{architecture}.embeddings.word_embeddings",
         "position_embed": f"{architecture}.embeddings.position_embeddings",
@@ -93,11 +102,17 @@ def encoder_modules(architecture: EncoderArchitecture) -> Mapping[str, str]:
 
 def encoder_layers(architecture: EncoderArchitecture) -> str:
     """The name of transformers before a block's number."""
+    if architecture == "modernbert":
+        return modernbert.LAYERS
     return f"{architecture}.{'transformer' if architecture == 'distilbert' else 'encoder'}.layer"
 
 
-def encoder_sizes(keys: BertKeys | DistilBertKeys, architecture: EncoderArchitecture) -> dict[str, Any]:
+def encoder_sizes(
+    keys: BertKeys | DistilBertKeys | ModernBertKeys, architecture: EncoderArchitecture
+) -> dict[str, Any]:
     """Fields of `TransformerConfig`."""
+    if isinstance(keys, ModernBertKeys):
+        return modernbert.modernbert_sizes(keys)
     common = {
         "norm": "layernorm",
         "norm_position": "post",
@@ -135,9 +150,23 @@ def encoder_sizes(keys: BertKeys | DistilBertKeys, architecture: EncoderArchitec
 
 
 def encoder_problems(
-    keys: BertKeys | DistilBertKeys, architecture: EncoderArchitecture, *, is_language_model: bool
+    keys: BertKeys | DistilBertKeys | ModernBertKeys,
+    architecture: EncoderArchitecture,
+    *,
+    head: str,
 ) -> list[str]:
     """Options that distft does not support."""
+    if isinstance(keys, ModernBertKeys):
+        problems = modernbert.modernbert_problems(keys)
+        problems += modernbert.modernbert_classifier_problems(keys) if head == "classifier" else []
+    else:
+        problems = _bert_problems(keys, architecture)
+    if head == "language_model" and not keys.tie_word_embeddings:
+        problems.append("tie_word_embeddings=false is not supported: it must be true.")
+    return problems
+
+
+def _bert_problems(keys: BertKeys | DistilBertKeys, architecture: EncoderArchitecture) -> list[str]:
     problems = []
     if isinstance(keys, DistilBertKeys):
         name, activation = "activation", keys.activation
@@ -170,14 +199,18 @@ def encoder_problems(
             f"{given}: different dropout rates are not supported. They affect training only: make them equal "
             "in a copy of the file."
         )
-    if is_language_model and not keys.tie_word_embeddings:
-        problems.append("tie_word_embeddings=false is not supported: it must be true.")
     return problems
 
 
 def required_options(config: TransformerConfig, architecture: EncoderArchitecture) -> dict[str, Any]:
     """The values of settings that a model of this architecture must have."""
+    uncapped = dict.fromkeys(("attention_logit_softcap", "final_logit_softcap"))
+    if architecture == "modernbert":
+        return modernbert.required_modernbert_options(config) | uncapped
     required: dict[str, Any] = {
+        **uncapped,
+        "sliding_window": None,
+        "lm_head_transform_bias": True,
         "attention": "bidirectional",
         "norm": "layernorm",
         "norm_bias": True,
@@ -203,8 +236,12 @@ def required_options(config: TransformerConfig, architecture: EncoderArchitectur
     return required
 
 
-def encoder_keys(config: TransformerConfig, architecture: EncoderArchitecture) -> dict[str, Any]:
-    """Keys of config.json."""
+def encoder_keys(
+    config: TransformerConfig, architecture: EncoderArchitecture, pooling: str | None
+) -> dict[str, Any]:
+    """Keys of config.json; `pooling` is that of a classifier."""
+    if architecture == "modernbert":
+        return modernbert.modernbert_keys(config, pooling)
     activation = next(key for key, own in _GELUS.items() if own == config.mlp)
     num_positions = config.num_positions
     if architecture == "distilbert":

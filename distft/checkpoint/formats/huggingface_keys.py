@@ -48,6 +48,20 @@ class LlamaKeys(Keys):
     partial_rotary_factor: float | None = None
 
 
+class ExpertKeys(LlamaKeys):
+    num_local_experts: _Size | None = None  # None: num_experts
+    num_experts: _Size = 8
+    num_experts_per_tok: _Size = 2
+    moe_intermediate_size: _Size = 1408
+    shared_expert_intermediate_size: _Size = 5632
+    norm_topk_prob: bool = False
+    decoder_sparse_step: _Size = 1
+    mlp_only_layers: list[int] | None = None
+    router_aux_loss_coef: float = 0.001
+    router_jitter_noise: float = 0.0
+    qkv_bias: bool = True
+
+
 class Gpt2Keys(Keys):
     vocab_size: _Size = 50257
     n_positions: _Size = 1024
@@ -93,6 +107,55 @@ class BertKeys(_EncoderKeys):
         return 0 if value is None else value
 
 
+class ModernBertKeys(_EncoderKeys):
+    vocab_size: _Size = 50368
+    hidden_size: _Size = 768
+    num_hidden_layers: _Layers = 22
+    num_attention_heads: _Size = 12
+    intermediate_size: _Size = 1152
+    hidden_activation: str = "gelu"
+    max_position_embeddings: _Size = 8192
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    layer_types: list[str] | None = None
+    rope_parameters: dict[str, dict[str, Any] | None] | None = None
+    rope_scaling: dict[str, Any] | None = None  # of transformers before 5, as the next three
+    global_attn_every_n_layers: _Layers = 3
+    global_rope_theta: float | None = 160_000.0
+    local_rope_theta: float | None = 10_000.0
+    local_attention: _Size = 128
+    embedding_dropout: float = 0.0
+    mlp_bias: bool = False
+    mlp_dropout: float = 0.0
+    decoder_bias: bool = True
+    classifier_bias: bool = False
+    classifier_activation: str = "gelu"
+    classifier_pooling: str = "cls"
+
+
+class T5Keys(Keys):
+    vocab_size: _Size = 32128
+    d_model: _Size = 512
+    d_kv: _Size = 64
+    d_ff: _Size = 2048
+    num_layers: _Layers = 6
+    num_decoder_layers: _Layers | None = None  # None: num_layers
+    num_heads: _Size = 8
+    relative_attention_num_buckets: _Size = 32
+    relative_attention_max_distance: _Size = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+    tie_word_embeddings: bool = True
+    scale_decoder_outputs: bool | None = None  # None: tie_word_embeddings
+    n_positions: _Size | None = None  # of older files: tokens of a source
+    pad_token_id: _Size | None = 0
+    decoder_start_token_id: _Size | None = None  # None: pad_token_id
+    is_decoder: bool = False
+
+
 class DistilBertKeys(_EncoderKeys):
     dim: _Size = 768
     n_layers: _Layers = 6
@@ -104,6 +167,12 @@ class DistilBertKeys(_EncoderKeys):
 
 
 _QWEN = {"vocab_size": 151936, "sliding_window": 4096, "num_key_value_heads": 32}
+_QWEN_WITH_EXPERTS = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "sliding_window": 4096,
+}
 DEFAULTS: Mapping[str, dict[str, Any]] = {  # where they differ from those above
     "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
     "mistral": {
@@ -114,8 +183,34 @@ DEFAULTS: Mapping[str, dict[str, Any]] = {  # where they differ from those above
     },
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128},
+    "mixtral": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+    },
+    "qwen2_moe": {
+        **_QWEN_WITH_EXPERTS,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+    },
+    "qwen3_moe": {
+        **_QWEN_WITH_EXPERTS,
+        "intermediate_size": 6144,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
     "gpt2": {},
     "bert": {},
     "roberta": {"vocab_size": 50265, "pad_token_id": 1},
     "distilbert": {},
+    "modernbert": {},
+    "t5": {},
 }

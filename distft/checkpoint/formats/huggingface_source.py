@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from distft import storage
 from distft.checkpoint.formats.huggingface_config import HuggingFaceModelSpec, parse_config
 from distft.checkpoint.formats.huggingface_encoders import ENCODERS
 from distft.checkpoint.formats.huggingface_files import read_json, scan_tensors
+from distft.checkpoint.formats.huggingface_t5 import with_saved_head
 from distft.checkpoint.formats.huggingface_tensors import (
     LM_HEAD,
     TensorMap,
@@ -27,6 +28,7 @@ from distft.checkpoint.rank_file import read_elements
 from distft.checkpoint.safetensors_header import TensorLocation
 from distft.checkpoint.sources import ManifestSource
 from distft.errors import CheckpointError, ConfigError
+from distft.model.encoder_decoder_config import EncoderDecoderConfig
 
 _MOST_NOTES = 5
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -83,6 +85,8 @@ class HuggingFaceCheckpoint(ManifestSource):
             raise ConfigError(
                 f"{storage.join(path, CONFIG_FILE)} describes a model that distft does not support:\n{error}"
             ) from None
+        if isinstance(spec.model, EncoderDecoderConfig):
+            spec = replace(spec, model=with_saved_head(spec.model, scan_tensors(path).locations))
         matched = _match_tensors(path, spec)
         return cls(path, spec, _manifest(path, spec, matched, raw), matched)
 
@@ -91,15 +95,13 @@ class HuggingFaceCheckpoint(ManifestSource):
         if not self.has(parameter, state):
             raise CheckpointError(f"{self.path} has no {state} of {parameter!r}.")
         location = self._tensor_map.parameters[parameter]
-        stored = self._locations[location.tensor.name]
+        return read_parameter(location, self._read_tensor, start, stop)
+
+    def _read_tensor(self, name: str, start: int, stop: int) -> Tensor:
+        stored = self._locations[name]
         dtype = stored.dtype
         assert dtype is not None
-        return read_parameter(
-            location,
-            lambda a, b: read_elements(stored.path, stored.offset + a * dtype.itemsize, dtype, b - a),
-            start,
-            stop,
-        )
+        return read_elements(stored.path, stored.offset + start * dtype.itemsize, dtype, stop - start)
 
     def find_damage(self) -> list[str]:
         """Tensors that are missing, cut short, unexpected, or of another shape; files that are damaged.
@@ -182,10 +184,10 @@ def _manifest(
 ) -> Manifest:
     parameters = {}
     for name, location in matched.tensor_map.parameters.items():
-        stored = matched.locations.get(location.tensor.name)
+        stored = [matched.locations.get(tensor.name) for tensor in location.tensors]
         states = {}
-        if stored is not None:
-            states[WEIGHT] = StateRecord(dtype=str(stored.dtype).removeprefix("torch."))
+        if stored[0] is not None and None not in stored:
+            states[WEIGHT] = StateRecord(dtype=str(stored[0].dtype).removeprefix("torch."))
         parameters[name] = ParameterRecord(shape=location.shape, trainable=True, updates=0, states=states)
     return Manifest(
         **model_fields(spec, path),

@@ -22,12 +22,14 @@ from distft.checkpoint.formats.huggingface_config import (
     Architecture,
     HeadKind,
     HuggingFaceModelSpec,
+    KnownConfig,
     choose_architecture,
-    classifier_pooling,
+    classifier_poolings,
     make_config,
 )
 from distft.checkpoint.formats.huggingface_encoders import CLASSIFIER_LAYERS, ENCODERS
 from distft.checkpoint.formats.huggingface_files import INDEX_FILE, WEIGHTS_FILE
+from distft.checkpoint.formats.huggingface_modernbert import classifier_misfit
 from distft.checkpoint.formats.huggingface_tensors import (
     LM_HEAD,
     LM_TRANSFORM,
@@ -43,7 +45,8 @@ from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.target import UNFINISHED_MARKER
 from distft.config import parse
 from distft.errors import CheckpointError, ConfigError
-from distft.model.config import ModelConfig
+from distft.model.config import ModelConfig, Pooling
+from distft.model.encoder_decoder_config import EncoderDecoderConfig
 from distft.model.settings import AnyModelConfig
 from distft.model.transformer_config import TransformerConfig
 from distft.tokenizer import Tokenizer
@@ -98,11 +101,16 @@ def write_huggingface(
     """
     model = _model_config(source)
     chosen = choose_architecture(model, architecture)
-    head, beside, notes = _choose_head(source, model, chosen)
+    head, own, notes = _choose_head(source, model, chosen)
     labels = source.manifest.label_names if head == "classifier" else None
     spec = HuggingFaceModelSpec(
-        architecture=chosen, model=model, head=head, label_names=None if labels is None else tuple(labels)
+        architecture=chosen,
+        model=model,
+        head=head,
+        label_names=None if labels is None else tuple(labels),
+        pooling=None if labels is None or own is None else own[0],
     )
+    beside = own if head == "none" else None
     tensor_map = map_tensors(model, chosen, head, num_labels=len(labels or ()), has_prefix=head != "none")
     _check_parameters(source, tensor_map)
     files, special_ids, tokenizer_notes = _tokenizer_files(
@@ -135,7 +143,7 @@ def write_huggingface(
     return notes
 
 
-def _model_config(source: CheckpointSource) -> TransformerConfig:
+def _model_config(source: CheckpointSource) -> KnownConfig:
     raw = source.manifest.config.get("model")
     if raw is None:
         raise ConfigError(
@@ -143,20 +151,20 @@ def _model_config(source: CheckpointSource) -> TransformerConfig:
             "give the run's configuration with --run-config."
         )
     config: ModelConfig = parse(AnyModelConfig, raw, where="model")
-    if not isinstance(config, TransformerConfig):
+    if not isinstance(config, TransformerConfig | EncoderDecoderConfig):
         raise ConfigError(
             f"{source.path} has model.type={raw.get('type')}, and transformers has no such model: only "
-            "model.type=transformer can be exported. Convert it to distft or universal."
+            "model.type=transformer and encoder_decoder can be exported. Convert it to distft or universal."
         )
     return config
 
 
 def _choose_head(
-    source: CheckpointSource, model: TransformerConfig, architecture: Architecture
-) -> tuple[HeadKind, tuple[str, str] | None, list[str]]:
+    source: CheckpointSource, model: KnownConfig, architecture: Architecture
+) -> tuple[HeadKind, tuple[Pooling, str] | None, list[str]]:
     """The head to export, and notes on what is left out.
 
-    Between them `pooling` and `hidden` of a classifier that lies beside the model.
+    Between them `pooling` and `hidden` of a classifier; with the head `none` it lies beside the model.
     """
     parameters = source.manifest.parameters
     record = parameters.get(CLASSIFIER) or parameters.get(f"{CLASSIFIER_OUTPUT}.weight")
@@ -164,6 +172,8 @@ def _choose_head(
         if _has_logits(source, model):
             return "language_model", None, []
         return "none", None, [f"{source.path} has no head, so the export has none."]
+    if isinstance(model, EncoderDecoderConfig):
+        return "none", None, ["The classifier is left out: T5's of transformers read another hidden state."]
     names = source.manifest.label_names
     if names is None or len(names) != record.shape[0]:
         count = "no" if names is None else len(names)
@@ -172,13 +182,14 @@ def _choose_head(
     objective = source.manifest.config.get("objective")
     own = objective if isinstance(objective, dict) else {}
     pooling, hidden = own.get("pooling", "last"), own.get("hidden", "none")
-    needed, layer = classifier_pooling(architecture), CLASSIFIER_LAYERS.get(architecture, "none")
-    if pooling == needed and hidden == layer:
-        return "classifier", None, []
-    if pooling != needed:
-        reason = f"it pools {pooling!r}, but those pool the {needed} token"
-    else:
+    poolings, layer = classifier_poolings(architecture), CLASSIFIER_LAYERS.get(architecture, "none")
+    reason = classifier_misfit(model) if architecture == "modernbert" else None
+    if pooling not in poolings:
+        reason = f"it pools {pooling!r}, but those pool the {' or '.join(poolings)} token"
+    elif hidden != layer:
         reason = f"it has hidden={hidden}, but those of {architecture} have hidden={layer}"
+    if reason is None:
+        return "classifier", (pooling, hidden), []
     note = (
         f"The classifier is not one of transformers: {reason}. "
         f"Its weights are written to {HEAD_FILE}, and {README_FILE} shows the lines that apply them."
@@ -186,18 +197,25 @@ def _choose_head(
     return "none", (pooling, hidden), [note]
 
 
-def _has_logits(source: CheckpointSource, model: TransformerConfig) -> bool:
+def _has_logits(source: CheckpointSource, model: KnownConfig) -> bool:
     parameters = source.manifest.parameters
-    if model.lm_head_transform:
+    if isinstance(model, TransformerConfig) and model.lm_head_transform:
         return f"{LM_TRANSFORM}.weight" in parameters
     return model.tie_embeddings or LM_HEAD in parameters
 
 
-def _dropout_notes(model: TransformerConfig, architecture: str) -> list[str]:
-    if not model.dropout or architecture == "gpt2" or architecture in ENCODERS:
+def _dropout_notes(model: KnownConfig, architecture: str) -> list[str]:
+    is_modernbert = architecture == "modernbert"
+    if (
+        architecture == "t5"
+        or not model.dropout
+        or architecture == "gpt2"
+        or (architecture in ENCODERS and not is_modernbert)
+    ):
         return []
+    places = "in other places" if is_modernbert else "on attention weights only"
     return [
-        f"dropout={model.dropout} is left out, as {architecture} has dropout on attention weights only. This "
+        f"dropout={model.dropout} is left out, as {architecture} has dropout {places}. This "
         "affects training only."
     ]
 
@@ -276,7 +294,11 @@ def _tensor_chunks(export: _Export, tensor: HuggingFaceTensor) -> Iterator[Tenso
     dtype = export.dtype_of(tensor)
     if not tensor.is_transposed:
         for name in tensor.parameters:
-            for _, values in _parameter_chunks(export, name, 1):
+            numel = export.tensor_map.parameters[name].numel
+            first = 0 if tensor.expert is None else tensor.expert * tensor.numel
+            stop = numel if tensor.expert is None else first + tensor.numel
+            for start in range(first, stop, _CHUNK_NUMEL):
+                values = export.source.read(name, WEIGHT, start, min(start + _CHUNK_NUMEL, stop))
                 yield _cast(values, dtype, name)
         return
     out = torch.empty(tensor.shape, dtype=dtype)
@@ -324,7 +346,7 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 def _tokenizer_files(
-    source: CheckpointSource, model: TransformerConfig, *, is_classifier: bool
+    source: CheckpointSource, model: KnownConfig, *, is_classifier: bool
 ) -> tuple[dict[str, bytes], dict[str, int | None], list[str]]:
     """The files of the source's tokenizer, if it has one, its bos, eos and pad ids, and notes."""
     record = source.manifest.tokenizer

@@ -1,13 +1,19 @@
 """Maps distft's parameters to transformers' tensors: names, shapes, and rows of joined tensors."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
-from distft.checkpoint.formats.huggingface_config import Architecture, HeadKind, HuggingFaceModelSpec
+from distft.checkpoint.formats.huggingface_config import (
+    Architecture,
+    HeadKind,
+    HuggingFaceModelSpec,
+    KnownConfig,
+)
 from distft.checkpoint.formats.huggingface_encoders import (
     CLASSIFIER_LAYERS,
     ENCODERS,
@@ -15,11 +21,19 @@ from distft.checkpoint.formats.huggingface_encoders import (
     encoder_layers,
     encoder_modules,
 )
+from distft.checkpoint.formats.huggingface_experts import (
+    MODELS_WITH_EXPERTS,
+    ExpertPiece,
+    expert_modules,
+    expert_pieces,
+    is_fused,
+    is_of_experts,
+)
+from distft.checkpoint.formats.huggingface_t5 import t5_copies, t5_name
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.errors import ConfigError
+from distft.model.encoder_decoder_config import EncoderDecoderConfig
 from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads, HiddenLayer
-from distft.model.transformer import Transformer
-from distft.model.transformer_config import TransformerConfig
 
 LM_HEAD, LM_TRANSFORM = "lm_head.weight", "lm_head.dense"
 
@@ -64,6 +78,7 @@ class HuggingFaceTensor:
     shape: tuple[int, ...]
     parameters: tuple[str, ...]
     is_transposed: bool
+    expert: int | None = None  # then it has this expert's weights alone, of the one parameter
 
     @property
     def numel(self) -> int:
@@ -77,10 +92,17 @@ class ParameterLocation:
     tensor: HuggingFaceTensor
     shape: tuple[int, ...]
     first_row: int
+    # Of a parameter with the weights of all experts: the tensor and the first element of each
+    experts: tuple[tuple[HuggingFaceTensor, int], ...] = ()
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def tensors(self) -> list[HuggingFaceTensor]:
+        """All tensors that have elements of it."""
+        return [tensor for tensor, _ in self.experts] or [self.tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,31 +116,44 @@ class TensorMap:
 
 def base_prefix(architecture: Architecture) -> str:
     """Prefix of transformers' names of all tensors but the head; models saved without a head lack it."""
-    if architecture in ENCODERS:
+    if architecture == "t5":
+        return ""
+    if architecture in ENCODERS and architecture != "modernbert":
         return f"{architecture}."
     return "transformer." if architecture == "gpt2" else "model."
 
 
 def map_tensors(
-    config: TransformerConfig,
+    config: KnownConfig,
     architecture: Architecture,
     head: HeadKind,
     *,
     num_labels: int = 0,
     has_prefix: bool = True,
+    fused: bool = False,
 ) -> TensorMap:
     """All tensors of a model, in the order of distft's parameters. `num_labels` is the classifier's.
 
-    The head of a tied language model is not a tensor of its own.
+    `fused`: the experts of a block are two tensors, and not those of each expert three. The head of a
+    tied language model is not a tensor of its own.
     """
     groups: dict[str, list[str]] = {}
     layer = CLASSIFIER_LAYERS.get(architecture, "none")
     shapes = parameter_shapes(config, head, num_labels=num_labels, hidden=layer)
     prefix = base_prefix(architecture)
-    for parameter in shapes:
-        name = huggingface_name(parameter, architecture)
+    tensors: dict[str, HuggingFaceTensor] = {}
+    locations: dict[str, ParameterLocation] = {}
+    for parameter, shape in shapes.items():
+        if is_of_experts(parameter):
+            block = f"{prefix if has_prefix else ''}layers.{parameter.split('.')[1]}"
+            pieces = expert_pieces(parameter, shape, architecture, block, fused=fused)
+            locations[parameter] = _locate_experts(parameter, shape, list(pieces), tensors)
+            continue
+        if isinstance(config, EncoderDecoderConfig):
+            name = t5_name(parameter, config)
+        else:
+            name = huggingface_name(parameter, architecture, fused=fused)
         groups.setdefault(name if has_prefix else name.removeprefix(prefix), []).append(parameter)
-    tensors, locations = {}, {}
     for name, parameters in groups.items():
         is_transposed = name.endswith(".weight") and _is_conv1d(name, architecture)
         num_rows = sum(shapes[parameter][0] for parameter in parameters)
@@ -136,23 +171,46 @@ def map_tensors(
     )
 
 
+def _locate_experts(
+    parameter: str,
+    shape: tuple[int, ...],
+    pieces: Sequence[ExpertPiece],
+    tensors: dict[str, HuggingFaceTensor],
+) -> ParameterLocation:
+    """Where the experts of a parameter are; adds their tensors to `tensors`."""
+    own = []
+    for expert, piece in enumerate(pieces):
+        is_alone = piece.shape == shape[1:]
+        found = tensors.get(piece.name)
+        names = (parameter,) if found is None else tuple(dict.fromkeys((*found.parameters, parameter)))
+        tensors[piece.name] = HuggingFaceTensor(
+            piece.name, piece.shape, names, is_transposed=False, expert=expert if is_alone else None
+        )
+        own.append((tensors[piece.name], piece.offset))
+    return ParameterLocation(own[0][0], shape, 0, tuple(own))
+
+
 def map_saved_tensors(spec: HuggingFaceModelSpec, names: Iterable[str]) -> TensorMap:
     """The tensors of the model in a directory with tensors of these names.
 
     Models saved without a head have no prefix; nor has OpenAI's GPT-2.
     """
-    prefix = base_prefix(spec.architecture)
+    prefix, names = base_prefix(spec.architecture), list(names)
     return map_tensors(
         spec.model,
         spec.architecture,
         spec.head,
         num_labels=len(spec.label_names or ()),
         has_prefix=any(name.startswith(prefix) for name in names),
+        fused=is_fused(names),
     )
 
 
 def tied_copies(spec: HuggingFaceModelSpec, tensor_map: TensorMap) -> dict[str, str]:
     """Tensors that a file may have as copies of others, and the names of those."""
+    if spec.architecture == "t5":
+        own = t5_copies(is_tied=spec.model.tie_embeddings)
+        return dict.fromkeys(own, tensor_map.embedding_name)
     if not spec.model.tie_embeddings:
         return {}
     copies = TIED_COPIES.get(spec.architecture, {LM_HEAD: None})
@@ -160,13 +218,16 @@ def tied_copies(spec: HuggingFaceModelSpec, tensor_map: TensorMap) -> dict[str, 
 
 
 def read_parameter(
-    location: ParameterLocation, read: Callable[[int, int], Tensor], start: int, stop: int
+    location: ParameterLocation, read_from: Callable[[str, int, int], Tensor], start: int, stop: int
 ) -> Tensor:
-    """Elements [start, stop) of a parameter; `read` gives elements of the tensor that it is in.
+    """Elements [start, stop) of a parameter; `read_from` gives elements of the tensor with a name.
 
     A transposed tensor is read whole, `_CHUNK_NUMEL` elements at a time.
     """
+    if location.experts:
+        return _read_experts(location, read_from, start, stop)
     tensor = location.tensor
+    read = partial(read_from, tensor.name)
     if not tensor.is_transposed:
         offset = location.first_row * (tensor.numel // tensor.shape[0])
         return read(offset + start, offset + stop)
@@ -182,8 +243,20 @@ def read_parameter(
     return torch.cat(parts, dim=1).view(-1)[start - offset : stop - offset]
 
 
+def _read_experts(
+    location: ParameterLocation, read_from: Callable[[str, int, int], Tensor], start: int, stop: int
+) -> Tensor:
+    numel = location.numel // len(location.experts)  # of an expert
+    parts = [torch.empty(0)] if start == stop else []
+    for expert in range(start // numel, -(-stop // numel)):
+        tensor, offset = location.experts[expert]
+        begin, end = max(start - expert * numel, 0), min(stop - expert * numel, numel)
+        parts.append(read_from(tensor.name, offset + begin, offset + end))
+    return torch.cat(parts)
+
+
 def parameter_shapes(
-    config: TransformerConfig, head: HeadKind, *, num_labels: int = 0, hidden: HiddenLayer = "none"
+    config: KnownConfig, head: HeadKind, *, num_labels: int = 0, hidden: HiddenLayer = "none"
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of distft's parameters, tied ones once; without the head if `head` is `none`.
 
@@ -196,16 +269,18 @@ def parameter_shapes(
     }
     try:
         with torch.device("meta"):
-            module = Transformer(config, heads[head])
+            module = config.build(heads[head])
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{CONFIG_FILE} describes a model that torch cannot make: {reason}") from None
     return {name: tuple(param.shape) for name, param in module.named_parameters()}
 
 
-def huggingface_name(parameter: str, architecture: Architecture) -> str:
-    """Name of the transformers tensor that contains the parameter."""
+def huggingface_name(parameter: str, architecture: Architecture, *, fused: bool = False) -> str:
+    """Name of the transformers tensor that contains the parameter, which is not of experts."""
     modules = _modules(architecture)
+    if architecture in MODELS_WITH_EXPERTS:
+        modules = {**modules, **expert_modules(architecture, fused=fused)}
     module, _, kind = parameter.rpartition(".")
     if not module.startswith("blocks."):
         return f"{modules[module]}.{kind}"

@@ -53,18 +53,26 @@ def test_an_exported_classifier_finds_the_last_token_before_padding(tmp_path: Pa
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "pooling", "hidden"),
+    [
+        ("llama", "last", "none"),
+        ("gpt2", "last", "none"),
+        ("llama", "mean", "none"),
+        ("gpt2", "mean", "none"),
+        ("llama", "mean", "tanh"),
+        ("llama", "mean", "gelu_norm"),
+    ],
+)
 def test_a_classifier_without_pad_computes_padded_rows_as_ours(
-    tmp_path: Path, kind: str, pooling: Literal["last", "mean"]
+    tmp_path: Path, kind: str, pooling: Literal["last", "mean"], hidden: Any
 ) -> None:
     """With `pooling: mean`, which transformers does not have, by the lines in classifier.md."""
     config = TokenizerTrainConfig(algorithm="char", unk_id=0, bos_id=None, eos_id=1, pad_id=None)
     tokenizer = train_tokenizer(["any text will do"], config, tmp_path / "tokenizer.model")
     changes = {**DISTFT_MODELS[kind][1], "vocab_size": tokenizer.vocab_size}
-    model = make_distft_model(
-        model_config(**changes), {"classifier": ClassificationHead(num_labels=2, pooling=pooling)}
-    )
+    head = ClassificationHead(num_labels=2, pooling=pooling, hidden=hidden)
+    model = make_distft_model(model_config(**changes), {"classifier": head})
     source = save_model(
         model, tmp_path / "distft", label_names=["a", "b"], tokenizer=tokenizer, pooling=pooling
     )

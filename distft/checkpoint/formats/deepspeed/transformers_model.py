@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 
 import torch
@@ -113,7 +112,7 @@ class TransformersCheckpoint(ManifestSource):
         names = {
             parameter: saved[location.tensor.name]
             for parameter, location in tensor_map.parameters.items()
-            if location.tensor.name in saved
+            if all(tensor.name in saved for tensor in location.tensors)
         }
         _check_tensors(deepspeed, tensor_map, names, spec)
         return cls(
@@ -124,7 +123,12 @@ class TransformersCheckpoint(ManifestSource):
         if not self.has(parameter, state):
             raise CheckpointError(f"{self.path} has no {state} of {parameter!r}.")
         name, location = self._tensor_names[parameter], self._parameters[parameter]
-        return read_parameter(location, partial(self.deepspeed.read, name, state), start, stop)
+
+        def read_from(tensor: str, begin: int, end: int) -> Tensor:
+            stored = name if tensor == location.tensor.name else tensor
+            return self.deepspeed.read(stored, state, begin, end)
+
+        return read_parameter(location, read_from, start, stop)
 
     def find_damage(self) -> list[str]:
         """Damage of DeepSpeed's files, and of the model's safetensors beside them."""
@@ -162,6 +166,7 @@ def _check_tensors(
         if shape != expected:
             problems.append(f"{name} has shape {list(shape or ())}, and not {list(expected)}.")
     records, known = deepspeed.manifest.parameters, set(names.values())
+    known |= {tensor.name for name in names for tensor in tensor_map.parameters[name].tensors}
     foreign = [name for name, record in records.items() if name not in known and not record.is_buffer]
     if foreign:
         problems.append(

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distft.errors import ConfigError
-from distft.optim.adamw import AdamWConfig, ParameterGroup, parameter_groups
+from distft.optim.adamw import AdamWConfig
+from distft.optim.groups import ParameterGroup, parameter_groups
 
 SHAPES = {
     "embed.weight": (100, 8),
@@ -14,19 +15,20 @@ SHAPES = {
     "head.weight": (100, 8),
 }
 CONFIG = AdamWConfig(weight_decay=0.1)
+RULE = CONFIG.rule
 
 
 def test_only_matrices_decay_and_embeddings_only_if_configured() -> None:
     matrices = ("blocks.0.attention.q.weight", "blocks.1.attention.q.weight", "head.weight")
     rest = ("embed.weight", "blocks.0.norm.weight", "blocks.0.attention.q.bias")
     assert parameter_groups(SHAPES, SHAPES.keys(), CONFIG, {}) == [
-        ParameterGroup(rest, 0.0, 1.0, 0),
-        ParameterGroup(matrices, 0.1, 1.0, 0),
+        ParameterGroup(rest, 0.0, 1.0, 0, RULE),
+        ParameterGroup(matrices, 0.1, 1.0, 0, RULE),
     ]
     decaying = parameter_groups(
         SHAPES, SHAPES.keys(), CONFIG.model_copy(update={"decay_embeddings": True}), {}
     )
-    assert decaying[0] == ParameterGroup(("embed.weight", *matrices), 0.1, 1.0, 0)
+    assert decaying[0] == ParameterGroup(("embed.weight", *matrices), 0.1, 1.0, 0, RULE)
 
 
 @given(
@@ -75,4 +77,4 @@ def test_one_error_lists_all_scale_patterns_without_a_match_and_similar_names() 
 def test_a_scale_pattern_may_match_frozen_parameters_only() -> None:
     config = AdamWConfig(lr_scales={"embed*": 0.1})
     groups = parameter_groups(SHAPES, {"head.weight"}, config, {})
-    assert groups == [ParameterGroup(("head.weight",), 0.1, 1.0, 0)]
+    assert groups == [ParameterGroup(("head.weight",), 0.1, 1.0, 0, RULE)]

@@ -1,0 +1,252 @@
+"""Reads images with their classes and texts from a folder, a Parquet file, or scikit-learn's digits.
+
+Files are of anyone's making: what they declare is checked before anything is decoded, and an image has
+exactly the size and channels that the model reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distft import storage
+from distft.data.compressed import MAX_ROW_BYTES, read_error
+from distft.data.image_decoding import DECODED_SUFFIXES, decode
+from distft.data.rows import missing_column, text_problem
+from distft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from distft.data.images import ImagesConfig
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_DIGIT_SHAPE = (1, 8, 8)
+_HELD_OUT_EVERY = 5
+_MAX_SHOWN = 10  # problems in a message
+_ROWS_AT_A_TIME = 64  # of Parquet
+
+
+@dataclass(slots=True)
+class Problems:
+    """Collects what is wrong with the images of one data set into one `DataError`."""
+
+    name: str  # of the data
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, where: str, problem: str) -> None:
+        self.messages.append(f"{where}: {problem}")
+
+    def raise_if_any(self) -> None:
+        """Raise `DataError` with the first problems, and the number of others."""
+        if self.messages:
+            shown = self.messages[:_MAX_SHOWN]
+            if num_others := len(self.messages) - len(shown):
+                shown.append(f"... and {num_others:,} more in {self.name}.")
+            raise DataError("\n".join(shown))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageTable:
+    """Images with their classes and texts, one of each for every image; empty: there are none."""
+
+    images: NDArray[np.uint8]  # [N, channels, height, width]
+    places: list[str]  # file of each, or file and row
+    labels: list[str]
+    texts: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An image's file, not decoded, or what keeps it from being read."""
+
+    where: str
+    data: bytes
+    label: str = ""
+    text: str = ""
+    problem: str | None = None
+
+
+def read_images(config: ImagesConfig, shape: tuple[int, int, int]) -> ImageTable:
+    """All images, of `shape` (channels, height, width).
+
+    Raises `DataError` with every problem and its file.
+    """
+    if config.source is not None:
+        return _digits(config, shape)
+    assert config.path is not None
+    problems = Problems(config.path)
+    images, entries = [], []
+    try:
+        for number, entry in enumerate(_entries(config)):
+            if config.max_rows is not None and number >= config.max_rows:
+                break
+            found = entry.problem or decode(entry.data, shape)
+            if isinstance(found, str):
+                problems.add(entry.where, found)
+            else:
+                images.append(found)
+                entries.append(entry)
+    except OSError as error:
+        raise read_error(config.path, error) from error
+    problems.raise_if_any()
+    if not images:
+        raise DataError(f"{config.path} has no images.")
+    return ImageTable(
+        images=np.stack(images),
+        places=[entry.where for entry in entries],
+        labels=[] if config.label is None else [entry.label for entry in entries],
+        texts=[] if config.text is None else [entry.text for entry in entries],
+    )
+
+
+def _entries(config: ImagesConfig) -> Iterator[_Entry]:
+    assert config.path is not None
+    if config.is_parquet:
+        return _parquet_entries(config, config.path)
+    folder = storage.local_path(config.path)
+    if folder is None:
+        raise DataError(
+            f"{config.path}: a folder of images must be on this machine; a .parquet file need not."
+        )
+    if not folder.exists():
+        raise DataError(f"{config.path} does not exist: name a folder of images, or a .parquet file.")
+    if not folder.is_dir():
+        raise DataError(f"{config.path} is no folder of images, and its name does not end in .parquet.")
+    return _folder_entries(folder, labelled=config.label is not None)
+
+
+def _folder_entries(folder: Path, *, labelled: bool) -> Iterator[_Entry]:
+    """The images of a folder, class by class and file by file in the order of their names."""
+    if not labelled:
+        yield from _files(folder, "")
+        return
+    for child in _visible(folder):
+        if not child.is_dir():
+            problem = (
+                "a folder of images has a subfolder for each class, and this file is in none: move it, or "
+                "set label=null for images without classes."
+            )
+            yield _Entry(str(child), b"", problem=problem)
+            continue
+        if not any(_visible(child)):
+            yield _Entry(
+                str(child), b"", problem="the folder of this class has no images: add some, or remove it."
+            )
+        yield from _files(child, child.name)
+
+
+def _files(folder: Path, label: str) -> Iterator[_Entry]:
+    for file in _visible(folder):
+        if not file.is_file():
+            yield _Entry(
+                str(file), b"", problem="is no image file: a class has files alone. Move or remove it."
+            )
+        elif file.suffix.lower() not in DECODED_SUFFIXES:
+            known = ", ".join(DECODED_SUFFIXES)
+            problem = f"is no image by its name, which must end in {known}. Remove or convert it."
+            yield _Entry(str(file), b"", problem=problem)
+        elif file.stat().st_size > MAX_ROW_BYTES:
+            yield _Entry(
+                str(file), b"", problem=f"has more than {MAX_ROW_BYTES:,} bytes. Remove or convert it."
+            )
+        else:
+            yield _Entry(str(file), file.read_bytes(), label, label)
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, by name, without hidden files such as .DS_Store."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _parquet_entries(config: ImagesConfig, path: str) -> Iterator[_Entry]:
+    columns = [config.image, *([] if config.label is None else [config.label])]
+    if config.text is not None and config.text not in columns:
+        columns.append(config.text)
+    if not storage.exists(path):
+        raise DataError(f"{path} does not exist: name a folder of images, or a .parquet file.")
+    number = 0
+    for row in _parquet_rows(path, columns):
+        where = f"{path}:{number}"
+        number += 1
+        data = _image_bytes(row[config.image])
+        if isinstance(data, str):
+            yield _Entry(where, b"", problem=f"{config.image!r} {data}")
+            continue
+        label = "" if config.label is None else row[config.label]
+        if label is None or (isinstance(label, str) and not label.strip() and config.label is not None):
+            yield _Entry(
+                where,
+                b"",
+                problem=f"{config.label!r} is {'null' if label is None else 'empty'}: every image "
+                "needs a label. Label it, remove it, or set label=null for all.",
+            )
+            continue
+        label = str(label) if isinstance(label, int) else label
+        text = "" if config.text is None else row[config.text]
+        text = str(text) if config.text == config.label and isinstance(text, int) else text
+        bad = text_problem(label, "a string or a whole number"), text_problem(text)
+        if bad[0] is not None or bad[1] is not None:
+            name, problem = (config.label, bad[0]) if bad[0] is not None else (config.text, bad[1])
+            yield _Entry(where, b"", problem=f"{name!r} {problem}")
+            continue
+        yield _Entry(where, data, label, text)
+
+
+def _parquet_rows(path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet  # 0.3 s, which other data save
+
+    try:
+        with storage.open_read(path) as opened:
+            file = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
+            names = file.schema_arrow.names
+            for column in columns:
+                if column not in names:
+                    raise DataError(f"{path} {missing_column(column, names)}")
+            for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=columns):
+                yield from batch.to_pylist()
+    except (ValueError, NotImplementedError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged, or no Parquet file that can be read: {error}.") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise DataError(f"{path} is damaged, or no Parquet file that can be read: {error}.") from error
+
+
+def _image_bytes(value: object) -> bytes | str:
+    """The bytes of an image file in a column, as Hugging Face's data sets have them too, or a problem."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if isinstance(value, bytes):
+        return value
+    return f"is {'null' if value is None else type(value).__name__}, and must be the bytes of an image file."
+
+
+def _digits(config: ImagesConfig, shape: tuple[int, int, int]) -> ImageTable:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ConfigError(
+            f"data.source={config.source} needs scikit-learn, which is not installed: pip install "
+            "distft[images]."
+        ) from None
+    if shape != _DIGIT_SHAPE:
+        raise DataError(
+            f"{config.name}: its images have the shape {list(_DIGIT_SHAPE)} (channels, height, width), and "
+            f"the model reads {list(shape)}: set model.num_channels=1 and model.image_size=8."
+        )
+    found = load_digits()
+    is_held_out = np.arange(len(found.target)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+    rows = np.flatnonzero(is_held_out == (config.source == "digits_held_out"))[: config.max_rows]
+    # Pixels are whole numbers from 0 to 16.
+    images = np.round(found.images[rows] * (255 / 16)).astype(np.uint8)[:, None]
+    names = [DIGIT_NAMES[digit] for digit in found.target[rows].tolist()]
+    return ImageTable(
+        images=images,
+        places=[f"{config.name}, image {row}" for row in rows.tolist()],
+        labels=[] if config.label is None else names,
+        texts=[] if config.text is None else names,
+    )

@@ -1,0 +1,217 @@
+"""Settings of images: a folder, a Parquet file or scikit-learn's digits, with classes, texts, or alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distft.config import PathText, Settings
+from distft.data.dataset import ClassNames, DataContext, TextTemplate, check_vocabulary
+from distft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distft.data.batch import RaggedArray
+    from distft.data.feed import Feed
+    from distft.data.image_rows import ImageRows
+    from distft.data.image_sources import ImageTable
+    from distft.data.labelled_rows import LabelNames, RowTargets
+
+_MOST_VIEWS = 16
+
+
+class AugmentConfig(Settings):
+    """Random changes of each image, another one in each epoch and view."""
+
+    shift: int = Field(
+        0, ge=0, le=4096
+    )  # pixels, at most, in each direction: a random crop of it within zeros
+    flip: bool = False  # half of the images are mirrored, left to right
+
+    @property
+    def changes_images(self) -> bool:
+        return self.shift > 0 or self.flip
+
+
+class ImagesConfig(Settings):
+    """Images of one size, as the model reads them, decoded at the start of the run and kept in memory.
+
+    A folder has a subfolder for each class, with its images. A Parquet file has a column of image files, as
+    bytes. `source: digits` are four fifths of scikit-learn's 1,797 handwritten digits, 8 x 8 pixels with the
+    classes `zero` to `nine`; `digits_held_out` is every fifth of them.
+    """
+
+    type: Literal["images"] = "images"
+    path: PathText | None = None  # a folder or a .parquet file
+    source: Literal["digits", "digits_held_out"] | None = None  # in place of path
+    image: str = "image"  # Parquet: column of the images
+    label: str | None = (
+        "label"  # Parquet: column of the classes; null: unlabelled, and a folder has no subfolders
+    )
+    text: str | None = None  # each image's text: a column of Parquet, or label for the name of its class
+    views: int = Field(
+        1, ge=1, le=_MOST_VIEWS
+    )  # of each image, augmented anew: for objective.type=contrastive
+    augment: AugmentConfig = AugmentConfig()
+    max_rows: int | None = Field(None, ge=1)
+    shuffle: bool = True
+    data_seed: int = Field(0, ge=0)  # of the order and of the augmentation
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        problems = []
+        if (self.path is None) == (self.source is None):
+            problems.append("set either path (a folder or a .parquet file) or source=digits")
+        if self.views > 1 and not self.augment.changes_images:
+            problems.append(
+                f"views={self.views} of an image would be equal: set augment.shift or augment.flip"
+            )
+        if self.views > 1 and self.text is not None:
+            problems.append(f"views={self.views} with text: an image and its text are a pair already")
+        if (
+            self.text is not None
+            and self.text == self.label
+            and self.label != "label"
+            and not self.is_parquet
+        ):
+            problems.append("text of a folder or source is the name of the class: set text=label")
+        if self.text not in {None, "label"} and not self.is_parquet:
+            problems.append(
+                f"text={self.text} is a column of a .parquet file: here, text=label is all there is"
+            )
+        if self.text == "label" and self.label is None:
+            problems.append("text=label needs the classes: leave label out")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.path is not None and self.path.endswith(".parquet")
+
+    @property
+    def name(self) -> str:
+        """Of the data, for messages."""
+        return self.path or f"source={self.source}"
+
+    def build(self, context: DataContext) -> Feed:
+        """Infinite epochs for training. Classes get their ids here unless `context` has label names."""
+        from distft.data.feed import Feed
+
+        rows, names = self.open(context)
+        if self.text is not None and rows.num_distinct_texts < 2:
+            raise DataError(
+                f"{self.name}: all {rows.num_sequences:,} texts are equal, so no text is another's negative "
+                "and nothing can be learnt: take texts that differ."
+            )
+        feed = Feed.for_training(rows, seed=self.data_seed, shuffle=self.shuffle, label_names=names)
+        return self._augmented(feed)
+
+    def build_for_evaluation(self, context: DataContext) -> Feed:
+        """Every image once, in the data's order."""
+        from distft.data.feed import Feed
+
+        rows, names = self.open(context)
+        return self._augmented(Feed.for_evaluation(rows, label_names=names))
+
+    def _augmented(self, feed: Feed) -> Feed:
+        from distft.data.image_rows import Augmentation
+
+        if not self.augment.changes_images:
+            return feed
+        return feed.with_transforms(
+            Augmentation(shift=self.augment.shift, flips=self.augment.flip, seed=self.data_seed)
+        )
+
+    def open(self, context: DataContext) -> tuple[ImageRows, ClassNames | None]:
+        """Read and decode all images: the rows, and the names of their classes.
+
+        Raises `DataError` with every problem and its file, `ConfigError` if the model does not read these.
+        """
+        from distft.data.image_rows import ImageRows, describe
+        from distft.data.image_sources import read_images
+
+        self._check_model(context)
+        assert context.image_shape is not None
+        table = read_images(self, context.image_shape)
+        names = None if self.label is None else self._label_names(table, context)
+        targets = self._targets(table, names)
+        texts = None if self.text is None else self._encode_texts(table, context)
+        summary = describe(self.name, table, None if names is None else names.names)
+        rows = ImageRows(
+            table.images,
+            targets,
+            texts=texts,
+            views=self.views,
+            pad_id=context.pad_id or 0,
+            summary=summary,
+        )
+        return rows, None if names is None else names.names
+
+    def _check_model(self, context: DataContext) -> None:
+        if context.image_shape is None:
+            raise ConfigError(
+                "data.type=images, and the model reads no images: set model.type to vit, image_cnn or clip."
+            )
+        if self.text is None and context.reads_tokens:
+            raise ConfigError(
+                "data.type=images without texts, and model.type=clip reads an image with its text: set text "
+                "of the data, such as label for the names of classes."
+            )
+        if self.text is not None and not context.reads_tokens:
+            raise ConfigError(
+                f"text={self.text} of data.type=images, and the model reads images alone: leave text out, or "
+                "set model.type=clip."
+            )
+
+    def _label_names(self, table: ImageTable, context: DataContext) -> LabelNames:
+        from distft.data.labelled_rows import LabelNames
+
+        if context.label_names is not None:
+            assert isinstance(context.label_names, tuple)  # of this stream
+            return LabelNames(context.label_names)
+        names = LabelNames.from_labels(table.labels)
+        if len(names.names) < 2:
+            raise DataError(
+                f"{self.name} has only one class, {names.names[0]!r}, of {len(table.labels):,} images: a "
+                "classification needs two or more."
+            )
+        return names
+
+    def _targets(self, table: ImageTable, names: LabelNames | None) -> RowTargets:
+        import numpy as np
+
+        from distft.data.image_sources import Problems
+        from distft.data.labelled_rows import RowTargets
+        from distft.data.targets import LABEL, ROW
+
+        if names is None:
+            return RowTargets(ROW, np.zeros(len(table.images), np.int64))
+        known = {name: number for number, name in enumerate(names.names)}
+        problems = Problems(self.name)
+        for where, label in zip(table.places, table.labels, strict=True):
+            if label not in known:
+                problems.add(where, names.unknown_label_message(label))
+        problems.raise_if_any()
+        return RowTargets(LABEL, np.array([known[label] for label in table.labels], np.int64))
+
+    def _encode_texts(self, table: ImageTable, context: DataContext) -> RaggedArray:
+        """A row of at most `seq_len` tokens for each image's text."""
+        from distft.data.batch import RaggedArray
+        from distft.data.image_sources import Problems
+
+        template = context.template or TextTemplate()
+        problems = Problems(self.name)
+        encoded: dict[str, Sequence[int]] = {}
+        for where, text in zip(table.places, table.texts, strict=True):
+            if text not in encoded:
+                ids = context.encode(text)
+                if not ids:
+                    problems.add(where, f"its text {text[:60]!r} encodes to no tokens.")
+                encoded[text] = template.row(ids, context.seq_len)
+        problems.raise_if_any()
+        rows = RaggedArray([encoded[text] for text in table.texts])
+        check_vocabulary(self.name, rows.max_value, context)
+        return rows

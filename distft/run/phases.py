@@ -1,0 +1,283 @@
+"""Phases of a run, such as those of gradual unfreezing: each trains its own parameters at its own rates.
+
+A phase ends with a commit, and the next one starts from it as a resumed run does. So weights, moments and
+update counts go on by name, at any world size and stage.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, model_validator
+
+from distft.config import Settings, parse
+from distft.errors import ConfigError, ErrorCollector
+from distft.optim.patterns import block_of, select_trainable
+from distft.train.early_stopping import EarlyStoppingConfig
+
+if TYPE_CHECKING:
+    from distft.run.config import RunConfig
+    from distft.run.inputs import RunInputs
+
+
+class RandomBlocksConfig(Settings):
+    """LISA (Pan et al. 2024, arXiv:2403.17919): other blocks train after every few steps."""
+
+    num_blocks: int = Field(ge=1)  # that train at a time, beside what is no block
+    every_steps: int = Field(ge=1)  # each change is a commit, and starts the engine anew
+
+
+class PhaseConfig(Settings):
+    """A part of a run. What it leaves out is as in the run's own settings."""
+
+    steps: int | None = Field(None, ge=1)  # its length at most; the last phase ends with the run
+    epochs: float | None = Field(None, gt=0, allow_inf_nan=False)  # the same in passes over the data
+    until_stalled: EarlyStoppingConfig | None = None  # ends it earlier
+    trainable: tuple[str, ...] | None = None  # patterns of parameter names, as in the run's `trainable`
+    random_blocks: RandomBlocksConfig | None = None  # of the trainable ones
+    optim: dict[str, Any] = Field({})  # settings of `optim`; a schedule is over the phase's own steps
+    dropout: float | None = Field(None, ge=0, lt=1)
+    label_smoothing: float | None = Field(None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("set steps or epochs, not both")
+        if "type" in self.optim:
+            raise ValueError("optim.type is the same in all phases: set it for the whole run")
+        return self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing but the end of the run is sure to end it."""
+        return self.steps is None and self.epochs is None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseSpan:
+    """Steps [start, stop) of the run that one phase trains with one set of parameters."""
+
+    index: int  # of the phase, from 0
+    phase_start: int
+    phase_stop: int  # the latest; a phase that stalls ends earlier
+    start: int
+    stop: int
+    draw: int = 0  # how often the phase has drawn its random blocks before
+
+
+def phase_problems(phases: Sequence[PhaseConfig], *, evaluates: bool) -> list[str]:
+    """What is wrong with the phases of a configuration, apart from its data and model."""
+    problems = [
+        f"phases.{index}: set steps, epochs or until_stalled: only the last phase may end with the run"
+        for index, phase in enumerate(phases[:-1])
+        if phase.is_open and phase.until_stalled is None
+    ]
+    if phases and not (phases[-1].is_open and phases[-1].until_stalled is None):
+        last = len(phases) - 1
+        problems.append(
+            f"phases.{last} is the last one and ends with the run: leave steps, epochs and until_stalled out "
+            "(train.early_stopping ends the run)"
+        )
+    problems += [
+        f"phases.{index}.until_stalled needs validation and evaluation.every_steps"
+        for index, phase in enumerate(phases)
+        if phase.until_stalled is not None and not evaluates
+    ]
+    return problems
+
+
+def num_steps(phase: PhaseConfig, *, num_sequences: int, global_batch_size: int) -> int | None:
+    """Its length in optimizer steps; None: not limited."""
+    if phase.epochs is not None:
+        return max(1, -(-int(phase.epochs * num_sequences) // global_batch_size))
+    return phase.steps
+
+
+def span_at(inputs: "RunInputs", phase_starts: Sequence[int], step: int) -> PhaseSpan:
+    """The span that trains the step after `step`. `phase_starts` of the phases so far; empty: the first."""
+    phases, total_steps = inputs.config.phases, inputs.total_steps
+    starts = phase_starts or (0,)
+    index = min(len(starts), max(len(phases), 1)) - 1
+    start, stop = starts[index], total_steps
+    if not phases:
+        return PhaseSpan(index=0, phase_start=0, phase_stop=stop, start=0, stop=stop)
+    length = num_steps(
+        phases[index],
+        num_sequences=inputs.train.num_sequences,
+        global_batch_size=inputs.config.batch.global_batch_size,
+    )
+    if length is not None:
+        stop = min(start + length, total_steps)
+    blocks = phases[index].random_blocks
+    if blocks is None:
+        return PhaseSpan(index=index, phase_start=start, phase_stop=stop, start=start, stop=stop)
+    draw = (step - start) // blocks.every_steps
+    first = start + draw * blocks.every_steps
+    return PhaseSpan(
+        index=index,
+        phase_start=start,
+        phase_stop=stop,
+        start=first,
+        stop=min(first + blocks.every_steps, stop),
+        draw=draw,
+    )
+
+
+def inputs_of_span(inputs: "RunInputs", span: PhaseSpan) -> "RunInputs":
+    """The run's inputs with the settings of one phase, and its trainable parameters."""
+    if not inputs.config.phases:
+        return inputs
+    phase = inputs.config.phases[span.index]
+    config = config_of_phase(inputs.config, span.index)
+    trainable = select_trainable(inputs.shapes, config.trainable)
+    if phase.random_blocks is not None:
+        trainable = _with_random_blocks(
+            trainable, phase.random_blocks.num_blocks, (config.seed, span.index, span.draw)
+        )
+    assert config.model is not None
+    return replace(inputs, config=config, model=config.model, trainable=trainable)
+
+
+def config_of_phase(config: "RunConfig", index: int) -> "RunConfig":
+    """The run's configuration with the settings of one phase. Raises `ConfigError` for wrong ones."""
+    phase, where = config.phases[index], f"phases.{index}"
+    errors = ErrorCollector()
+    changes: dict[str, Any] = {}
+    if phase.trainable is not None:
+        changes["trainable"] = phase.trainable
+    if phase.optim:
+        with errors.collect():
+            merged = {**config.optim.model_dump(mode="json"), **phase.optim}
+            changes["optim"] = parse(type(config.optim), merged, where=f"{where}.optim")
+    if phase.dropout is not None and config.model is not None:
+        changes["model"] = config.model.model_copy(update={"dropout": phase.dropout})
+    if phase.label_smoothing is not None:
+        if "label_smoothing" in type(config.objective).model_fields:
+            smoothed = {"label_smoothing": phase.label_smoothing}
+            changes["objective"] = config.objective.model_copy(update=smoothed)
+        else:
+            with errors.collect():
+                raise ConfigError(
+                    f"{where}.label_smoothing: objective.type={getattr(config.objective, 'type', '')} has no "
+                    "label_smoothing: leave it out."
+                )
+    errors.raise_if_any()
+    return config.model_copy(update=changes)
+
+
+def lr_at(config: "RunConfig", span: PhaseSpan, total_steps: int, step: int) -> float:
+    """The learning rate of a step of `span`, whose settings are `config`, before a group's scale.
+
+    A phase that has a schedule of its own runs it over its own steps.
+    """
+    phases = config.phases
+    if phases and "schedule" in phases[span.index].optim:
+        return config.optim.lr(step - span.phase_start, span.phase_stop - span.phase_start)
+    return config.optim.lr(step, total_steps)
+
+
+def check_phases(inputs: "RunInputs") -> None:
+    """Raise one `ConfigError` with everything that is wrong with the phases of a run."""
+    errors = ErrorCollector()
+    phases, end = inputs.config.phases, 0
+    before: RunInputs | None = None
+    for index, phase in enumerate(phases):
+        span = PhaseSpan(index=index, phase_start=end, phase_stop=end, start=end, stop=end)
+        own = None
+        with errors.collect():
+            own = inputs_of_span(inputs, span)
+        if own is not None and before is not None and _is_same(before, own) and not phase.random_blocks:
+            with errors.collect():
+                raise ConfigError(
+                    f"phases.{index} trains the same parameters with the same settings as the phase before: "
+                    "leave it out, or set its trainable or optim."
+                )
+        before = own
+        length = num_steps(
+            phase,
+            num_sequences=inputs.train.num_sequences,
+            global_batch_size=inputs.config.batch.global_batch_size,
+        )
+        if own is not None:
+            with errors.collect():
+                _check_phase(inputs, own, index, length)
+        end += length or 1
+        if end > inputs.total_steps:
+            with errors.collect():
+                raise ConfigError(
+                    f"phases.{index} would end at step {end:,} of the run's {inputs.total_steps:,}: shorten "
+                    "the phases, or train longer."
+                )
+            break
+    errors.raise_if_any()
+
+
+def each_phase(inputs: "RunInputs") -> list["RunInputs"]:
+    """The inputs of each phase from its first step on; of a run without phases, of the run."""
+    ends = _latest_ends(inputs)
+    starts = [0, *ends[:-1]]
+    return [
+        inputs_of_span(inputs, PhaseSpan(index=i, phase_start=start, phase_stop=end, start=start, stop=end))
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+
+
+def _latest_ends(inputs: "RunInputs") -> list[int]:
+    """The step at which each phase ends, if none stalls."""
+    ends, end = [], 0
+    for phase in inputs.config.phases or (PhaseConfig(),):
+        length = num_steps(
+            phase,
+            num_sequences=inputs.train.num_sequences,
+            global_batch_size=inputs.config.batch.global_batch_size,
+        )
+        end = inputs.total_steps if length is None else min(end + length, inputs.total_steps)
+        ends.append(end)
+    return ends
+
+
+def describe_phases(inputs: "RunInputs") -> list[str]:
+    """A line for each phase: its steps and how much it trains."""
+    if not inputs.config.phases:
+        return []
+    lines, start = [], 0
+    for phase, own, end in zip(inputs.config.phases, each_phase(inputs), _latest_ends(inputs), strict=True):
+        numel = sum(math.prod(inputs.shapes[name]) for name in own.trainable)
+        until = "" if phase.until_stalled is None else f", or until {phase.until_stalled.metric} stalls"
+        lines.append(f"steps {start:,} to {end:,}{until}: {numel:,} trainable parameters")
+        start = end
+    return lines
+
+
+def _is_same(one: "RunInputs", other: "RunInputs") -> bool:
+    return one.trainable == other.trainable and one.config == other.config
+
+
+def _check_phase(inputs: "RunInputs", own: "RunInputs", index: int, length: int | None) -> None:
+    from distft.optim.groups import parameter_groups
+
+    phase, where = inputs.config.phases[index], f"phases.{index}"
+    try:
+        parameter_groups(inputs.shapes, own.trainable, own.config.optim, {})
+        if "schedule" in phase.optim and length is not None:
+            own.config.optim.schedule.check(length)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+    if phase.random_blocks is None:
+        return
+    trainable = select_trainable(inputs.shapes, own.config.trainable)
+    known = {block for name in trainable if (block := block_of(name)) is not None}
+    if len(known) < phase.random_blocks.num_blocks:
+        raise ConfigError(
+            f"{where}.random_blocks.num_blocks={phase.random_blocks.num_blocks} is more than the "
+            f"{len(known)} blocks with trainable parameters."
+        )
+
+
+def _with_random_blocks(trainable: set[str], num_blocks: int, key: tuple[int, ...]) -> set[str]:
+    """Without the blocks that are not drawn; the draw is a function of `key`."""
+    blocks = sorted({block for name in trainable if (block := block_of(name)) is not None})
+    drawn = set(random.Random(repr(key)).sample(blocks, min(num_blocks, len(blocks))))
+    return {name for name in trainable if (block := block_of(name)) is None or block in drawn}
