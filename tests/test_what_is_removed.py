@@ -17,6 +17,8 @@ REMOVING = {
     "rmdir",
     "removedirs",
     "remove_tree",
+    "remove_files",
+    "remove_temporary_files",
     "rm",
     "rm_file",
     "rename",

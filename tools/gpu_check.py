@@ -38,9 +38,9 @@ PHASES = (
     Phase("resume", 80, starts_fresh=True),
     Phase("parity-compiled", 110, starts_fresh=True),
     Phase("two-ranks", 60),
-    Phase("parity-models", 60),
+    Phase("parity-models", 120),
     Phase("profile", 80, starts_fresh=True),
-    Phase("generation", 30),
+    Phase("generation", 60),
     Phase("speed-more", 300, starts_fresh=True),
 )
 

@@ -20,6 +20,9 @@ from distft.run.config import RunConfig
 # a CPU that multiplies in fp32 we measured 2.8e-4 in fp16 and 1.8e-3 in bf16. fp32 sums in another order;
 # tf32 has 10 bits of mantissa like fp16, and e4m3 has 3.
 TOLERANCES = {"fp32": 2e-4, "tf32": 3e-3, "fp16": 3e-3, "bf16": 1e-2, "fp8": 0.1}
+# Of models with experts: where rounding exchanges two nearly equal scores, a token takes another expert, and
+# the balance's biases move by the sign of a count. On an H100 we measured 1.9e-3 in fp32 and 1.4e-2 in bf16.
+_EXPERT_TOLERANCES = {"fp32": 1e-2, "bf16": 5e-2}
 _SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -30,6 +33,14 @@ _SDPA_BACKENDS = {
 _NO_HEADS = {"num_heads": None, "num_kv_heads": None, "d_ff": None, "attention_kernel": None}
 _MODELS: Mapping[str, Mapping[str, Any]] = {
     "transformer": {},
+    "experts": {"experts": {"num_experts": 4, "experts_per_token": 2, "bias_update_rate": 1e-3}},
+    "windows and softcaps": {
+        "sliding_window": 24,
+        "global_attention_every": 2,
+        "attention_logit_softcap": 20.0,
+        "final_logit_softcap": 15.0,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_seq_len": 64},
+    },
     "post-norm": {"norm": "layernorm", "norm_position": "post", "positions": "learned", "mlp": "gelu_exact"},
     **{name: {"type": name, **_NO_HEADS} for name in ("deep_averaging", "rnn", "lstm", "gru")},
     "cnn": {"type": "cnn", "kernel_sizes": (2, 3, 4, 5), **_NO_HEADS},
@@ -58,8 +69,12 @@ class Variant:
         return {"type": "local", "param_dtype": param_dtype, "compile": False, **self.engine}
 
     @property
+    def tolerance(self) -> float:
+        return (_EXPERT_TOLERANCES if self.model == "experts" else TOLERANCES)[self.precision]
+
+    @property
     def labels(self) -> dict[str, Any]:
-        return {"precision": self.precision, "tolerance": TOLERANCES[self.precision]}
+        return {"precision": self.precision, "tolerance": self.tolerance}
 
 
 def parity_cases(session: Session) -> list[Case]:
@@ -205,7 +220,7 @@ def compare(session: Session, variant: Variant) -> Row:
         if session.dry and _NO_FP16 in str(error):
             raise SkipCase("DeepSpeed has no fp16 on a CPU") from None
         raise
-    return require_equal(losses, expected, TOLERANCES[variant.precision])
+    return require_equal(losses, expected, variant.tolerance)
 
 
 def require_equal(losses: Sequence[float], expected: Sequence[float], tolerance: float) -> Row:
@@ -233,9 +248,7 @@ def reference_losses(
     if path.exists():
         losses: list[float] = json.loads(path.read_text())
         return losses
-    plain = Variant(
-        name=f"reference {name}", packed=packed, dropout=dropout, attention_kernel="sdpa", model=model
-    )
+    plain = Variant(name=f"reference {name}", packed=packed, dropout=dropout, model=model)
     losses = train(session, plain, device="cpu", num_steps=num_steps(session))
     path.write_text(json.dumps(losses))
     return losses

@@ -18,6 +18,7 @@ from gpu_check_worker import Case, CheckError, Row, SkipCase
 
 from distft.engine.interface import DTYPES
 from distft.model.counts import num_parameters, training_flops
+from distft.model.experts_config import ExpertsConfig
 from distft.model.transformer_config import TransformerConfig
 from distft.run.config import RunConfig
 from distft.train.throughput import measured_flops_per_s, peak_flops_per_s
@@ -26,6 +27,16 @@ MODELS: dict[str, TransformerConfig] = {
     # GPT-2's size and vocabulary, padded to a multiple of 64.
     "124M": TransformerConfig(
         vocab_size=50304, max_seq_len=1024, d_model=768, num_layers=12, num_heads=12, d_ff=2048
+    ),
+    # As many active parameters as 124M: each token passes through two experts of half the width.
+    "124M of 8 experts": TransformerConfig(
+        vocab_size=50304,
+        max_seq_len=1024,
+        d_model=768,
+        num_layers=12,
+        num_heads=12,
+        d_ff=2048,
+        experts=ExpertsConfig(num_experts=8, experts_per_token=2, d_ff=1024),
     ),
     "350M": TransformerConfig(
         vocab_size=51200, max_seq_len=2048, d_model=1024, num_layers=24, num_heads=16, d_ff=2816
@@ -42,7 +53,7 @@ MODELS: dict[str, TransformerConfig] = {
     ),
     "tiny": TransformerConfig(vocab_size=512, max_seq_len=32, d_model=64, num_layers=2, num_heads=2, d_ff=96),
 }
-MAX_ROWS = {"124M": 32, "350M": 16, "1.3B": 8, "7B": 8, "tiny": 2}
+MAX_ROWS = {"124M": 32, "124M of 8 experts": 16, "350M": 16, "1.3B": 8, "7B": 8, "tiny": 2}
 _USABLE_MEMORY = 0.88  # of the device's memory: the rest is for the allocator's gaps and the context
 _WARM_UP_STEPS = 3
 
@@ -187,6 +198,7 @@ def _first_cases() -> Iterator[SpeedCase]:
 
 
 def _more_cases() -> Iterator[SpeedCase]:
+    yield SpeedCase(model="124M of 8 experts")
     yield SpeedCase(model="350M")
     yield SpeedCase(model="350M", by="transformers")
     yield SpeedCase(model="7B", checkpointing="full")

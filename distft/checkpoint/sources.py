@@ -108,13 +108,16 @@ class InitialSource:
 class WeightsOnly:
     """Another source without its moments and update counts, as `init_from` loads a checkpoint."""
 
-    def __init__(self, source: StateSource, *, without: tuple[str, ...] = ()) -> None:
-        """Leaves out parameters whose names begin with one of `without`."""
+    def __init__(
+        self, source: StateSource, *, without: tuple[str, ...] = (), states: tuple[str, ...] = (WEIGHT,)
+    ) -> None:
+        """Leaves out parameters whose names begin with one of `without`, and all but these `states`."""
         self._source = source
         self._without = without
+        self._states = states
 
     def has(self, parameter: str, state: str) -> bool:
-        is_included = state == WEIGHT and not parameter.startswith(self._without)
+        is_included = state in self._states and not parameter.startswith(self._without)
         return is_included and self._source.has(parameter, state)
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:

@@ -16,6 +16,7 @@ from distft.cli import (
     config_verbs,
     embed_verbs,
     model_verbs,
+    predict_verbs,
     text_verbs,
 )
 from distft.errors import CheckpointError, DistftError, Interrupted, Preempted, UnsupportedFormatError
@@ -36,6 +37,7 @@ app.command("status")(cluster_verbs.status)
 app.command("logs")(cluster_verbs.logs)
 app.command("evaluate")(model_verbs.evaluate)
 app.command("generate")(model_verbs.generate)
+app.command("predict")(predict_verbs.predict)
 app.command("embed")(embed_verbs.embed)
 app.command("audit")(model_verbs.audit)
 app.add_typer(checkpoint_verbs.checkpoint_app, name="checkpoint")

@@ -62,7 +62,10 @@ def evaluate(
     from distft.run.pretrained import evaluate_checkpoint
 
     on_note = print_note if topology.is_main else (lambda _: None)
-    metrics = evaluate_checkpoint(checkpoint, overrides or (), topology, trust=trust, on_note=on_note)
+    lines: list[str] = []
+    metrics = evaluate_checkpoint(
+        checkpoint, overrides or (), topology, trust=trust, on_note=on_note, on_report=lines.extend
+    )
     if not topology.is_main:
         return
     if as_json:
@@ -71,6 +74,9 @@ def evaluate(
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:<{width}}  {value:.6g}")
+    if lines:
+        print()
+        print("\n".join(lines))
 
 
 def generate(

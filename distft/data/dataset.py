@@ -66,7 +66,7 @@ class DataContext:
     ends_sources: bool = False  # an encoder reads prompts, each with eos at its end, as T5's
     has_segments: bool = False  # the model tells the two texts of a pair apart by `Batch.segment_ids`
     reads_tokens: bool = True  # the model does
-    image_shape: tuple[int, int, int] | None = None  # channels, height, width that the model reads; None: none
+    image_shape: tuple[int, int, int] | None = None  # channels, height, width that it reads; None: none
     token_bytes: NDArray[np.int64] | None = None  # [vocab_size] UTF-8 bytes of each token, for bits per byte
     starts_word: NDArray[np.bool_] | None = None  # [vocab_size] whether each token begins a word
     label_names: Labels = None  # of a trained classifier; None: collect them from the data

@@ -35,6 +35,7 @@ class Feed:
         label_names: ClassNames | None = None,
         document_start: tuple[int, ...] | None = None,
         numbers: NumberSpread | None = None,
+        label_counts: Sequence[int] | None = None,
     ) -> None:
         self._datasets = tuple(datasets)
         self._sampler = sampler
@@ -43,6 +44,7 @@ class Feed:
         self.label_names = label_names  # class names by id; None: not a classification
         self.document_start = document_start  # ids with which each document begins; None: unknown
         self.numbers = numbers  # of the rows, as targets; None: they have none
+        self.label_counts = label_counts  # rows of each class; None: unknown, or not a classification
         self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
         self.step_share: float | None = 1.0  # mean share of a training step's sequences; None: for evaluation
 
@@ -56,6 +58,7 @@ class Feed:
         label_names: ClassNames | None = None,
         document_start: tuple[int, ...] | None = None,
         numbers: NumberSpread | None = None,
+        label_counts: Sequence[int] | None = None,
     ) -> "Feed":
         """Infinitely many epochs, each in another order; datasets are mixed by `weights`."""
         weighted = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
@@ -66,6 +69,7 @@ class Feed:
             label_names=label_names,
             document_start=document_start,
             numbers=numbers,
+            label_counts=label_counts,
         )
 
     @classmethod

@@ -130,11 +130,11 @@ def _folder_entries(folder: Path, *, labelled: bool) -> Iterator[_Entry]:
                 "a folder of images has a subfolder for each class, and this file is in none: move it, or "
                 "set label=null for images without classes."
             )
-            yield _Entry(str(child), b"", problem=problem)
+            yield _Entry(_shown(child), b"", problem=problem)
             continue
         if not any(_visible(child)):
             yield _Entry(
-                str(child), b"", problem="the folder of this class has no images: add some, or remove it."
+                _shown(child), b"", problem="the folder of this class has no images: add some, or remove it."
             )
         yield from _files(child, child.name)
 
@@ -143,18 +143,24 @@ def _files(folder: Path, label: str) -> Iterator[_Entry]:
     for file in _visible(folder):
         if not file.is_file():
             yield _Entry(
-                str(file), b"", problem="is no image file: a class has files alone. Move or remove it."
+                _shown(file), b"", problem="is no image file but a folder, pipe or device: move or remove it."
             )
         elif file.suffix.lower() not in DECODED_SUFFIXES:
             known = ", ".join(DECODED_SUFFIXES)
             problem = f"is no image by its name, which must end in {known}. Remove or convert it."
-            yield _Entry(str(file), b"", problem=problem)
+            yield _Entry(_shown(file), b"", problem=problem)
         elif file.stat().st_size > MAX_ROW_BYTES:
             yield _Entry(
-                str(file), b"", problem=f"has more than {MAX_ROW_BYTES:,} bytes. Remove or convert it."
+                _shown(file), b"", problem=f"has more than {MAX_ROW_BYTES:,} bytes. Remove or convert it."
             )
         else:
-            yield _Entry(str(file), file.read_bytes(), label, label)
+            yield _Entry(_shown(file), file.read_bytes(), label, label)
+
+
+def _shown(path: Path) -> str:
+    """A path in messages, in which its characters cannot control a terminal."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
 
 
 def _visible(folder: Path) -> list[Path]:

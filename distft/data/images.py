@@ -47,13 +47,11 @@ class ImagesConfig(Settings):
     path: PathText | None = None  # a folder or a .parquet file
     source: Literal["digits", "digits_held_out"] | None = None  # in place of path
     image: str = "image"  # Parquet: column of the images
-    label: str | None = (
-        "label"  # Parquet: column of the classes; null: unlabelled, and a folder has no subfolders
-    )
+    # Parquet: column of the classes; null: unlabelled, and a folder has images alone.
+    label: str | None = "label"
     text: str | None = None  # each image's text: a column of Parquet, or label for the name of its class
-    views: int = Field(
-        1, ge=1, le=_MOST_VIEWS
-    )  # of each image, augmented anew: for objective.type=contrastive
+    # Of each image, augmented anew: for objective.type=contrastive
+    views: int = Field(1, ge=1, le=_MOST_VIEWS)
     augment: AugmentConfig = AugmentConfig()
     max_rows: int | None = Field(None, ge=1)
     shuffle: bool = True
@@ -70,18 +68,11 @@ class ImagesConfig(Settings):
             )
         if self.views > 1 and self.text is not None:
             problems.append(f"views={self.views} with text: an image and its text are a pair already")
-        if (
-            self.text is not None
-            and self.text == self.label
-            and self.label != "label"
-            and not self.is_parquet
-        ):
-            problems.append("text of a folder or source is the name of the class: set text=label")
-        if self.text not in {None, "label"} and not self.is_parquet:
+        if not self.is_parquet and self.text not in {None, "label"}:
             problems.append(
                 f"text={self.text} is a column of a .parquet file: here, text=label is all there is"
             )
-        if self.text == "label" and self.label is None:
+        if not self.is_parquet and self.text == "label" and self.label is None:
             problems.append("text=label needs the classes: leave label out")
         if problems:
             raise ValueError("; ".join(problems))

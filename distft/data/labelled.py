@@ -53,6 +53,7 @@ class LabelledConfig(Settings):
             label_names=names,
             document_start=None if context.template is None else context.template.before,
             numbers=rows.numbers,
+            label_counts=rows.label_counts,
         )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:

@@ -103,6 +103,11 @@ class RowTargets:
         return counts if self.kind == ROW else {NUMBER: ids.view(torch.float64), **counts}
 
     @property
+    def label_counts(self) -> list[int] | None:
+        """Rows of each class up to the last that occurs; None: the targets are not one class a row."""
+        return np.bincount(self.ids[self.ids >= 0]).tolist() if self.kind == LABEL else None
+
+    @property
     def numbers(self) -> NumberSpread | None:
         """How the numbers are spread, to the last bit on any machine; None: the targets are no numbers."""
         if self.kind != NUMBER:
@@ -146,6 +151,7 @@ class LabelledRows:
         self.summary = summary
         self.fingerprint = rows.fingerprint + self._targets.fingerprint
         self.numbers = self._targets.numbers
+        self.label_counts = self._targets.label_counts
 
     def batch(self, indices: Indices) -> Batch:
         """Rows `indices`; for empty `indices`, row 0 without targets."""

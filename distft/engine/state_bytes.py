@@ -84,11 +84,11 @@ def _stages12(
     multiple = _ALIGNMENT * world_size
     padded = -(-num_trainable // multiple) * multiple
     of_a_rank = padded // world_size
-    is_bf16_stage1 = engine.param_dtype == "bf16" and engine.zero_stage == 1  # another optimizer of DeepSpeed
-    # The update copies the rank's part. Not counted: in fp32 both ranks on which a parameter lies keep its
-    # whole gradient.
-    copied = 0 if is_bf16_stage1 else of_a_rank
-    whole = padded if is_bf16_stage1 else num_trainable  # stage 2 frees the others' parts at once
+    is_bf16 = engine.param_dtype == "bf16"
+    # The update copies the rank's part, but not in bf16 at stage 1 or over ranks. Not counted: in fp32 both
+    # ranks on which a parameter lies keep its whole gradient.
+    copied = 0 if is_bf16 and (engine.zero_stage == 1 or world_size > 1) else of_a_rank
+    whole = padded if is_bf16 else num_trainable  # stage 2 frees the others' parts at once
     gradients = _FP32 * max(whole if engine.zero_stage == 1 else 0, of_a_rank + copied)
     averaged = _average_bytes(optim) * min(of_a_rank, num_trainable)
     optimizer = _FP32 * of_a_rank + _most_moments(trainable, of_a_rank, padded) + averaged

@@ -21,13 +21,14 @@ from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.moved_parameters import MovedParameters
 from distft.engine.node import read_in_shares, read_once_per_node
+from distft.engine.shared_matrices import SharedMatrices
 from distft.engine.stage3_blocks import free_weights_until_backward, gather_by_block
 from distft.engine.weight_average import WeightAverage, replaced_values
 from distft.errors import CheckpointError
 from distft.model.block import Block
 from distft.optim.groups import ParameterGroup
 from distft.optim.kernels import FlatOptimizer, set_clip_and_skip
-from distft.optim.segments import SegmentedOptimizer
+from distft.optim.segments import MasterSlice, SegmentedOptimizer
 from distft.optim.settings import OptimizerSettings
 from distft.topology import BatchPlan
 
@@ -89,17 +90,35 @@ class ZeroEngine:
                 config=config,
                 dist_init_required=False,
             )
-        slices = zero_layout.master_slices(self._engine, self._stage, self._params)
+        slices = list(zero_layout.master_slices(self._engine, self._stage, self._params))
         self._optimizer = SegmentedOptimizer(slices, groups, optim)
+        if self._stage > 0 and collectives.dp_world_size > 1:
+            self._share_matrices(slices, groups)
         flat_optimizer.update = self._optimizer.update
         if self._clips_in_kernel and self._stage > 0:
             zero_layout.update_without_waiting(self._engine)
         if self._stage == 3:
-            blocks = [layer for layer in module.modules() if isinstance(layer, Block)]
-            gather_by_block(blocks)
-            for block in blocks:
-                if settings.activation_checkpointing == "none" and block.compiled_train is None:
-                    free_weights_until_backward(block)
+            self._gather_by_block(settings)
+
+    def _gather_by_block(self, settings: ZeroConfig) -> None:
+        blocks = [layer for layer in self.module.modules() if isinstance(layer, Block)]
+        gather_by_block(blocks)
+        for block in blocks:
+            if settings.activation_checkpointing == "none" and block.compiled_train is None:
+                free_weights_until_backward(block)
+
+    def _share_matrices(self, slices: Sequence[MasterSlice], groups: Sequence[ParameterGroup]) -> None:
+        """Let an optimizer that needs whole matrices have them."""
+        by_matrix = {name for group in groups if group.rule.is_by_matrix for name in group.names}
+        if by_matrix:
+            shapes = {
+                name: tuple(getattr(param, "ds_shape", param.shape))
+                for name, param in self._params.items()
+                if name in by_matrix
+            }
+            self._optimizer.kernel.replace_matrices = SharedMatrices(  # type: ignore[attr-defined]
+                slices, shapes, self._collectives, self.device
+            )
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)

@@ -42,6 +42,11 @@ def num_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
     return total
 
 
+def num_active_parameters(config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> int:
+    """Elements of the parameters that one token passes through: not those of experts that it leaves out."""
+    return num_parameters(config, heads) - config.num_idle_parameters
+
+
 def has_hidden_layer(head: Head) -> bool:
     """Whether the head is a classifier with a layer before its output."""
     return isinstance(head, ClassificationHead) and head.hidden != "none"

@@ -47,8 +47,8 @@ class ExpertsConfig(Settings):
             )
         if self.experts_per_token == 1 and self.normalize_weights:
             errors.append(
-                "experts_per_token=1 with normalize_weights=true: the only expert's weight is always 1, so that "
-                "the router learns nothing from the loss. Set normalize_weights: false."
+                "experts_per_token=1 with normalize_weights=true: the weight of the only expert is 1, so "
+                "that the router learns nothing from the loss. Set normalize_weights: false."
             )
         if self.shared_gate and not self.shared_d_ff:
             errors.append("shared_gate=true, but there is no shared expert: set shared_d_ff, its width.")
@@ -111,8 +111,8 @@ class ExpertsConfig(Settings):
             )
         if not self.layers(num_layers):
             yield (
-                f"experts.every={self.every} and experts.dense_layers={list(self.dense_layers)} leave no block "
-                f"of {num_layers} with experts: change them, or leave experts out."
+                f"experts.every={self.every} and experts.dense_layers={list(self.dense_layers)} leave "
+                f"no block of {num_layers} with experts: change them, or leave experts out."
             )
         if mlp_bias:
             yield "mlp_bias=true, but experts have no biases: set mlp_bias: false, or leave experts out."

@@ -224,8 +224,8 @@ def _check_request(
             errors.append(f"Prompt {number} is empty: it needs at least one token, such as the bos_id.")
         if config.is_encoder_decoder and len(prompt) > config.longest_row:
             errors.append(
-                f"Prompt {number} has {len(prompt)} tokens, and an encoder reads a source whole: shorten it to "
-                f"model.max_seq_len={config.longest_row}."
+                f"Prompt {number} has {len(prompt)} tokens, and an encoder reads a source whole: shorten it "
+                f"to model.max_seq_len={config.longest_row}."
             )
         unknown = [token for token in prompt if not 0 <= token < (config.vocabulary_size or 0)]
         if unknown:

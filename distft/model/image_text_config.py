@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distft.config import Component
 from distft.model.config import MOST, ImageShape, ModelConfig, Pooling
@@ -39,6 +39,12 @@ class ImageTextConfig(ModelConfig):
     image_pooling: Pooling | None = None  # null: the first state of a vit with a class token, else the mean
     text_pooling: Pooling | None = None  # null: the last state of a causal model, else the mean
 
+    @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        if isinstance(self.text, TransformerConfig) and self.text.experts is not None:
+            raise ValueError("text.experts: the towers of clip have one feed-forward a block: leave it out.")
+        return self
+
     @property
     def longest_row(self) -> int:
         return self.text.longest_row
@@ -72,8 +78,16 @@ class ImageTextConfig(ModelConfig):
         return self.d_embedding
 
     @property
+    def attention_reach(self) -> int | None:
+        return self.text.attention_reach
+
+    @property
     def num_blocks(self) -> int:
-        return 0
+        return self.image.num_blocks + self.text.num_blocks
+
+    @property
+    def block_names(self) -> list[str]:
+        return [f"{tower}.{name}" for tower, own in self.towers.items() for name in own.block_names]
 
     @property
     def towers(self) -> dict[str, ModelConfig]:

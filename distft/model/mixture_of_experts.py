@@ -91,7 +91,7 @@ class Experts(nn.Module):
 
 
 class _ToExperts(torch.autograd.Function):
-    """Tokens [N, C] to rows [R, C] in the experts' order. The backward adds in a fixed order, on a GPU too."""
+    """Tokens [N, C] to rows [R, C] in the experts' order; the backward adds in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, order_R: Tensor, inverse_R: Tensor, num_chosen: int) -> Tensor:

@@ -121,7 +121,7 @@ class TransformerConfig(TokenModelConfig):
         if self.attention_kernel == "flex" and self.dropout:
             errors.append(
                 f"dropout={self.dropout} is set, but attention_kernel: flex cannot drop attention weights: "
-                f"set dropout: 0, or attention_kernel: sdpa."
+                f"set dropout: 0, or attention_kernel: auto."
             )
         if errors:
             raise ValueError("\n".join(errors))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from distft.data.dataset import Labels, TransformContext
+from distft.data.dataset import ClassNames, Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, LABEL
-from distft.errors import ConfigError
+from distft.errors import ConfigError, suggest_name
 from distft.model.heads import Heads
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.row_objective import RowObjective, require_targets
@@ -18,7 +18,13 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
     from torch import Tensor
 
     from distft.data.batch import AnyBatch
-    from distft.data.feed import Transform
+    from distft.data.feed import AnyFeed, Transform
+    from distft.model.config import ModelConfig
+
+
+ClassWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_LEAST_MISS = 1e-6  # 1 - p in a focal loss: at 0 a power below 1 has no gradient
+_MOST_CONFUSED = 1024  # classes of a confusion matrix, which has 8 MiB
 
 
 class Classification(RowObjective):
@@ -26,11 +32,32 @@ class Classification(RowObjective):
 
     type: Literal["classification"] = "classification"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    # Factors of the classes' losses: by label, 1 for others; in their order; or balanced: rows / (K * own).
+    class_weights: Literal["balanced"] | dict[str, ClassWeight] | tuple[ClassWeight, ...] | None = None
+    focal_gamma: float = Field(0.0, ge=0, le=10)  # focal loss: times (1 - p) ** gamma (arXiv:1708.02002)
+
+    @model_validator(mode="after")
+    def _check_focal(self) -> Self:
+        if self.focal_gamma and self.label_smoothing:
+            raise ValueError("focal_gamma and label_smoothing do not go together: leave one of them out")
+        return self
+
+    def resolved(self, model: ModelConfig, train: AnyFeed | None) -> Self:
+        own = super().resolved(model, train)
+        names, counts = getattr(train, "label_names", None), getattr(train, "label_counts", None)
+        if own.class_weights is None or isinstance(own.class_weights, tuple) or names is None:
+            return own
+        return own.model_copy(update={"class_weights": _weights(own.class_weights, names, counts)})
 
     def heads(self, label_names: Labels) -> Heads:
         """`classifier`. Raises `ConfigError` for data without labels."""
         if not isinstance(label_names, tuple):
             raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
+        weights = self.class_weights
+        if isinstance(weights, tuple) and len(weights) != len(label_names):
+            raise ConfigError(
+                f"objective.class_weights has {len(weights)} numbers, and the data {len(label_names)} labels."
+            )
         return {self.head_name: self.row_head(len(label_names))}
 
     @property
@@ -53,17 +80,37 @@ class Classification(RowObjective):
     def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:  # noqa: ARG002
         from torch.nn.functional import cross_entropy
 
-        loss_sum = cross_entropy(
-            self.outputs(model, only_batch(batch)),
-            only_batch(batch).targets[LABEL],
+        logits_BK, labels_B = self.outputs(model, only_batch(batch)), only_batch(batch).targets[LABEL]
+        weights = self.class_weights
+        losses_B = cross_entropy(
+            logits_BK,
+            labels_B,
+            weight=logits_BK.new_tensor(weights) if isinstance(weights, tuple) else None,
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
-            reduction="sum",
+            reduction="none",
         )
-        return {LABEL: loss_sum}
+        if self.focal_gamma:
+            nll_B = cross_entropy(logits_BK, labels_B, ignore_index=IGNORE_INDEX, reduction="none")
+            losses_B = losses_B * (-(-nll_B).expm1()).clamp_min(_LEAST_MISS) ** self.focal_gamma
+        return {LABEL: losses_B.sum()}
+
+    def predictions(self, outputs_BK: Tensor, label_names: ClassNames | None) -> Sequence[Mapping[str, Any]]:
+        names = label_names or [str(label) for label in range(outputs_BK.shape[1])]
+        return [
+            {
+                "label": names[max(range(len(names)), key=row.__getitem__)],
+                "probability": max(row),
+                "probabilities": dict(zip(names, row, strict=True)),
+            }
+            for row in outputs_BK.softmax(dim=1).tolist()
+        ]
 
     def evaluate(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> dict[str, Tensor]:  # noqa: ARG002
-        """Sums over the rows: loss, float64; by class [3, K]: correct, labelled, predicted, int64."""
+        """Sums over the rows: loss, float64; by class [3, K]: correct, labelled, predicted, int64.
+
+        Of up to 1,024 classes also [K, K]: the rows of each label by predicted label.
+        """
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -71,11 +118,15 @@ class Classification(RowObjective):
             logits = self.outputs(model, only_batch(batch))
         counts = only_batch(batch).targets[LABEL] != IGNORE_INDEX
         labels, logits = only_batch(batch).targets[LABEL][counts], logits[counts]
-        predicted = logits.argmax(dim=1)
+        num_classes, predicted = logits.shape[1], logits.argmax(dim=1)
         of_classes = (labels[labels == predicted], labels, predicted)
-        by_class = [torch.bincount(ids, minlength=logits.shape[1]) for ids in of_classes]
+        by_class = [torch.bincount(ids, minlength=num_classes) for ids in of_classes]
         loss_sum = cross_entropy(logits.double(), labels, reduction="sum")
-        return {"loss_sum": loss_sum, "by_class": torch.stack(by_class)}
+        sums = {"loss_sum": loss_sum, "by_class": torch.stack(by_class)}
+        if num_classes <= _MOST_CONFUSED:
+            pairs = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+            sums["confusion"] = pairs.view(num_classes, num_classes)
+        return sums
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Loss, accuracy, and F1 averaged over the classes that occur as label or prediction."""
@@ -86,6 +137,32 @@ class Classification(RowObjective):
             "accuracy": float(num_correct.sum() / num_rows),
             "macro_f1": macro_f1(num_correct, num_labelled, num_predicted),
         }
+
+    def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:
+        from distft.objective.classification_report import report_lines
+
+        by_class = sums["by_class"].tolist()
+        names = label_names if isinstance(label_names, tuple) else tuple(map(str, range(len(by_class[0]))))
+        confusion = sums["confusion"].tolist() if "confusion" in sums else None
+        return report_lines(by_class, confusion, names)
+
+
+def _weights(
+    given: str | Mapping[str, float], names: Sequence[str], counts: Sequence[int] | None
+) -> tuple[float, ...]:
+    """Of each class in the labels' order. Raises `ConfigError` for labels that the data does not have."""
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ConfigError(
+                f"objective.class_weights: no label of the data is {' or '.join(map(repr, unknown))}."
+                f"{suggest_name(unknown[0], list(names))}"
+            )
+        return tuple(given.get(name, 1.0) for name in names)
+    if counts is None:
+        raise ConfigError("objective.class_weights=balanced needs labels that are counted: give the weights.")
+    found = [*counts, *[0] * (len(names) - len(counts))]
+    return tuple(sum(found) / (len(names) * count) if count else 1.0 for count in found)
 
 
 def macro_f1(num_correct: Tensor, num_labelled: Tensor, num_predicted: Tensor) -> float:

@@ -222,7 +222,14 @@ class Contrastive(PooledObjective):
             cosines = cosine_similarity(vectors[:, 0], vectors[:, 1], dim=-1)
             return {**metrics, "spearman": spearman(cosines, sums["score"])}
         is_copies = self.views == "dropout" and bool((hashes[:, 0] == hashes[:, 1]).all())
-        return metrics if is_copies else metrics | retrieval_metrics(vectors, hashes)
+        if is_copies:
+            return metrics
+        metrics |= retrieval_metrics(vectors, hashes)
+        if self.symmetric:
+            # The positives look for the texts. Many texts may belong to one, so that its recall at 1 is low.
+            found = retrieval_metrics(vectors[:, :2].flip(1), hashes[:, :2].flip(1))
+            metrics |= {f"reverse_{name}": value for name, value in found.items()}
+        return metrics
 
     def _vectors_and_hashes(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings [n, K, C] and text hashes [n, K] of the n sequences that are targets: all, or none."""

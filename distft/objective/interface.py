@@ -189,6 +189,10 @@ class Objective(Settings, ABC):
         Those of one of several terms have its name before theirs, as `<term>/loss`.
         """
 
+    def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:  # noqa: ARG002
+        """Lines about the sums over a whole data set that say more than `metrics`; none by default."""
+        return ()
+
 
 def only_batch(batch: AnyBatch) -> Batch:
     """The batch of an objective that takes no streams; `transform_feed` has refused any."""

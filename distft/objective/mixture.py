@@ -327,6 +327,15 @@ class Mixture(Objective):
             metrics["loss"] += value_at(part.weight, _AT_THE_END) * of_part["loss"]
         return metrics
 
+    def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:
+        lines: list[str] = []
+        for name in self.parts:
+            names = label_names.get(name) if isinstance(label_names, Mapping) else label_names
+            own = _of_part(sums, name)
+            of_part = self.part(name).report(own, names) if own else ()
+            lines += [f"{name}:", *of_part, ""] if of_part else []
+        return lines
+
 
 def _stream(batch: AnyBatch, name: str) -> Batch | None:
     from distft.data.batch import MixedBatch

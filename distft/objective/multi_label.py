@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from distft.data.dataset import Labels, TransformContext
+from distft.data.dataset import ClassNames, Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, LABELS
 from distft.errors import ConfigError
 from distft.model.heads import Heads
@@ -55,6 +55,16 @@ class MultiLabel(RowObjective):
         logits = self.outputs(model, only_batch(batch))
         loss_BK = binary_cross_entropy_with_logits(logits, labels.clamp_min(0).float(), reduction="none")
         return {LABELS: loss_BK.where(labels != IGNORE_INDEX, 0.0).sum() / logits.shape[1]}
+
+    def predictions(self, outputs_BK: Tensor, label_names: ClassNames | None) -> Sequence[Mapping[str, Any]]:
+        names = label_names or [str(label) for label in range(outputs_BK.shape[1])]
+        return [
+            {
+                "labels": [name for name, share in zip(names, row, strict=True) if share >= self.threshold],
+                "probabilities": dict(zip(names, row, strict=True)),
+            }
+            for row in outputs_BK.sigmoid().tolist()
+        ]
 
     def evaluate(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> dict[str, Tensor]:  # noqa: ARG002
         """Sums over the rows: loss, rows, rows that are exact; by class: correct, labelled, predicted."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
-from distft.data.dataset import Labels, TransformContext
+from distft.data.dataset import ClassNames, Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, NUMBER, ROW
 from distft.errors import ConfigError
 from distft.model.heads import Heads
@@ -98,6 +98,13 @@ class Regression(RowObjective):
         if self.loss == "huber":
             return huber_loss(outputs_B, scaled_B, reduction="none", delta=self.huber_delta)
         return mse_loss(outputs_B, scaled_B, reduction="none")
+
+    def predictions(
+        self,
+        outputs_BK: Tensor,
+        label_names: ClassNames | None,  # noqa: ARG002
+    ) -> Sequence[Mapping[str, Any]]:
+        return [{"number": number} for number in (self._offset + self._scale * outputs_BK[:, 0]).tolist()]
 
     @property
     def per_row(self) -> frozenset[str]:

@@ -11,11 +11,12 @@ _ROWS_AT_A_TIME = 1024
 
 
 def retrieval_metrics(vectors_NKC: Tensor, hashes_NK: Tensor) -> dict[str, float]:
-    """Recall at 1 and 10, mean reciprocal rank and mean average precision, means over distinct queries.
+    """Success and recall at 1, recall at 10, mean reciprocal rank and mean average precision of the queries.
 
     The queries are the distinct texts; the candidates are the distinct positives and negatives, by cosine.
-    All positives of equal texts are relevant to them. Recall at k is the share of these among the first k. Of
-    candidates equally near all rank last, as in scikit-learn: vectors that are all alike find nothing.
+    All positives of equal texts are relevant to them. Recall at k is the share of these among the first k,
+    success at 1 the share of queries whose first is one of them. Of candidates equally near all rank last, as
+    in scikit-learn: vectors that are all alike find nothing.
     """
     vectors_NKC = torch.nn.functional.normalize(vectors_NKC.double(), dim=-1)
     num_sequences = len(vectors_NKC)
@@ -27,7 +28,7 @@ def retrieval_metrics(vectors_NKC: Tensor, hashes_NK: Tensor) -> dict[str, float
     pairs = torch.stack([query_of_N, candidate_of[:num_sequences]], dim=1)
     pairs_P2: Tensor = torch.unique(pairs, dim=0)
     num_queries, num_candidates = len(queries_QC), len(candidates_DC)
-    totals = torch.zeros(4, dtype=torch.float64, device=vectors_NKC.device)
+    totals = torch.zeros(5, dtype=torch.float64, device=vectors_NKC.device)
     for start in range(0, num_queries, _ROWS_AT_A_TIME):
         rows_QC = queries_QC[start : start + _ROWS_AT_A_TIME]
         of_rows = (pairs_P2[:, 0] >= start) & (pairs_P2[:, 0] < start + len(rows_QC))
@@ -35,14 +36,14 @@ def retrieval_metrics(vectors_NKC: Tensor, hashes_NK: Tensor) -> dict[str, float
         is_relevant_QD = rows_QC.new_zeros(len(rows_QC), num_candidates, dtype=torch.bool)
         is_relevant_QD[row_P, candidate_P] = True
         totals += _summed_metrics(rows_QC @ candidates_DC.T, is_relevant_QD, row_P, candidate_P)
-    names = ("recall_at_1", "recall_at_10", "mrr", "map")
+    names = ("recall_at_1", "recall_at_10", "mrr", "map", "success_at_1")
     return dict(zip(names, (totals / max(num_queries, 1)).tolist(), strict=True))
 
 
 def _summed_metrics(
     similarity_QD: Tensor, is_relevant_QD: Tensor, row_P: Tensor, candidate_P: Tensor
 ) -> Tensor:
-    """Recall at 1 and 10, reciprocal rank and average precision [4], summed over the queries."""
+    """Recall at 1 and 10, reciprocal rank, average precision and success [5], summed over the queries."""
     ranks, precisions = [], []
     for pairs in torch.split(torch.stack([row_P, candidate_P], dim=1), _ROWS_AT_A_TIME):
         rows, candidates = pairs.unbind(dim=1)
@@ -60,6 +61,7 @@ def _summed_metrics(
             ((rank_P <= 10) * weight_P).sum(),
             (1 / best_Q).sum(),
             (precision_P * weight_P).sum(),
+            (best_Q <= 1).sum(),
         ]
     )
 

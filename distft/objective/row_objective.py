@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from distft.data.dataset import ClassNames
 from distft.errors import ConfigError
 from distft.model.heads import ClassificationHead, HeadName, HiddenLayer
 from distft.objective.interface import Model, only_batch
@@ -40,6 +42,10 @@ class RowObjective(PooledObjective):
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         """float32 [B, K]: the head's outputs for each row."""
         return model(**batch.model_inputs, heads=(self.head_name,))[self.head_name].float()
+
+    @abstractmethod
+    def predictions(self, outputs_BK: Tensor, label_names: ClassNames | None) -> Sequence[Mapping[str, Any]]:
+        """Of each row what its `outputs` mean, as plain data for a file of predictions."""
 
     @property
     def head_name(self) -> str:

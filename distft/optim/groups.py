@@ -69,7 +69,7 @@ def layer_scales(names: Collection[str], decay: float) -> dict[str, float]:
 
     As in ELECTRA and BEiT: block i of n has decay^(n - i), what comes before the blocks (embeddings)
     decay^(n + 1), and what comes behind them (the last norm, heads) 1. The blocks of a decoder follow those
-    of its encoder. A head that is tied to the embedding table has the rate of that.
+    of its encoder. A head that is tied to the embedding table has its rate.
     """
     levels: dict[str, int] = {}  # 0: before the first block
     seen: dict[str, int] = {}

@@ -124,7 +124,8 @@ def finite_gradients(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[li
     is_skipped = getattr(optimizer, "found_inf", None)
     if is_skipped is None:
         return gradients, 1.0
-    torch._foreach_div_(gradients, optimizer.grad_scale)  # type: ignore[attr-defined]
+    if gradients:
+        torch._foreach_div_(gradients, optimizer.grad_scale)  # type: ignore[attr-defined]
     for gradient in gradients:
         gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     return gradients, 1 - is_skipped

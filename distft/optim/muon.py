@@ -32,6 +32,8 @@ class MuonConfig(OptimizerSettings):
     # adamw: 0.2 sqrt(max(rows, columns)), an update as large as AdamW's, so that one rate fits both;
     # spectral: sqrt(max(1, rows / columns)), as in the original, whose rates are about 0.02
     update_scale: Literal["adamw", "spectral"] = "adamw"
+    # Of the iteration's products. bf16 is torch's; its rounding differs between numbers of ranks by 1e-5
+    iteration_dtype: Literal["bf16", "fp32"] = "bf16"
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # of AdamW
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False)  # of AdamW
 
@@ -73,6 +75,7 @@ class MuonConfig(OptimizerSettings):
             matrices,
             nesterov=self.nesterov,
             scale=self.scale,
+            is_bf16=self.iteration_dtype == "bf16",
             lr=self.peak_lr,
             betas=self.betas,
             eps=self.eps,

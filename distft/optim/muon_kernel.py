@@ -1,6 +1,7 @@
 """Muon's update of matrices, whose slices may lie on several ranks, and AdamW's of the rest."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +28,7 @@ class Muon(EagerAdamW):
         *,
         nesterov: bool,
         scale: Callable[[tuple[int, ...]], float],
+        is_bf16: bool,
         **adamw: Any,
     ) -> None:
         """`segments` of matrices, each of which is of one; `scale` of the rate, by a matrix's shape."""
@@ -34,6 +36,7 @@ class Muon(EagerAdamW):
         self._slices = {id(segment.values): segment.slices[0] for segment in segments}
         self._nesterov = nesterov
         self._scale = scale
+        self._orthogonalized = partial(orthogonalized, dtype=torch.bfloat16 if is_bf16 else torch.float32)
         shapes = {own.parameter: own.shape for own in self._slices.values()}
         self.replace_matrices: ReplaceMatrices = lambda own, function: _replace_whole(own, shapes, function)
 
@@ -55,14 +58,16 @@ class Muon(EagerAdamW):
             for param, gradient in zip(params, gradients, strict=True):
                 own = self._slices[id(param)]
                 direction, momentum = gradient[: own.numel], self.state[param]["muon_momentum"][: own.numel]
-                momentum.lerp_(direction, torch.as_tensor(1 - group["momentum"], device=param.device) * share)
+                momentum.lerp_(direction, (1 - group["momentum"]) * share)
                 if self._nesterov:
                     direction.lerp_(momentum, group["momentum"])
                 else:
                     direction.copy_(momentum)
                 updated.append((own, param[: own.numel], direction, group))
             count_update(self, params)
-        self.replace_matrices({own.parameter: direction for own, _, direction, _ in updated}, orthogonalized)
+        self.replace_matrices(
+            {own.parameter: direction for own, _, direction, _ in updated}, self._orthogonalized
+        )
         for own, values, direction, group in updated:
             values.mul_(1 - group["lr"] * group["weight_decay"] * share)
             values.add_(direction.mul_(share), alpha=-group["lr"] * self._scale(own.shape))
@@ -78,11 +83,11 @@ def _replace_whole(
         values.copy_(function(values.view(shapes[name])).reshape(-1))
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """U V^T of the matrix U S V^T, about: singular values between 0.5 and 1.5, by Newton-Schulz in bf16."""
+def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """U V^T of a matrix U S V^T, about: singular values from 0.5 to 1.5, by Newton-Schulz in `dtype`."""
     a, b, c = _COEFFICIENTS
     is_tall = matrix.size(0) > matrix.size(1)
-    rows = matrix.bfloat16().T if is_tall else matrix.bfloat16()
+    rows = matrix.to(dtype).T if is_tall else matrix.to(dtype)
     rows = rows / rows.norm().clamp(min=_EPS)
     for _ in range(_NUM_ITERATIONS):
         gram = rows @ rows.T

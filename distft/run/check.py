@@ -139,7 +139,8 @@ def describe_run(
     largest = min(plan.micro_batch_size, -(-plan.global_batch_size // world_size))
     tokenizer = inputs.tokenizer
     lines = [
-        f"model       {needs.num_parameters:,} parameters, {needs.num_trainable:,} of them trainable",
+        f"model       {needs.num_parameters:,} parameters, {needs.num_trainable:,} of them trainable"
+        + (f", {needs.num_active:,} active for a token" if inputs.model.num_idle_parameters else ""),
         *(
             []
             if tokenizer is None

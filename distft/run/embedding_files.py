@@ -75,7 +75,7 @@ class ParquetFile(EmbeddingFile):
     has_origins = True
 
     def __init__(self, path: str, writer: storage.Writer) -> None:
-        self._sink = _Sink(writer)
+        self._sink = ParquetSink(writer)
         self._writer: Any = None  # made with the first rows, which have the number of elements
         self.path = path
 
@@ -119,7 +119,7 @@ class ParquetFile(EmbeddingFile):
                 file.close()
 
 
-class _Sink(io.RawIOBase):
+class ParquetSink(io.RawIOBase):
     """What pyarrow writes to, in front of a `Writer`."""
 
     def __init__(self, writer: storage.Writer) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from distft.checkpoint.committed import Checkpoint
-from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.fragments import EMA, WEIGHT
 from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
 from distft.collectives import Collectives, ProcessGroup, SingleProcess, all_or_none
 from distft.engine.interface import Engine
@@ -15,6 +15,7 @@ from distft.optim.groups import parameter_groups
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
 from distft.run.model import new_parameter_prefixes, require_parameters
+from distft.run.resume import parameters_with_other_states
 from distft.run.training_module import build_training_module
 from distft.topology import BatchPlan, Topology
 
@@ -82,6 +83,8 @@ def build_engine(
 def _state_source(inputs: RunInputs, resumed: Checkpoint | None) -> StateSource:
     if resumed is not None:
         require_parameters(resumed, inputs.shapes)
+        if parameters_with_other_states(resumed.manifest, inputs):
+            return WeightsOnly(resumed, states=(WEIGHT, EMA))
         return resumed
     seed, model = inputs.config.seed, inputs.model
     initial = InitialSource(

@@ -50,13 +50,7 @@ def generate_text(
     trained = open_model(path, trust=trust)
     for note in (*trained.tokenizer.notes, *tokenizer_notes(trained.tokenizer, trained.source)):
         on_note(note)
-    model = trained.config.model
-    is_source = model is not None and model.is_encoder_decoder
-    if model is not None and not model.is_causal and not is_source:
-        raise ConfigError(
-            f"{trained.source.path} is a bidirectional model, which fills in hidden tokens, and continues no "
-            "text."
-        )
+    is_source = _reads_sources(trained)
     device = choose_device(trained.config, Topology())
     module = load_model(trained, device)
     if "lm_head" not in module.heads:
@@ -98,6 +92,17 @@ def generate_text(
     if longest > module.config.longest_row:
         on_note(_window_note(module.config.longest_row))
     return texts
+
+
+def _reads_sources(trained: TrainedModel) -> bool:
+    """Whether an encoder reads the prompts. Raises `ConfigError` for a model that cannot generate."""
+    model = trained.config.model
+    if model is None or model.is_causal or model.is_encoder_decoder:
+        return model is not None and model.is_encoder_decoder
+    raise ConfigError(
+        f"{trained.source.path} is a bidirectional model, which fills in hidden tokens, and continues no "
+        "text."
+    )
 
 
 def _check_texts(prompts: Sequence[str], options: GenerationOptions) -> None:

@@ -135,15 +135,12 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
     init_from = None
     with errors.collect():
         init_from = _open_init_from(config)
-    tokenizer = None
     is_init_from_missing = config.init_from is not None and init_from is None
     reads_tokens = _reads_tokens(config, init_from)
-    if not reads_tokens:
+    tokenizer = None
+    if config.tokenizer is not None or not is_init_from_missing:  # otherwise it may be the checkpoint's
         with errors.collect():
-            _require_no_tokenizer(config)
-    elif config.tokenizer is not None or not is_init_from_missing:  # otherwise it may be the checkpoint's
-        with errors.collect():
-            tokenizer = Tokenizer.load(find_tokenizer(config, None if init_from is None else init_from.path))
+            tokenizer = _read_tokenizer(config, init_from, reads_tokens=reads_tokens)
     model = None
     if config.model is not None or not is_init_from_missing:
         with errors.collect():
@@ -180,10 +177,7 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         shapes=shapes,
         trainable=trainable,
         init_from=init_from,
-        notes=(
-            *(() if tokenizer is None else (*tokenizer.notes, *tokenizer_notes(tokenizer, init_from))),
-            *(() if init_from is None else notes_of(init_from)),
-        ),
+        notes=_notes(tokenizer, init_from),
     )
     check_phases(inputs)
     return inputs
@@ -198,9 +192,21 @@ def _reads_tokens(config: RunConfig, init_from: CheckpointSource | None) -> bool
     return model_of(init_from).reads_tokens
 
 
-def _require_no_tokenizer(config: RunConfig) -> None:
+def _read_tokenizer(
+    config: RunConfig, init_from: CheckpointSource | None, *, reads_tokens: bool
+) -> Tokenizer | None:
+    """None for a model of images alone. Raises `ConfigError` if one is set for it."""
+    if reads_tokens:
+        return Tokenizer.load(find_tokenizer(config, None if init_from is None else init_from.path))
     if config.tokenizer is not None:
         raise ConfigError(f"tokenizer={config.tokenizer}, and the model reads images alone: leave it out.")
+    return None
+
+
+def _notes(tokenizer: Tokenizer | None, init_from: CheckpointSource | None) -> tuple[str, ...]:
+    """On the tokenizer and the checkpoint."""
+    of_tokenizer = () if tokenizer is None else (*tokenizer.notes, *tokenizer_notes(tokenizer, init_from))
+    return (*of_tokenizer, *(() if init_from is None else notes_of(init_from)))
 
 
 def _open_init_from(config: RunConfig) -> CheckpointSource | None:

@@ -60,15 +60,18 @@ def head_prefixes(heads: Heads) -> tuple[str, ...]:
 def new_parameter_prefixes(
     init_from: CheckpointSource, heads: Heads, label_names: Labels, objective: Settings
 ) -> tuple[str, ...]:
-    """Name prefixes of parameters not taken from `init_from`: classifiers whose classes or layers differ."""
-    saved = _by_head(saved_label_names(init_from), init_from.manifest.config.get("objective"))
-    own = _by_head(label_names, objective.model_dump())
+    """Name prefixes of parameters not taken from `init_from`: heads whose classes, units or layers differ."""
+    saved_objective, own_objective = init_from.manifest.config.get("objective"), objective.model_dump()
+    saved = _by_head(saved_label_names(init_from), saved_objective)
+    own = _by_head(label_names, own_objective)
+    saved_units, own_units = units_by_head(saved_objective), units_by_head(own_objective)
 
     def is_same(name: str, head: ClassificationHead) -> bool:
         has_hidden_layer = f"{name}.hidden.weight" in init_from.manifest.parameters
         # Without names, as of a regression, on both sides there are no classes that could differ.
         has_same_classes = _of_head(saved, name) == _of_head(own, name)
-        return has_same_classes and has_hidden_layer == (head.hidden != "none")
+        has_same_units = saved_units.get(name) == own_units.get(name)
+        return has_same_classes and has_same_units and has_hidden_layer == (head.hidden != "none")
 
     classifiers = {name: head for name, head in heads.items() if isinstance(head, ClassificationHead)}
     return tuple(f"{name}." for name, head in classifiers.items() if not is_same(name, head))
@@ -94,6 +97,21 @@ def _by_head(label_names: Labels, objective: Any) -> Labels:
         head = own.get("head") if isinstance(own, Mapping) else None
         by_head[head or stream] = names
     return by_head
+
+
+def units_by_head(objective: Any) -> dict[str, tuple[Any, Any]]:
+    """Of each head of a regression the offset and scale of its numbers, from an objective's settings."""
+    if not isinstance(objective, Mapping):
+        return {}
+    parts = objective.get("parts")
+    named = {"classifier": objective}
+    if isinstance(parts, Mapping):
+        named = {name: part["objective"] for name, part in parts.items() if isinstance(part, Mapping)}
+    return {
+        str(own.get("head") or name): (own.get("offset"), own.get("scale"))
+        for name, own in named.items()
+        if isinstance(own, Mapping) and own.get("type") == "regression"
+    }
 
 
 def _of_head(label_names: Labels, head: str) -> ClassNames | None:
@@ -128,26 +146,27 @@ def require_same_model(init_from: CheckpointSource, model: ModelConfig, allowed:
     changed = [
         name
         for name in after
-        if after[name] != before[name] and name not in _FREE_FIELDS and name not in allowed
+        if after[name] != before.get(name) and not {name, name.partition(".")[0]} & {*_FREE_FIELDS, *allowed}
     ]
     if changed:
-        lines = [f"model.{n} is {before[n]!r} in {init_from.path} and {after[n]!r} here." for n in changed]
+        lines = [
+            f"model.{n} is {before.get(n)!r} in {init_from.path} and {after[n]!r} here." for n in changed
+        ]
+        changes = dict.fromkeys(name.partition(".")[0] for name in changed)
         raise ConfigError(
             "\n".join(lines)
             + "\nThe checkpoint's weights were trained with its values. Leave these settings "
-            f"out, or allow the changes: allow_model_changes=[{', '.join(changed)}]."
+            f"out, or allow the changes: allow_model_changes=[{', '.join(changes)}]."
         )
 
 
 def _compared(model: ModelConfig) -> dict[str, Any]:
-    """The settings, without those of experts that only say how training balances them."""
+    """The settings, those of experts by their own names, but not how training balances them."""
     settings = model.model_dump()
-    if settings.get("experts") is not None:
-        has_bias = settings["experts"].pop("bias_update_rate") is not None
-        for name in ("load_balance_weight", "router_z_weight"):
-            del settings["experts"][name]
-        settings["experts"]["has_bias"] = has_bias
-    return settings
+    experts = settings.pop("experts", None) or {}
+    rate = experts.pop("bias_update_rate", None)
+    own = {f"experts.{name}": value for name, value in experts.items() if not name.endswith("_weight")}
+    return {**settings, "experts": bool(experts), "experts.has_bias": rate is not None, **own}
 
 
 def added_block_prefixes(init_from: CheckpointSource, config: RunConfig) -> tuple[str, ...]:

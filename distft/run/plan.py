@@ -29,6 +29,7 @@ class RunNeeds:
 
     world_size: int
     num_parameters: int
+    num_active: int  # of these, what one token passes through: not the experts that it leaves out
     num_trainable: int
     num_steps: int
     num_tokens: int  # positions of the rows of all steps
@@ -50,7 +51,11 @@ class RunNeeds:
         state = self.state
         return {
             "world_size": self.world_size,
-            "parameters": {"all": self.num_parameters, "trainable": self.num_trainable},
+            "parameters": {
+                "all": self.num_parameters,
+                "active": self.num_active,
+                "trainable": self.num_trainable,
+            },
             "length": {
                 "steps": self.num_steps,
                 "tokens": self.num_tokens,
@@ -85,6 +90,7 @@ def run_needs(inputs: RunInputs, plan: BatchPlan, speed: Speed | None) -> RunNee
     return RunNeeds(
         world_size=world_size,
         num_parameters=sum(numel.values()),
+        num_active=sum(numel.values()) - inputs.model.num_idle_parameters,
         num_trainable=sum(numel[name] for name in inputs.trainable),
         num_steps=num_steps,
         num_tokens=num_steps * plan.global_batch_tokens,

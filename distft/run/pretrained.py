@@ -238,10 +238,11 @@ def evaluate_checkpoint(
     *,
     trust: bool = False,
     on_note: Callable[[str], None] = _ignore,
+    on_report: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> dict[str, float]:
     """Metrics of the objective on validation data; they do not depend on the number of ranks.
 
-    `on_note` gets what was assumed, before the work.
+    `on_note` gets what was assumed, before the work, `on_report` lines such as a confusion matrix after it.
     """
     trained = open_model(path, overrides, trust=trust)
     for note in trained.notes:
@@ -277,6 +278,7 @@ def evaluate_checkpoint(
                 micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
                 seq_len=config.batch.seq_len,
                 device=device,
+                on_sums=lambda sums: on_report(config.objective.report(sums, trained.label_names)),
                 on_progress=None
                 if display is None
                 else lambda n: display.advance(n * collectives.dp_world_size),

@@ -9,6 +9,7 @@ from distft.engine.deepspeed_config import ZeroConfig
 from distft.errors import ConfigError
 from distft.objective.mixture import Mixture
 from distft.optim.patterns import matching_names
+from distft.optim.sgd import SgdConfig
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
 from distft.run.training_module import require_kernels
@@ -35,7 +36,7 @@ def remarks(inputs: RunInputs, plan: BatchPlan, *, has_gpu: bool) -> list[str]:
 
 def _on_optimizer(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
     optim = config.optim
-    if optim.peak_lr > _MOST_LR:
+    if optim.peak_lr > _MOST_LR and not isinstance(optim, SgdConfig):
         yield (
             f"optim.peak_lr={optim.peak_lr:g}: one update changes every weight by about that much, and the "
             "weights are about 0.02 large; usual values are 1e-5 to 1e-2."
@@ -45,9 +46,9 @@ def _on_optimizer(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
             f"optim.peak_lr={optim.peak_lr:g} times optim.weight_decay={optim.weight_decay:g} is 1 or more: "
             "each update would reverse the weights."
         )
-    for pattern in optim.lr_scales:
+    for setting, pattern in optim.patterns():
         if not any(name in inputs.trainable for name in matching_names(pattern, list(inputs.shapes))):
-            yield f"optim.lr_scales.{pattern!r} has no effect: all parameters that it matches are frozen."
+            yield f"optim.{setting}.{pattern!r} has no effect: all parameters that it matches are frozen."
     for setting, data in (("data", config.data), ("validation", config.validation)):
         given: set[str] = getattr(data, "model_fields_set", set())
         if "data_seed" in given and (setting == "validation" or getattr(data, "shuffle", True) is False):

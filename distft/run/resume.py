@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.damage import require_undamaged
+from distft.checkpoint.fragments import EMA, WEIGHT
 from distft.checkpoint.manifest import Manifest, Progress
 from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.store import CheckpointStore, LatestValid
@@ -96,6 +97,7 @@ def find_resume_checkpoint(
             "choose another run_dir, delete this one, or set checkpoint.resume=true."
         )
     require_resumable(found.checkpoint.manifest, config, inputs.train.fingerprint)
+    require_same_optimizer(found.checkpoint.manifest, inputs)
     require_same_labels(found.checkpoint, inputs)
     store.resume_from(found)
     return found
@@ -147,6 +149,32 @@ def require_resumable(saved: Manifest, config: RunConfig, data_fingerprint: str 
             "run_dir, or start from its weights alone with init_from."
         )
         raise ConfigError("\n".join(changes))
+
+
+def parameters_with_other_states(saved: Manifest, inputs: RunInputs) -> list[str]:
+    """Trainable parameters whose states in the checkpoint are not those of the run's optimizer."""
+    rules = inputs.config.optim.rules(inputs.shapes)
+    trained = {
+        name: set(record.states) - {WEIGHT, EMA}
+        for name, record in saved.parameters.items()
+        if name in inputs.trainable and record.trainable and record.updates
+    }
+    return [name for name, states in trained.items() if states != set(rules[name].moments)]
+
+
+def require_same_optimizer(saved: Manifest, inputs: RunInputs) -> None:
+    """Raise `ConfigError` if the optimizer keeps other states than the one of the checkpoint did."""
+    names = parameters_with_other_states(saved, inputs)
+    if not names or inputs.config.checkpoint.allow_other_optimizer:
+        return
+    now = inputs.config.optim.rules(inputs.shapes)[names[0]].moments
+    before = [state for state in saved.parameters[names[0]].states if state not in {WEIGHT, EMA}]
+    raise ConfigError(
+        f"optim.type={getattr(inputs.config.optim, 'type', '')}: of {len(names)} parameters, such as "
+        f"{names[0]}, it keeps {', '.join(now) or 'no state'}, and the checkpoint in "
+        f"{inputs.config.run_dir} has {', '.join(before) or 'none'}. Restore the optimizer, choose another "
+        "run_dir, or set checkpoint.allow_other_optimizer=true: then all its states and update counts start anew."
+    )
 
 
 def require_same_labels(checkpoint: CheckpointSource, inputs: RunInputs) -> None:

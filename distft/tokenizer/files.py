@@ -12,6 +12,7 @@ from distft.errors import DataError
 from distft.storage import AnyPath
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+T5_FILE = "spiece.model"  # the same under T5's name
 LIBRARY_FILE = "tokenizer.json"  # of the tokenizers library
 CONFIG_FILE, SPECIAL_MAP, ADDED_TOKENS = (
     "tokenizer_config.json",
@@ -40,6 +41,8 @@ def find_tokenizer_file(directory: AnyPath) -> str | None:
 
     if has(SENTENCEPIECE_FILE) and not _is_tiktoken(storage.join(directory, SENTENCEPIECE_FILE)):
         return SENTENCEPIECE_FILE
+    if has(T5_FILE):
+        return T5_FILE
     if has(LIBRARY_FILE):
         return LIBRARY_FILE
     if has(VOCAB_TXT):

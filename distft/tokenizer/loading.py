@@ -11,6 +11,7 @@ from distft.tokenizer.files import (
     MERGES,
     OWN_FILES,
     SENTENCEPIECE_FILE,
+    T5_FILE,
     VOCAB_JSON,
     VOCAB_TXT,
     find_tokenizer_file,
@@ -48,7 +49,8 @@ def _file_at(path: AnyPath) -> AnyPath:
     if name is None:
         raise DataError(
             f"tokenizer {path} is a directory without a tokenizer: it has neither {SENTENCEPIECE_FILE} nor "
-            f"{LIBRARY_FILE}, {VOCAB_TXT}, or {VOCAB_JSON} with {MERGES}. Name a file of another name itself."
+            f"{T5_FILE}, {LIBRARY_FILE}, {VOCAB_TXT}, or {VOCAB_JSON} with {MERGES}. Name a file of another "
+            "name itself."
         )
     return storage.join(path, name)
 

@@ -1,6 +1,6 @@
 """Metrics on validation data; they do not depend on the number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -36,10 +36,11 @@ def evaluate(
     device: torch.device,
     max_sequences: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_sums: Callable[[Mapping[str, Tensor]], None] = lambda _: None,
 ) -> dict[str, float]:
     """Metrics over the rows of `feed`, each counted once; the same on every rank.
 
-    Of every stream at most the first `max_sequences` count.
+    Of every stream at most the first `max_sequences` count. `on_sums` gets what the metrics are made of.
 
     Each rank takes a contiguous share. All ranks run the same number of batches, since a stage-3 forward is a
     collective: if the sequences do not divide evenly, some batches are empty and add zeros to the sums.
@@ -73,4 +74,5 @@ def evaluate(
     totals = {name: collectives.all_reduce_sum(value) for name, value in sums.items()}
     # Each rank has a contiguous share, so the ranks' rows one after another are in the data's order.
     in_order = {name: collectives.differentiable_gather(torch.cat(parts)) for name, parts in rows.items()}
+    on_sums(totals | in_order)
     return objective.metrics(totals | in_order)

@@ -79,13 +79,13 @@ def test_a_parquet_file_has_the_same(tmp_path: Path, label: str) -> None:
     files = [file_of(pixels_of(i)) for i in range(3)]
     nested = label == "kind"  # as Hugging Face writes them
     column: list[Any] = [{"bytes": data, "path": None} for data in files] if nested else files
-    table = pyarrow.table({"image": column, label: [7, 3, 7], "caption": ["a", "b", "c"]})
+    table = pyarrow.table({"image": column, label: [7, 3, 7], "caption": ["a", "bb", "ccc"]})
     pyarrow.parquet.write_table(table, path)
     feed = config_of(path=str(path), label=label).build_for_evaluation(context())
     assert feed.label_names == ("3", "7")
     assert feed.batch(0, 3).targets[LABEL].tolist() == [1, 0, 1]
     captioned = config_of(path=str(path), label=None, text="caption")
-    batch = captioned.build(context(reads_tokens=True)).batch(0, 3)
+    batch = captioned.build(context(reads_tokens=True, encode=lambda text: [len(text)])).batch(0, 3)
     assert batch.is_captioned
     assert batch.views_per_sequence == 2
     assert set(batch.targets) == {ROW}
@@ -214,7 +214,7 @@ def _palette() -> bytes:
             "a.png: a folder of images has a subfolder for each",
         ),
         (lambda f: (f / "dog" / "notes.txt").write_text("x") and None, "notes.txt: is no image by its name"),
-        (lambda f: (f / "dog" / "old").mkdir(), "old: is no image file"),
+        (lambda f: (f / "dog" / "old").mkdir(), "old: is no image file but a folder"),
     ],
 )
 def test_what_cannot_be_an_image_of_a_class_is_named_with_its_file(
@@ -287,7 +287,9 @@ def test_one_class_or_one_text_alone_teaches_nothing(folder: Path) -> None:
     with pytest.raises(DataError, match="only one class, 'cat', of 3 images"):
         config_of(path=str(folder)).build(context())
     with pytest.raises(DataError, match=r"all 3 texts are equal|only one class"):
-        config_of(path=str(folder), text="label").build(context(reads_tokens=True))
+        config_of(path=str(folder), text="label").build(
+            context(reads_tokens=True, encode=lambda text: [len(text)])
+        )
 
 
 @pytest.mark.parametrize(

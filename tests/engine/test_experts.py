@@ -217,7 +217,7 @@ def test_a_run_resumes_at_another_world_size_and_stage(tmp_path: Any, precision:
     resumed = run_ranks(_resume, 4, after, path, timeout_s=240)
     if precision == "bf16":
         return
-    losses, terms, state, _ = _alone(Scenario(other_model=model))
+    losses, _, state, _ = _alone(Scenario(other_model=model))
     for results in resumed:
         for found in results:
             assert found[0] == pytest.approx(losses[NUM_STEPS // 2 :], abs=1e-6)

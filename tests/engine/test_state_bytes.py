@@ -59,9 +59,9 @@ def _measure(topology: Topology, scenarios: list[Scenario]) -> list[tuple[StateB
             nonlocal peak
             peak = max(peak, _storage_bytes([*_gradients(training), *others]))
 
-        def noted_flatten(tensors: list[Tensor], flatten: Any) -> Tensor:
+        def noted_flatten(tensors: list[Tensor], wrapper: Any, flatten: Any) -> Tensor:
             flat: Tensor = flatten(tensors)
-            if flat.numel() <= sum(p.numel() for p in training.engine.module.parameters()) + 8:  # no buffer to reduce in
+            if flat.numel() == wrapper.partition_size[0]:  # otherwise it is a bucket to reduce
                 note_gradients(flat)  # beside what it was copied from
             return flat
 
@@ -70,7 +70,7 @@ def _measure(topology: Topology, scenarios: list[Scenario]) -> list[tuple[StateB
         training.run(1)
         wrapper = getattr(getattr(engine, "_engine", None), "optimizer", None)
         if scenario.stage in {1, 2} and hasattr(wrapper, "averaged_gradients"):
-            wrapper.flatten = partial(noted_flatten, flatten=wrapper.flatten)
+            wrapper.flatten = partial(noted_flatten, wrapper=wrapper, flatten=wrapper.flatten)
         _kernel(engine).register_step_pre_hook(lambda *_: note_gradients())  # after copies for the update
         training.run(2)
         hook.remove()
@@ -124,6 +124,10 @@ def test_predicted_states_are_allocated(precision: str, num_ranks: int) -> None:
         for stage in (None, 0, 1, 2, 3)
         for trainable in (("*",), FROZEN)
         if stage is not None or num_ranks == 1
+    ]
+    scenarios += [
+        Scenario(stage=stage, precision=precision, optimizer={"type": kind})
+        for stage, kind in ((0, "lion"), (1, "muon"), (2, "muon"), (3, "lion"), (3, "muon"))
     ]
     by_rank = run_ranks(_measure, num_ranks, scenarios)
     for scenario, *ranks in zip(scenarios, *by_rank, strict=True):

@@ -240,6 +240,30 @@ def test_a_rows_output_and_dropout_do_not_depend_on_the_batch(name: str) -> None
     assert not torch.allclose(model.logits(**inputs, dropout_keys=keys), model.eval().logits(**inputs))
 
 
+@each_model
+@torch.no_grad()
+def test_a_model_computes_in_bf16_too(name: str) -> None:
+    raw, heads = MODELS[name]
+    model, inputs = build_any(config_of(raw), heads), inputs_of(name)
+    exact = model.logits(**inputs)
+    torch.testing.assert_close(model.bfloat16().logits(**inputs).float(), exact, rtol=0, atol=0.1)
+
+
+def test_activations_of_a_vit_and_of_both_towers_are_recomputed() -> None:
+    for name in ("vit", "clip"):
+        raw, heads = MODELS[name]
+        gradients = []
+        for mode in ("none", "selective", "full"):
+            model = build_any(config_of(raw), heads).train()
+            model.set_activation_checkpointing(mode)  # type: ignore[arg-type]
+            model.logits(**inputs_of(name)).square().sum().backward()
+            gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
+        for found in gradients[1:]:
+            torch.testing.assert_close(found, gradients[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"only the blocks of model.type=transformer"):
+        build_any(config_of(CNN), CLASSIFIER).set_activation_checkpointing("full")
+
+
 @pytest.mark.parametrize(
     ("raw", "changes", "problem"),
     [
@@ -251,6 +275,11 @@ def test_a_rows_output_and_dropout_do_not_depend_on_the_batch(name: str) -> None
         (CNN, {"num_filters": [4, 4, 4, 4]}, "after 4 layers of pool_size=2 nothing is left"),
         (CNN, {"num_filters": [4, 0]}, "each must be 1 or more"),
         (CLIP, {"text": VIT}, "type 'vit' is unknown"),
+        (
+            CLIP,
+            {"text": {**TEXT, "experts": {"num_experts": 4, "experts_per_token": 2}}},
+            "text.experts: the towers of clip have one",
+        ),
         (CLIP, {"image": {**VIT, "patch_size": 3}}, "patch_size=3 does not divide"),
     ],
 )

@@ -186,8 +186,8 @@ def test_only_passes_with_gradient_that_ask_for_it_tell_the_routing() -> None:
         ({"dense_layers": [2]}, "names blocks that are not there"),
         ({"every": 3}, "leave no block of 2 with experts"),
         ({"dense_layers": [0, 1]}, "leave no block of 2 with experts"),
-        ({"num_experts": 1}, "greater than or equal to 2"),
-        ({"capacity_factor": 1.25}, "capacity_factor is not a setting"),
+        ({"num_experts": 1}, "experts.num_experts=1"),
+        ({"capacity_factor": 1.25}, "experts.capacity_factor=1.25 is not a setting"),
     ],
 )
 def test_experts_that_cannot_be_are_refused(options: dict[str, Any], problem: str) -> None:

@@ -65,11 +65,13 @@ def test_retrieval_metrics_equal_those_of_scikit_learn_and_of_loops(
     assert found["mrr"] == pytest.approx(np.mean(reciprocal))
     assert found["recall_at_1"] == pytest.approx(np.mean(recalls[1]))
     assert found["recall_at_10"] == pytest.approx(np.mean(recalls[10]))
+    assert found["success_at_1"] == pytest.approx(np.mean([share > 0 for share in recalls[1]]))
 
 
 def test_vectors_that_are_all_alike_find_nothing() -> None:
     found = retrieval_metrics(torch.ones(20, 2, 4), torch.arange(40).view(20, 2))
-    assert found == {"recall_at_1": 0.0, "recall_at_10": 0.0, "mrr": 1 / 20, "map": 1 / 20}
+    nothing = {"recall_at_1": 0.0, "recall_at_10": 0.0, "mrr": 1 / 20, "map": 1 / 20, "success_at_1": 0.0}
+    assert found == nothing
 
 
 def pairs_feed(objective: Contrastive, *, scores: bool = False, num_texts: int = 2) -> Feed:
@@ -107,7 +109,9 @@ def test_the_metrics_are_of_the_whole_data_however_it_is_cut(settings: dict[str,
     objective = Contrastive(**settings)
     feed = pairs_feed(objective, num_texts=3)
     whole = metrics_of(objective, feed, 17)
-    assert set(whole) == {"loss", "recall_at_1", "recall_at_10", "mrr", "map"}
+    found = {"recall_at_1", "recall_at_10", "mrr", "map", "success_at_1"}
+    both_ways = found | {f"reverse_{name}" for name in found} if objective.symmetric else found
+    assert set(whole) == {"loss"} | both_ways
     for micro_batch_size in (1, 4):
         assert metrics_of(objective, feed, micro_batch_size) == pytest.approx(whole, rel=1e-5)
 

@@ -152,7 +152,9 @@ def test_what_an_objective_remembers_survives_a_save() -> None:
     own = context()
     own.state["b/num_rows"] += 0.1
     plan = BatchPlan(global_batch_size=1, micro_batch_size=1, seq_len=1, dp_world_size=1)
-    progress = ProgressCounter(Progress(step=3), torch.device("cpu")).to_progress(plan, own, None, EarlyStopping(Progress()))
+    progress = ProgressCounter(Progress(step=3), torch.device("cpu")).to_progress(
+        plan, own, None, EarlyStopping(Progress())
+    )
     read = Progress.model_validate_json(progress.model_dump_json())
     for name, values in own.state.items():
         assert torch.equal(torch.tensor(read.objective_state[name]), values)

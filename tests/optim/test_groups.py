@@ -2,9 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distft.config import parse
 from distft.errors import ConfigError
 from distft.optim.adamw import AdamWConfig
-from distft.optim.groups import ParameterGroup, parameter_groups
+from distft.optim.config import OptimConfig
+from distft.optim.groups import ParameterGroup, layer_scales, parameter_groups
 
 SHAPES = {
     "embed.weight": (100, 8),
@@ -78,3 +80,63 @@ def test_a_scale_pattern_may_match_frozen_parameters_only() -> None:
     config = AdamWConfig(lr_scales={"embed*": 0.1})
     groups = parameter_groups(SHAPES, {"head.weight"}, config, {})
     assert groups == [ParameterGroup(("head.weight",), 0.1, 1.0, 0, RULE)]
+
+
+def test_layer_decay_is_that_of_electra_and_beit() -> None:
+    names = [
+        "embed.weight",
+        "embed_norm.weight",
+        "blocks.0.q.weight",
+        "blocks.1.q.weight",
+        "blocks.1.q.bias",
+        "norm.weight",
+        "classifier.weight",
+    ]
+    scales = layer_scales(names, 0.5)
+    assert list(scales.values()) == [0.125, 0.125, 0.25, 0.5, 0.5, 1.0, 1.0]
+    assert set(layer_scales(names, 1.0).values()) == {1.0}
+
+
+def test_the_blocks_of_a_decoder_follow_those_of_its_encoder() -> None:
+    names = ["embed.weight", "encoder.bias.weight", "encoder.blocks.0.q.weight", "encoder.norm.weight"]
+    names += ["decoder.bias.weight", "decoder.blocks.0.q.weight", "decoder.norm.weight"]
+    assert list(layer_scales(names, 0.5).values()) == [0.125, 0.125, 0.25, 0.25, 0.25, 0.5, 1.0]
+
+
+def test_layer_decay_multiplies_other_scales_and_the_last_weight_decay_counts() -> None:
+    config = AdamWConfig(
+        layer_decay=0.5,
+        lr_scales={"*q*": 0.1},
+        weight_decays={"*": 0.3, "*norm*": 0.0, "*q.bias": 0.2},
+    )
+    groups = parameter_groups(SHAPES, SHAPES, config, {})
+    found = {name: (group.lr_scale, group.weight_decay) for group in groups for name in group.names}
+    assert found == {
+        "embed.weight": (0.125, 0.3),
+        "blocks.0.norm.weight": (0.25, 0.0),
+        "blocks.0.attention.q.weight": (0.025, 0.3),
+        "blocks.0.attention.q.bias": (0.025, 0.2),
+        "blocks.1.attention.q.weight": (0.05, 0.3),
+        "head.weight": (1.0, 0.3),
+    }
+
+
+def test_patterns_without_a_match_and_a_decay_without_blocks_are_one_error() -> None:
+    config = parse(
+        OptimConfig,
+        {"type": "muon", "matrices": ["layers.*"], "weight_decays": {"nrom*": 0.1}, "layer_decay": 0.9},
+    )
+    with pytest.raises(ConfigError) as raised:
+        parameter_groups({"embed.weight": (3, 2), "norm.weight": (2,)}, {"norm.weight"}, config, {})
+    message = str(raised.value)
+    assert "optim.matrices: pattern 'layers.*'" in message
+    assert "optim.weight_decays: pattern 'nrom*'" in message
+    assert "optim.layer_decay=0.9: the model has no blocks" in message
+
+
+def test_settings_without_a_type_are_adamw_and_nesterov_needs_momentum() -> None:
+    assert type(parse(OptimConfig, {"peak_lr": 0.1})) is AdamWConfig
+    with pytest.raises(ConfigError, match="nesterov=true needs a momentum"):
+        parse(OptimConfig, {"type": "sgd", "nesterov": True, "momentum": 0.0})
+    with pytest.raises(ConfigError, match="adamw, lion, sgd, muon"):
+        parse(OptimConfig, {"type": "adam"})

@@ -70,6 +70,7 @@ def test_a_run_resumes_on_other_ranks_and_learns_to_translate_with_a_frozen_enco
         model=None,
         init_from=str(tmp_path / "cut"),
         trainable=["decoder.*", "embed.*"],
+        batch={"global_batch_size": 8, "micro_batch_size": 8, "seq_len": 24},
         train={"max_steps": 150, "log_every_steps": 50},
         optim={"peak_lr": 0.02, "schedule": {"type": "cosine", "warmup_steps": 2}},
     )
@@ -124,10 +125,10 @@ def test_other_objectives_train_all_of_its_weights(
         raw["validation"] = {"type": "labelled", "path": str(spans / "test.jsonl")}
         raw["tokenizer"] = str(spans / "tokenizer.model")
     run(Topology(), {**raw, "train": {"max_steps": 4, "log_every_steps": 1}})
-    embed = ["embed", str(tmp_path / "run"), str(spans / "test.jsonl"), "-o", str(tmp_path / "vectors.npy")]
+    embed = ["embed", str(tmp_path / "run"), str(spans / "test.jsonl"), "-o"]
     capsys.readouterr()
-    assert main(embed) == 0
-    assert main([*embed, "--pooling", "mean"]) == 2
+    assert main([*embed, str(tmp_path / "vectors.npy")]) == 0
+    assert main([*embed, str(tmp_path / "others.npy"), "--pooling", "mean"]) == 2
     assert "--pooling=mean with model.type=encoder_decoder" in capsys.readouterr().err
 
 
@@ -163,7 +164,7 @@ def test_a_row_without_a_source_is_named_before_training(spans: Path, tmp_path: 
     )
     pairs = {"type": "completion", "path": str(tmp_path / "pairs.jsonl")}
     raw = translating(spans, tmp_path / "run", data=pairs, validation=None)
-    with pytest.raises(DataError, match=r"line 2.*'prompt' encodes to no tokens"):
+    with pytest.raises(DataError, match=r"pairs.jsonl:2: 'prompt' encodes to no tokens"):
         read_inputs(parse(RunConfig, raw))
 
 

@@ -47,7 +47,7 @@ def test_a_run_resumes_on_other_ranks_is_fine_tuned_in_part_and_used(
     assert main(["checkpoint", "verify", str(tmp_path / "universal")]) == 0
     capsys.readouterr()
     assert main(["checkpoint", "convert", str(found), str(tmp_path / "hf"), "--to", "huggingface"]) == 2
-    assert f"model.type={kind}, and transformers has no such model" in capsys.readouterr().err
+    assert f"model.type={kind}, which has no export to transformers" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
 

@@ -187,3 +187,15 @@ def test_a_check_tells_and_counts_passes_without_a_gradient(data: Path, tmp_path
     config: RunConfig = parse(RunConfig, raw)
     lines = describe_run(config, 1).lines
     assert "passes      a sequence takes 2 with a gradient and 2 without" in lines
+
+
+def test_a_regressions_head_is_kept_for_numbers_in_the_same_units_only(data: Path, tmp_path: Path) -> None:
+    """Its output means (number - offset) / scale: with another offset the same weights say something else."""
+    run(Topology(), regression(data, tmp_path / "first", offset=1.0, scale=2.0))
+    for units, is_new in (({"offset": 1.0, "scale": 2.0}, False), ({"offset": 5.0, "scale": 2.0}, True)):
+        run_dir = tmp_path / f"next_{is_new}"
+        raw = {**regression(data, run_dir, **units), "init_from": str(tmp_path / "first")}
+        del raw["model"]
+        run(Topology(), raw)
+        (start,) = [event for event in events(run_dir) if event["kind"] == "start"]
+        assert ("classifier" in start.get("new_parameters", "")) == is_new

@@ -5,19 +5,21 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_runs import make_text_data, pretraining
+from support.small_runs import make_text_data, pretraining, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distft.collectives import SingleProcess
 from distft.config import parse
 from distft.data.batch import Batch, MixedBatch
+from distft.model.counts import num_attention_pairs
 from distft.objective.interface import ObjectiveContext
 from distft.run.check import check_run
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
 from distft.run.model import build_module
 from distft.topology import Topology
+from distft.train.throughput import Throughput
 
 OBJECTIVES: list[tuple[str, dict[str, Any]]] = [
     ("causal", {"type": "causal_lm"}),
@@ -108,7 +110,7 @@ def test_an_encoder_costs_what_the_sources_do_and_a_decoder_what_the_targets_do(
     del raw["model"]["num_layers"]
     inputs = inputs_of(raw)
     # Row by row: of several the shorter sources and targets are padded, which is no work that counts.
-    num_rows = 1 if objective["type"] == "contrastive" else 24
+    num_rows = 1 if objective["type"] == "contrastive" else 12
     pairs = [counted_flops(inputs, row, row + 1) for row in range(num_rows)]
     counted, expected = (sum(values) for values in zip(*pairs, strict=True))
     assert expected == pytest.approx(counted, rel=0.08)
@@ -131,3 +133,36 @@ def test_a_step_with_unlabelled_rows_costs_one_pass_of_each_view(
     raw["objective"] = {"type": "mixture", "parts": parts}
     counted, expected = counted_flops(inputs_of(raw))
     assert expected == pytest.approx(counted, rel=0.02)
+
+
+def test_the_cost_of_a_run_counts_the_pairs_in_a_window(data: Path, tmp_path: Path) -> None:
+    costs = {}
+    for window in (None, 3, 9):
+        raw = pretraining(data, tmp_path)
+        raw["model"]["sliding_window"] = window
+        inputs = inputs_of(raw)
+        seq_len, flops = inputs.config.batch.seq_len, inputs.training_flops[""]
+        near = num_attention_pairs(seq_len, inputs.model.attention_reach)
+        per_row = flops.of(seq_len, 0 if window else seq_len**2, near)
+        num_rows = inputs.config.batch.global_batch_size * inputs.total_steps
+        assert inputs.run_flops == pytest.approx(per_row * num_rows)
+        costs[window] = inputs.run_flops
+    assert costs[3] < costs[9] < costs[None]
+
+
+def test_a_run_counts_the_pairs_in_a_window_of_each_micro_batch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[tuple[int, int, int]] = []
+    add_step = Throughput.add_step
+
+    def recording(self: Throughput, batches: Any, num_ranks: int, wait_s: float) -> None:
+        counted.extend(batch.work[""] for batch in batches)
+        add_step(self, batches, num_ranks, wait_s)
+
+    monkeypatch.setattr(Throughput, "add_step", recording)
+    raw = pretraining(data, tmp_path, train={"max_steps": 2, "log_every_steps": 1})
+    raw["model"]["sliding_window"] = 1
+    run(Topology(), raw)
+    assert counted
+    assert all(num_local == num_tokens < num_pairs for num_tokens, num_pairs, num_local in counted)

@@ -17,6 +17,7 @@ from distft.checkpoint.snapshot import CheckpointSnapshot, ParameterInfo, RunMet
 from distft.checkpoint.sources import InitialSource, StateSource
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
+from distft.config import parse
 from distft.data.batch import Batch
 from distft.data.targets import NEXT_TOKEN
 from distft.engine.interface import Engine
@@ -26,9 +27,10 @@ from distft.keyed_random import row_keys
 from distft.model.config import ModelConfig
 from distft.model.heads import LANGUAGE_MODEL, Heads
 from distft.model.transformer_config import TransformerConfig
-from distft.optim.adamw import AdamWConfig
+from distft.optim.config import OptimConfig
 from distft.optim.groups import parameter_groups
 from distft.optim.patterns import select_trainable
+from distft.optim.settings import OptimizerSettings
 from distft.topology import BatchPlan, Topology
 from distft.train.step import train_step
 
@@ -65,6 +67,7 @@ class Scenario:
     compile: bool = False
     other_model: ModelConfig | None = None  # in place of a Transformer
     zero: Mapping[str, Any] = field(default_factory=dict)  # further settings of ZeroConfig
+    optimizer: Mapping[str, Any] = field(default_factory=dict)  # settings of `optim` in place of these
 
     @property
     def model(self) -> ModelConfig:
@@ -84,13 +87,15 @@ class Scenario:
         )
 
     @property
-    def optim(self) -> AdamWConfig:
-        return AdamWConfig(
-            peak_lr=3e-3,
-            max_grad_norm=self.max_grad_norm,
-            lr_scales={"*blocks.1.*": 0.5},
-            ema_decay=0.9,
-        )
+    def optim(self) -> OptimizerSettings:
+        usual = {
+            "peak_lr": 3e-3,
+            "max_grad_norm": self.max_grad_norm,
+            "lr_scales": {"*blocks.1.*": 0.5},
+            "ema_decay": 0.9,
+        }
+        optim: OptimizerSettings = parse(OptimConfig, {**usual, **self.optimizer})
+        return optim
 
 
 PARTLY = Scenario(micro_batch_size=8, trainable=("blocks.1.*", "norm.weight"))

@@ -151,6 +151,22 @@ def write_bert(folder: Path) -> None:
     _write(folder, "config.json", {"model_type": "bert"})
 
 
+def write_modernbert(folder: Path) -> None:
+    """BERT's marks and names around byte-level pieces."""
+    tokenizer = _byte_bpe([], pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokenizer.normalizer = normalizers.NFC()
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    tokenizer.add_special_tokens([*special, AddedToken("[MASK]", lstrip=True)])
+    ids = [(text, tokenizer.token_to_id(text)) for text in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {f"{text[1:-1].lower()}_token": text for text in (*special, "[MASK]")}
+    _write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    _write(folder, "config.json", {"model_type": "modernbert"})
+
+
 def write_vocab_txt(folder: Path) -> None:
     """vocab.txt alone."""
     _word_piece(lowercase=True).model.save(str(folder))
@@ -167,5 +183,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "llama3": write_llama3,
     "qwen": write_qwen,
     "bert": write_bert,
+    "modernbert": write_modernbert,
     "vocab.txt": write_vocab_txt,
 }

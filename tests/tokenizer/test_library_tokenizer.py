@@ -22,6 +22,7 @@ IDS: dict[str, dict[str, str | None]] = {  # what stands for each role
     "llama3": {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "pad": None, "unk": None},
     "qwen": {"bos": None, "eos": "<|im_end|>", "pad": "<|endoftext|>", "unk": None},
     "bert": {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]", "unk": "[UNK]"},
+    "modernbert": {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]", "unk": "[UNK]"},
     "vocab.txt": {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]", "unk": "[UNK]"},
 }
 PIECES = (
@@ -102,7 +103,8 @@ def test_special_ids_and_sizes_are_those_of_transformers(
     assert list(tokenizer.piece_texts) == other.convert_ids_to_tokens(list(range(len(other))))
     begins = other("a")["input_ids"][0] == tokenizer.bos_id
     assert tokenizer.adds_bos == begins
-    assert tokenizer.piece_id("[MASK]") == (4 if kind in {"bert", "vocab.txt"} else None)
+    has_mask = kind in {"bert", "vocab.txt", "modernbert"}
+    assert tokenizer.piece_id("[MASK]") == (other.mask_token_id if has_mask else None)
     assert tokenizer.padding_id() is not None
 
 

@@ -58,3 +58,13 @@ def test_packed_documents_cost_the_pairs_within_them() -> None:
     elapsed_s = 10 / found["tokens_per_s"]
     assert found["mfu"] == pytest.approx(2 * (9 + 4) / (2 * 1e6 * elapsed_s), rel=1e-6)
     assert found["data_wait_s"] == 0.5
+
+
+def test_pairs_in_a_window_have_a_cost_of_their_own() -> None:
+    rows = replace(batch(1, 4), counted_pairs=16, counted_local_pairs=10)
+    measured = throughput({"": Flops(0.0, 1.0, 3.0)}, Flops(0.0, 0.0, 2.0))
+    measured.add_step([rows], num_ranks=2, data_wait_s=0.0)
+    found = measured.read()
+    elapsed_s = 8 / found["tokens_per_s"]
+    assert found["mfu"] == pytest.approx(2 * (16 + 3 * 10) / (2 * 1e6 * elapsed_s), rel=1e-6)
+    assert found["hfu"] - found["mfu"] == pytest.approx(2 * 2 * 10 / (2 * 1e6 * elapsed_s), rel=1e-6)

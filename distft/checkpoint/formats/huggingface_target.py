@@ -102,32 +102,28 @@ def write_huggingface(
     model = _model_config(source)
     chosen = choose_architecture(model, architecture)
     head, own, notes = _choose_head(source, model, chosen)
-    labels = source.manifest.label_names if head == "classifier" else None
+    classifier, beside = (own, None) if head == "classifier" else (None, own)
+    labels = () if classifier is None else tuple(source.manifest.label_names or ())
     spec = HuggingFaceModelSpec(
         architecture=chosen,
         model=model,
         head=head,
-        label_names=None if labels is None else tuple(labels),
-        pooling=None if labels is None or own is None else own[0],
+        label_names=labels or None,
+        pooling=None if classifier is None else classifier[0],
     )
-    beside = own if head == "none" else None
-    tensor_map = map_tensors(model, chosen, head, num_labels=len(labels or ()), has_prefix=head != "none")
+    tensor_map = map_tensors(model, chosen, head, num_labels=len(labels), has_prefix=head != "none")
     _check_parameters(source, tensor_map)
     files, special_ids, tokenizer_notes = _tokenizer_files(
         source, model, is_classifier=(head == "classifier" and chosen not in ENCODERS) or beside is not None
     )
-    notes += tokenizer_notes
-    notes += _dropout_notes(model, chosen)
+    notes += [*tokenizer_notes, *_dropout_notes(model, chosen)]
     if on_note is not None:
         for note in notes:
             on_note(note)
     _prepare_directory(target)
+    on_progress = on_progress or (lambda _: None)
     export = _Export(
-        source=source,
-        target=target,
-        tensor_map=tensor_map,
-        dtype=dtype,
-        on_progress=on_progress or (lambda _: None),
+        source=source, target=target, tensor_map=tensor_map, dtype=dtype, on_progress=on_progress
     )
     _write_weights(export, max_shard_bytes)
     if beside is not None:
@@ -153,7 +149,7 @@ def _model_config(source: CheckpointSource) -> KnownConfig:
     config: ModelConfig = parse(AnyModelConfig, raw, where="model")
     if not isinstance(config, TransformerConfig | EncoderDecoderConfig):
         raise ConfigError(
-            f"{source.path} has model.type={raw.get('type')}, and transformers has no such model: only "
+            f"{source.path} has model.type={raw.get('type')}, which has no export to transformers: only "
             "model.type=transformer and encoder_decoder can be exported. Convert it to distft or universal."
         )
     return config

@@ -4,7 +4,7 @@ from distft import storage
 from distft.checkpoint.manifest import TokenizerRecord
 from distft.errors import DataError
 from distft.tokenizer import Tokenizer
-from distft.tokenizer.files import SENTENCEPIECE_FILE, find_tokenizer_file
+from distft.tokenizer.files import SENTENCEPIECE_FILE, T5_FILE, find_tokenizer_file
 from distft.tokenizer.library_json import UnknownKindError
 from distft.tokenizer.model_proto import parse_model_proto
 
@@ -24,7 +24,7 @@ def find_tokenizer(path: str) -> TokenizerRecord | None:
     except UnknownKindError:
         return None
     except DataError:
-        if name == SENTENCEPIECE_FILE and not _is_sentencepiece(where):
+        if name in {SENTENCEPIECE_FILE, T5_FILE} and not _is_sentencepiece(where):
             return None
         raise
     return TokenizerRecord(

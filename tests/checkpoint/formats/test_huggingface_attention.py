@@ -252,6 +252,11 @@ def test_the_keys_of_older_versions_mean_the_same() -> None:
     older = {name: value for name, value in LLAMA3.items() if name != "rope_type"} | {"type": "llama3"}
     newer = parse_config({**llama, "rope_parameters": {**LLAMA3, "rope_theta": 500.0}})
     assert parse_config({**llama, "rope_theta": 500.0, "rope_scaling": older}) == newer
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    qwen = {"model_type": "qwen2", **LLAMA, **windows, "num_hidden_layers": 3}
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    assert parse_config(qwen) == parse_config({**qwen, "layer_types": kinds})
+    assert parse_config(qwen).model.global_layers == (0,)
 
 
 def test_an_empty_config_has_transformers_defaults() -> None:

@@ -54,7 +54,11 @@ def test_generation_equals_that_of_transformers(tmp_path: Path, kind: str) -> No
     _, read = load_from_hf(tmp_path)
     prompt = random_ids()[0, :5].tolist()
     expected = model.generate(
-        torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, 5, dtype=torch.int64),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
     )
     assert generate(read, [prompt], max_new_tokens=9, temperature=0) == [expected[0, 5:].tolist()]
 

@@ -1,10 +1,12 @@
 """T5, 1.0 and 1.1: read, computed, continued and written as transformers does."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from support.huggingface_models import VOCAB_SIZE, loaded, randomize, save_model, weights
@@ -23,6 +25,7 @@ from distft.model.encoder_decoder_config import EncoderDecoderConfig
 from distft.model.generation import generate
 from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads
 from distft.model.with_heads import ModelWithHeads
+from distft.tokenizer import Tokenizer
 
 CLASS = "AutoModelForSeq2SeqLM"
 T5: dict[str, Any] = {
@@ -173,6 +176,41 @@ def test_a_model_that_is_written_computes_the_same_logits_and_comes_back(
     own = {name: param.detach() for name, param in model.named_parameters()}
     for name, values in weights(source, names).items():
         assert torch.equal(values, own[name]), name
+
+
+def test_its_sentencepiece_model_and_its_sentinels_are_read(tmp_path: Path) -> None:
+    import transformers
+
+    model, lines = io.BytesIO(), ["the cat sat on a mat and saw it", "a dog and a bird saw the tree"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 20),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    own = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [(own.id_to_piece(index), own.get_score(index)) for index in range(own.get_piece_size())]
+    sentinels = [(f"<extra_id_{number}>", 0.0) for number in reversed(range(9))]
+    theirs = transformers.T5Tokenizer(vocab=[*pieces, *sentinels], extra_ids=9)
+    make_hf_model("1.0").save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    record = HuggingFaceCheckpoint.open(str(tmp_path)).manifest.tokenizer
+    assert record is not None
+    assert (record.file, record.document_start) == ("spiece.model", ())
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, None)
+    assert tokenizer.vocab_size == len(pieces) + 9
+    for text, _ in sentinels:
+        assert tokenizer.piece_id(text) == theirs.convert_tokens_to_ids(text)
+    for text in lines:
+        assert [*tokenizer.encode(text), tokenizer.eos_id] == theirs(text).input_ids
 
 
 def test_copies_of_the_embedding_are_no_tensors_of_their_own(tmp_path: Path) -> None:

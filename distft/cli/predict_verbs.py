@@ -1,0 +1,58 @@
+"""`distft predict`."""
+
+import os
+from contextlib import nullcontext
+from typing import Annotated
+
+import typer
+
+from distft.cli.arguments import expanded, print_note, say
+from distft.cli.model_verbs import CheckpointPath, Trust
+from distft.topology import Topology
+
+
+def predict(
+    checkpoint: CheckpointPath,
+    rows: Annotated[str, typer.Argument(help="A .jsonl, .csv or .tsv file of texts.", callback=expanded)],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", help="The .jsonl, .csv, .tsv or .parquet file to write.", callback=expanded
+        ),
+    ],
+    text_column: Annotated[str | None, typer.Option(help="Default: that of the training data.")] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="The second text; default: that of the training data.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Of a mixture: the part that predicts.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the run as key=value, such as batch.micro_batch_size=64."),
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Write the label, labels or number of each row of a file, with probabilities.
+
+    Runs in this process, or as one rank of torchrun. An interrupted command goes on where it was.
+    """
+    from distft.run.environment import prepare_for_torch
+
+    topology = Topology.from_env(os.environ)
+    prepare_for_torch()
+    from distft.run.predict import PredictOptions, predict_file
+    from distft.tracker import progress
+
+    with progress(None, "predicting", "rows") if topology.is_main else nullcontext() as display:
+        num_rows = predict_file(
+            checkpoint,
+            rows,
+            output,
+            topology,
+            PredictOptions(text=text_column, text_pair=text_pair_column, head=head),
+            overrides=setting or (),
+            trust=trust,
+            on_note=print_note if topology.is_main else (lambda _: None),
+            on_progress=(lambda _: None) if display is None else display.advance,
+        )
+    if topology.is_main:
+        say(f"{output}: {num_rows:,} predictions")

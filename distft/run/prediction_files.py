@@ -1,0 +1,131 @@
+"""Files of predictions: blocks of rows that survive an interruption, and the output made of them."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distft import storage
+from distft.errors import ConfigError
+from distft.run.embedding_files import check_writable
+
+OUTPUT_TYPES = (".jsonl", ".csv", ".tsv", ".parquet")
+_IDENTITY = "predictions.json"
+_ROWS_OF_GROUP = 8192  # of a Parquet file
+_SEPARATOR = "|"  # between the labels of a row, in CSV
+
+
+def check_output(output: str) -> None:
+    """Raise `ConfigError` for another kind of file, one that exists, or one that cannot be written."""
+    if PurePosixPath(output).suffix.lower() not in OUTPUT_TYPES:
+        raise ConfigError(
+            f"--output {output} must end in {', '.join(OUTPUT_TYPES)}: that says what is written."
+        )
+    if storage.exists(output):
+        raise ConfigError(
+            f"--output {output} exists and is not overwritten: remove it, or choose another output."
+        )
+    if storage.local_path(output) is not None:
+        check_writable(output, output)
+
+
+class BlockFiles:
+    """The predictions of blocks of rows, in `output`.parts: each file is complete or not there."""
+
+    def __init__(self, output: str, identity: Mapping[str, Any]) -> None:
+        """`identity` is what the predictions depend on."""
+        self._directory = f"{output}.parts"
+        self._identity = json.dumps(identity, indent=1, sort_keys=True).encode()
+
+    def open(self) -> None:
+        """Begin, or go on. Raises `ConfigError` if the directory has the blocks of other predictions."""
+        path = storage.join(self._directory, _IDENTITY)
+        if storage.exists(path):
+            if storage.read_bytes(path) == self._identity:
+                return
+            raise ConfigError(
+                f"{self._directory} has predictions of another model, other data or other settings, which an "
+                "interrupted command left: repeat that command, remove it, or choose another output."
+            )
+        if storage.list_names(self._directory):
+            raise ConfigError(f"{self._directory} is no directory of distft: choose another output.")
+        storage.make_directory(self._directory)
+        storage.commit_bytes(path, self._identity)
+
+    def _path(self, start: int) -> str:
+        return storage.join(self._directory, f"rows_{start:012d}.jsonl")
+
+    def has(self, start: int) -> bool:
+        return storage.exists(self._path(start))
+
+    def write(self, start: int, predictions: Iterable[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
+        storage.commit_bytes(self._path(start), "".join(lines).encode("utf-8", "surrogatepass"))
+
+    def read(self, start: int) -> Iterator[dict[str, Any]]:
+        for line in storage.read_bytes(self._path(start)).decode("utf-8", "surrogatepass").splitlines():
+            yield json.loads(line)
+
+    def remove(self, starts: Iterable[int]) -> None:
+        """Remove these blocks, and the directory if nothing else is in it."""
+        names = [*(self._path(start).rpartition("/")[2] for start in starts), _IDENTITY]
+        storage.remove_files(self._directory, names)
+
+
+def write_output(output: str, predictions: Iterator[Mapping[str, Any]]) -> None:
+    """Write all predictions to one file, which appears when it is complete."""
+    suffix = PurePosixPath(output).suffix.lower()
+    with storage.open_write(output) as writer:
+        if suffix == ".parquet":
+            _write_parquet(writer, predictions)
+        elif suffix == ".jsonl":
+            for prediction in predictions:
+                writer.write((json.dumps(prediction, ensure_ascii=False) + "\n").encode())
+        else:
+            _write_csv(writer, predictions, "," if suffix == ".csv" else "\t")
+
+
+def _write_csv(writer: Any, predictions: Iterator[Mapping[str, Any]], delimiter: str) -> None:
+    text = io.StringIO()
+    table: Any = None
+    for prediction in predictions:
+        row = _flat(prediction)
+        if table is None:
+            table = csv.DictWriter(text, list(row), delimiter=delimiter, lineterminator="\n")
+            table.writeheader()
+        table.writerow(row)
+        writer.write(text.getvalue().encode())
+        text.seek(0)
+        text.truncate()
+
+
+def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """A column for each label's probability, and several labels in one cell."""
+    row: dict[str, Any] = {}
+    for name, value in prediction.items():
+        if isinstance(value, Mapping):
+            row |= {f"probability of {label}": number for label, number in value.items()}
+        else:
+            row[name] = _SEPARATOR.join(value) if isinstance(value, list) else value
+    return row
+
+
+def _write_parquet(writer: Any, predictions: Iterator[Mapping[str, Any]]) -> None:
+    from distft.run.embedding_files import ParquetSink
+
+    file: Any = None
+    try:
+        while group := list(itertools.islice(predictions, _ROWS_OF_GROUP)):
+            table = pa.Table.from_pylist(group, schema=None if file is None else file.schema)
+            if file is None:
+                file = pq.ParquetWriter(ParquetSink(writer), table.schema)
+            file.write_table(table)
+    finally:
+        if file is not None:
+            file.close()

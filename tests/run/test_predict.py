@@ -1,0 +1,157 @@
+"""`distft predict`: what `evaluate` measures, row by row, on any ranks, and after an interruption."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from support.rank_pool import run_ranks
+from support.small_runs import fine_tuning, pretraining, run
+
+from distft.cli.main import main
+from distft.errors import ConfigError, DataError
+from distft.run import predict as predict_module
+from distft.run.predict import predict_file
+from distft.run.pretrained import evaluate_checkpoint
+from distft.topology import Topology
+
+
+@pytest.fixture(scope="module")
+def classifier(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("classifier")
+    run(Topology(), fine_tuning(data, run_dir, pretrained, trainable=["*"]))
+    return run_dir
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict_module, "_BLOCK_ROWS", 4)
+
+
+def _predict(topology: Topology, *arguments: str) -> int:
+    predict_module._BLOCK_ROWS = 4
+    return predict_file(arguments[0], arguments[1], arguments[2], topology)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_labels_are_those_that_evaluate_counts(data: Path, classifier: Path, tmp_path: Path) -> None:
+    output = tmp_path / "predictions.jsonl"
+    assert main(["predict", str(classifier), str(data / "test.jsonl"), "-o", str(output)]) == 0
+    rows, predictions = _json_lines(data / "test.jsonl"), _json_lines(output)
+    assert [found["text"] for found in predictions] == [row["text"] for row in rows]
+    assert [found["line"] for found in predictions] == list(range(1, len(rows) + 1))
+    for found in predictions:
+        probabilities = found["probabilities"]
+        assert set(probabilities) == {"bird", "cat", "dog"}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-12)
+        assert found["probability"] == probabilities[found["label"]] == max(probabilities.values())
+    share = sum(f["label"] == row["label"] for f, row in zip(predictions, rows, strict=True)) / len(rows)
+    assert share == evaluate_checkpoint(str(classifier), [], Topology())["accuracy"]
+    assert not (tmp_path / "predictions.jsonl.parts").exists()
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("small_blocks")
+def test_ranks_write_the_same_file_and_go_on_where_an_interruption_left(
+    data: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = str(data / "test.jsonl")
+    predict_file(str(classifier), rows, str(tmp_path / "one.jsonl"), Topology())
+    run_ranks(_predict, 3, str(classifier), rows, str(tmp_path / "three.jsonl"))
+    assert (tmp_path / "three.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+    predictions = predict_module._Predictor.predictions
+    done = []
+
+    def fail_in_the_third_block(self: Any, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(start)
+        return predictions(self, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_module._Predictor, "predictions", fail_in_the_third_block)
+        with pytest.raises(KeyboardInterrupt):
+            predict_file(str(classifier), rows, str(tmp_path / "cut.jsonl"), Topology())
+    parts = tmp_path / "cut.jsonl.parts"
+    assert len(list(parts.glob("rows_*"))) == 2
+    assert not (tmp_path / "cut.jsonl").exists()
+    run_ranks(_predict, 2, str(classifier), rows, str(tmp_path / "cut.jsonl"))
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not parts.exists()
+
+
+def test_csv_and_parquet_have_the_same_in_columns(data: Path, classifier: Path, tmp_path: Path) -> None:
+    rows = str(data / "test.jsonl")
+    for suffix in ("jsonl", "csv", "tsv", "parquet"):
+        predict_file(str(classifier), rows, str(tmp_path / f"p.{suffix}"), Topology())
+    expected = _json_lines(tmp_path / "p.jsonl")
+    assert pq.read_table(tmp_path / "p.parquet").to_pylist() == expected
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+        with (tmp_path / f"p.{suffix}").open(newline="") as file:
+            found = list(csv.DictReader(file, delimiter=delimiter))
+        assert [row["label"] for row in found] == [row["label"] for row in expected]
+        cats = [float(row["probability of cat"]) for row in found]
+        assert cats == [row["probabilities"]["cat"] for row in expected]
+
+
+def test_a_regression_predicts_numbers_in_the_units_of_the_data(data: Path, tmp_path: Path) -> None:
+    texts = [json.loads(line)["text"] for line in (data / "train.jsonl").read_text().splitlines()]
+    numbers = tmp_path / "numbers.jsonl"
+    lines = [json.dumps({"text": text, "score": 1000.0 + len(text)}) + "\n" for text in texts]
+    numbers.write_text("".join(lines))
+    own = {"type": "labelled", "path": str(numbers), "label": "score", "labels": "number"}
+    raw = pretraining(
+        data,
+        tmp_path / "run",
+        tokenizer=str(data / "tokenizer.model"),
+        data=own,
+        validation=own,
+        objective={"type": "regression"},
+    )
+    mean_error = run(Topology(), raw).metrics["validation/mean_absolute_error"]
+    predict_file(str(tmp_path / "run"), str(numbers), str(tmp_path / "p.jsonl"), Topology())
+    found = [row["number"] for row in _json_lines(tmp_path / "p.jsonl")]
+    errors = [abs(number - 1000 - len(text)) for number, text in zip(found, texts, strict=True)]
+    assert sum(errors) / len(errors) == pytest.approx(mean_error, rel=1e-6)
+
+
+def test_what_cannot_be_predicted_is_told_before_the_work(
+    data: Path, classifier: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    rows, output = str(data / "test.jsonl"), str(tmp_path / "p.jsonl")
+    with pytest.raises(ConfigError, match=r"objective.type=causal_lm, which predicts nothing of a row"):
+        predict_file(str(pretrained), rows, output, Topology())
+    with pytest.raises(ConfigError, match=r"must end in \.jsonl, \.csv, \.tsv, \.parquet"):
+        predict_file(str(classifier), rows, str(tmp_path / "p.txt"), Topology())
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        predict_file(str(classifier), str(tmp_path / "empty.jsonl"), output, Topology())
+    (tmp_path / "other.jsonl").write_text('{"body": "the cat"}\n')
+    with pytest.raises(DataError, match=r"other\.jsonl:1: .*'text'"):
+        predict_file(str(classifier), str(tmp_path / "other.jsonl"), output, Topology())
+    (tmp_path / "p.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not overwritten"):
+        predict_file(str(classifier), rows, output, Topology())
+    assert (tmp_path / "p.jsonl").read_text() == "mine"
+
+
+def test_blocks_of_other_predictions_and_files_of_others_stay(
+    data: Path, classifier: Path, tmp_path: Path
+) -> None:
+    parts = tmp_path / "p.jsonl.parts"
+    parts.mkdir()
+    (parts / "notes.txt").write_text("mine")
+    rows, output = str(data / "test.jsonl"), str(tmp_path / "p.jsonl")
+    with pytest.raises(ConfigError, match="is no directory of distft"):
+        predict_file(str(classifier), rows, output, Topology())
+    (parts / "predictions.json").write_text("{}")
+    with pytest.raises(ConfigError, match="another model, other data or other settings"):
+        predict_file(str(classifier), rows, output, Topology())
+    assert (parts / "notes.txt").read_text() == "mine"
