@@ -92,8 +92,7 @@ class ZeroEngine:
             )
         slices = list(zero_layout.master_slices(self._engine, self._stage, self._params))
         self._optimizer = SegmentedOptimizer(slices, groups, optim)
-        if self._stage > 0 and collectives.dp_world_size > 1:
-            self._share_matrices(slices, groups)
+        self._share_matrices(slices, groups)
         flat_optimizer.update = self._optimizer.update
         if self._clips_in_kernel and self._stage > 0:
             zero_layout.update_without_waiting(self._engine)
@@ -110,7 +109,7 @@ class ZeroEngine:
     def _share_matrices(self, slices: Sequence[MasterSlice], groups: Sequence[ParameterGroup]) -> None:
         """Let an optimizer that needs whole matrices have them."""
         by_matrix = {name for group in groups if group.rule.is_by_matrix for name in group.names}
-        if by_matrix:
+        if by_matrix and self._stage > 0 and self._collectives.dp_world_size > 1:
             shapes = {
                 name: tuple(getattr(param, "ds_shape", param.shape))
                 for name, param in self._params.items()

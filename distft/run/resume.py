@@ -173,7 +173,8 @@ def require_same_optimizer(saved: Manifest, inputs: RunInputs) -> None:
         f"optim.type={getattr(inputs.config.optim, 'type', '')}: of {len(names)} parameters, such as "
         f"{names[0]}, it keeps {', '.join(now) or 'no state'}, and the checkpoint in "
         f"{inputs.config.run_dir} has {', '.join(before) or 'none'}. Restore the optimizer, choose another "
-        "run_dir, or set checkpoint.allow_other_optimizer=true: then all its states and update counts start anew."
+        "run_dir, or set checkpoint.allow_other_optimizer=true: then all its states and update counts start "
+        "anew."
     )
 
 

@@ -13,7 +13,7 @@ from distft.optim.kernels import set_clip_and_skip
 from distft.optim.segments import MasterSlice, SegmentedOptimizer
 from distft.optim.settings import OptimizerSettings
 
-SHAPES = {"blocks.0.a.weight": (6, 9), "blocks.0.norm.weight": (5,), "blocks.1.b.weight": (11, 4)}
+SHAPES = {"blocks.0.norm.weight": (5,), "blocks.0.a.weight": (6, 9), "blocks.1.b.weight": (11, 4)}
 
 
 def _in_one_buffer(raw: dict[str, Any]) -> tuple[SegmentedOptimizer, nn.Parameter, dict[str, Tensor]]:
