@@ -28,6 +28,7 @@ class Checkpoint(ManifestSource):
 
     def __init__(self, path: str, manifest: Manifest) -> None:
         super().__init__(path, manifest)
+        self.notes: tuple[str, ...] = ()  # what the user should know
         self._headers: dict[int, dict[tuple[str, str], FragmentLocation]] = {}  # by file number
         self._intervals: dict[str, StoredIntervals] = {}  # by parameter that was read; owners: file numbers
         self._last_owner = 0  # the file that the last read was from
@@ -186,8 +187,13 @@ def find_checkpoint(path: str, *, newest: bool = False) -> Checkpoint:
     directory = find_checkpoint_directory(path)
     found = Checkpoint.open(directory)
     best = found.manifest.progress.best_of_run
-    if newest or best is None or best.step == found.step or directory == path:
+    if newest or best is None or best.value is None or best.step == found.step or directory == path:
         return found
     best_directory = storage.join(storage.parent(directory), step_name(best.step))
-    is_kept = storage.exists(storage.join(best_directory, MANIFEST))
-    return Checkpoint.open(best_directory) if is_kept else found
+    if storage.exists(storage.join(best_directory, MANIFEST)):
+        return Checkpoint.open(best_directory)
+    found.notes = (
+        f"the run's best commit, of step {best.step} ({best.metric} {best.value:.6g}), is gone; the "
+        f"newest is of step {found.step}.",
+    )
+    return found

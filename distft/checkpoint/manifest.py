@@ -88,7 +88,9 @@ class TokenizerRecord(Settings):
 class BestMetric(Settings):
     """The best value of a validation metric so far."""
 
-    value: float
+    metric: str
+    mode: Literal["min", "max"]  # whether less or more of it is better
+    value: float | None  # None: there was no finite one
     step: Count  # of that evaluation
     evaluations_since: Count = 0
 

@@ -139,7 +139,7 @@ class CheckpointStore:
 
     def _set_best(self, progress: Progress) -> None:
         best = progress.best_of_run
-        self._best_step = None if best is None else best.step
+        self._best_step = None if best is None or best.value is None else best.step
 
     def save(self, snapshot: CheckpointSnapshot) -> str:
         """Write and commit one checkpoint; returns its path.

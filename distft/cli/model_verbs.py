@@ -13,7 +13,7 @@ CheckpointPath = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A run's directory (its newest checkpoint), one checkpoint, or a directory of transformers.",
+        help="A run (its newest or best checkpoint), one checkpoint, or a directory of transformers.",
         callback=existing_checkpoint,
     ),
 ]

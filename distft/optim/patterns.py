@@ -81,10 +81,16 @@ def _of_kind(pattern: str, names: Sequence[str]) -> list[str]:
     blocks = {name: int(match["number"]) for name in names if (match := _BLOCK.match(name))}
     kind, first = found["kind"], int(found["first"])
     last = int(found["last"] or first)
+    depth = max(blocks.values(), default=-1) + 1
     if kind != "blocks":
-        depth = max(blocks.values(), default=-1) + 1
         first, last = (0, first - 1) if kind == "first_blocks" else (depth - first, depth - 1)
+    if first < 0 or last >= depth or first > last:  # more than there is can only be a mistake
+        return []
     return [name for name, number in blocks.items() if first <= number <= last]
+
+
+def _num_blocks(names: Sequence[str]) -> int:
+    return max((int(found["number"]) + 1 for name in names if (found := _BLOCK.match(name))), default=0)
 
 
 def no_match_message(setting: str, pattern: str, names: Sequence[str]) -> str:
@@ -92,7 +98,7 @@ def no_match_message(setting: str, pattern: str, names: Sequence[str]) -> str:
     if pattern.startswith("@"):
         return (
             f"{setting}: {pattern!r} matches none of the {len(names)} parameters; the kinds are "
-            f"{', '.join(_KINDS)}."
+            f"{', '.join(_KINDS)}, and the model has {_num_blocks(names)} blocks."
         )
     # Names that differ only in a number, such as the layer's, count as one suggestion.
     closest: dict[str, str] = {}

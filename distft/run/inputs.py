@@ -31,7 +31,7 @@ from distft.run.model import (
     require_same_model,
 )
 from distft.run.paths import check_data_files, find_tokenizer, naming_settings, require_outputs
-from distft.run.phases import check_phases
+from distft.run.phases import check_phases, trainable_in_any
 from distft.run.step_flops import StepFlops
 from distft.run.streams import require_targets
 from distft.tokenizer import Tokenizer
@@ -180,7 +180,7 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         notes=_notes(tokenizer, init_from),
     )
     check_phases(inputs)
-    return inputs
+    return replace(inputs, trainable=trainable_in_any(inputs)) if config.phases else inputs
 
 
 def _reads_tokens(config: RunConfig, init_from: CheckpointSource | None) -> bool:

@@ -33,7 +33,7 @@ class PhaseConfig(Settings):
     """A part of a run. What it leaves out is as in the run's own settings."""
 
     steps: int | None = Field(None, ge=1)  # its length at most; the last phase ends with the run
-    epochs: float | None = Field(None, gt=0, allow_inf_nan=False)  # the same in passes over the data
+    epochs: float | None = Field(None, gt=0, le=1e9)  # the same in passes over the data
     until_stalled: EarlyStoppingConfig | None = None  # ends it earlier
     trainable: tuple[str, ...] | None = None  # patterns of parameter names, as in the run's `trainable`
     random_blocks: RandomBlocksConfig | None = None  # of the trainable ones
@@ -131,13 +131,26 @@ def inputs_of_span(inputs: "RunInputs", span: PhaseSpan) -> "RunInputs":
         return inputs
     phase = inputs.config.phases[span.index]
     config = config_of_phase(inputs.config, span.index)
-    trainable = select_trainable(inputs.shapes, config.trainable)
+    trainable = _selected(inputs, config, span.index)
     if phase.random_blocks is not None:
         trainable = _with_random_blocks(
             trainable, phase.random_blocks.num_blocks, (config.seed, span.index, span.draw)
         )
     assert config.model is not None
     return replace(inputs, config=config, model=config.model, trainable=trainable)
+
+
+def trainable_in_any(inputs: "RunInputs") -> set[str]:
+    """The parameters that some phase trains."""
+    indices = range(len(inputs.config.phases))
+    return set().union(*(_selected(inputs, config_of_phase(inputs.config, i), i) for i in indices))
+
+
+def _selected(inputs: "RunInputs", config: "RunConfig", index: int) -> set[str]:
+    try:
+        return select_trainable(inputs.shapes, config.trainable)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"phases.{index}.{line}" for line in str(error).splitlines())) from None
 
 
 def config_of_phase(config: "RunConfig", index: int) -> "RunConfig":
@@ -207,8 +220,8 @@ def check_phases(inputs: "RunInputs") -> None:
         if end > inputs.total_steps:
             with errors.collect():
                 raise ConfigError(
-                    f"phases.{index} would end at step {end:,} of the run's {inputs.total_steps:,}: shorten "
-                    "the phases, or train longer."
+                    f"phases.{index} has no room: it begins at step {end - (length or 1):,} of "
+                    f"{inputs.total_steps:,}. Shorten the phases, or train longer."
                 )
             break
     errors.raise_if_any()
@@ -238,6 +251,16 @@ def _latest_ends(inputs: "RunInputs") -> list[int]:
     return ends
 
 
+def run_flops(inputs: "RunInputs") -> float:
+    """FLOPs of the whole run, if every row holds one document and no phase stalls."""
+    if not inputs.config.phases:
+        return inputs.run_flops
+    ends = _latest_ends(inputs)
+    lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    own = zip(each_phase(inputs), lengths, strict=True)
+    return sum(phase.run_flops * length for phase, length in own) / inputs.total_steps
+
+
 def describe_phases(inputs: "RunInputs") -> list[str]:
     """A line for each phase: its steps and how much it trains."""
     if not inputs.config.phases:
@@ -246,6 +269,8 @@ def describe_phases(inputs: "RunInputs") -> list[str]:
     for phase, own, end in zip(inputs.config.phases, each_phase(inputs), _latest_ends(inputs), strict=True):
         numel = sum(math.prod(inputs.shapes[name]) for name in own.trainable)
         until = "" if phase.until_stalled is None else f", or until {phase.until_stalled.metric} stalls"
+        if start == end:
+            until = ", unless the phase before stalls earlier"
         lines.append(f"steps {start:,} to {end:,}{until}: {numel:,} trainable parameters")
         start = end
     return lines

@@ -11,7 +11,7 @@ from distft.engine.state_bytes import StateBytes, checkpoint_bytes, state_bytes
 from distft.optim.groups import parameter_groups
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
-from distft.run.phases import each_phase
+from distft.run.phases import each_phase, run_flops
 from distft.topology import BatchPlan
 
 
@@ -84,9 +84,9 @@ def run_needs(inputs: RunInputs, plan: BatchPlan, speed: Speed | None) -> RunNee
     config, num_steps, world_size = inputs.config, inputs.total_steps, plan.dp_world_size
     numel = {name: prod(shape) for name, shape in inputs.shapes.items()}
     state, own, shared = _largest_state(inputs, world_size)
-    hours = None
+    flops, hours = run_flops(inputs), None
     if speed is not None:
-        hours = inputs.run_flops / (world_size * speed.peak_tflops * 1e12 * speed.mfu) / 3600
+        hours = flops / (world_size * speed.peak_tflops * 1e12 * speed.mfu) / 3600
     return RunNeeds(
         world_size=world_size,
         num_parameters=sum(numel.values()),
@@ -95,7 +95,7 @@ def run_needs(inputs: RunInputs, plan: BatchPlan, speed: Speed | None) -> RunNee
         num_steps=num_steps,
         num_tokens=num_steps * plan.global_batch_tokens,
         num_epochs=inputs.num_epochs,
-        flops=inputs.run_flops,
+        flops=flops,
         state=state,
         checkpoint_bytes=own + shared,
         shared_bytes=shared,

@@ -61,6 +61,7 @@ def predict_file(
     config = trained.config
     assert config.model is not None
     rows, _ = data.open(data_context(trained.tokenizer, config.model, config))
+    on_note(rows.summary.splitlines()[0])
     device = choose_device(config, topology)
     collectives: Collectives = SingleProcess()
     if topology.world_size > 1:
@@ -75,7 +76,7 @@ def predict_file(
         with all_or_none(collectives, StorageError):
             for start in _own_blocks(rows.num_sequences, collectives):
                 stop = min(start + _BLOCK_ROWS, rows.num_sequences)
-                if not blocks.has(start):
+                if not blocks.has(start, stop - start):
                     blocks.write(start, predictor.predictions(start, stop))
                 on_progress(stop - start)
         collectives.all_gather(None)
@@ -115,11 +116,25 @@ def _what_predicts(
             f"{trained.source.path} was trained with objective.type={kind}, which predicts nothing of a row. "
             "`distft generate` continues texts, `distft embed` writes embeddings."
         )
+    _require_columns(data, trained, options)
     known = data if isinstance(data, LabelledConfig) else LabelledConfig(path=rows_path)
     changes = {"path": rows_path, "label": None, "labels": "one", "max_rows": None, "shuffle": False}
     changes |= {} if options.text is None else {"text": options.text}
     changes |= {} if options.text_pair is None else {"text_pair": options.text_pair}
     return objective, parse(LabelledConfig, {**known.model_dump(mode="json"), **changes})
+
+
+def _require_columns(data: Any, trained: TrainedModel, options: PredictOptions) -> None:
+    """Raise `ConfigError` for a second text that the model was not trained on."""
+    if options.text_pair is None:
+        return
+    if isinstance(data, LabelledConfig) and data.text_pair is None:
+        raise ConfigError(
+            f"--text-pair-column {options.text_pair}: {trained.source.path} was trained on one text a row. "
+            "Leave it out."
+        )
+    if options.text_pair == options.text:
+        raise ConfigError(f"--text-column and --text-pair-column are both {options.text}: name two columns.")
 
 
 def _identity(

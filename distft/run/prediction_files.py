@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from distft import storage
 from distft.errors import ConfigError
 from distft.run.embedding_files import check_writable
+from distft.storage import checksum_of_bytes
 
 OUTPUT_TYPES = (".jsonl", ".csv", ".tsv", ".parquet")
 _IDENTITY = "predictions.json"
@@ -46,6 +47,10 @@ class BlockFiles:
     def open(self) -> None:
         """Begin, or go on. Raises `ConfigError` if the directory has the blocks of other predictions."""
         path = storage.join(self._directory, _IDENTITY)
+        if storage.exists(self._directory) and not storage.is_directory(self._directory):
+            raise ConfigError(
+                f"{self._directory} is a file, and a directory is needed: choose another output."
+            )
         if storage.exists(path):
             if storage.read_bytes(path) == self._identity:
                 return
@@ -61,21 +66,39 @@ class BlockFiles:
     def _path(self, start: int) -> str:
         return storage.join(self._directory, f"rows_{start:012d}.jsonl")
 
-    def has(self, start: int) -> bool:
-        return storage.exists(self._path(start))
+    def has(self, start: int, num_rows: int) -> bool:
+        """Whether the block is there, whole and unchanged; one that is damaged is to be written again."""
+        path = self._path(start)
+        if storage.is_directory(path):
+            raise ConfigError(f"{path} is a directory: remove it.")
+        if not storage.exists(path):
+            return False
+        content, checksum = self._parts(path)
+        return checksum_of_bytes(content).encode() == checksum and content.count(b"\n") == num_rows
+
+    def _parts(self, path: str) -> tuple[bytes, bytes]:
+        """A line of JSON for each row, and the last line: the checksum of these."""
+        content, newline, checksum = storage.read_bytes(path).removesuffix(b"\n").rpartition(b"\n")
+        return content + newline, checksum
 
     def write(self, start: int, predictions: Iterable[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
-        storage.commit_bytes(self._path(start), "".join(lines).encode("utf-8", "surrogatepass"))
+        content = b"".join(_json_line(prediction) for prediction in predictions)
+        storage.commit_bytes(self._path(start), content + checksum_of_bytes(content).encode() + b"\n")
 
     def read(self, start: int) -> Iterator[dict[str, Any]]:
-        for line in storage.read_bytes(self._path(start)).decode("utf-8", "surrogatepass").splitlines():
+        """The predictions of a block that `has` finds whole."""
+        content, _ = self._parts(self._path(start))
+        for line in content.decode().split("\n")[:-1]:
             yield json.loads(line)
 
     def remove(self, starts: Iterable[int]) -> None:
         """Remove these blocks, and the directory if nothing else is in it."""
         names = [*(self._path(start).rpartition("/")[2] for start in starts), _IDENTITY]
         storage.remove_files(self._directory, names)
+
+
+def _json_line(prediction: Mapping[str, Any]) -> bytes:
+    return (json.dumps(prediction, ensure_ascii=False) + "\n").encode()
 
 
 def write_output(output: str, predictions: Iterator[Mapping[str, Any]]) -> None:
@@ -86,7 +109,7 @@ def write_output(output: str, predictions: Iterator[Mapping[str, Any]]) -> None:
             _write_parquet(writer, predictions)
         elif suffix == ".jsonl":
             for prediction in predictions:
-                writer.write((json.dumps(prediction, ensure_ascii=False) + "\n").encode())
+                writer.write(_json_line(prediction))
         else:
             _write_csv(writer, predictions, "," if suffix == ".csv" else "\t")
 

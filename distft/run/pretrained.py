@@ -48,6 +48,8 @@ _EFFECTIVE = (
     "tokenizer",
     "validation",
 )
+# What needs evaluations in training, and so would not fit a configuration without them.
+_NOTHING_TO_TRAIN = ("evaluation.every_steps=null", "train.early_stopping=null", "phases=[]")
 _SEQ_LEN = 1024  # of a model without a run, at most: longer rows take more memory
 _MICRO_BATCH_SIZE = 8
 _NO_PATH = "none"  # stands for data that a substitute does not have
@@ -93,7 +95,7 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
         )
     if saved.get("validation") is None and any(key.startswith("validation.") for key in _keys(overrides)):
         saved = {**saved, "validation": _empty_validation(saved["data"]["type"], overrides)}
-    raw: dict[str, Any] = apply_overrides(saved, [*overrides, "evaluation.every_steps=null"])
+    raw: dict[str, Any] = apply_overrides(saved, [*overrides, *_NOTHING_TO_TRAIN])
     raw["batch"]["global_batch_size"] = max(
         raw["batch"]["global_batch_size"], raw["batch"]["micro_batch_size"]
     )  # has no effect here, but would limit the other

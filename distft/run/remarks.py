@@ -8,7 +8,7 @@ from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.errors import ConfigError
 from distft.objective.mixture import Mixture
-from distft.optim.patterns import matching_names
+from distft.optim.patterns import is_moved_by_rule, matching_names
 from distft.optim.sgd import SgdConfig
 from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
@@ -27,7 +27,7 @@ def remarks(inputs: RunInputs, plan: BatchPlan, *, has_gpu: bool) -> list[str]:
         *_on_length(config, inputs),
         *_on_weights(config, inputs),
         *_on_evaluation(config),
-        *_on_start(config),
+        *_on_start(config, inputs),
         *_on_cluster(config, plan),
         *_on_engine(config, plan),
         *_on_machine(config, inputs, has_gpu=has_gpu),
@@ -108,11 +108,11 @@ def _on_evaluation(config: RunConfig) -> Iterator[str]:
             yield f"evaluation.{name} has no effect: there is no validation data."
 
 
-def _on_start(config: RunConfig) -> Iterator[str]:
+def _on_start(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
     if config.init_from is None:
         if config.allow_model_changes:
             yield "allow_model_changes has no effect: init_from is not set."
-        if config.trainable != ("*",):
+        if any(name not in inputs.trainable and not is_moved_by_rule(name) for name in inputs.shapes):
             yield "trainable leaves parameters frozen at random values: init_from is not set."
 
 

@@ -267,7 +267,16 @@ def _describe_changes(key: str, before: Any, after: Any) -> list[str]:
             for name in names
             for line in _describe_changes(f"{key}.{name}", before.get(name), after.get(name))
         ]
-    return [] if before == after else [f"{key} was {before!r} and is now {after!r}."]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [line for index, pair in pairs for line in _describe_changes(f"{key}.{index}", *pair)]
+    return [] if before == after else [f"{key} was {_shown(before)} and is now {_shown(after)}."]
+
+
+def _shown(value: Any) -> str:
+    """A setting's value; of a list of sections their number."""
+    is_sections = isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+    return f"{len(value)} entries" if is_sections else repr(value)
 
 
 def _lookup(raw: Any, keys: Sequence[str]) -> Any:

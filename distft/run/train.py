@@ -8,7 +8,7 @@ import torch
 
 from distft import storage
 from distft.checkpoint.committed import Checkpoint
-from distft.checkpoint.manifest import Progress
+from distft.checkpoint.manifest import MANIFEST, Progress
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
 from distft.errors import Interrupted, Preempted, SupersededError
@@ -206,18 +206,31 @@ class TrainingRun:
                 if is_over(progress, self._inputs):
                     break
                 checkpoint = self._store.open(progress.step)
+        num_phases = len(self._config.phases)
+        if span.index + 1 < num_phases:
+            record.trackers.event(
+                "note",
+                note=f"the run ended in phase {span.index + 1} of {num_phases}: the others never began",
+            )
         self._announce_best(progress, record)
         return RunResult(step=progress.step, metrics=metrics, checkpoint=phase.last_checkpoint)
 
     def _announce_best(self, progress: Progress, record: RunRecord) -> None:
-        stopping, best = self._config.train.early_stopping, progress.best_of_run
-        if stopping is None or best is None:
+        best = progress.best_of_run
+        if best is None:
             return
+        kind = "early_stop" if progress.step < self._inputs.total_steps else "best"
+        if best.value is None:
+            note = f"no evaluation had a finite {best.metric}, so no commit is the best"
+            record.trackers.event(kind, step=progress.step, metric=best.metric, note=note)
+            return
+        is_kept = storage.exists(storage.join(self._store.path(best.step), MANIFEST))
+        note = f"{self._config.run_dir} stands for its best commit, that of step {best.step}"
         record.trackers.event(
-            "early_stop" if progress.step < self._inputs.total_steps else "best",
+            kind,
             step=progress.step,
-            metric=stopping.metric,
+            metric=best.metric,
             best=best.value,
             best_step=best.step,
-            note=f"{self._config.run_dir} stands for its best commit, that of step {best.step}",
+            note=note if is_kept else f"its best commit, that of step {best.step}, is gone",
         )

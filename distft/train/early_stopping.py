@@ -1,5 +1,6 @@
 """Early stopping: whether a metric of the validation data still improves."""
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -22,10 +23,11 @@ class EarlyStoppingConfig(Settings):
     mode: Literal["auto", "min", "max"] = "auto"  # auto: min for losses, errors and perplexities
 
     @property
-    def less_is_better(self) -> bool:
+    def direction(self) -> Literal["min", "max"]:
+        """Whether less or more of the metric is better."""
         if self.mode == "auto":
-            return self.metric.endswith(_LESS_IS_BETTER)
-        return self.mode == "min"
+            return "min" if self.metric.endswith(_LESS_IS_BETTER) else "max"
+        return self.mode
 
     def require_metric(self, metrics: Mapping[str, float | int], setting: str) -> None:
         """Raise `ConfigError` if the evaluation does not report the metric."""
@@ -38,15 +40,30 @@ class EarlyStoppingConfig(Settings):
 
 
 def next_best(config: EarlyStoppingConfig, best: BestMetric | None, value: float, step: int) -> BestMetric:
-    """The best value so far, after an evaluation at `step`. NaN is never an improvement."""
-    gain = 0.0 if best is None else (best.value - value if config.less_is_better else value - best.value)
-    if best is None or gain > config.min_delta:
-        return BestMetric(value=value, step=step)
+    """The best value so far, after an evaluation at `step`. NaN and infinity are never an improvement."""
+    new = BestMetric(metric=config.metric, mode=config.direction, value=value, step=step)
+    if best is None:
+        return new if math.isfinite(value) else new.model_copy(update={"value": None})
+    if math.isfinite(value):
+        if best.value is None:
+            return new
+        gain = best.value - value if config.direction == "min" else value - best.value
+        if gain > config.min_delta:
+            return new
     return best.model_copy(update={"evaluations_since": best.evaluations_since + 1})
 
 
-def has_stalled(config: EarlyStoppingConfig | None, best: BestMetric | None) -> bool:
+def known_best(config: EarlyStoppingConfig | None, saved: BestMetric | None) -> BestMetric | None:
+    """`saved`, if it is of the metric that decides now."""
+    if config is None or saved is None:
+        return None
+    is_same = (saved.metric, saved.mode) == (config.metric, config.direction)
+    return saved if is_same else None
+
+
+def has_stalled(config: EarlyStoppingConfig | None, saved: BestMetric | None) -> bool:
     """Whether the last `patience` evaluations brought no improvement."""
+    best = known_best(config, saved)
     return config is not None and best is not None and best.evaluations_since >= config.patience
 
 
@@ -70,8 +87,8 @@ class EarlyStopping:
         self._of_phase = of_phase
         self._starts = phase_starts
         self._phase_stop = phase_stop
-        self.best_of_run = progress.best_of_run
-        self.best_of_phase = progress.best_of_phase
+        self.best_of_run = known_best(of_run, progress.best_of_run)
+        self.best_of_phase = known_best(of_phase, progress.best_of_phase)
 
     @property
     def is_needed(self) -> bool:
@@ -96,7 +113,8 @@ class EarlyStopping:
 
     def is_best(self, step: int) -> bool:
         """Whether the evaluation of this step was the run's best, which is saved."""
-        return self.best_of_run is not None and self.best_of_run.step == step
+        best = self.best_of_run
+        return best is not None and best.value is not None and best.step == step
 
     @property
     def is_run_stalled(self) -> bool:

@@ -1,6 +1,7 @@
 """Phases of a run: gradual unfreezing as plain torch does it, on any ranks, and after any restart."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ from support.small_runs import events, fine_tuning, logged, pretraining, run, ru
 from torch import Tensor
 
 from distft.checkpoint.committed import find_checkpoint
+from distft.checkpoint.manifest import Progress
+from distft.cli.main import main
 from distft.collectives import SingleProcess
 from distft.config import parse
 from distft.errors import ConfigError, Preempted
 from distft.objective.interface import ObjectiveContext
-from distft.run.check import check_run
+from distft.run.check import check_run, describe_run
 from distft.run.config import RunConfig
 from distft.run.engines import build_engine
 from distft.run.inputs import read_inputs
 from distft.run.phases import config_of_phase, inputs_of_span, span_at
 from distft.run.train import run_training
 from distft.topology import Topology
+from distft.train.early_stopping import EarlyStopping, EarlyStoppingConfig
 
 STEPS, PEAK = 12, 0.01
 TRIANGLE = {"type": "slanted_triangular", "cut_fraction": 0.25, "ratio": 8.0}
@@ -225,6 +229,8 @@ def test_a_run_stops_early_and_keeps_its_best_commit(data: Path, tmp_path: Path)
     assert best.manifest.progress.best_of_run is not None
     assert best.manifest.progress.best_of_run.value == pytest.approx(losses[best_step])
     assert find_checkpoint(str(tmp_path / "run"), newest=True).step == result.step
+    for command in (["evaluate"], ["generate", "--prompt", "the", "--max-new-tokens", "2"]):
+        assert main([command[0], str(tmp_path / "run"), *command[1:]]) == 0
     told = next(event for event in events(tmp_path / "run") if event["kind"] == "early_stop")
     assert (told["best_step"], told["step"]) == (best_step, result.step)
     run(Topology(), raw)  # nothing is left to do
@@ -243,8 +249,17 @@ def test_a_run_stops_early_and_keeps_its_best_commit(data: Path, tmp_path: Path)
         ({"phases": [{"steps": 3}, {"steps": 3}]}, "phases.1 is the last one and ends with the run"),
         ({"phases": [{"steps": 2, "epochs": 1.0}, {}]}, "set steps or epochs, not both"),
         ({"phases": [{"steps": 2}, {}]}, "phases.1 trains the same parameters with the same settings"),
-        ({"phases": [{"steps": 12, "trainable": ["norm.*"]}, {}]}, "phases.1 would end at step 13"),
-        ({"phases": [{"steps": 2, "trainable": ["head.*"]}, {}]}, "pattern 'head.*' matches none"),
+        (
+            {"phases": [{"steps": 12, "trainable": ["norm.*"]}, {}]},
+            "phases.1 has no room: it begins at step 12",
+        ),
+        (
+            {"phases": [{"steps": 2, "trainable": ["head.*"]}, {}]},
+            "phases.0.trainable: pattern 'head.*' matches none",
+        ),
+        ({"trainable": ["@last_blocks:3"]}, "'@last_blocks:3' matches none"),
+        ({"trainable": ["@blocks:0-99"]}, "@blocks:N-M, and the model has 2 blocks."),
+        ({"trainable": ["@blocks:1-0"]}, "'@blocks:1-0' matches none"),
         ({"phases": [{"steps": 2, "trainable": ["@heads"]}, {}]}, "'@heads' matches none of the"),
         ({"phases": [{"steps": 2, "trainable": ["!*"]}, {}]}, "leaves nothing to train"),
         ({"phases": [{"steps": 2, "optim": {"peak_lrs": 1}}, {}]}, "phases.0.optim.peak_lrs=1 is not a set"),
@@ -292,7 +307,81 @@ def test_a_metric_that_no_evaluation_reports_ends_the_run_by_name(data: Path, tm
     assert logged(tmp_path / "run") == {}
 
 
+def test_what_was_best_counts_for_its_own_metric_only(data: Path, tmp_path: Path) -> None:
+    """Another metric on a resume begins anew; without early stopping the run is its newest commit."""
+    stopping = {"metric": "accuracy", "patience": 50}
+    changes: dict[str, Any] = {"evaluation": {"every_steps": 2}, "checkpoint": {"every_steps": 4}}
+    raw = pretraining(data, tmp_path / "run", **changes)
+    run_until_power_cut({**raw, "train": {**raw["train"], "early_stopping": stopping}}, 9)
+    saved = find_checkpoint(str(tmp_path / "run"), newest=True).manifest.progress.best_of_run
+    assert saved is not None
+    assert saved.metric == "accuracy"
+    by_loss = {**raw["train"], "max_steps": 14, "early_stopping": {"metric": "loss", "patience": 50}}
+    run(Topology(), {**raw, "train": by_loss})
+    best = find_checkpoint(str(tmp_path / "run"), newest=True).manifest.progress.best_of_run
+    losses = logged(tmp_path / "run", "validation/loss")
+    assert best is not None
+    assert (best.metric, best.mode) == ("loss", "min")
+    assert best.value == pytest.approx(min(value for step, value in losses.items() if step > 8))
+    run(Topology(), {**raw, "train": {**raw["train"], "max_steps": 16}})
+    assert find_checkpoint(str(tmp_path / "run")).step == 16
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_never_best(value: float) -> None:
+    stopping = EarlyStoppingConfig(metric="loss", patience=2)
+    watch = EarlyStopping(Progress(), of_run=stopping)
+    watch.add({"loss": value}, 2)
+    assert not watch.is_best(2)
+    watch.add({"loss": 3.0}, 4)
+    assert watch.is_best(4)
+    for step in (6, 8):
+        assert not watch.is_run_stalled
+        watch.add({"loss": value}, step)
+    assert watch.is_run_stalled
+    assert watch.best_of_run is not None
+    assert (watch.best_of_run.value, watch.best_of_run.step) == (3.0, 4)
+
+
+def test_a_best_commit_that_is_gone_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"max_steps": 4, "log_every_steps": 1, "early_stopping": {"metric": "accuracy", "mode": "min"}}
+    run(Topology(), pretraining(data, tmp_path / "run", train=train, evaluation={"every_steps": 2}))
+    best = find_checkpoint(str(tmp_path / "run"))
+    assert best.step == 2
+    shutil.rmtree(best.path)
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "the run's best commit, of step 2" in capsys.readouterr().err
+
+
+def test_phases_that_never_began_are_told(data: Path, tmp_path: Path) -> None:
+    stalled = {"metric": "loss", "patience": 50}
+    phases = [{"until_stalled": stalled, "trainable": ["norm.*"]}, {}]
+    raw = _config(data, tmp_path / "run", phases=phases, evaluation={"every_steps": 4})
+    lines = describe_run(parse(RunConfig, raw), 1).lines
+    assert any("phase 2" in line and "unless the phase before stalls earlier" in line for line in lines)
+    run(Topology(), raw)
+    notes = [event["note"] for event in events(tmp_path / "run") if event["kind"] == "note"]
+    assert "the run ended in phase 1 of 2: the others never began" in notes
+
+
+def test_needs_and_remarks_are_those_of_the_phases(data: Path, tmp_path: Path) -> None:
+    """A run-level `trainable` that every phase replaces says nothing about the run."""
+    raw = _config(data, tmp_path / "run", trainable=["norm.*"])
+    raw["phases"] = [{"steps": 6, "trainable": ["norm.*"]}, {"trainable": ["*"]}]
+    found = describe_run(parse(RunConfig, raw), 1)
+    whole = describe_run(parse(RunConfig, {**raw, "phases": [], "trainable": ["*"]}), 1)
+    head = describe_run(parse(RunConfig, {**raw, "phases": []}), 1)
+    assert found.needs.flops == pytest.approx((whole.needs.flops + head.needs.flops) / 2)
+    assert found.needs.num_trainable == whole.needs.num_trainable
+    assert not [remark for remark in found.remarks if "frozen" in remark]
+
+
 def test_the_phases_of_a_run_do_not_change_on_a_resume(data: Path, tmp_path: Path) -> None:
     run_until_power_cut(_config(data, tmp_path / "run"), 5)
-    with pytest.raises(ConfigError, match=r"phases was .* and is now"):
+    with pytest.raises(ConfigError, match=r"phases was 3 entries and is now 2 entries\."):
         run(Topology(), _config(data, tmp_path / "run", phases=PHASES[1:]))
+    changed = [PHASES[0], {**PHASES[1], "steps": 3}, PHASES[2]]
+    with pytest.raises(ConfigError, match=r"phases\.1\.steps was 4 and is now 3\."):
+        run(Topology(), _config(data, tmp_path / "run", phases=changed))

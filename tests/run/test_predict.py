@@ -14,7 +14,7 @@ from support.small_runs import fine_tuning, pretraining, run
 from distft.cli.main import main
 from distft.errors import ConfigError, DataError
 from distft.run import predict as predict_module
-from distft.run.predict import predict_file
+from distft.run.predict import PredictOptions, predict_file
 from distft.run.pretrained import evaluate_checkpoint
 from distft.topology import Topology
 
@@ -142,6 +142,42 @@ def test_what_cannot_be_predicted_is_told_before_the_work(
     assert (tmp_path / "p.jsonl").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("damage", ["a row less", "half a line", "another label", "garbage"])
+def test_a_damaged_block_is_predicted_again(
+    data: Path, classifier: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = str(data / "test.jsonl")
+    predict_file(str(classifier), rows, str(tmp_path / "whole.jsonl"), Topology())
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_module, "write_output", _power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            predict_file(str(classifier), rows, str(tmp_path / "cut.jsonl"), Topology())
+    block = tmp_path / "cut.jsonl.parts" / "rows_000000000004.jsonl"
+    lines = block.read_text().splitlines(keepends=True)
+    damaged = {
+        "a row less": "".join(lines[1:]),
+        "half a line": "".join(lines)[:-60],
+        "another label": "".join(lines).replace('"label": "', '"label": "x', 1),
+        "garbage": "garbage" + "".join(lines)[7:],
+    }
+    block.write_text(damaged[damage])
+    predict_file(str(classifier), rows, str(tmp_path / "cut.jsonl"), Topology())
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def _power_cut(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_second_text_needs_a_model_of_pairs(data: Path, classifier: Path, tmp_path: Path) -> None:
+    options = PredictOptions(text_pair="label")
+    with pytest.raises(ConfigError, match="was trained on one text a row"):
+        predict_file(
+            str(classifier), str(data / "test.jsonl"), str(tmp_path / "p.jsonl"), Topology(), options
+        )
+
+
 def test_blocks_of_other_predictions_and_files_of_others_stay(
     data: Path, classifier: Path, tmp_path: Path
 ) -> None:
@@ -155,3 +191,6 @@ def test_blocks_of_other_predictions_and_files_of_others_stay(
     with pytest.raises(ConfigError, match="another model, other data or other settings"):
         predict_file(str(classifier), rows, output, Topology())
     assert (parts / "notes.txt").read_text() == "mine"
+    (tmp_path / "q.jsonl.parts").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file, and a directory is needed"):
+        predict_file(str(classifier), rows, str(tmp_path / "q.jsonl"), Topology())
