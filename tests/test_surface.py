@@ -111,6 +111,7 @@ MISTAKES = (
     "evaluate {nowhere}",
     "generate {nowhere}",
     "embed {nowhere} stdlib -o {nowhere}",
+    "predict {nowhere} rows.jsonl -o {nowhere}",
     "audit {nowhere}",
     "checkpoint inspect {nowhere}",
     "checkpoint verify {nowhere}",
