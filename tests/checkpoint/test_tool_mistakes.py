@@ -180,7 +180,8 @@ def test_average_prints_its_sources_and_keeps_the_only_configuration(
         (
             "--architecture",
             "gpt3",
-            "llama, mistral, qwen2, qwen3, gpt2, bert, roberta, distilbert",
+            "llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, gpt2, bert, roberta, distilbert, "
+            "modernbert, t5",
         ),
     ],
 )

@@ -47,7 +47,8 @@ def test_a_wrong_setting_of_an_evaluation_is_reported_with_its_key(
     assert main(["evaluate", str(trained), "validation.path=x"]) == 2
     where, problem = capsys.readouterr().err.splitlines()
     assert where == f"config error: In the configuration of {trained}/checkpoints/step_00000004:"
-    assert problem.startswith("validation.path='x' is a setting of type labelled or completion or pairs, and")
+    types = "labelled or completion or pairs or images"
+    assert problem.startswith(f"validation.path='x' is a setting of type {types}, and")
 
 
 def test_the_example_in_the_message_about_missing_validation_data_works_in_a_shell(

@@ -36,5 +36,5 @@ def test_faults_of_every_kind_change_no_loss(tmp_path: Path) -> None:
     assert result["missing"] == result["repeated"] == []
     assert result["largest_difference"] < 1e-4
     assert events.count("resize") >= 2
-    assert (events.count("restart"), events.count("fault")) == (1, 2)
+    assert (events.count("restart"), events.count("fault")) == (2, 2)
     assert 0 < result["num_lost_steps"] <= 40

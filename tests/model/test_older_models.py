@@ -270,7 +270,7 @@ def test_what_only_a_transformer_has_is_refused(name: str) -> None:
         ("cnn", {"kernel_sizes": [0]}, "each must be 1 to 4096 tokens"),
         ("cnn", {"kernel_sizes": []}, "model.kernel_sizes"),
         ("cnn", {"kernel_sizes": [1, 2, 3, 4, 5]}, "make d_model a multiple of the 5 kernel_sizes"),
-        ("gru", {"num_heads": 2}, "num_heads=2 is a setting of type transformer, and"),
+        ("gru", {"num_heads": 2}, "a setting of type transformer or encoder_decoder or vit, and"),
         ("deep_averaging", {"direction": "both"}, "direction"),
         ("deep_averaging", {"type": "lstn"}, "Did you mean 'lstm'?"),
     ],
