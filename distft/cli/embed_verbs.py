@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distft.cli.arguments import expanded, print_note, say
-from distft.cli.model_verbs import CheckpointPath, Trust
+from distft.cli.model_verbs import CheckpointPath, RunSettings, Trust
 from distft.cli.text_verbs import Corpus, DocumentUnit, TextColumn, corpus_from_arguments
 from distft.topology import Topology
 
@@ -32,10 +32,7 @@ def embed(
     head: Annotated[str | None, typer.Option(help="The model's embedding head, if it has several.")] = None,
     text_column: TextColumn = "text",
     documents: DocumentUnit = "file",
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting of the run as key=value, such as batch.micro_batch_size=64."),
-    ] = None,
+    setting: RunSettings = None,
     trust: Trust = False,
 ) -> None:
     """Write an embedding of each document of a corpus, by a run, a checkpoint or a model of transformers.

@@ -17,6 +17,10 @@ CheckpointPath = Annotated[
         callback=existing_checkpoint,
     ),
 ]
+RunSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of the run as key=value, such as batch.micro_batch_size=64."),
+]
 Trust = Annotated[
     bool,
     typer.Option("--trust", help="Import classes that the run's configuration names, which runs their code."),

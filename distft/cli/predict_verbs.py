@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from distft.cli.arguments import expanded, print_note, say
-from distft.cli.model_verbs import CheckpointPath, Trust
+from distft.cli.model_verbs import CheckpointPath, RunSettings, Trust
 from distft.topology import Topology
 
 
@@ -25,10 +25,7 @@ def predict(
         str | None, typer.Option(help="The second text; default: that of the training data.")
     ] = None,
     head: Annotated[str | None, typer.Option(help="Of a mixture: the part that predicts.")] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting of the run as key=value, such as batch.micro_batch_size=64."),
-    ] = None,
+    setting: RunSettings = None,
     trust: Trust = False,
 ) -> None:
     """Write the label, labels or number of each row of a file, with probabilities.

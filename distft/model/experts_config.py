@@ -6,9 +6,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from distft.config import Settings
+from distft.model.config import MOST
 from distft.model.products import Product
-
-_MOST = (1 << 31) - 1
 
 
 class ExpertsConfig(Settings):
@@ -20,8 +19,8 @@ class ExpertsConfig(Settings):
 
     num_experts: int = Field(ge=2, le=4096)
     experts_per_token: int = Field(ge=1, le=4096)
-    d_ff: int | None = Field(None, ge=1, le=_MOST)  # of each expert; null: the model's d_ff
-    shared_d_ff: int = Field(0, ge=0, le=_MOST)  # of an expert that every token passes through; 0: none
+    d_ff: int | None = Field(None, ge=1, le=MOST)  # of each expert; null: the model's d_ff
+    shared_d_ff: int = Field(0, ge=0, le=MOST)  # of an expert that every token passes through; 0: none
     shared_gate: bool = False  # weigh the shared expert by a sigmoid for each token, as in Qwen2-MoE
     scores: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits; sigmoid: DeepSeek-V3
     normalize_weights: bool = True  # the weights of a token's experts add up to 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +41,7 @@ class UpdateRule:
     is_by_matrix: bool = False  # an update needs the whole matrix
 
 
-class OptimizerSettings(Settings):
+class OptimizerSettings(Settings, ABC):
     """What every optimizer has. A class outside distft inherits it and gives the methods below."""
 
     peak_lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
@@ -65,7 +66,7 @@ class OptimizerSettings(Settings):
 
     @property
     def rule(self) -> UpdateRule:
-        """How parameters are updated, if all are updated alike."""
+        """How parameters are updated, if all are updated alike; one that gives `rules` has none."""
         raise NotImplementedError
 
     def patterns(self) -> list[tuple[str, str]]:
@@ -76,10 +77,11 @@ class OptimizerSettings(Settings):
             for pattern in getattr(self, setting)
         ]
 
+    @abstractmethod
     def group_settings(self, group: ParameterGroup) -> dict[str, Any]:
         """Plain numbers for the manifest, beside the rate and the weight decay."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(
         self, segments: Sequence[Sequence[Segment]], groups: Sequence[ParameterGroup]
     ) -> torch.optim.Optimizer:
@@ -88,7 +90,6 @@ class OptimizerSettings(Settings):
         Each tensor gets a state of zeros for each name of the group's rule, and `step`. `grad_scale`
         and `found_inf`, if set, are as for torch's fused optimizers.
         """
-        raise NotImplementedError
 
 
 def param_groups(

@@ -64,7 +64,7 @@ def new_parameter_prefixes(
     saved_objective, own_objective = init_from.manifest.config.get("objective"), objective.model_dump()
     saved = _by_head(saved_label_names(init_from), saved_objective)
     own = _by_head(label_names, own_objective)
-    saved_units, own_units = units_by_head(saved_objective), units_by_head(own_objective)
+    saved_units, own_units = _units_by_head(saved_objective), _units_by_head(own_objective)
 
     def is_same(name: str, head: ClassificationHead) -> bool:
         has_hidden_layer = f"{name}.hidden.weight" in init_from.manifest.parameters
@@ -85,32 +85,30 @@ def saved_label_names(source: CheckpointSource) -> Labels:
     return None if names is None else tuple(names)
 
 
+def _parts(objective: Any) -> dict[str, Mapping[str, Any]]:
+    """The settings of each part of a mixture, by the name of its stream; of another objective none."""
+    parts = objective.get("parts") if isinstance(objective, Mapping) else None
+    if not isinstance(parts, Mapping):
+        return {}
+    found = {name: part.get("objective") for name, part in parts.items() if isinstance(part, Mapping)}
+    return {name: own for name, own in found.items() if isinstance(own, Mapping)}
+
+
 def _by_head(label_names: Labels, objective: Any) -> Labels:
     """The class names of each head of a mixture: it has its stream's name unless the part gives another."""
     if not isinstance(label_names, Mapping):
         return label_names
-    parts = objective.get("parts") if isinstance(objective, Mapping) else None
-    by_head = {}
-    for stream, names in label_names.items():
-        part = parts.get(stream) if isinstance(parts, Mapping) else None
-        own = part.get("objective") if isinstance(part, Mapping) else None
-        head = own.get("head") if isinstance(own, Mapping) else None
-        by_head[head or stream] = names
-    return by_head
+    parts = _parts(objective)
+    return {parts.get(stream, {}).get("head") or stream: names for stream, names in label_names.items()}
 
 
-def units_by_head(objective: Any) -> dict[str, tuple[Any, Any]]:
+def _units_by_head(objective: Any) -> dict[str, tuple[Any, Any]]:
     """Of each head of a regression the offset and scale of its numbers, from an objective's settings."""
-    if not isinstance(objective, Mapping):
-        return {}
-    parts = objective.get("parts")
-    named = {"classifier": objective}
-    if isinstance(parts, Mapping):
-        named = {name: part["objective"] for name, part in parts.items() if isinstance(part, Mapping)}
+    named = _parts(objective) or ({"classifier": objective} if isinstance(objective, Mapping) else {})
     return {
-        str(own.get("head") or name): (own.get("offset"), own.get("scale"))
+        own.get("head") or name: (own.get("offset"), own.get("scale"))
         for name, own in named.items()
-        if isinstance(own, Mapping) and own.get("type") == "regression"
+        if own.get("type") == "regression"
     }
 
 

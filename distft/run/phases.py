@@ -6,7 +6,8 @@ update counts go on by name, at any world size and stage.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +17,7 @@ from distft.config import Settings, parse
 from distft.errors import ConfigError, ErrorCollector
 from distft.optim.patterns import block_of, select_trainable
 from distft.train.early_stopping import EarlyStoppingConfig
+from distft.train.schedule import steps_of_epochs
 
 if TYPE_CHECKING:
     from distft.run.config import RunConfig
@@ -88,11 +90,11 @@ def phase_problems(phases: Sequence[PhaseConfig], *, evaluates: bool) -> list[st
     return problems
 
 
-def num_steps(phase: PhaseConfig, *, num_sequences: int, global_batch_size: int) -> int | None:
+def _num_steps(inputs: "RunInputs", phase: PhaseConfig) -> int | None:
     """Its length in optimizer steps; None: not limited."""
-    if phase.epochs is not None:
-        return max(1, -(-int(phase.epochs * num_sequences) // global_batch_size))
-    return phase.steps
+    if phase.epochs is None:
+        return phase.steps
+    return steps_of_epochs(phase.epochs, inputs.train.num_sequences, inputs.config.batch.global_batch_size)
 
 
 def span_at(inputs: "RunInputs", phase_starts: Sequence[int], step: int) -> PhaseSpan:
@@ -103,11 +105,7 @@ def span_at(inputs: "RunInputs", phase_starts: Sequence[int], step: int) -> Phas
     start, stop = starts[index], total_steps
     if not phases:
         return PhaseSpan(index=0, phase_start=0, phase_stop=stop, start=0, stop=stop)
-    length = num_steps(
-        phases[index],
-        num_sequences=inputs.train.num_sequences,
-        global_batch_size=inputs.config.batch.global_batch_size,
-    )
+    length = _num_steps(inputs, phases[index])
     if length is not None:
         stop = min(start + length, total_steps)
     blocks = phases[index].random_blocks
@@ -147,10 +145,17 @@ def trainable_in_any(inputs: "RunInputs") -> set[str]:
 
 
 def _selected(inputs: "RunInputs", config: "RunConfig", index: int) -> set[str]:
-    try:
+    with _before_each_line(f"phases.{index}."):
         return select_trainable(inputs.shapes, config.trainable)
+
+
+@contextmanager
+def _before_each_line(prefix: str) -> Iterator[None]:
+    """Put `prefix` before each problem that a `ConfigError` lists."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError("\n".join(f"phases.{index}.{line}" for line in str(error).splitlines())) from None
+        raise ConfigError("\n".join(f"{prefix}{line}" for line in str(error).splitlines())) from None
 
 
 def config_of_phase(config: "RunConfig", index: int) -> "RunConfig":
@@ -208,11 +213,7 @@ def check_phases(inputs: "RunInputs") -> None:
                     "leave it out, or set its trainable or optim."
                 )
         before = own
-        length = num_steps(
-            phase,
-            num_sequences=inputs.train.num_sequences,
-            global_batch_size=inputs.config.batch.global_batch_size,
-        )
+        length = _num_steps(inputs, phase)
         if own is not None:
             with errors.collect():
                 _check_phase(inputs, own, index, length)
@@ -229,50 +230,42 @@ def check_phases(inputs: "RunInputs") -> None:
 
 def each_phase(inputs: "RunInputs") -> list["RunInputs"]:
     """The inputs of each phase from its first step on; of a run without phases, of the run."""
-    ends = _latest_ends(inputs)
-    starts = [0, *ends[:-1]]
-    return [
-        inputs_of_span(inputs, PhaseSpan(index=i, phase_start=start, phase_stop=end, start=start, stop=end))
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
-    ]
+    return [inputs_of_span(inputs, span) for span in _latest_spans(inputs)]
 
 
-def _latest_ends(inputs: "RunInputs") -> list[int]:
-    """The step at which each phase ends, if none stalls."""
-    ends, end = [], 0
-    for phase in inputs.config.phases or (PhaseConfig(),):
-        length = num_steps(
-            phase,
-            num_sequences=inputs.train.num_sequences,
-            global_batch_size=inputs.config.batch.global_batch_size,
-        )
-        end = inputs.total_steps if length is None else min(end + length, inputs.total_steps)
-        ends.append(end)
-    return ends
+def _latest_spans(inputs: "RunInputs") -> list[PhaseSpan]:
+    """Each phase as a whole, if none stalls."""
+    spans, start = [], 0
+    for index, phase in enumerate(inputs.config.phases or (PhaseConfig(),)):
+        length, stop = _num_steps(inputs, phase), inputs.total_steps
+        if length is not None:
+            stop = min(start + length, stop)
+        spans.append(PhaseSpan(index=index, phase_start=start, phase_stop=stop, start=start, stop=stop))
+        start = stop
+    return spans
 
 
 def run_flops(inputs: "RunInputs") -> float:
     """FLOPs of the whole run, if every row holds one document and no phase stalls."""
     if not inputs.config.phases:
         return inputs.run_flops
-    ends = _latest_ends(inputs)
-    lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    own = zip(each_phase(inputs), lengths, strict=True)
-    return sum(phase.run_flops * length for phase, length in own) / inputs.total_steps
+    spans = _latest_spans(inputs)
+    of_phases = [inputs_of_span(inputs, span).run_flops * (span.stop - span.start) for span in spans]
+    return sum(of_phases) / inputs.total_steps
 
 
 def describe_phases(inputs: "RunInputs") -> list[str]:
     """A line for each phase: its steps and how much it trains."""
     if not inputs.config.phases:
         return []
-    lines, start = [], 0
-    for phase, own, end in zip(inputs.config.phases, each_phase(inputs), _latest_ends(inputs), strict=True):
+    lines = []
+    for phase, span in zip(inputs.config.phases, _latest_spans(inputs), strict=True):
+        own = inputs_of_span(inputs, span)
         numel = sum(math.prod(inputs.shapes[name]) for name in own.trainable)
         until = "" if phase.until_stalled is None else f", or until {phase.until_stalled.metric} stalls"
-        if start == end:
+        if span.start == span.stop:
             until = ", unless the phase before stalls earlier"
-        lines.append(f"steps {start:,} to {end:,}{until}: {numel:,} trainable parameters")
-        start = end
+        lines.append(f"steps {span.start:,} to {span.stop:,}{until}: {numel:,} trainable parameters")
     return lines
 
 
@@ -284,16 +277,13 @@ def _check_phase(inputs: "RunInputs", own: "RunInputs", index: int, length: int 
     from distft.optim.groups import parameter_groups
 
     phase, where = inputs.config.phases[index], f"phases.{index}"
-    try:
+    with _before_each_line(f"{where}: "):
         parameter_groups(inputs.shapes, own.trainable, own.config.optim, {})
         if "schedule" in phase.optim and length is not None:
             own.config.optim.schedule.check(length)
-    except ConfigError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
     if phase.random_blocks is None:
         return
-    trainable = select_trainable(inputs.shapes, own.config.trainable)
-    known = {block for name in trainable if (block := block_of(name)) is not None}
+    known = _blocks(_selected(inputs, own.config, index))
     if len(known) < phase.random_blocks.num_blocks:
         raise ConfigError(
             f"{where}.random_blocks.num_blocks={phase.random_blocks.num_blocks} is more than the "
@@ -303,6 +293,11 @@ def _check_phase(inputs: "RunInputs", own: "RunInputs", index: int, length: int 
 
 def _with_random_blocks(trainable: set[str], num_blocks: int, key: tuple[int, ...]) -> set[str]:
     """Without the blocks that are not drawn; the draw is a function of `key`."""
-    blocks = sorted({block for name in trainable if (block := block_of(name)) is not None})
+    blocks = sorted(_blocks(trainable))
     drawn = set(random.Random(repr(key)).sample(blocks, min(num_blocks, len(blocks))))
     return {name for name in trainable if (block := block_of(name)) is None or block in drawn}
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    """The blocks that these parameters are of."""
+    return {block for name in names if (block := block_of(name)) is not None}

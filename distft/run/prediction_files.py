@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from distft import storage
 from distft.errors import ConfigError
-from distft.run.embedding_files import check_writable
+from distft.run.embedding_files import ParquetSink, check_writable
 from distft.storage import checksum_of_bytes
 
 OUTPUT_TYPES = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -140,8 +140,6 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_parquet(writer: Any, predictions: Iterator[Mapping[str, Any]]) -> None:
-    from distft.run.embedding_files import ParquetSink
-
     file: Any = None
     try:
         while group := list(itertools.islice(predictions, _ROWS_OF_GROUP)):

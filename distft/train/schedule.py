@@ -31,11 +31,16 @@ class TrainConfig(Settings):
         return self
 
     def total_steps(self, *, num_sequences: int, global_batch_size: int) -> int:
-        """Optimizer steps of the whole run. The last batch may extend into a further epoch."""
+        """Optimizer steps of the whole run."""
         if self.max_steps is not None:
             return self.max_steps
         assert self.num_epochs is not None
-        return max(1, -(-int(self.num_epochs * num_sequences) // global_batch_size))
+        return steps_of_epochs(self.num_epochs, num_sequences, global_batch_size)
+
+
+def steps_of_epochs(num_epochs: float, num_sequences: int, global_batch_size: int) -> int:
+    """Optimizer steps, one at least. The last batch may extend into a further epoch."""
+    return max(1, -(-int(num_epochs * num_sequences) // global_batch_size))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
