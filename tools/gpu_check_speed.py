@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmark import SHAPES, Setup, bare_step, transformers_step
 from benchmark_rows import make_batches
+from benchmark_steps import SHAPES, Setup, bare_step, transformers_step
 from gpu_check_device import Device, Step
 from gpu_check_memory import MemoryPlan, largest_micro_batch
 from gpu_check_product import Session, Training, run_config

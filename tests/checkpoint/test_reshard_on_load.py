@@ -11,7 +11,7 @@ from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.store import CheckpointStore
 from distft.topology import Topology
 
-SAVE_STEP, NUM_STEPS = 5, 12
+SAVE_STEP, NUM_STEPS = 3, 7
 FROZEN = ("blocks.1.*", "norm.weight")
 
 

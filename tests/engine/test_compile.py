@@ -8,7 +8,7 @@ from support.rank_pool import run_ranks
 
 from distft.topology import Topology
 
-NUM_STEPS = 20
+NUM_STEPS = 4
 PARTLY_TRAINABLE = ("blocks.1.*", "norm.weight")  # the rest is frozen
 
 

@@ -20,7 +20,7 @@ from distft.model.config import ModelConfig
 from distft.model.settings import AnyModelConfig
 from distft.topology import Topology
 
-NUM_STEPS = 6
+NUM_STEPS = 4
 MODELS: list[dict[str, Any]] = [
     {"type": "deep_averaging", "num_layers": 2, "direction": "bidirectional"},
     {"type": "deep_averaging", "num_layers": 2, "dropout": 0.2},

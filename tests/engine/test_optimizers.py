@@ -17,7 +17,7 @@ from distft.collectives import SingleProcess
 from distft.data.targets import NEXT_TOKEN
 from distft.topology import Topology
 
-NUM_STEPS = 10
+NUM_STEPS = 6
 LAYER_DECAY = 0.8
 BY_LAYER = {
     "layer_decay": LAYER_DECAY,

@@ -10,7 +10,7 @@ from support.rank_pool import run_ranks
 from distft.data.targets import NEXT_TOKEN
 from distft.topology import Topology
 
-NUM_STEPS = 20
+NUM_STEPS = 8
 PARTLY_TRAINABLE = ("blocks.1.*", "norm.weight")  # the rest is frozen
 
 FP32 = [
