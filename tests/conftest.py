@@ -35,9 +35,11 @@ REMOVED = (  # variables of a launcher, login or cluster that the user's shell m
     "HUGGING_FACE_HUB_TOKEN",
 )
 
-# Folders whose tests run one after the other, at the end. They start clusters and launchers: two at a time
-# overload two cores, and beside other tests they take four times as long.
+# Folders whose tests run one after the other, in one process, from the start. They start clusters and
+# launchers: two at a time overload two cores. Beside other tests they took four times as long, so those run
+# at a lower priority.
 SERIAL_FOLDERS = ("cluster", "launch")
+NICENESS_BESIDE_SERIAL = 10
 
 hypothesis.settings.register_profile(
     "distft", deadline=None, max_examples=30, derandomize="CI" in os.environ, print_blob=True
@@ -69,14 +71,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's hook, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.parent.name in SERIAL_FOLDERS)
+    items.sort(key=lambda item: not _is_serial(item))
     for item in items:
         # Tests of one file share fixtures, so they stay in one process.
-        is_serial = item.path.parent.name in SERIAL_FOLDERS
-        item.add_marker(pytest.mark.xdist_group("serial" if is_serial else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("serial" if _is_serial(item) else str(item.path)))
         reasons = [reason for mark in item.iter_markers() if (reason := _missing_devices(mark))]
         if reasons:
             item.add_marker(pytest.mark.skip(reason=reasons[0]))
+
+
+def _is_serial(item: pytest.Item) -> bool:
+    return item.path.parent.name in SERIAL_FOLDERS
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave the CPU to the serial tests, if they run beside this one; ranks and commands inherit it."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not _is_serial(item):
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS_BESIDE_SERIAL)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

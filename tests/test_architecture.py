@@ -18,7 +18,7 @@ FLOORS = (  # lowest first; a package imports only itself and packages of lower 
     {"engine"},
     {"train"},
     {"run"},
-    {"cluster"},
+    {"cluster", "report"},
     {"cli"},
     {"__main__"},
 )
@@ -29,6 +29,7 @@ OWNERS = {
     "ray": "cluster",
     "sentencepiece": "tokenizer",
     "tokenizers": "tokenizer",
+    "jinja2": "tokenizer",
     "wandb": "tracker",
 }
 # Tools that compare distft with the dependency, or start Ray clusters to kill their nodes.

@@ -113,6 +113,8 @@ MISTAKES = (
     "embed {nowhere} stdlib -o {nowhere}",
     "predict {nowhere} rows.jsonl -o {nowhere}",
     "audit {nowhere}",
+    "runs {nowhere}",
+    "compare {nowhere} {nowhere}",
     "checkpoint inspect {nowhere}",
     "checkpoint verify {nowhere}",
     "checkpoint diff {nowhere} {nowhere}",

@@ -40,6 +40,7 @@ class AveragedCheckpoint(ManifestSource):
                 "parameters": {name: self._record(record) for name, record in base.parameters.items()},
                 "groups": [],
                 "probe": None,
+                "base": None,
                 "written_by": {
                     **base.written_by,
                     "average_of": redact(

@@ -8,16 +8,18 @@ from math import prod
 import torch
 
 from distft import storage
-from distft.checkpoint.fragments import Interval, StoredIntervals
+from distft.checkpoint.fingerprint import fingerprint, fingerprint_text
+from distft.checkpoint.fragments import WEIGHT, Interval, StoredIntervals
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.checkpoint.rank_file import FragmentLocation, read_header, read_values
-from distft.checkpoint.sources import ManifestSource
+from distft.checkpoint.sources import CheckpointSource, ManifestSource
 from distft.checkpoint.steps import STEP_PREFIX, absolute, find_checkpoint_directory, step_name
 from distft.collectives import Collectives, all_or_none
 from distft.errors import CheckpointError, DataError, StorageError, UnreachableError
 from distft.tokenizer import Tokenizer
 
 SIBLING_PREFIX = "../"  # begins the name of a file in another directory of the same store
+_CHUNK_NUMEL = 1 << 20  # elements of the base that are compared at a time
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -29,6 +31,8 @@ class Checkpoint(ManifestSource):
     def __init__(self, path: str, manifest: Manifest) -> None:
         super().__init__(path, manifest)
         self.notes: tuple[str, ...] = ()  # what the user should know
+        self.base: CheckpointSource | None = None  # the one that `manifest.base` names, once it is opened
+        self._in_base = set() if manifest.base is None else set(manifest.base.parameters)
         self._headers: dict[int, dict[tuple[str, str], FragmentLocation]] = {}  # by file number
         self._intervals: dict[str, StoredIntervals] = {}  # by parameter that was read; owners: file numbers
         self._last_owner = 0  # the file that the last read was from
@@ -56,6 +60,8 @@ class Checkpoint(ManifestSource):
         return beside
 
     def read(self, parameter: str, state: str, start: int, stop: int) -> torch.Tensor:
+        if parameter in self._in_base:
+            return self._read_base(parameter, state, start, stop)
         try:
             intervals = self.locate(parameter, start, stop)
         except ValueError as gap:
@@ -65,6 +71,34 @@ class Checkpoint(ManifestSource):
             return torch.empty(0, dtype=getattr(torch, record.dtype))
         values = [self._read_interval(parameter, state, interval) for interval in intervals]
         return values[0] if len(values) == 1 else torch.cat(values)
+
+    def _read_base(self, parameter: str, state: str, start: int, stop: int) -> torch.Tensor:
+        """In the dtype that the run computed with, to which its engine rounded them too."""
+        if self.base is None:
+            raise CheckpointError(f"{self.path} does not hold {parameter!r}, and its base was not opened.")
+        dtype: torch.dtype = getattr(torch, self.manifest.parameters[parameter].states[state].dtype)
+        return self.base.read(parameter, state, start, stop).to(dtype)
+
+    def _find_base_damage(self, names: Sequence[str]) -> list[str]:
+        """A message if weights in the base are not those that the run began with."""
+        if self.base is None or not names:
+            return []
+        changed = []
+        for name in names:
+            record = self.manifest.parameters[name]
+            is_there = self.base.has(name, WEIGHT) and self.base.shape(name) == record.shape
+            total = 0
+            for start in range(0, self._numels[name] if is_there else 0, _CHUNK_NUMEL):
+                stop = min(start + _CHUNK_NUMEL, self._numels[name])
+                total += fingerprint(self._read_base(name, WEIGHT, start, stop), start)
+            if not is_there or fingerprint_text(total) != record.states[WEIGHT].fingerprint:
+                changed.append(name)
+        if not changed:
+            return []
+        return [
+            f"{self.path} holds adapters for another base than {self.base.path}: {len(changed)} of its "
+            f"weights, such as {changed[0]}, are not those of the training."
+        ]
 
     def locate(self, parameter: str, start: int, stop: int) -> list[Interval]:
         """The parts of [start, stop) in the files; owners are numbers of files.
@@ -119,7 +153,9 @@ class Checkpoint(ManifestSource):
         numbers = range(len(self.manifest.files)) if file_numbers is None else file_numbers
         with ThreadPoolExecutor(_THREADS) as threads:  # reading and hashing release the interpreter lock
             found = [damage for damage in threads.map(self._find_file_damage, numbers) if damage]
-        return found if file_numbers is not None else [*found, *self.find_tokenizer_damage()]
+        if file_numbers is not None:
+            return found
+        return [*found, *self._find_base_damage(sorted(self._in_base)), *self.find_tokenizer_damage()]
 
     def find_tokenizer_damage(self) -> list[str]:
         """A message if the tokenizer beside the manifest is missing, or encodes to other ids."""
@@ -161,7 +197,8 @@ class Checkpoint(ManifestSource):
         """
         with all_or_none(collectives, CheckpointError):
             own_numbers = range(collectives.rank, len(self.manifest.files), collectives.world_size)
-            found = self.find_damage(own_numbers)
+            own_names = sorted(self._in_base)[collectives.rank :: collectives.world_size]
+            found = [*self.find_damage(own_numbers), *self._find_base_damage(own_names)]
             if found:
                 raise CheckpointError("\n".join(found))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from distft.checkpoint.adapters import merged
 from distft.checkpoint.convert_config import ConvertConfig, Format
 from distft.checkpoint.damage import require_undamaged
 from distft.checkpoint.formats.deepspeed.model import PARAM_DTYPES
@@ -9,6 +10,7 @@ from distft.checkpoint.formats.deepspeed.transformers_model import TransformersC
 from distft.checkpoint.formats.deepspeed.universal import write_universal
 from distft.checkpoint.formats.deepspeed.writer import write_deepspeed
 from distft.checkpoint.formats.huggingface_target import write_huggingface
+from distft.checkpoint.formats.peft_target import write_peft
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.reshard import write_distft
 from distft.checkpoint.sources import CheckpointSource
@@ -50,8 +52,10 @@ def convert(
                 on_progress=on_progress,
             )
             return _notes_on_lost_states(source, config.to)
+        if config.to == "peft":
+            return write_peft(source, target, architecture=config.architecture, on_progress=on_progress)
         notes = write_huggingface(
-            source,
+            merged(source),
             target,
             dtype=None if config.dtype is None else PARAM_DTYPES[config.dtype],
             max_shard_bytes=config.max_shard_bytes,

@@ -10,7 +10,7 @@ from distft.config import Settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-Format = Literal["distft", "deepspeed", "universal", "huggingface"]
+Format = Literal["distft", "deepspeed", "universal", "huggingface", "peft"]
 FORMATS: tuple[str, ...] = get_args(Format)
 ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
 
@@ -20,6 +20,7 @@ _OPTIONS: dict[Format, tuple[str, ...]] = {
     "deepspeed": ("ranks", "zero_stage", "dtype"),
     "universal": (),
     "huggingface": ("dtype", "architecture", "max_shard_bytes"),
+    "peft": ("architecture",),
 }
 
 
@@ -30,7 +31,7 @@ class ConvertConfig(Settings):
     ranks: int = 1  # deepspeed, distft: number of ranks to write files for
     zero_stage: int = 1  # deepspeed
     dtype: Precision | None = None  # of deepspeed's module, of huggingface's weights
-    architecture: str | None = None  # huggingface; None: the first that fits
+    architecture: str | None = None  # huggingface, peft; None: the first that fits
     max_shard_bytes: int = 5 << 30  # huggingface
 
     @model_validator(mode="after")

@@ -72,6 +72,7 @@ def describe(
         "probe": None if manifest.probe is None else manifest.probe.model_dump(mode="json"),
         "tied": manifest.tied,
         "groups": [{"num_parameters": len(group.parameters), **group.settings} for group in manifest.groups],
+        "base": None if manifest.base is None else redact(manifest.base.path),
         "files": _describe_files(source),
         "parameters": {
             name: _describe_parameter(source, name, statistics, on_progress) for name in manifest.parameters

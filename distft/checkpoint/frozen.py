@@ -8,13 +8,13 @@ In a run, the names carry that of the start that wrote them: `frozen_00000500_01
 
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from distft import storage
 from distft.checkpoint.committed import SIBLING_PREFIX, Checkpoint
 from distft.checkpoint.fingerprint import DigestsByState, fragment_digests, merge_digests
 from distft.checkpoint.fragments import WEIGHT, Fragment
-from distft.checkpoint.manifest import FileRecord, Manifest, StateRecord
+from distft.checkpoint.manifest import BaseRecord, FileRecord, Manifest, StateRecord
 from distft.checkpoint.rank_file import LazyFragment, write_rank_file
 from distft.checkpoint.steps import rank_file_name, step_name
 from distft.collectives import Collectives, all_or_none
@@ -36,9 +36,19 @@ class FrozenWeights:
         self._own_intervals: list[tuple[str, int, int]] = []
         self._own_digests: DigestsByState = {}
         self._directories_by_step: dict[int, set[str]] = {}
+        # Where weights are that no commit holds, and these; None: those that are frozen in the first commit.
+        self._base: BaseRecord | None = None
+        self._base_records: dict[str, StateRecord] | None = None
+
+    def refer_to(self, base: BaseRecord) -> None:
+        """Let commits of a new run leave out the weights of `base` that do not change from its start on."""
+        self._base = base
 
     def resume_from(self, manifest: Manifest) -> None:
         """Let the next commit refer to the frozen files of `manifest`, if its frozen weights are the same."""
+        self._base, self._base_records = manifest.base, {}
+        for name in () if manifest.base is None else manifest.base.parameters:
+            self._base_records[name] = manifest.parameters[name].states[WEIGHT]
         self._files = [file for file in manifest.files if file.name.startswith(SIBLING_PREFIX)]
         names = {parameter for file in self._files for parameter in file.intervals}
         self._records = {
@@ -47,8 +57,8 @@ class FrozenWeights:
 
     def reuse_or_write(
         self, fragments: Sequence[Fragment], step: int, attempt: str
-    ) -> tuple[list[FileRecord], dict[str, StateRecord]]:
-        """Files and records of the frozen weights; writes them unless an earlier commit's are the same.
+    ) -> tuple[list[FileRecord], dict[str, StateRecord], BaseRecord | None]:
+        """Files and records of the frozen weights; writes those that no earlier commit and no base has.
 
         All ranks call this together, each with its own fragments; the result is complete on rank 0.
         `attempt` distinguishes the files from those of other starts.
@@ -57,10 +67,24 @@ class FrozenWeights:
         collectives = self._collectives
         digests = collectives.gather(self._digests(fragments))
         records = {name: states[WEIGHT] for name, states in merge_digests(digests or ()).items()}
-        if collectives.broadcast(records != self._records):
-            files = self._write(fragments, step, attempt) if collectives.broadcast(bool(records)) else []
-            self._files, self._records = files, records
-        return self._files, records
+        in_base: set[str] = collectives.broadcast(self._names_in_base(records))
+        own = {name: record for name, record in records.items() if name not in in_base}
+        if collectives.broadcast(own != self._records):
+            kept = [fragment for fragment in fragments if fragment.parameter not in in_base]
+            files = self._write(kept, step, attempt) if collectives.broadcast(bool(own)) else []
+            self._files, self._records = files, own
+        if self._base is None or not in_base:
+            return self._files, records, None
+        names = tuple(name for name in records if name in in_base)
+        return self._files, records, self._base.model_copy(update={"parameters": names})
+
+    def _names_in_base(self, records: Mapping[str, StateRecord]) -> set[str]:
+        """The weights that are as in the base, on rank 0."""
+        if self._base is None or self._collectives.rank > 0:
+            return set()
+        if self._base_records is None:
+            self._base_records = {n: records[n] for n in self._base.parameters if n in records}
+        return {name for name, record in records.items() if self._base_records.get(name) == record}
 
     def _digests(self, fragments: Sequence[Fragment]) -> DigestsByState:
         intervals = [(f.parameter, f.start, f.stop) for f in fragments]

@@ -5,7 +5,7 @@ import re
 from math import prod
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_core import to_json
 
 from distft.config import Settings
@@ -66,6 +66,24 @@ class FileRecord(Settings):
     num_bytes: Count
     checksum: str
     intervals: dict[PlainName, tuple[Count, Count]]  # parameter -> elements [start, stop), of every state
+
+
+class BaseRecord(Settings):
+    """The checkpoint, of any format, with the weights that this one leaves out: those of an adapter's model.
+
+    Their records in the manifest have the fingerprints of what the run computed with, in its dtype.
+    """
+
+    path: str = Field(pattern=r"^[^\x00-\x1f]+$", max_length=4096)  # on a disk, absolute
+    relative: str | None = Field(None, max_length=4096)  # the same from this checkpoint's directory
+    parameters: tuple[PlainName, ...]  # whose weights it has
+
+    @field_validator("path", "relative")
+    @classmethod
+    def _check_is_local(cls, path: str | None) -> str | None:
+        if path is not None and "://" in path:
+            raise ValueError("a base lies on a disk: no URL that a file names is opened")
+        return path
 
 
 class ProbeRecord(Settings):
@@ -132,6 +150,7 @@ class Manifest(Settings):
     groups: list[GroupRecord] = Field([])  # of trainable parameters; empty: grouped by config's optim
     probe: ProbeRecord | None = None
     data_fingerprint: str | None = None  # of the training data's content; None: unknown
+    base: BaseRecord | None = None  # None: all weights are in `files`
     files: list[FileRecord]
 
     @model_validator(mode="after")

@@ -192,7 +192,7 @@ def _manifest(
             for state, saved in record.states.items()
         }
         parameters[name] = record.model_copy(update={"states": states})
-    changes = {"parameters": parameters, "files": files, "tokenizer": tokenizer}
+    changes = {"parameters": parameters, "files": files, "tokenizer": tokenizer, "base": None}
     return source.manifest.model_copy(update=changes)
 
 

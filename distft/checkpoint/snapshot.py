@@ -6,6 +6,7 @@ from typing import Any
 
 from distft.checkpoint.fragments import WEIGHT, Fragment
 from distft.checkpoint.manifest import (
+    BaseRecord,
     FileRecord,
     GroupRecord,
     Manifest,
@@ -58,7 +59,10 @@ class CheckpointSnapshot:
     attachments: Mapping[str, bytes]  # further files, by name
 
     def manifest(
-        self, files: Sequence[FileRecord], records: Mapping[str, Mapping[str, StateRecord]]
+        self,
+        files: Sequence[FileRecord],
+        records: Mapping[str, Mapping[str, StateRecord]],
+        base: BaseRecord | None = None,
     ) -> Manifest:
         """The manifest of a commit with these files and states (parameter -> state -> record)."""
         run = self.metadata
@@ -73,6 +77,7 @@ class CheckpointSnapshot:
             tied=run.tied,
             probe=run.probe,
             data_fingerprint=run.data_fingerprint,
+            base=base,
             parameters={
                 name: ParameterRecord(
                     shape=info.shape,

@@ -12,7 +12,7 @@ earlier start may commit late a step that this one has deleted: it does not coun
 
 import secrets
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distft import storage
@@ -21,7 +21,7 @@ from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.fingerprint import DigestsByState, fragment_digests, merge_digests
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.frozen import FrozenWeights
-from distft.checkpoint.manifest import MANIFEST, Manifest, Progress, StateRecord
+from distft.checkpoint.manifest import MANIFEST, BaseRecord, Manifest, Progress, StateRecord
 from distft.checkpoint.rank_file import LazyFragment, write_rank_file
 from distft.checkpoint.retention import delete_own_files, delete_unneeded, steps_to_prune
 from distft.checkpoint.snapshot import CheckpointSnapshot
@@ -53,8 +53,15 @@ class _Place:
 class CheckpointStore:
     """The checkpoints of one run. All ranks call every method together."""
 
-    def __init__(self, root: str, collectives: Collectives) -> None:
+    def __init__(
+        self,
+        root: str,
+        collectives: Collectives,
+        attach_base: Callable[[Checkpoint], None] = lambda _: None,
+    ) -> None:
+        """`attach_base` opens what a checkpoint refers to; without it, such weights are not verified."""
         self.root = root
+        self._attach_base = attach_base
         self._collectives = collectives
         self._fence = WriterFence(root)
         self._frozen = FrozenWeights(root, collectives)
@@ -127,7 +134,13 @@ class CheckpointStore:
                     f"{path} contains the checkpoint of step {manifest.progress.step}, according to its "
                     "manifest: it was put there by mistake."
                 )
-        return Checkpoint(path, manifest)
+            checkpoint = Checkpoint(path, manifest)
+            self._attach_base(checkpoint)
+        return checkpoint
+
+    def refer_to(self, base: BaseRecord) -> None:
+        """As `FrozenWeights.refer_to`."""
+        self._frozen.refer_to(base)
 
     def resume_from(self, found: LatestValid) -> None:
         """Continue after `found`: refer to its frozen weights, and treat the damaged steps as uncommitted."""
@@ -164,7 +177,7 @@ class CheckpointStore:
 
         trainable = [f for f in snapshot.fragments if not snapshot.parameters[f.parameter].is_constant]
         frozen = [f for f in snapshot.fragments if snapshot.parameters[f.parameter].is_constant]
-        frozen_files, frozen_records = self._frozen.reuse_or_write(frozen, step, attempt)
+        frozen_files, frozen_records, base = self._frozen.reuse_or_write(frozen, step, attempt)
         with all_or_none(collectives, StorageError):
             name = rank_file_name(collectives.rank, attempt)
             file = write_rank_file(
@@ -177,7 +190,7 @@ class CheckpointStore:
             if gathered is not None:
                 files = [file for file, _ in gathered] + frozen_files
                 records = _merge_records([digests for _, digests in gathered], frozen_records)
-                self._commit(snapshot, snapshot.manifest(files, records), place)
+                self._commit(snapshot, snapshot.manifest(files, records, base), place)
         self._damaged_steps.discard(step)
         self._set_best(snapshot.progress)
         if self._counted_steps is not None:

@@ -14,7 +14,8 @@ _MOST_MARKER_BYTES = 1 << 16
 # What the tools write into a target. Of anything else in it, nobody can say whose it is.
 _OWN_NAME = re.compile(
     r"manifest\.json|[\w.-]+\.safetensors(\.index\.json)?|(latest|global_step\d+)(_universal)?|classifier\.md"
-    r"|(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json|tokenizer\.model"
+    r"|(config|adapter_config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
+    r"|tokenizer\.model"
     r"|merges\.txt|chat_template\.\w+"
 )
 

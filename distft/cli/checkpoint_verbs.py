@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distft.cli.arguments import existing_checkpoint, existing_checkpoints, expanded, print_note, say
+from distft.cli.arguments import existing_checkpoint, expanded, print_note, say
 from distft.cli.opening import ParameterGroupsFile, Trust, open_with_notes
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def reshard(checkpoint: Path, target: Target, ranks: Ranks = 1, trust: Trust = F
 def convert(
     checkpoint: Path,
     target: Target,
-    to: Annotated[str, typer.Option(help="distft, deepspeed, universal or huggingface.")],
+    to: Annotated[str, typer.Option(help="distft, deepspeed, universal, huggingface or peft.")],
     ranks: Annotated[
         int | None, typer.Option(min=1, help="For distft and deepspeed: number of ranks to write files for.")
     ] = None,
@@ -231,7 +231,7 @@ def convert(
         str | None, typer.Option(help="For deepspeed and huggingface: fp32, bf16 or fp16 weights.")
     ] = None,
     architecture: Annotated[
-        str | None, typer.Option(help="For huggingface: llama, mistral, qwen2, qwen3 or gpt2.")
+        str | None, typer.Option(help="For huggingface and peft: llama, mistral, qwen2, qwen3 or gpt2.")
     ] = None,
     run_config: Annotated[
         str | None,
@@ -261,31 +261,6 @@ def convert(
     _convert(checkpoint, target, given, trust, run_config, parameter_groups)
 
 
-@checkpoint_app.command("average")
-def average(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CHECKPOINT...",
-            help="Two or more checkpoints of the same model.",
-            callback=existing_checkpoints,
-        ),
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", help="A new directory.", callback=expanded)],
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(help="Relative weight of one checkpoint; repeat it for each; default: all equal."),
-    ] = None,
-    trust: Trust = False,
-) -> None:
-    """Average the weights of several checkpoints, for use with init_from, evaluate or convert."""
-    from distft.checkpoint.average import AveragedCheckpoint
-
-    sources = [open_with_notes(path, trust, weights_only=True) for path in checkpoints]
-    mean = AveragedCheckpoint(sources, weight)
-    _write(mean, output, {"to": "distft"}, checkpoints, mean.summary)
-
-
 @checkpoint_app.command("prune")
 def prune(
     run: Annotated[
@@ -308,6 +283,7 @@ def prune(
     """
     from distft import storage
     from distft.checkpoint.config import CheckpointConfig
+    from distft.checkpoint.formats.detect import attach_base
     from distft.checkpoint.manifest import MANIFEST
     from distft.checkpoint.steps import find_checkpoint_directory
     from distft.errors import ConfigError
@@ -321,7 +297,7 @@ def prune(
     from distft.collectives import SingleProcess
 
     config = CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps)
-    store = CheckpointStore(root, SingleProcess())
+    store = CheckpointStore(root, SingleProcess(), attach_base)
     found = store.find_latest_valid()
     for damage in found.damage:
         print_note(damage)
@@ -352,11 +328,13 @@ def _convert(
     parameter_groups: str | None = None,
 ) -> None:
     source = open_with_notes(
-        checkpoint, trust, weights_only=settings["to"] == "huggingface", groups=parameter_groups
+        checkpoint, trust, weights_only=settings["to"] in {"huggingface", "peft"}, groups=parameter_groups
     )
     if run_config is not None:
         _set_run_config(source, run_config)
-    _write(source, target, settings, [checkpoint], f"step {source.manifest.progress.step} of {source.path}")
+    write_checkpoint(
+        source, target, settings, [checkpoint], f"step {source.manifest.progress.step} of {source.path}"
+    )
 
 
 def _set_run_config(source: "CheckpointSource", run_config: str) -> None:
@@ -371,7 +349,7 @@ def _set_run_config(source: "CheckpointSource", run_config: str) -> None:
     source.manifest = source.manifest.model_copy(update={"config": config})
 
 
-def _write(
+def write_checkpoint(
     source: "CheckpointSource", target: str, settings: dict[str, Any], given: list[str], summary: str
 ) -> None:
     """Convert `source`, which reads the checkpoints at the paths `given`; print notes and `summary`."""

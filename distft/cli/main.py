@@ -11,12 +11,15 @@ from typing import Annotated
 import typer
 
 from distft.cli import (
+    average_verb,
     checkpoint_verbs,
     cluster_verbs,
     config_verbs,
     embed_verbs,
+    generate_verbs,
     model_verbs,
     predict_verbs,
+    report_verbs,
     text_verbs,
 )
 from distft.errors import CheckpointError, DistftError, Interrupted, Preempted, UnsupportedFormatError
@@ -36,10 +39,13 @@ app.command("submit")(cluster_verbs.submit)
 app.command("status")(cluster_verbs.status)
 app.command("logs")(cluster_verbs.logs)
 app.command("evaluate")(model_verbs.evaluate)
-app.command("generate")(model_verbs.generate)
+app.command("generate")(generate_verbs.generate)
 app.command("predict")(predict_verbs.predict)
 app.command("embed")(embed_verbs.embed)
 app.command("audit")(model_verbs.audit)
+app.command("runs")(report_verbs.runs)
+app.command("compare")(report_verbs.compare)
+checkpoint_verbs.checkpoint_app.command("average")(average_verb.average)
 app.add_typer(checkpoint_verbs.checkpoint_app, name="checkpoint")
 app.add_typer(config_verbs.config_app, name="config")
 

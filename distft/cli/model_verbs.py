@@ -1,4 +1,4 @@
-"""`distft train`, `evaluate`, `generate` and `audit`."""
+"""`distft train`, `evaluate` and `audit`."""
 
 import json
 import os
@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from distft.cli.arguments import ConfigPath, Overrides, existing_checkpoint, expanded, print_note
+from distft.cli.arguments import (
+    ConfigPath,
+    Overrides,
+    existing_checkpoint,
+    existing_checkpoints,
+    expanded,
+    print_note,
+)
 from distft.topology import Topology
 
 CheckpointPath = Annotated[
@@ -20,6 +27,15 @@ CheckpointPath = Annotated[
 RunSettings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting of the run as key=value, such as batch.micro_batch_size=64."),
+]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="CHECKPOINT",
+        help="Another classifier of the same labels, for an ensemble; repeatable.",
+        callback=lambda paths: existing_checkpoints(paths or []),
+    ),
 ]
 Trust = Annotated[
     bool,
@@ -55,6 +71,7 @@ def evaluate(
             "'validation.path=rows.jsonl' for other data.",
         ),
     ] = None,
+    others: Others = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     trust: Trust = False,
 ) -> None:
@@ -66,6 +83,16 @@ def evaluate(
     from distft.run.pretrained import evaluate_checkpoint
 
     on_note = print_note if topology.is_main else (lambda _: None)
+    if others:
+        from distft.cli.ensemble_table import print_ensemble
+        from distft.run.ensemble import evaluate_ensemble
+
+        report = evaluate_ensemble(
+            [checkpoint, *others], overrides or (), topology, trust=trust, on_note=on_note
+        )
+        if topology.is_main:
+            print_ensemble(report, as_json=as_json)
+        return
     lines: list[str] = []
     metrics = evaluate_checkpoint(
         checkpoint, overrides or (), topology, trust=trust, on_note=on_note, on_report=lines.extend
@@ -81,62 +108,6 @@ def evaluate(
     if lines:
         print()
         print("\n".join(lines))
-
-
-def generate(
-    checkpoint: CheckpointPath,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts",
-            help="A file of prompts: the column `prompt` of a .jsonl, .csv or .tsv file, else each line.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 128,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", help="End a continuation before this text; repeatable."),
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed generates the same text.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a prompt, with prompt and text.")
-    ] = False,
-    trust: Trust = False,
-) -> None:
-    """Continue prompts with the language model of a run, a checkpoint or a directory of transformers."""
-    from distft.run.environment import prepare_for_torch
-
-    prepare_for_torch()
-    from distft.run.generate import GenerationOptions, generate_text, read_prompts
-
-    texts = [*(prompt or []), *(read_prompts(expanded(prompts)) if prompts is not None else [])]
-    if not texts:
-        texts = [""]
-    options = GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
-    continued = generate_text(checkpoint, texts, options, trust=trust, on_note=print_note)
-    for number, (text, result) in enumerate(zip(texts, continued, strict=True)):
-        if as_json:
-            print(json.dumps({"prompt": text, "text": result}))
-            continue
-        if number:
-            print("---")
-        print(result)
 
 
 def audit(

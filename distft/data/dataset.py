@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from distft.errors import DataError
+from distft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,7 @@ ClassNames = tuple[str, ...]  # by class id
 # Of the one data set; None: it has none; or those of each stream, by its name.
 Labels = ClassNames | Mapping[str, ClassNames] | None
 DocumentMode = Literal["separate", "joined"]  # whether a row's documents see each other
+Turns = Literal["all", "last"]  # of the assistant in a conversation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,41 @@ class TextTemplate:
         return len(self.before) + len(first) + len(self.between)
 
 
+class Chat(Protocol):
+    """A tokenizer with its chat template. Messages are JSON objects with role and content.
+
+    Raises `DataError` where the template refuses messages.
+    """
+
+    fingerprint: str  # equal ones give equal tokens
+
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """The ids of the messages, up to where the assistant begins to write."""
+
+    def conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        turns: Turns = "all",
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of the messages, and which of them the assistant writes, in these of its turns."""
+
+    def completion(
+        self,
+        prompt: Sequence[Mapping[str, Any]],
+        completion: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """The ids of `prompt`, up to where the assistant begins to write, and those that follow them."""
+
+
+def _no_chat() -> Chat:
+    raise ConfigError("conversations need a tokenizer, and this model reads images alone.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataContext:
     """Sizes, tokenizer and labels of the run, passed to every data config's `build`."""
@@ -61,6 +97,7 @@ class DataContext:
     eos_id: int | None = None
     pad_id: int | None = None
     unk_id: int | None = None
+    chat: Callable[[], Chat] = _no_chat  # raises ConfigError for a chat template that is none
     piece_id: Callable[[str], int | None] = lambda _: None  # the id of a piece, such as <mask>; None: no such
     template: TextTemplate | None = None  # of rows of whole texts; None: texts alone, pairs with eos between
     ends_sources: bool = False  # an encoder reads prompts, each with eos at its end, as T5's

@@ -47,6 +47,8 @@ class Feed:
         self.label_counts = label_counts  # rows of each class; None: unknown, or not a classification
         self.num_sequences = sum(self.dataset_sizes)  # of all datasets; one epoch, unless weighted
         self.step_share: float | None = 1.0  # mean share of a training step's sequences; None: for evaluation
+        # The sampler of datasets of other sizes, in the same order of draws.
+        self._sampler_of: Callable[[Sequence[int]], Sampler] = SequentialSampler
 
     @classmethod
     def for_training(
@@ -61,16 +63,20 @@ class Feed:
         label_counts: Sequence[int] | None = None,
     ) -> "Feed":
         """Infinitely many epochs, each in another order; datasets are mixed by `weights`."""
-        weighted = [(rows.num_sequences, weight) for rows, weight in zip(datasets, weights, strict=True)]
-        sampler = MixtureSampler(weighted, seed, shuffle=shuffle)
-        return cls(
+
+        def sampler_of(sizes: Sequence[int]) -> Sampler:
+            return MixtureSampler(list(zip(sizes, weights, strict=True)), seed, shuffle=shuffle)
+
+        feed = cls(
             datasets,
-            sampler,
+            sampler_of([rows.num_sequences for rows in datasets]),
             label_names=label_names,
             document_start=document_start,
             numbers=numbers,
             label_counts=label_counts,
         )
+        feed._sampler_of = sampler_of
+        return feed
 
     @classmethod
     def for_evaluation(
@@ -82,6 +88,28 @@ class Feed:
         """Every row once in file order, as sequences [0, num_sequences)."""
         sampler = SequentialSampler([dataset.num_sequences for dataset in datasets])
         feed = cls(datasets, sampler, label_names=label_names, numbers=numbers)
+        feed.step_share = None
+        return feed
+
+    def with_rows(
+        self,
+        rows: SequenceDataset,
+        *,
+        numbers: NumberSpread | None = None,
+        label_counts: Sequence[int] | None = None,
+    ) -> "Feed":
+        """The same seed and transforms over the rows of one other dataset, which has these targets."""
+        feed = copy(self)
+        feed._datasets = (rows,)
+        feed._sampler = self._sampler_of([rows.num_sequences])
+        feed.numbers, feed.label_counts = numbers, label_counts
+        feed.num_sequences = rows.num_sequences
+        return feed
+
+    def once_in_order(self) -> "Feed":
+        """The same rows and transforms for evaluation, as `for_evaluation`."""
+        feed = copy(self)
+        feed._sampler, feed._sampler_of = SequentialSampler(self.dataset_sizes), SequentialSampler
         feed.step_share = None
         return feed
 
@@ -108,6 +136,11 @@ class Feed:
     def summary(self) -> str:
         """One line per dataset, and those on the transforms, for the log."""
         return "\n".join([*(dataset.summary for dataset in self._datasets), *self._notes])
+
+    @property
+    def datasets(self) -> Sequence[SequenceDataset]:
+        """Their rows, without transforms."""
+        return self._datasets
 
     @property
     def dataset_sizes(self) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from distft import storage
 from distft.data.compressed import MAX_ROW_BYTES, read_error
 from distft.data.image_decoding import DECODED_SUFFIXES, decode
-from distft.data.rows import missing_column, text_problem
+from distft.data.parquet_rows import parquet_rows
+from distft.data.rows import text_problem
 from distft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 _DIGIT_SHAPE = (1, 8, 8)
 _HELD_OUT_EVERY = 5
 _MAX_SHOWN = 10  # problems in a message
-_ROWS_AT_A_TIME = 64  # of Parquet
 
 
 @dataclass(slots=True)
@@ -175,7 +175,7 @@ def _parquet_entries(config: ImagesConfig, path: str) -> Iterator[_Entry]:
     if not storage.exists(path):
         raise DataError(f"{path} does not exist: name a folder of images, or a .parquet file.")
     number = 0
-    for row in _parquet_rows(path, columns):
+    for row in parquet_rows(path, columns):
         where = f"{path}:{number}"
         number += 1
         data = _image_bytes(row[config.image])
@@ -200,26 +200,6 @@ def _parquet_entries(config: ImagesConfig, path: str) -> Iterator[_Entry]:
             yield _Entry(where, b"", problem=f"{name!r} {problem}")
             continue
         yield _Entry(where, data, label, text)
-
-
-def _parquet_rows(path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet  # 0.3 s, which other data save
-
-    try:
-        with storage.open_read(path) as opened:
-            file = pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True)
-            names = file.schema_arrow.names
-            for column in columns:
-                if column not in names:
-                    raise DataError(f"{path} {missing_column(column, names)}")
-            for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=columns):
-                yield from batch.to_pylist()
-    except (ValueError, NotImplementedError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is damaged, or no Parquet file that can be read: {error}.") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise DataError(f"{path} is damaged, or no Parquet file that can be read: {error}.") from error
 
 
 def _image_bytes(value: object) -> bytes | str:

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -83,7 +84,7 @@ def read_records(
     records: list[Record] = []
     columns = [*texts, *labels, *label_lists, *numbers]
     try:
-        for line, row in _parse_rows(path, columns):
+        for line, row in parse_rows(path, columns):
             if max_rows is not None and len(records) + errors.num_errors >= max_rows:
                 break
             if isinstance(row, str):
@@ -98,7 +99,7 @@ def read_records(
             else:
                 records.append(Record(line, values))
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist.{_similar_files(path)}") from None
+        raise missing_file(path) from None
     except OSError as error:
         raise read_error(path, error) from error
     errors.raise_if_any()
@@ -107,22 +108,30 @@ def read_records(
     return records
 
 
-def _parse_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
-    """Yield (line, row); in place of a bad row, a message about it."""
+def parse_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
+    """Yield (line, row) of a JSONL, CSV or TSV file; in place of a bad row, a message about it.
+
+    Raises `DataError` for a file of another kind, and `OSError`.
+    """
     kind = PurePosixPath(without_compression(path)).suffix.lower()
     if kind not in _JSON_SUFFIXES and kind not in _DELIMITERS:
         raise DataError(
             f"{path}: unknown file type: the name must end in .jsonl, .csv or .tsv, "
             f"or in one of these with .gz or .zst."
         )
-    _check_regular(path)
-    with storage.open_read(path) as opened:
-        blocks = (data for data, _ in decompressed(opened, path))
-        file_lines = lines(blocks, path)
+    with open_lines(path) as file_lines:
         if kind in _JSON_SUFFIXES:
             yield from json_rows(file_lines, columns)
         else:
             yield from csv_rows(file_lines, _DELIMITERS[kind], columns)
+
+
+@contextmanager
+def open_lines(path: str) -> Iterator[Iterator[bytes]]:
+    """The lines of a file, which may be compressed. Raises `DataError` if it is none, and `OSError`."""
+    _check_regular(path)
+    with storage.open_read(path) as opened:
+        yield lines((data for data, _ in decompressed(opened, path)), path)
 
 
 def _check_regular(path: str) -> None:
@@ -205,6 +214,11 @@ def _is_number(value: object) -> bool:
         return math.isfinite(float(value))
     except (ValueError, OverflowError):
         return False
+
+
+def missing_file(path: str) -> DataError:
+    """The error for a file that does not exist, which names similar ones beside it."""
+    return DataError(f"{path} does not exist.{_similar_files(path)}")
 
 
 def _similar_files(path: str) -> str:

@@ -10,11 +10,13 @@ from pydantic import Field, model_validator
 
 from distft.config import Component, Settings
 from distft.data.completion import CompletionConfig
+from distft.data.conversations import ConversationsConfig
 from distft.data.dataset import DataContext
 from distft.data.images import ImagesConfig
 from distft.data.labelled import LabelledConfig
 from distft.data.pairs import PairsConfig
 from distft.data.shares import integer_shares
+from distft.data.token_labels import TokenLabelsConfig
 from distft.data.tokens import TokensConfig
 from distft.errors import ConfigError, ErrorCollector
 
@@ -22,7 +24,14 @@ if TYPE_CHECKING:
     from distft.data.feed import Feed, StreamFeed
 
 StreamDataConfig = Annotated[
-    TokensConfig | LabelledConfig | CompletionConfig | PairsConfig | ImagesConfig, Component()
+    TokensConfig
+    | LabelledConfig
+    | TokenLabelsConfig
+    | CompletionConfig
+    | ConversationsConfig
+    | PairsConfig
+    | ImagesConfig,
+    Component(),
 ]
 StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 

@@ -64,6 +64,11 @@ class ModelConfig(Settings, ABC):
         """Whether training drops anything."""
 
     @property
+    def has_noise(self) -> bool:
+        """Whether training adds noise to the embeddings of tokens."""
+        return False
+
+    @property
     @abstractmethod
     def is_causal(self) -> bool:
         """Whether a position's hidden state depends on the positions before it alone."""
@@ -157,6 +162,9 @@ class TokenModelConfig(ModelConfig):
     d_model: int = Field(ge=1, le=MOST)
     tie_embeddings: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)
+    # Noise on embeddings in training, uniform in +-alpha / sqrt(row's tokens * d_model); papers: 5 to 15
+    # (NEFTune, Jain et al. 2023, arXiv:2310.05914).
+    neftune_alpha: float = Field(0.0, ge=0, allow_inf_nan=False)
     init_std: float | None = Field(None, gt=0)  # of matrices; null: (width of the product's input) ** -0.5
 
     @property
@@ -182,6 +190,10 @@ class TokenModelConfig(ModelConfig):
     @property
     def has_dropout(self) -> bool:
         return self.dropout > 0
+
+    @property
+    def has_noise(self) -> bool:
+        return self.neftune_alpha > 0
 
     @property
     def output_size(self) -> int:

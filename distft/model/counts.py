@@ -13,6 +13,7 @@ from distft.model.heads import (
     Heads,
     TokenHead,
 )
+from distft.model.lora_config import is_adapter
 from distft.model.products import Product
 from distft.model.transformer_config import TransformerConfig
 
@@ -142,9 +143,14 @@ def training_flops(
     before it trains. So a fine-tune of the last blocks costs little more than a forward.
     """
     names = None if trainable is None else tuple(trainable)
+    # Those of adapters are small, and not counted.
+    weights = None if names is None else [name for name in names if not is_adapter(name)]
 
     def trains(*prefixes: str) -> bool:
         return names is None or any(name.startswith(prefixes) for name in names)
+
+    def trains_weight(name: str) -> bool:
+        return weights is None or any(weight.startswith(name) for weight in weights)
 
     per_token, per_pair, per_local_pair = 0.0, 0.0, 0.0
     for chain in _chains(config, seq_len, heads):
@@ -154,7 +160,7 @@ def training_flops(
             needs_input_gradient = has_trainable_before or trains(*product.before_alone)
             if product.depends_on is not None:
                 needs_input_gradient = bool(product.depends_on) and trains(*product.depends_on)
-            per_token += 2 * product.numel * (needs_input_gradient + trains(product.name))
+            per_token += 2 * product.numel * (needs_input_gradient + trains_weight(product.name))
             if product.flops_per_pair or product.flops_per_local_pair:
                 has_trainable_before = has_trainable_before or trains(
                     *_attention_inputs(product.name[: -len("v.")])

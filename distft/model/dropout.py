@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distft.keyed_random import GOLDEN, mix
 
+_NOISE_SITE = 0x6E6F697365  # far from the sites of dropout, which count a model's layers
 _MAX_WIDTH = 2**24  # positions in one row of the last dimension but one, for the counters
 
 
@@ -27,6 +28,20 @@ def dropout(x: Tensor, p: float, keys_B: Tensor, site: int) -> Tensor:
     threshold = round(p * 65536)
     keep = _random_16_bit(x.shape, keys_B, site) >= threshold - 32768
     return torch.where(keep, x * (65536 / (65536 - threshold)), 0.0)
+
+
+def embedding_noise(
+    shape: tuple[int, int, int], alpha: float, keys_B: Tensor, lengths_B: Tensor | None
+) -> Tensor:
+    """float32 `shape` [B, T, C], uniform in +-alpha / sqrt(L * C), L the real tokens of the row.
+
+    A row's numbers depend on its key and the place alone, as `dropout`'s. `lengths_B` None: all T are real.
+    """
+    num_rows, width, size = shape
+    numbers = _random_16_bit(torch.Size(shape), keys_B, _NOISE_SITE)
+    lengths_B = keys_B.new_full((num_rows,), width) if lengths_B is None else lengths_B.clamp_min(1)
+    most_B = alpha * (lengths_B.float() * size) ** -0.5
+    return (numbers.float() + 0.5) * (most_B / 32768)[:, None, None]
 
 
 def _random_16_bit(shape: torch.Size, keys_B: Tensor, site: int) -> Tensor:

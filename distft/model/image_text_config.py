@@ -70,6 +70,10 @@ class ImageTextConfig(ModelConfig):
         return self.image.has_dropout or self.text.has_dropout
 
     @property
+    def has_noise(self) -> bool:
+        return self.text.has_noise
+
+    @property
     def is_causal(self) -> bool:
         return False
 

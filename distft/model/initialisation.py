@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distft.model.config import ModelConfig
+from distft.model.lora_config import A, B
 
 _CHUNK_NUMEL = 1 << 20  # elements drawn from one generator
 
@@ -22,12 +23,14 @@ class InitialValues:
 
 
 def initial_values(config: ModelConfig, name: str, shape: tuple[int, ...]) -> InitialValues:
-    """Ones for norms, zeros for biases and a temperature's logarithm, normal for matrices.
+    """Ones for norms, zeros for biases, a temperature's logarithm and adapters' B, normal for other matrices.
 
     A matrix has the standard deviation `config.initial_std(name, shape)`.
     """
     last = name.rpartition(".")[2]
-    if last.startswith("bias") or last in {"log_temperature", "selection_bias"}:
+    if last == A:  # the variance of PEFT's and of the reference implementation's uniform distribution
+        return InitialValues("normal", (3 * shape[1]) ** -0.5)
+    if last.startswith("bias") or last in {"log_temperature", "selection_bias", B}:
         return InitialValues("zeros")
     if len(shape) == 1:
         return InitialValues("ones")

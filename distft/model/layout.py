@@ -16,6 +16,12 @@ HiddenLosses: TypeAlias = Mapping[str, HiddenLossFn]  # by the name of a head
 ROUTING = "/routing"
 
 
+class RowKeys:
+    """The dropout keys of the rows that a model computes in training, for layers that are not passed any."""
+
+    of_rows: Tensor | None = None  # int64 [B]
+
+
 def without_left_padding(x_BTC: Tensor, num_padding_B: Tensor | None) -> Tensor:
     """`x_BTC` with zeros at the first `num_padding_B` positions of each row; None: there are none."""
     if num_padding_B is None:

@@ -93,9 +93,13 @@ class Transformer(ModelWithHeads):
         self.norm = _make_final_norm(config)
 
     def embed_tokens(
-        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        noise_BTC: Tensor | None = None,
     ) -> Tensor:
-        x_BTC: Tensor = self.embed(input_ids)
+        x_BTC = self.token_vectors(input_ids, noise_BTC)
         if self.config.positions == "learned":
             x_BTC = x_BTC + self.position_embed(position_ids + self.config.position_offset)
         if segment_ids is not None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig, TokenModelConfig
-from distft.model.dropout import dropout, random_row_keys
+from distft.model.dropout import dropout, embedding_noise, random_row_keys
 from distft.model.heads import (
     CLASSIFIER_NORM_EPS,
     LANGUAGE_MODEL,
@@ -27,7 +27,7 @@ from distft.model.heads import (
     TokenHead,
 )
 from distft.model.layers import Linear, make_embedding
-from distft.model.layout import ROUTING, HiddenLosses, HiddenLossFn, RowLayout
+from distft.model.layout import ROUTING, HiddenLosses, HiddenLossFn, RowKeys, RowLayout
 
 
 class OutputProjection(Linear):
@@ -107,6 +107,7 @@ class ModelWithHeads(nn.Module, ABC):
     """
 
     __call__: Callable[..., dict[str, Tensor]]
+    adapter_keys: RowKeys | None = None  # of adapters with dropout (`distft.model.lora`)
 
     def __init__(self, config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ class ModelWithHeads(nn.Module, ABC):
         `segment_ids` int64 [B, T] (None: 0 everywhere) say which text of a pair a token is of.
         `images` uint8 [B, channels, height, width] are read by models of images, which ignore the tokens, and
         by models of images with texts.
-        `dropout_keys` int64 [B] determine what training drops in each row; None: drawn at random.
+        `dropout_keys` int64 [B] determine what training drops and adds in each row; None: drawn at random.
         A language model's or generator's head `name` in `losses_from_hidden` returns
         `losses_from_hidden[name](hidden [N, H], weight [V, H])` in place of its logits.
         With `tells_routing`, a pass with gradient through experts has one more output, `ROUTING`: what
@@ -215,11 +216,17 @@ class ModelWithHeads(nn.Module, ABC):
         for.
         """
         layout = self.layout_of(input_ids, position_ids, document_ids, lengths, is_prefix)
-        if not self.training or not self.config.has_dropout:
+        if self.adapter_keys is not None and self.training:
+            if dropout_keys is None:
+                dropout_keys = random_row_keys(len(input_ids), input_ids.device)
+            self.adapter_keys.of_rows = dropout_keys
+        if not self.training or not (self.config.has_dropout or self.config.has_noise):
             dropout_keys = None
         elif dropout_keys is None:
             dropout_keys = random_row_keys(len(input_ids), input_ids.device)
         x_BTC = self.embed_inputs(input_ids, layout, segment_ids, images, dropout_keys)
+        if not self.config.has_dropout:
+            dropout_keys = None  # with them attention would be written out, to drop nothing
         losses = losses_from_hidden or {}
         names = list(self.heads if heads is None else heads)
         outputs = self.outputs_beside_backbone(names, x_BTC, layout, dropout_keys, losses)
@@ -267,25 +274,34 @@ class ModelWithHeads(nn.Module, ABC):
         """The backbone's input, [B, T, C] with the T of `layout`. Raises `ConfigError` for other inputs."""
         if images is not None:
             raise ConfigError("The rows have images, and this model reads tokens alone: leave images out.")
-        x_BTC = self.embed_tokens(input_ids, layout.position_ids, segment_ids)
-        if dropout_keys_B is None:
+        noise_BTC, config = None, self._token_config
+        if dropout_keys_B is not None and config.has_noise:
+            shape = (*input_ids.shape, config.d_model)
+            noise_BTC = embedding_noise(shape, config.neftune_alpha, dropout_keys_B, layout.lengths)
+        x_BTC = self.embed_tokens(input_ids, layout.position_ids, segment_ids, noise_BTC)
+        if dropout_keys_B is None or not config.has_dropout:
             return x_BTC
-        return dropout(x_BTC, self._token_config.dropout, dropout_keys_B, site=0)
+        return dropout(x_BTC, config.dropout, dropout_keys_B, site=0)
 
     def embed_tokens(
         self,
         input_ids: Tensor,
         position_ids: Tensor,  # noqa: ARG002
         segment_ids: Tensor | None = None,
+        noise_BTC: Tensor | None = None,
     ) -> Tensor:
-        """The backbone's input [B, T, C]."""
+        """The backbone's input [B, T, C]; `noise_BTC` is added to the vectors of the tokens."""
         if segment_ids is not None:
             raise ConfigError(
                 "The rows have segment ids, and this model has no segments: leave them out, or take "
                 "model.type=transformer with model.num_segments=2."
             )
+        return self.token_vectors(input_ids, noise_BTC)
+
+    def token_vectors(self, input_ids: Tensor, noise_BTC: Tensor | None) -> Tensor:
+        """What the table of tokens has for them [B, T, C], and the noise."""
         x_BTC: Tensor = self.embed(input_ids)
-        return x_BTC
+        return x_BTC if noise_BTC is None else x_BTC + noise_BTC.to(x_BTC.dtype)
 
     def outputs_beside_backbone(
         self,

@@ -17,12 +17,13 @@ from distft.objective.row_objective import RowObjective, require_targets
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
 
-    from distft.data.batch import AnyBatch
+    from distft.data.batch import AnyBatch, Batch
     from distft.data.feed import AnyFeed, Transform
     from distft.model.config import ModelConfig
 
 
 ClassWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+R_DROP = "r_drop"  # name of the term; its targets are rows
 _LEAST_MISS = 1e-6  # 1 - p in a focal loss: at 0 a power below 1 has no gradient
 _MOST_CONFUSED = 1024  # classes of a confusion matrix, which has 8 MiB
 
@@ -35,12 +36,23 @@ class Classification(RowObjective):
     # Factors of the classes' losses: by label, 1 for others; in their order; or balanced: rows / (K * own).
     class_weights: Literal["balanced"] | dict[str, ClassWeight] | tuple[ClassWeight, ...] | None = None
     focal_gamma: float = Field(0.0, ge=0, le=10)  # focal loss: times (1 - p) ** gamma (arXiv:1708.02002)
+    # R-Drop's coefficient: each row passes twice, and its two predictions, which dropout makes differ, are to
+    # agree (Wu et al. 2021, arXiv:2106.14448). Twice the work; papers: 0.5 to 5.
+    r_drop: float = Field(0.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check_focal(self) -> Self:
         if self.focal_gamma and self.label_smoothing:
             raise ValueError("focal_gamma and label_smoothing do not go together: leave one of them out")
         return self
+
+    def check_model(self, model: ModelConfig) -> None:
+        super().check_model(model)
+        if self.r_drop and not (model.has_dropout or model.has_noise):
+            raise ConfigError(
+                f"objective.r_drop={self.r_drop:g} with model.dropout=0: a row's two passes would be equal. "
+                "Set model.dropout, such as 0.1, or leave r_drop out."
+            )
 
     def resolved(self, model: ModelConfig, train: AnyFeed | None) -> Self:
         own = super().resolved(model, train)
@@ -72,10 +84,17 @@ class Classification(RowObjective):
                 "objective.type=classification",
                 "set labels=one for the data, or objective.type=multi_label for several labels a row",
             )
-        return ()
+        if not self.r_drop or context.step_share is None:
+            return ()
+        from distft.objective.views import twice
+
+        return (twice,)
 
     def term_weights(self, step: int) -> Mapping[str, float]:  # noqa: ARG002
-        return {LABEL: 1.0}
+        return {LABEL: 1.0, R_DROP: self.r_drop} if self.r_drop else {LABEL: 1.0}
+
+    def num_targets(self, batch: AnyBatch) -> Mapping[str, int]:
+        return dict.fromkeys(self.term_weights(0), only_batch(batch).num_targets[LABEL])
 
     def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:  # noqa: ARG002
         from torch.nn.functional import cross_entropy
@@ -93,7 +112,9 @@ class Classification(RowObjective):
         if self.focal_gamma:
             nll_B = cross_entropy(logits_BK, labels_B, ignore_index=IGNORE_INDEX, reduction="none")
             losses_B = losses_B * (-(-nll_B).expm1()).clamp_min(_LEAST_MISS) ** self.focal_gamma
-        return {LABEL: losses_B.sum()}
+        if not self.r_drop:
+            return {LABEL: losses_B.sum()}
+        return {LABEL: losses_B.sum() / 2, R_DROP: _disagreement(logits_BK, labels_B)}
 
     def predictions(self, outputs_BK: Tensor, label_names: ClassNames | None) -> Sequence[Mapping[str, Any]]:
         names = label_names or [str(label) for label in range(outputs_BK.shape[1])]
@@ -111,13 +132,22 @@ class Classification(RowObjective):
 
         Of up to 1,024 classes also [K, K]: the rows of each label by predicted label.
         """
+        return self.sums(*self.counted_outputs(model, only_batch(batch)))
+
+    def counted_outputs(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, K] without gradient, and labels, of the rows that count."""
+        import torch
+
+        with torch.no_grad():
+            logits = self.outputs(model, batch)
+        counts = batch.targets[LABEL] != IGNORE_INDEX
+        return logits[counts], batch.targets[LABEL][counts]
+
+    def sums(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What `evaluate` returns of rows with these outputs, all of which count."""
         import torch
         from torch.nn.functional import cross_entropy
 
-        with torch.no_grad():
-            logits = self.outputs(model, only_batch(batch))
-        counts = only_batch(batch).targets[LABEL] != IGNORE_INDEX
-        labels, logits = only_batch(batch).targets[LABEL][counts], logits[counts]
         num_classes, predicted = logits.shape[1], logits.argmax(dim=1)
         of_classes = (labels[labels == predicted], labels, predicted)
         by_class = [torch.bincount(ids, minlength=num_classes) for ids in of_classes]
@@ -145,6 +175,13 @@ class Classification(RowObjective):
         names = label_names if isinstance(label_names, tuple) else tuple(map(str, range(len(by_class[0]))))
         confusion = sums["confusion"].tolist() if "confusion" in sums else None
         return report_lines(by_class, confusion, names)
+
+
+def _disagreement(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """The mean of both Kullback-Leibler divergences of each pair of neighbouring rows, summed over pairs."""
+    log_p, log_q = logits_BK.log_softmax(dim=1).view(-1, 2, logits_BK.shape[1]).unbind(dim=1)
+    of_pairs = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1) / 2
+    return of_pairs.where(labels_B[::2] != IGNORE_INDEX, 0).sum()
 
 
 def _weights(

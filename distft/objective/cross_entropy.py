@@ -70,6 +70,25 @@ class LossAndNumCorrect:
         return sums
 
 
+@dataclass(frozen=True, slots=True)
+class LogProbabilities:
+    """fp32 [N]: the log-probability of each label under the logits `hidden @ weight.T`; a `HiddenLossFn`.
+
+    Every row has a label. Columns from `vocab_size` on do not count. The backward computes the logits again,
+    chunk by chunk: what it multiplies them with is known only then.
+    """
+
+    vocab_size: int
+    softcap: float | None = None  # that of the call
+
+    def __call__(
+        self, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, softcap: float | None = None
+    ) -> Tensor:
+        return _LogProbabilities.apply(  # type: ignore[no-any-return, no-untyped-call]
+            hidden_NC, weight_VC, labels_N, replace(self, softcap=softcap)
+        )
+
+
 def _row_chunks(hidden_NC: Tensor, vocab_size: int) -> list[slice]:
     num_rows = hidden_NC.shape[0]
     if hidden_NC.device.type == "cpu":
@@ -128,6 +147,50 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = (weight_grad * grad_output).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None
+
+
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, settings: LogProbabilities
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_NC, weight_VC, labels_N)
+        ctx.settings = settings
+        logp_N = torch.empty(len(hidden_NC), dtype=torch.float32, device=hidden_NC.device)
+        for rows in _row_chunks(hidden_NC, weight_VC.shape[0]):
+            logp_MK, _ = _log_softmax(hidden_NC[rows], weight_VC, settings)
+            logp_N[rows] = logp_MK.gather(1, labels_N[rows, None])[:, 0]
+        return logp_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_NC, weight_VC, labels_N = ctx.saved_tensors
+        num_classes = ctx.settings.vocab_size
+        hidden_grad = torch.empty_like(hidden_NC) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight_VC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in _row_chunks(hidden_NC, weight_VC.shape[0]):
+            logp_MK, slope_MK = _log_softmax(hidden_NC[rows], weight_VC, ctx.settings)
+            # The gradient of log p by the logits is one_hot(label) - p.
+            grad_MK = logp_MK.exp_().mul_(-grad_N[rows, None])
+            grad_MK.scatter_add_(1, labels_N[rows, None], grad_N[rows, None])
+            if slope_MK is not None:
+                grad_MK *= slope_MK
+            grad_MK = grad_MK.to(hidden_NC.dtype)
+            if hidden_grad is not None:
+                hidden_grad[rows] = grad_MK @ weight_VC[:num_classes]
+            if weight_grad is not None:
+                _add_matmul(weight_grad[:num_classes], grad_MK.T, hidden_NC[rows])
+        return hidden_grad, None if weight_grad is None else weight_grad.to(weight_VC.dtype), None, None
+
+
+def _log_softmax(
+    hidden_MC: Tensor, weight_VC: Tensor, settings: LogProbabilities
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 [M, K] log-probabilities; and the derivatives of capped logits by what they were."""
+    logits_MK = (hidden_MC @ weight_VC[: settings.vocab_size].T).float()
+    slope_MK = None if settings.softcap is None else _cap(logits_MK, settings.softcap)
+    return torch.log_softmax(logits_MK, dim=-1), slope_MK
 
 
 def _cap(logits_MV: Tensor, softcap: float) -> Tensor:

@@ -130,6 +130,20 @@ class Objective(Settings, ABC):
         return micro_batches
 
     @property
+    def reference_target(self) -> str | None:
+        """The name of a target [B] that a reference model gives the rows, once a run; None: none is needed.
+
+        The run computes it before the first step and stores it; the rows of `loss_sums` and `evaluate` have
+        it, those of `transforms` and `num_targets` not yet. The reference is the checkpoint of the setting
+        `reference` if that is not null, else the run's `init_from`.
+        """
+        return None
+
+    def reference_values(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Tensor:
+        """float32 [B]: the target `reference_target`, computed with the reference."""
+        raise NotImplementedError
+
+    @property
     def passes(self) -> Passes:
         """What a step costs: `config check` and MFU count it. Of a mixture, each part has its own."""
         return Passes()

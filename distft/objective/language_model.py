@@ -133,8 +133,8 @@ def first_row(context: TransformContext, objective: str) -> Batch:
     row = context.rows(np.zeros(1, np.int64))
     if NEXT_TOKEN not in row.targets:
         raise ConfigError(
-            f"objective.type={objective} continues texts, and these rows are none: set data.type=tokens or "
-            "completion."
+            f"objective.type={objective} continues texts, and these rows are none: set data.type=tokens, "
+            "completion or conversations."
         )
     return row
 

@@ -15,7 +15,7 @@ from distft.data.dataset import ClassNames, DataContext, Labels
 from distft.data.streams import StreamName
 from distft.errors import ConfigError, ErrorCollector
 from distft.model.config import ModelConfig
-from distft.model.heads import ClassificationHead, Head, Heads
+from distft.model.heads import ClassificationHead, Head, Heads, TokenHead
 from distft.objective.causal_lm import CausalLM
 from distft.objective.classification import Classification
 from distft.objective.consistency import Consistency
@@ -368,7 +368,7 @@ class _PartHead:
         problem = None
         if self.head != other.head:
             problem = f"{self.head}, and here {other.head}"
-        elif isinstance(self.head, ClassificationHead) and self.label_names != other.label_names:
+        elif isinstance(self.head, ClassificationHead | TokenHead) and self.label_names != other.label_names:
             problem = f"one of the labels {_shown(self.label_names)}, and here of {_shown(other.label_names)}"
         if problem is not None:
             raise ConfigError(

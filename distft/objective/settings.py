@@ -9,11 +9,13 @@ from distft.objective.contrastive import Contrastive
 from distft.objective.masked_lm import MaskedLM
 from distft.objective.mixture import Mixture
 from distft.objective.multi_label import MultiLabel
+from distft.objective.preference import Preference
 from distft.objective.prefix_lm import PrefixLM
 from distft.objective.regression import Regression
 from distft.objective.replaced_token import ReplacedToken
 from distft.objective.sentence_pairs import NextSentence, SentenceOrder
 from distft.objective.span_corruption import SpanCorruption
+from distft.objective.token_classification import TokenClassification
 
 ObjectiveConfig = Annotated[
     CausalLM
@@ -26,7 +28,9 @@ ObjectiveConfig = Annotated[
     | Classification
     | MultiLabel
     | Regression
+    | TokenClassification
     | Contrastive
+    | Preference
     | Mixture,
     Component(),
 ]
@@ -40,9 +44,11 @@ __all__ = [
     "MultiLabel",
     "NextSentence",
     "ObjectiveConfig",
+    "Preference",
     "PrefixLM",
     "Regression",
     "ReplacedToken",
     "SentenceOrder",
     "SpanCorruption",
+    "TokenClassification",
 ]

@@ -27,6 +27,11 @@ def as_columns(batch: Batch) -> Batch:
 def repeated(batch: Batch) -> Batch:
     """Each row twice: dropout draws something else in each (Gao et al. 2021, SimCSE, arXiv:2104.08821)."""
     hashes = _row_hashes(batch).repeat_interleave(2)
+    return _with_targets(twice(batch), hashes)
+
+
+def twice(batch: Batch) -> Batch:
+    """Each row twice, with its targets, which count once."""
     fields = (
         "input_ids",
         "sequence_numbers",
@@ -42,7 +47,9 @@ def repeated(batch: Batch) -> Batch:
         for name in fields
         if (value := getattr(batch, name)) is not None
     }
-    return _with_targets(replace(batch, **doubled, targets={}, rows_per_sequence=2), hashes)
+    targets = {name: value.repeat_interleave(2, dim=0) for name, value in batch.targets.items()}
+    rows_per_sequence = 2 * batch.rows_per_sequence
+    return replace(batch, **doubled, targets=targets, rows_per_sequence=rows_per_sequence)
 
 
 def crops(seed: int, shares: tuple[float, float]) -> Callable[[Batch], Batch]:

@@ -47,7 +47,7 @@ def select_trainable(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
 
 _BLOCK = re.compile(r"(?:.*\.)?blocks\.(?P<number>\d+)(?=\.)")
 _RANGE = re.compile(r"@(?P<kind>first_blocks|last_blocks|blocks):(?P<first>\d+)(-(?P<last>\d+))?")
-_KINDS = ("@biases", "@norms", "@embeddings", "@first_blocks:N", "@last_blocks:N", "@blocks:N-M")
+_KINDS = ("@biases", "@norms", "@embeddings", "@lora", "@first_blocks:N", "@last_blocks:N", "@blocks:N-M")
 
 
 def block_of(name: str) -> str | None:
@@ -59,8 +59,8 @@ def block_of(name: str) -> str | None:
 def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
     """The names that match a glob pattern, in order; case matters.
 
-    `@biases`, `@norms` and `@embeddings` match parameters of that kind, `@last_blocks:2` and
-    `@first_blocks:2` those of as many blocks, and `@blocks:2-4` those of the blocks 2, 3 and 4, from 0.
+    `@biases`, `@norms`, `@embeddings` and `@lora` (adapters) match parameters of that kind, `@last_blocks:2`
+    and `@first_blocks:2` those of as many blocks, and `@blocks:2-4` those of the blocks 2, 3 and 4, from 0.
     """
     known = list(names)
     if pattern.startswith("@"):
@@ -69,8 +69,9 @@ def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def _of_kind(pattern: str, names: Sequence[str]) -> list[str]:
-    if pattern == "@biases":
-        return [name for name in names if "bias" in name.rpartition(".")[2]]
+    if pattern in {"@biases", "@lora"}:
+        kind = {"@biases": "bias", "@lora": "lora_"}[pattern]
+        return [name for name in names if kind in name.rpartition(".")[2]]
     if pattern == "@norms":
         return [name for name in names if "norm" in name]
     if pattern == "@embeddings":

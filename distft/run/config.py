@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -10,27 +10,44 @@ from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.formats.detect import open_source
 from distft.config import Component, PathText, Settings, apply_overrides, load_yaml, parse, redact
 from distft.data.completion import CompletionConfig
+from distft.data.conversations import ConversationsConfig
 from distft.data.images import ImagesConfig
 from distft.data.labelled import LabelledConfig
 from distft.data.pairs import PairsConfig
+from distft.data.preferences import PreferencesConfig
+from distft.data.split import SplitConfig, split_problem
 from distft.data.streams import StreamsConfig
+from distft.data.token_labels import TokenLabelsConfig
 from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
 from distft.errors import DistftError, suggest_name
 from distft.model.config import ModelConfig
+from distft.model.lora_config import LoraConfig
 from distft.model.settings import AnyModelConfig, is_complete, model_setting_names
 from distft.objective.settings import CausalLM, ObjectiveConfig
 from distft.optim.config import OptimConfig
+from distft.run.chat_config import ChatConfig
 from distft.run.cluster_config import MOST_SECONDS, ClusterConfig
+from distft.run.lora import default_trainable
 from distft.run.phases import PhaseConfig, phase_problems
 from distft.run.streams import stream_problems
 from distft.tracker import TrackerConfig
 from distft.train.schedule import TrainConfig
 
-DataConfig = Annotated[
-    TokensConfig | LabelledConfig | CompletionConfig | PairsConfig | ImagesConfig | StreamsConfig, Component()
-]
+_Data: TypeAlias = (
+    TokensConfig
+    | LabelledConfig
+    | TokenLabelsConfig
+    | CompletionConfig
+    | ConversationsConfig
+    | PairsConfig
+    | PreferencesConfig
+    | ImagesConfig
+    | StreamsConfig
+)
+DataConfig = Annotated[_Data, Component()]
+ValidationConfig = Annotated[_Data | SplitConfig, Component()]
 EngineConfig = Annotated[LocalConfig | ZeroConfig, Component()]
 
 
@@ -66,16 +83,19 @@ class RunConfig(Settings):
         default=5.0, ge=0, le=MOST_SECONDS
     )  # between heartbeats of a rank; 0: no heartbeats
     tokenizer: PathText | None = None  # its file or directory; null: the one of the data or the checkpoint
+    chat: ChatConfig = ChatConfig()  # how messages become text
     init_from: PathText | None = None  # a checkpoint of any format: the run starts at step 0 with its weights
     allow_model_changes: tuple[str, ...] = ()  # fields of model that may differ from init_from's
     model: AnyModelConfig | None = None  # null: that of init_from
-    # Patterns of parameter names, or kinds such as @biases and @last_blocks:2; "!pattern" excludes.
-    trainable: tuple[str, ...] = ("*",)
+    lora: LoraConfig | None = None  # adapters beside linear layers; null: none
     phases: tuple[PhaseConfig, ...] = Field((), max_length=1000)  # such as those of gradual unfreezing
     data: DataConfig
-    validation: DataConfig | None = None
+    validation: ValidationConfig | None = None  # type=split: rows of data, which do not train then
     batch: BatchConfig
     objective: ObjectiveConfig = CausalLM()
+    # Patterns of parameter names, or kinds such as @biases and @last_blocks:2; "!pattern" excludes. Default:
+    # all; with lora the adapters and new heads.
+    trainable: tuple[str, ...] = Field(default_factory=default_trainable)
     # Train a mixture with unlabelled parts first without them, in run_dir/supervised_alone; say which won
     compare_with_supervised: bool = True
     optim: OptimConfig
@@ -103,6 +123,8 @@ class RunConfig(Settings):
             if name not in known
         ]
         problems += stream_problems(self.data, self.validation, self.objective)
+        if problem := split_problem(self.data, self.validation):
+            problems.append(problem)
         if self.batch.micro_batch_size > self.batch.global_batch_size:
             problems.append(
                 f"batch.micro_batch_size={self.batch.micro_batch_size} is more than "
@@ -152,9 +174,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """Read a YAML file and apply `key=value` overrides. Raises one `ConfigError` with all problems.
 
     The file is the user's own, so classes outside distft that it names are imported. Next to `init_from`,
-    `model` may give single fields: the others are those of the checkpoint.
+    `model` and `lora` may give single fields: the others are those of the checkpoint.
     """
-    raw = _complete_engine(_complete_model(apply_overrides(load_yaml(path), overrides)))
+    raw = _complete_engine(_complete_from_checkpoint(apply_overrides(load_yaml(path), overrides)))
     config: RunConfig = parse(RunConfig, raw, trust=True)
     return config
 
@@ -171,16 +193,23 @@ def _complete_engine(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "engine": {"type": "local", **engine}}
 
 
-def _complete_model(raw: dict[str, Any]) -> dict[str, Any]:
-    model, init_from = raw.get("model"), raw.get("init_from")
-    if not isinstance(model, Mapping) or not isinstance(init_from, str):
-        return raw
-    if is_complete(model):
+def _complete_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
+    model, lora, init_from = raw.get("model"), raw.get("lora"), raw.get("init_from")
+    is_model_open = isinstance(model, Mapping) and not is_complete(model)
+    is_lora_open = isinstance(lora, Mapping) and "rank" not in lora
+    if not isinstance(init_from, str) or not (is_model_open or is_lora_open):
         return raw
     try:
-        saved = open_source(init_from, weights_only=True).manifest.config.get("model")
+        saved = open_source(init_from, weights_only=True).manifest.config
     except DistftError:
         return raw  # `read_inputs` reports it
-    if not isinstance(saved, Mapping) or model.get("type", saved.get("type")) != saved.get("type"):
-        return raw
-    return {**raw, "model": {**saved, **model}}
+    completed = dict(raw)
+    of_model, of_lora = saved.get("model"), saved.get("lora")
+    if is_model_open and isinstance(of_model, Mapping):
+        assert isinstance(model, Mapping)
+        if model.get("type", of_model.get("type")) == of_model.get("type"):
+            completed["model"] = {**of_model, **model}
+    if is_lora_open and isinstance(of_lora, Mapping):
+        assert isinstance(lora, Mapping)
+        completed["lora"] = {**of_lora, **lora}
+    return completed

@@ -1,14 +1,20 @@
 """What a run's data is built from: the sizes of its model, its tokenizer, and whether they fit together."""
 
+from functools import partial
+
 from distft import storage
 from distft.checkpoint.sources import CheckpointSource
 from distft.data.dataset import DataContext, Labels, TextTemplate
 from distft.data.images import ImagesConfig
+from distft.data.split import SplitConfig
 from distft.errors import ConfigError, ErrorCollector
 from distft.model.config import ModelConfig
+from distft.run.chat_config import ChatConfig
 from distft.run.config import RunConfig
 from distft.run.paths import data_of_streams
 from distft.tokenizer import Tokenizer
+from distft.tokenizer.chat import Chat
+from distft.tokenizer.template_files import read_template
 
 
 def tokenizer_notes(tokenizer: Tokenizer, source: CheckpointSource | None) -> list[str]:
@@ -41,7 +47,7 @@ def require_inputs_of_model(config: RunConfig, model: ModelConfig) -> None:
     for setting, data in (("data", config.data), ("validation", config.validation)):
         for key, own in data_of_streams(setting, data).items():
             has_images = isinstance(own, ImagesConfig)
-            if own is None or has_images == (model.image_shape is not None):
+            if own is None or isinstance(own, SplitConfig) or has_images == (model.image_shape is not None):
                 continue
             found = "images" if has_images else "texts"
             remedy = "vit, image_cnn or clip" if has_images else "transformer"
@@ -84,6 +90,7 @@ def data_context(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         unk_id=tokenizer.unk_id,
+        chat=partial(chat_of, tokenizer, config.chat),
         piece_id=tokenizer.piece_id,
         template=text_template(tokenizer),
         ends_sources=model.is_encoder_decoder,
@@ -92,6 +99,30 @@ def data_context(
         starts_word=tokenizer.starts_word(),
         label_names=label_names,
     )
+
+
+def chat_of(tokenizer: Tokenizer, config: ChatConfig) -> Chat:
+    """The tokenizer with its chat template. Raises `ConfigError` if that is none."""
+    return Chat(tokenizer, today=config.date, variables=config.variables)
+
+
+def with_chat_template(tokenizer: Tokenizer, config: RunConfig) -> Tokenizer:
+    """The tokenizer with the template that is set, or with a plain one if conversations need one.
+
+    Raises `DataError` if the file cannot be read, and `ConfigError` for a template that is none.
+    """
+    data = data_of_streams("data", config.data).values()
+    reads_chats = any(getattr(own, "reads_chats", False) for own in data)
+    if config.chat.template is not None:
+        tokenizer = tokenizer.with_chat_template(read_template(config.chat.template))
+    if not reads_chats:
+        return tokenizer
+    try:
+        chat = chat_of(tokenizer, config.chat)
+    except ConfigError as error:
+        where = "" if config.chat.template is None else f"chat.template={config.chat.template}: "
+        raise ConfigError(f"{where}{error}") from None
+    return tokenizer if tokenizer.chat_templates else tokenizer.with_chat_template(chat.source)
 
 
 def text_template(tokenizer: Tokenizer) -> TextTemplate | None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from distft.checkpoint.adapters import InitialMagnitudes
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.fragments import EMA, WEIGHT
 from distft.checkpoint.sources import FirstOf, InitialSource, StateSource, WeightsOnly
@@ -91,10 +92,13 @@ def _state_source(inputs: RunInputs, resumed: Checkpoint | None) -> StateSource:
         inputs.shapes,
         lambda name, shape, start, stop: initial_fragment(name, shape, start, stop, seed=seed, config=model),
     )
-    if inputs.init_from is None:
-        return initial
-    new = new_parameter_prefixes(inputs.init_from, inputs.heads, inputs.label_names, inputs.config.objective)
-    return FirstOf([WeightsOnly(inputs.init_from, without=new), initial])
+    sources: list[StateSource] = [initial]
+    if inputs.init_from is not None:
+        own = inputs.config.objective
+        new = new_parameter_prefixes(inputs.init_from, inputs.heads, inputs.label_names, own)
+        sources.insert(0, WeightsOnly(inputs.init_from, without=new))
+    magnitudes = InitialMagnitudes(FirstOf(sources))
+    return FirstOf([*sources[:-1], magnitudes, initial])
 
 
 def _require_range_of_fp16(engine: Engine, collectives: Collectives) -> None:

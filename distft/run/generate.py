@@ -1,6 +1,6 @@
 """Continues prompts with a trained language model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -9,16 +9,21 @@ import torch
 from distft import storage
 from distft.data.records import read_records
 from distft.data.rows import text_problem
-from distft.errors import ConfigError, DataError
+from distft.errors import ConfigError, DataError, ErrorCollector
 from distft.model.generation import generate
 from distft.objective.prefix_lm import PrefixLM
-from distft.run.data_context import tokenizer_notes
+from distft.run.chat_prompts import ChatPrompt, require_questions
+from distft.run.data_context import chat_of, tokenizer_notes
 from distft.run.engines import choose_device
 from distft.run.pretrained import TrainedModel, load_model, open_model
+from distft.run.text_stream import Stops, TextStream
 from distft.tokenizer import Tokenizer
+from distft.tokenizer.template_files import read_template
 from distft.topology import Topology
 
 _BATCH_SIZE = 16  # prompts that the model continues at a time
+
+OnText = Callable[[int, str], None]  # gets the number of a prompt, and the next piece of its text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,21 +45,17 @@ def generate_text(
     *,
     trust: bool = False,
     on_note: Callable[[str], None],
+    on_text: OnText | None = None,
 ) -> list[str]:
     """Each prompt with its continuation; of an encoder with a decoder the target alone.
 
-    `on_note` gets what the model did not see or was not trained for.
+    `on_note` gets what the model did not see or was not trained for, `on_text` the texts as they come.
     Raises `ConfigError` for a model that cannot generate, or a prompt or a stop text that is none.
     """
-    _check_texts(prompts, options)
-    trained = open_model(path, trust=trust)
-    for note in (*trained.tokenizer.notes, *tokenizer_notes(trained.tokenizer, trained.source)):
-        on_note(note)
+    if any(map(text_problem, prompts)):
+        raise ConfigError("a prompt has a lone surrogate, half a character: correct it.")
+    trained = _opened(path, options, trust=trust, on_note=on_note)
     is_source = _reads_sources(trained)
-    device = choose_device(trained.config, Topology())
-    module = load_model(trained, device)
-    if "lm_head" not in module.heads:
-        raise ConfigError(f"{trained.source.path} is a classifier, which cannot generate text.")
     start, start_of_nothing = document_start(trained), _start_of_nothing(trained.tokenizer)
     end = source_end(trained) if is_source else []
     if not start and "" in prompts:
@@ -62,36 +63,164 @@ def generate_text(
             "a prompt is empty, and the model has not learned how a document begins: its text goes on behind "
             f"token {start_of_nothing[0]}."
         )
+    encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
+    starts = [start if start or ids else start_of_nothing for ids in encoded]
+    asked = [
+        _Asked(
+            row=[*begin, *ids, *end],
+            before=[] if is_source else ids,
+            shown="" if is_source else prompt,
+            is_empty=not prompt,
+        )
+        for begin, ids, prompt in zip(starts, encoded, prompts, strict=True)
+    ]
+    eos = trained.tokenizer.eos_id
+    ends = () if eos is None else (eos,)
+    return _generated(
+        trained, asked, options, ends=ends, num_kept=len(start), on_note=on_note, on_text=on_text
+    )
+
+
+def generate_answers(
+    path: str,
+    chats: Sequence[ChatPrompt],
+    options: GenerationOptions,
+    *,
+    template: str | None = None,
+    trust: bool = False,
+    on_note: Callable[[str], None],
+    on_text: OnText | None = None,
+) -> list[str]:
+    """The assistant's answer to each conversation, by the tokenizer's chat template or the file `template`.
+
+    An answer ends where the template would end the turn. Raises as `generate_text`, and `DataError` for
+    conversations that the template refuses.
+    """
+    require_questions(chats)
+    trained = _opened(path, options, trust=trust, on_note=on_note)
+    if _reads_sources(trained):
+        raise ConfigError(f"{trained.source.path} has an encoder, which reads sources, and no conversations.")
+    tokenizer = trained.tokenizer
+    if template is not None:
+        tokenizer = tokenizer.with_chat_template(read_template(template))
+    elif not tokenizer.chat_templates:
+        on_note("the model has no chat template, so that it reads messages as a plain text. Name one.")
+    chat = chat_of(tokenizer, trained.config.chat)
+    errors, asked = ErrorCollector(), []
+    for prompt in chats:
+        with errors.collect():
+            try:
+                ids = chat.prompt(prompt.messages, prompt.tools)
+            except DataError as error:
+                raise DataError(f"{prompt.where} {error}") from None
+            asked.append(_Asked(row=ids, before=ids))
+    errors.raise_if_any()
+    num_kept = int(all(chat.row[:1] == [tokenizer.bos_id] for chat in asked))
+    return _generated(
+        trained, asked, options, ends=chat.turn_ends, num_kept=num_kept, on_note=on_note, on_text=on_text
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """A prompt as the model reads it."""
+
+    row: list[int]
+    before: list[int]  # tokens whose text the new one goes on
+    shown: str = ""  # comes before the new text in the result
+    is_empty: bool = False
+
+
+def _opened(
+    path: str, options: GenerationOptions, *, trust: bool, on_note: Callable[[str], None]
+) -> TrainedModel:
+    if "" in options.stop:
+        raise ConfigError("a stop text is empty: leave it out.")
+    trained = open_model(path, trust=trust)
+    for note in (*trained.tokenizer.notes, *tokenizer_notes(trained.tokenizer, trained.source)):
+        on_note(note)
+    return trained
+
+
+def _generated(
+    trained: TrainedModel,
+    prompts: Sequence[_Asked],
+    options: GenerationOptions,
+    *,
+    ends: Collection[int],
+    num_kept: int,
+    on_note: Callable[[str], None],
+    on_text: OnText | None,
+) -> list[str]:
+    """The text of each prompt, up to one of the tokens `ends` or a stop text."""
+    device = choose_device(trained.config, Topology())
+    module = load_model(trained, device)
+    if "lm_head" not in module.heads:
+        raise ConfigError(f"{trained.source.path} is a classifier, which cannot generate text.")
     generator = torch.Generator(device).manual_seed(options.seed)
-    texts, longest = [], 0
+    texts: list[str] = []
+    longest = 0
     for first in range(0, len(prompts), _BATCH_SIZE):
         batch = prompts[first : first + _BATCH_SIZE]
-        encoded = [trained.tokenizer.encode(prompt) for prompt in batch]
-        starts = [start if start or ids else start_of_nothing for ids in encoded]
-        stops = _Stops(trained.tokenizer, [[] for _ in batch] if is_source else encoded, options.stop)
-        rows = [[*begin, *ids, *end] for begin, ids in zip(starts, encoded, strict=True)]
+        stops = Stops(trained.tokenizer, [prompt.before for prompt in batch], options.stop, ends)
+        live = None
+        if on_text is not None:
+            stream = TextStream(trained.tokenizer, batch[0].before, options.stop)
+            live = _Live(stops, stream, on_text, first)
+            live.show(batch[0].shown)
         continuations = generate(
             module,
-            rows,
+            [prompt.row for prompt in batch],
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             eos_id=trained.tokenizer.eos_id,
-            is_finished=stops.is_finished if options.stop else None,
-            num_kept=len(start),
-            not_empty=[number for number, prompt in enumerate(batch) if not prompt],
+            is_finished=stops.is_finished if live is None else live.is_finished,
+            num_kept=num_kept,
+            not_empty=[number for number, prompt in enumerate(batch) if prompt.is_empty],
             generator=generator,
         )
         # The last new token is not read again.
         longest = max(
-            longest, *(len(row) + len(new) - 1 for row, new in zip(rows, continuations, strict=True))
+            longest, *(len(p.row) + len(new) - 1 for p, new in zip(batch, continuations, strict=True))
         )
-        targets = [stops.cut(i, continuations[i]) for i in range(len(batch))]
-        texts += targets if is_source else [p + target for p, target in zip(batch, targets, strict=True)]
+        found = [prompt.shown + stops.cut(i, continuations[i]) for i, prompt in enumerate(batch)]
+        texts += found
+        if live is not None:
+            live.finish(found)
     if longest > module.config.longest_row:
         on_note(_window_note(module.config.longest_row))
     return texts
+
+
+class _Live:
+    """Passes on the first text of a batch as it comes, and the others when all are complete."""
+
+    def __init__(self, stops: Stops, stream: TextStream, on_text: OnText, first: int) -> None:
+        self._stops = stops
+        self._stream = stream
+        self._on_text = on_text
+        self._first = first
+        self._shown = ""
+
+    def show(self, piece: str) -> None:
+        if piece:
+            self._shown += piece
+            self._on_text(self._first, piece)
+
+    def is_finished(self, number: int, new: list[int]) -> bool:
+        is_finished = self._stops.is_finished(number, new)
+        if number == 0 and not is_finished:
+            self.show(self._stream.push(new[-1]))
+        return is_finished
+
+    def finish(self, texts: Sequence[str]) -> None:
+        """The rest of the first text, and the others."""
+        whole = texts[0]
+        self.show(whole[len(self._shown) :] if whole.startswith(self._shown) else self._stream.finish())
+        for number, text in enumerate(texts[1:], start=self._first + 1):
+            self._on_text(number, text)
 
 
 def _reads_sources(trained: TrainedModel) -> bool:
@@ -103,13 +232,6 @@ def _reads_sources(trained: TrainedModel) -> bool:
         f"{trained.source.path} is a bidirectional model, which fills in hidden tokens, and continues no "
         "text."
     )
-
-
-def _check_texts(prompts: Sequence[str], options: GenerationOptions) -> None:
-    if "" in options.stop:
-        raise ConfigError("a stop text is empty: leave it out.")
-    if any(map(text_problem, prompts)):
-        raise ConfigError("a prompt has a lone surrogate, half a character: correct it.")
 
 
 def _window_note(max_seq_len: int) -> str:
@@ -156,38 +278,3 @@ def _start_of_nothing(tokenizer: Tokenizer) -> list[int]:
         if token is not None:
             return [token]
     return tokenizer.encode("\n")[-1:] or [0]
-
-
-class _Stops:
-    """The texts of continuations, up to the first stop text."""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._prompts = prompts
-        self._stop = stop
-        # A token has a byte of text or none; those without any are rare.
-        self._tail = max((len(text.encode()) for text in stop), default=0) + 16
-
-    def is_finished(self, number: int, new: list[int]) -> bool:
-        """Whether the last tokens complete a stop text. Looks at a few tokens, not at all of them."""
-        before = [*self._prompts[number], *new[: -self._tail]][-self._tail :]
-        text = self._continuation(before, new[-self._tail :])
-        return any(stop in text for stop in self._stop)
-
-    def cut(self, number: int, new: list[int]) -> str:
-        """The text of the new tokens of a prompt, before the first stop text and without eos."""
-        text = self._continuation(self._prompts[number], new[:-1] if new[-1:] == [self._eos] else new)
-        return text[: min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=len(text))]
-
-    @property
-    def _eos(self) -> int | None:
-        return self._tokenizer.eos_id
-
-    def _continuation(self, before: Sequence[int], new: Sequence[int]) -> str:
-        """The text that `new` adds: alone it would lose the space that models put before each text."""
-        known = [token for token in (*before, *new) if token < self._tokenizer.vocab_size]
-        first = [token for token in before if token < self._tokenizer.vocab_size]
-        whole, start = self._tokenizer.decode(known), self._tokenizer.decode(first)
-        if whole.startswith(start):
-            return whole[len(start) :]
-        return self._tokenizer.decode(known[len(first) :])

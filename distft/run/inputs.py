@@ -3,24 +3,31 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from distft.checkpoint.adapters import adapters_of, merged
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.sources import CheckpointSource, notes_of
 from distft.data.dataset import DataContext, Labels
 from distft.data.feed import AnyFeed, StreamFeed
-from distft.data.images import ImagesConfig
-from distft.data.labelled import LabelledConfig
+from distft.data.split import SplitConfig
 from distft.data.streams import StreamsConfig
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
 from distft.model.config import ModelConfig
 from distft.model.counts import Flops, num_attention_pairs
 from distft.model.heads import Heads
+from distft.model.lora_config import is_adapter
 from distft.objective.interface import Passes
 from distft.objective.mixture import Mixture
 from distft.optim.groups import parameter_groups
 from distft.optim.patterns import select_trainable
 from distft.run.config import RunConfig, seq_len_problem
-from distft.run.data_context import data_context, require_inputs_of_model, tokenizer_notes
+from distft.run.data_context import (
+    data_context,
+    require_inputs_of_model,
+    tokenizer_notes,
+    with_chat_template,
+)
+from distft.run.lora import heads_of_any_labels, require_same_adapters
 from distft.run.model import (
     added_block_prefixes,
     head_prefixes,
@@ -32,11 +39,10 @@ from distft.run.model import (
 )
 from distft.run.paths import check_data_files, find_tokenizer, naming_settings, require_outputs
 from distft.run.phases import check_phases, trainable_in_any
+from distft.run.reference_source import open_reference
 from distft.run.step_flops import StepFlops
 from distft.run.streams import require_targets
 from distft.tokenizer import Tokenizer
-
-_PLACEHOLDER_LABELS = ("a", "b")  # replace the labels of unreadable data, so that other checks can go on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,7 @@ class RunInputs:
     shapes: dict[str, tuple[int, ...]]  # of every parameter
     trainable: set[str]
     init_from: CheckpointSource | None
+    reference: CheckpointSource | None = None  # with which the objective compares the model
     notes: tuple[str, ...] = ()  # on the tokenizer
 
     @property
@@ -64,6 +71,12 @@ class RunInputs:
     def num_epochs(self) -> float:
         """How often the whole run uses each row of the training data, on average."""
         return self.total_steps * self.config.batch.global_batch_size / self.train.num_sequences
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training drops anything of the model or its adapters, or adds noise."""
+        lora = self.config.lora
+        return self.model.has_dropout or self.model.has_noise or (lora is not None and lora.dropout > 0)
 
     @property
     def training_flops(self) -> dict[str, Flops]:
@@ -159,8 +172,9 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         for setting, feed in (("data", train), ("validation", validation)):
             if feed is not None:
                 require_targets(config.objective, setting, getattr(config, setting), feed)
-        shapes = parameter_shapes(model, heads)
+        shapes = parameter_shapes(model, heads, config.lora)
         trainable = _check_parameters(config, shapes, heads, init_from, label_names)
+        reference = open_reference(config, model, shapes, init_from)
     if train is not None:
         with errors.collect():
             _check_schedule(config, train)
@@ -177,6 +191,7 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         shapes=shapes,
         trainable=trainable,
         init_from=init_from,
+        reference=reference,
         notes=_notes(tokenizer, init_from),
     )
     check_phases(inputs)
@@ -197,7 +212,8 @@ def _read_tokenizer(
 ) -> Tokenizer | None:
     """None for a model of images alone. Raises `ConfigError` if one is set for it."""
     if reads_tokens:
-        return Tokenizer.load(find_tokenizer(config, None if init_from is None else init_from.path))
+        tokenizer = Tokenizer.load(find_tokenizer(config, None if init_from is None else init_from.path))
+        return with_chat_template(tokenizer, config)
     if config.tokenizer is not None:
         raise ConfigError(f"tokenizer={config.tokenizer}, and the model reads images alone: leave it out.")
     return None
@@ -220,6 +236,10 @@ def _open_init_from(config: RunConfig) -> CheckpointSource | None:
     damage = source.find_tokenizer_damage() if isinstance(source, Checkpoint) else []
     if damage:
         raise CheckpointError("\n".join(f"init_from: {problem}" for problem in damage))
+    saved = adapters_of(source)
+    if saved is None or config.lora is None:
+        return merged(source)
+    require_same_adapters(saved, config.lora, source.path)
     return source
 
 
@@ -244,7 +264,8 @@ def _check_the_rest(
     if model is not None:
         with errors.collect():
             heads = placeholder_heads(config)
-            _check_parameters(config, parameter_shapes(model, heads), heads, init_from, None)
+            shapes = parameter_shapes(model, heads, config.lora)
+            _check_parameters(config, shapes, heads, init_from, None)
 
 
 def _build_data(
@@ -260,7 +281,10 @@ def _build_data(
         train = config.data.build(context)
     context = replace(context, label_names=None if train is None else train.label_names)
     with errors.collect(), naming_settings("validation", config.validation):
-        if config.validation is not None:
+        if isinstance(config.validation, SplitConfig):
+            if train is not None:
+                train, validation = config.validation.split(train)
+        elif config.validation is not None:
             validation = config.validation.build_for_evaluation(context)
     assert config.model is not None
     config = config.model_copy(update={"objective": config.objective.resolved(config.model, train)})
@@ -311,16 +335,7 @@ def _check_seq_len(config: RunConfig, model: ModelConfig) -> None:
 
 def placeholder_heads(config: RunConfig) -> Heads:
     """Heads that the objective accepts, when the data with the label names could not be read."""
-    streams = config.data.streams if isinstance(config.data, StreamsConfig) else {}
-    of_streams = {
-        name: _PLACEHOLDER_LABELS
-        for name, stream in streams.items()
-        if isinstance(stream.data, LabelledConfig | ImagesConfig)
-    }
-    try:
-        return config.objective.heads(of_streams or None)
-    except ConfigError:
-        return config.objective.heads(_PLACEHOLDER_LABELS)
+    return heads_of_any_labels(config.objective, config.data)
 
 
 def _check_parameters(
@@ -339,7 +354,13 @@ def _check_parameters(
     if init_from is not None:
         with errors.collect():
             new = new_parameter_prefixes(init_from, heads, label_names, config.objective)
-            inherited = {name: shape for name, shape in shapes.items() if not name.startswith(new)}
+            # New adapters begin anew.
+            has_adapters = adapters_of(init_from) is not None
+            inherited = {
+                name: shape
+                for name, shape in shapes.items()
+                if not name.startswith(new) and (has_adapters or not is_adapter(name))
+            }
             may_lack = (*head_prefixes(heads), *added_block_prefixes(init_from, config))
             require_parameters(init_from, inherited, may_lack=may_lack)
     errors.raise_if_any()

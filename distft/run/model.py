@@ -11,21 +11,28 @@ from distft.data.dataset import ClassNames, Labels
 from distft.errors import ConfigError, suggest_name
 from distft.model.config import ModelConfig
 from distft.model.heads import ClassificationHead, Heads
+from distft.model.lora import add_adapters
+from distft.model.lora_config import LoraConfig
 from distft.model.settings import AnyModelConfig
 from distft.model.with_heads import ModelWithHeads
 from distft.run.config import RunConfig
 
 
-def build_module(model: ModelConfig, heads: Heads) -> ModelWithHeads:
+def build_module(model: ModelConfig, heads: Heads, lora: LoraConfig | None = None) -> ModelWithHeads:
     """The model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        return model.build(heads)
+        module = model.build(heads)
+        if lora is not None:
+            add_adapters(module, lora)
+    return module
 
 
-def parameter_shapes(model: ModelConfig, heads: Heads) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(
+    model: ModelConfig, heads: Heads, lora: LoraConfig | None = None
+) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by name; tied parameters appear once."""
     try:
-        module = build_module(model, heads)
+        module = build_module(model, heads, lora)
     except RuntimeError as error:  # a parameter with more elements than an integer of 64 bits can count
         raise ConfigError(f"model: no parameter can have these sizes ({error}): lower them.") from None
     return {name: tuple(param.shape) for name, param in module.named_parameters()}
@@ -118,7 +125,7 @@ def _of_head(label_names: Labels, head: str) -> ClassNames | None:
 
 
 # Fields of a model that say nothing about what its weights mean.
-_FREE_FIELDS = {"dropout", "attention_kernel", "init_std", "max_seq_len"}
+_FREE_FIELDS = {"dropout", "neftune_alpha", "attention_kernel", "init_std", "max_seq_len"}
 
 
 def model_of(source: CheckpointSource) -> ModelConfig:

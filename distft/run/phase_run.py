@@ -135,7 +135,7 @@ class PhaseRun:
             services=services,
             throughput=self._build_throughput(),
             loss_scale=self._build_loss_scale(progress),
-            dropout_seed=config.seed if inputs.model.has_dropout else None,
+            dropout_seed=config.seed if inputs.has_dropout else None,
             attention_reach=inputs.model.attention_reach,
             early_stopping=early_stopping,
             experts=self._build_expert_load(),

@@ -2,27 +2,34 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, TypeAlias, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distft.checkpoint.steps import absolute
-from distft.collectives import Collectives, ProcessGroup, SingleProcess, all_or_none
+from distft.collectives import Collectives, all_or_none
 from distft.config import parse
 from distft.data.labelled import LabelledConfig
 from distft.data.labelled_rows import LabelledRows
 from distft.data.records import read_records
+from distft.data.sampler import Indices
 from distft.data.streams import StreamsConfig
+from distft.data.token_label_rows import TokenLabelRows
+from distft.data.token_labels import TokenLabelsConfig
 from distft.errors import ConfigError, StorageError
 from distft.objective.mixture import Mixture
 from distft.objective.row_objective import RowObjective
+from distft.objective.token_classification import TokenClassification
+from distft.run.combination import Combine, combined
 from distft.run.data_context import data_context
-from distft.run.engines import choose_device
+from distft.run.ensemble import find_weights, label_order, open_members
 from distft.run.prediction_files import BlockFiles, check_output, write_output
-from distft.run.pretrained import TrainedModel, load_model, open_model
+from distft.run.pretrained import TrainedModel, load_model, open_model, ranks_of
 from distft.topology import Topology
 
+Predicting: TypeAlias = RowObjective | TokenClassification
 _BLOCK_ROWS = 2048  # what an interruption loses at most, for each rank
 
 
@@ -33,6 +40,8 @@ class PredictOptions:
     text: str | None = None  # a column
     text_pair: str | None = None
     head: str | None = None  # of a mixture: the part whose head predicts
+    others: Sequence[str] = ()  # further classifiers of the same labels, which predict together
+    combine: Combine = "mean"  # how they do
 
 
 def predict_file(
@@ -54,25 +63,29 @@ def predict_file(
     that predicts nothing of a row, and the errors of reading the data, before it uses a device.
     """
     check_output(output)
-    trained = open_model(path, overrides, trust=trust)
-    for note in trained.notes:
-        on_note(note)
-    objective, data = _what_predicts(trained, rows_path, options)
-    config = trained.config
-    assert config.model is not None
-    rows, _ = data.open(data_context(trained.tokenizer, config.model, config))
+    if options.others:
+        members = open_members([path, *options.others], overrides, trust=trust, on_note=on_note)
+    else:
+        members = [open_model(path, overrides, trust=trust)]
+        for note in members[0].notes:
+            on_note(note)
+    predictors = [_Member.open(trained, rows_path, options) for trained in members]
+    rows = predictors[0].rows
     on_note(rows.summary.splitlines()[0])
-    device = choose_device(config, topology)
-    collectives: Collectives = SingleProcess()
-    if topology.world_size > 1:
-        collectives = ProcessGroup(topology, device, config.timeout_s)
-    try:
-        blocks = BlockFiles(output, _identity(trained, objective, data, rows))
+    with ranks_of(members[0].config, topology) as (collectives, device):
+        weights = None
+        if options.others and options.combine == "weights":
+            paths = [path, *options.others]
+            weights, note = find_weights(paths, overrides, collectives, device, trust=trust)
+            if weights is None:
+                raise ConfigError(f"--combine weights: {note}. Take mean or vote.")
+            on_note(f"{note}: {', '.join(f'{weight:.4g}' for weight in weights)}")
+        blocks = BlockFiles(output, _identity(predictors, options, weights))
         with all_or_none(collectives, ConfigError):
             if collectives.rank == 0:
                 blocks.open()
         collectives.all_gather(None)
-        predictor = _Predictor(trained, objective, data, rows, device)
+        predictor = _Predictor(predictors, options.combine, weights or (), device)
         with all_or_none(collectives, StorageError):
             for start in _own_blocks(rows.num_sequences, collectives):
                 stop = min(start + _BLOCK_ROWS, rows.num_sequences)
@@ -87,19 +100,16 @@ def predict_file(
                 )
                 blocks.remove(_starts(rows.num_sequences))
         return rows.num_sequences
-    finally:
-        if isinstance(collectives, ProcessGroup):
-            collectives.close()
 
 
 def _what_predicts(
     trained: TrainedModel, rows_path: str, options: PredictOptions
-) -> tuple[RowObjective, LabelledConfig]:
+) -> tuple[Predicting, LabelledConfig | TokenLabelsConfig]:
     """The objective, and the data as the training data but for its path and without labels."""
     objective: Any = trained.config.objective
     data: Any = trained.config.data
     if isinstance(objective, Mixture):
-        parts = [name for name in objective.parts if isinstance(objective.part(name), RowObjective)]
+        parts = [name for name in objective.parts if isinstance(objective.part(name), Predicting)]
         name = options.head or (parts[0] if len(parts) == 1 else None)
         if name not in parts:
             raise ConfigError(
@@ -110,18 +120,31 @@ def _what_predicts(
         data = data.streams[name].data if isinstance(data, StreamsConfig) else data
     elif options.head is not None:
         raise ConfigError(f"--head {options.head}: {trained.source.path} is no mixture of objectives.")
-    if not isinstance(objective, RowObjective):
+    if not isinstance(objective, Predicting):
         kind = getattr(objective, "type", type(objective).__name__)
         raise ConfigError(
             f"{trained.source.path} was trained with objective.type={kind}, which predicts nothing of a row. "
             "`distft generate` continues texts, `distft embed` writes embeddings."
         )
+    if isinstance(objective, TokenClassification):
+        return objective, _sentences(data, rows_path, options)
     _require_columns(data, trained, options)
     known = data if isinstance(data, LabelledConfig) else LabelledConfig(path=rows_path)
     changes = {"path": rows_path, "label": None, "labels": "one", "max_rows": None, "shuffle": False}
     changes |= {} if options.text is None else {"text": options.text}
     changes |= {} if options.text_pair is None else {"text_pair": options.text_pair}
     return objective, parse(LabelledConfig, {**known.model_dump(mode="json"), **changes})
+
+
+def _sentences(data: Any, rows_path: str, options: PredictOptions) -> TokenLabelsConfig:
+    if options.text_pair is not None:
+        raise ConfigError(
+            "--text-pair-column: a model of token labels reads one list of words. Leave it out."
+        )
+    known = data if isinstance(data, TokenLabelsConfig) else TokenLabelsConfig(path=rows_path)
+    changes = {"path": rows_path, "labels": None, "max_rows": None, "shuffle": False}
+    changes |= {} if options.text is None else {"tokens": options.text}
+    return parse(TokenLabelsConfig, {**known.model_dump(mode="json"), **changes})
 
 
 def _require_columns(data: Any, trained: TrainedModel, options: PredictOptions) -> None:
@@ -137,23 +160,51 @@ def _require_columns(data: Any, trained: TrainedModel, options: PredictOptions) 
         raise ConfigError(f"--text-column and --text-pair-column are both {options.text}: name two columns.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Member:
+    """One of the models that predict, with the file's rows as it reads them."""
+
+    trained: TrainedModel
+    objective: Predicting
+    data: LabelledConfig | TokenLabelsConfig
+    rows: LabelledRows | TokenLabelRows
+
+    @classmethod
+    def open(cls, trained: TrainedModel, rows_path: str, options: PredictOptions) -> Self:
+        objective, data = _what_predicts(trained, rows_path, options)
+        config = trained.config
+        assert config.model is not None
+        rows, _ = data.open(data_context(trained.tokenizer, config.model, config))
+        return cls(trained=trained, objective=objective, data=data, rows=rows)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its predictions depend on."""
+        trained = self.trained
+        return {
+            "model": absolute(trained.source.path),
+            "run_id": trained.source.manifest.run_id,
+            "step": trained.source.manifest.progress.step,
+            "param_dtype": trained.config.engine.param_dtype,
+            "objective": self.objective.model_dump(mode="json"),
+            "seq_len": trained.config.batch.seq_len,
+            "tokenizer": trained.tokenizer.fingerprint,
+            "data": self.data.model_dump(mode="json"),
+            "rows": self.rows.fingerprint,
+        }
+
+
 def _identity(
-    trained: TrainedModel, objective: RowObjective, data: LabelledConfig, rows: LabelledRows
+    members: Sequence[_Member], options: PredictOptions, weights: Sequence[float] | None
 ) -> dict[str, Any]:
     """What the predictions depend on: only blocks of the same may be used again."""
-    progress = trained.source.manifest.progress
+    first, *others = members
+    ensemble = {"others": [o.identity for o in others], "combine": options.combine, "weights": weights}
     return {
-        "model": absolute(trained.source.path),
-        "run_id": trained.source.manifest.run_id,
-        "step": progress.step,
-        "param_dtype": trained.config.engine.param_dtype,
-        "objective": objective.model_dump(mode="json"),
-        "seq_len": trained.config.batch.seq_len,
-        "tokenizer": trained.tokenizer.fingerprint,
-        "data": data.model_dump(mode="json"),
-        "rows": rows.fingerprint,
-        "num_rows": rows.num_sequences,
+        **first.identity,
+        "num_rows": first.rows.num_sequences,
         "block_rows": _BLOCK_ROWS,
+        **(ensemble if others else {}),
     }
 
 
@@ -165,35 +216,63 @@ def _own_blocks(num_rows: int, collectives: Collectives) -> Iterator[int]:
     yield from _starts(num_rows)[collectives.dp_rank :: collectives.dp_world_size]
 
 
+def _given(data: LabelledConfig | TokenLabelsConfig) -> Iterator[dict[str, Any]]:
+    """Of each row its line in the file, and its texts."""
+    if isinstance(data, TokenLabelsConfig):
+        for sentence in data.read():
+            yield {"line": sentence.line, "tokens": list(sentence.words)}
+        return
+    texts = [data.text] if data.text_pair is None else [data.text, data.text_pair]
+    for record in read_records(data.path, texts=texts, labels=[]):
+        yield {"line": record.line, **record.values}
+
+
 class _Predictor:
-    """Predicts rows with one model."""
+    """Predicts rows with one model, or with several together."""
 
     def __init__(
-        self,
-        trained: TrainedModel,
-        objective: RowObjective,
-        data: LabelledConfig,
-        rows: LabelledRows,
-        device: torch.device,
+        self, members: Sequence[_Member], combine: Combine, weights: Sequence[float], device: torch.device
     ) -> None:
-        module = load_model(trained, device)
-        self._module = module
-        self._objective = objective
-        self._rows = rows
+        self._members = members
+        self._modules = [load_model(member.trained, device) for member in members]
+        self._combine, self._weights = combine, weights
         self._device = device
+        trained, objective, data = members[0].trained, members[0].objective, members[0].data
         names = trained.label_names
         self._label_names = names.get(objective.head_name) if isinstance(names, Mapping) else names
         self._batch_size = trained.config.evaluation.micro_batch_size or trained.config.batch.micro_batch_size
-        texts = [data.text] if data.text_pair is None else [data.text, data.text_pair]
-        self._records = read_records(data.path, texts=texts, labels=[])
+        self._given = list(_given(data))
 
     @torch.no_grad()
     def predictions(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Of rows [start, stop): the line in the file, the texts, and what the objective predicts."""
         for first in range(start, stop, self._batch_size):
             indices = np.arange(first, min(first + self._batch_size, stop), dtype=np.int64)
-            outputs = self._objective.outputs(self._module, self._rows.batch(indices).to(self._device))
-            predicted = self._objective.predictions(outputs.double().cpu(), self._label_names)
-            for index, values in zip(indices.tolist(), predicted, strict=True):
-                record = self._records[index]
-                yield {"line": record.line, **record.values, **values}
+            for index, values in zip(indices.tolist(), self._predict(indices), strict=True):
+                yield {**self._given[index], **values}
+
+    def _predict(self, indices: Indices) -> Sequence[Mapping[str, Any]]:
+        objective = self._members[0].objective
+        if isinstance(objective, RowObjective):
+            return objective.predictions(self._outputs(indices), self._label_names)
+        batch = self._members[0].rows.batch(indices).to(self._device)
+        classes = objective.word_labels(self._modules[0], batch)
+        return [objective.predictions(own, self._label_names) for own in classes]
+
+    def _outputs(self, indices: Indices) -> Tensor:
+        """float64 [B, K]: of several members the logarithms of their probabilities together."""
+        outputs = [
+            cast("RowObjective", member.objective)
+            .outputs(module, member.rows.batch(indices).to(self._device))
+            .double()
+            .cpu()
+            for member, module in zip(self._members, self._modules, strict=True)
+        ]
+        if len(outputs) == 1:
+            return outputs[0]
+        first = self._members[0].trained
+        in_order = [
+            output.log_softmax(dim=1)[:, label_order(member.trained, first)]
+            for member, output in zip(self._members, outputs, strict=True)
+        ]
+        return combined(torch.stack(in_order), self._combine, self._weights)

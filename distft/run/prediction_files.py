@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from distft import storage
 from distft.errors import ConfigError
+from distft.objective.token_classification import SPANS
 from distft.run.embedding_files import ParquetSink, check_writable
 from distft.storage import checksum_of_bytes
 
@@ -43,6 +44,22 @@ class BlockFiles:
         """`identity` is what the predictions depend on."""
         self._directory = f"{output}.parts"
         self._identity = json.dumps(identity, indent=1, sort_keys=True).encode()
+
+    @property
+    def directory(self) -> str:
+        """Where the blocks are."""
+        return self._directory
+
+    def stored_identity(self) -> dict[str, Any] | None:
+        """That of the blocks that are there; None if there are none, {} if it cannot be read."""
+        path = storage.join(self._directory, _IDENTITY)
+        if not storage.exists(path):
+            return None
+        try:
+            stored = json.loads(storage.read_bytes(path))
+        except ValueError:
+            return {}
+        return stored if isinstance(stored, dict) else {}
 
     def open(self) -> None:
         """Begin, or go on. Raises `ConfigError` if the directory has the blocks of other predictions."""
@@ -118,7 +135,7 @@ def _write_csv(writer: Any, predictions: Iterator[Mapping[str, Any]], delimiter:
     text = io.StringIO()
     table: Any = None
     for prediction in predictions:
-        row = _flat(prediction)
+        row = _flat(_in_cells(prediction))
         if table is None:
             table = csv.DictWriter(text, list(row), delimiter=delimiter, lineterminator="\n")
             table.writeheader()
@@ -139,11 +156,17 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _in_cells(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with spans as JSON: a column has one type, which rows without a span do not tell."""
+    return {name: json.dumps(value) if name == SPANS else value for name, value in prediction.items()}
+
+
 def _write_parquet(writer: Any, predictions: Iterator[Mapping[str, Any]]) -> None:
     file: Any = None
     try:
         while group := list(itertools.islice(predictions, _ROWS_OF_GROUP)):
-            table = pa.Table.from_pylist(group, schema=None if file is None else file.schema)
+            cells = [_in_cells(prediction) for prediction in group]
+            table = pa.Table.from_pylist(cells, schema=None if file is None else file.schema)
             if file is None:
                 file = pq.ParquetWriter(ParquetSink(writer), table.schema)
             file.write_table(table)

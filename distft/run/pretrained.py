@@ -1,33 +1,40 @@
 """Opens trained models of any format, and evaluates them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distft import storage
+from distft.checkpoint.adapters import merged
 from distft.checkpoint.damage import require_undamaged
 from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import CheckpointSource, notes_of, read_state
+from distft.checkpoint.steps import absolute
 from distft.collectives import Collectives, ProcessGroup, SingleProcess
 from distft.config import apply_overrides, parse, split_override
 from distft.data.dataset import Labels
-from distft.data.feed import AnyFeed
+from distft.data.feed import AnyFeed, Feed
+from distft.data.split import SplitConfig
 from distft.engine.interface import DTYPES
 from distft.engine.memory import allocate
-from distft.errors import ConfigError
+from distft.errors import ConfigError, DistftError
 from distft.model.heads import Heads
 from distft.model.with_heads import ModelWithHeads
-from distft.objective.interface import ObjectiveContext
+from distft.objective.interface import Objective, ObjectiveContext
 from distft.run.config import RunConfig
 from distft.run.data_context import data_context, require_inputs_of_model, tokenizer_notes
 from distft.run.engines import choose_device
-from distft.run.model import build_module, require_parameters, saved_label_names
+from distft.run.model import build_module, parameter_shapes, require_parameters, saved_label_names
+from distft.run.reference import Computation, ReferenceValues, reference_identity
+from distft.run.reference_source import open_reference
 from distft.tokenizer import Tokenizer
 from distft.tokenizer.files import SENTENCEPIECE_FILE, find_tokenizer_file
+from distft.tokenizer.template_files import read_template
 from distft.topology import Topology
 from distft.tracker import progress
 from distft.train.evaluation import evaluate
@@ -46,6 +53,7 @@ _EFFECTIVE = (
     "objective",
     "timeout_s",
     "tokenizer",
+    "chat",
     "validation",
 )
 # What needs evaluations in training, and so would not fit a configuration without them.
@@ -86,6 +94,7 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
     source = open_source(path, trust=trust, weights_only=True)
     require_undamaged(source)
     notes = notes_of(source)
+    source = merged(source)
     saved = source.manifest.config
     if "run_dir" not in saved:
         saved = _substitute_config(source, path)
@@ -93,7 +102,7 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
             f"{source.path} has no configuration of a run: rows have batch.seq_len="
             f"{saved['batch']['seq_len']} tokens, objective.type is {saved['objective']['type']}."
         )
-    if saved.get("validation") is None and any(key.startswith("validation.") for key in _keys(overrides)):
+    if _names_validation(saved.get("validation"), _keys(overrides)):
         saved = {**saved, "validation": _empty_validation(saved["data"]["type"], overrides)}
     raw: dict[str, Any] = apply_overrides(saved, [*overrides, *_NOTHING_TO_TRAIN])
     raw["batch"]["global_batch_size"] = max(
@@ -109,6 +118,8 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
     model, tokenizer = config.model, None
     if model.reads_tokens:
         tokenizer = _load_tokenizer(source, config.tokenizer if has_other_tokenizer else None)
+        if config.chat.template is not None and "chat.template" in _keys(overrides):
+            tokenizer = tokenizer.with_chat_template(read_template(config.chat.template))
         notes += [*tokenizer.notes, *tokenizer_notes(tokenizer, source)]
         model = model.for_vocabulary(tokenizer.vocab_size)
     objective = config.objective.resolved(model, None)  # a checkpoint of a run has all values
@@ -123,6 +134,14 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
 def _keys(overrides: Sequence[str]) -> list[str]:
     """The keys of the overrides that have one: `apply_overrides` reports the others."""
     return [key for key, equals, _ in map(split_override, overrides) if equals]
+
+
+def _names_validation(saved: Any, keys: Sequence[str]) -> bool:
+    """Whether overrides name validation data for a run that has none of its own, or a split of its data."""
+    own = [key.removeprefix("validation.") for key in keys if key.startswith("validation.")]
+    if isinstance(saved, dict) and saved.get("type") == "split":
+        return any(key == "type" or key not in SplitConfig.model_fields for key in own)
+    return saved is None and bool(own)
 
 
 def _empty_validation(kind: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -233,6 +252,52 @@ def _ignore(note: str) -> None:
     """The default of `on_note`."""
 
 
+def _with_reference(
+    trained: TrainedModel,
+    feed: AnyFeed,
+    collectives: Collectives,
+    device: torch.device,
+    on_note: Callable[[str], None],
+) -> AnyFeed:
+    """The feed, whose rows have what the objective's reference gives them, if it has one.
+
+    As the run has stored it, if it did for these rows; it suffices if the reference is gone.
+    """
+    config, model = trained.config, trained.config.model
+    if config.objective.reference_target is None or not isinstance(feed, Feed):
+        return feed
+    assert model is not None
+    shapes = parameter_shapes(model, config.objective.heads(trained.label_names))
+    source, identity, problem = None, {}, ""
+    try:
+        path = config.init_from
+        init_from = None if path is None else merged(open_source(path, weights_only=True))
+        source = open_reference(config, model, shapes, init_from)
+    except DistftError as error:
+        problem = str(error)
+    if source is not None:
+        settings, tokenizer = model.model_dump(mode="json"), trained.tokenizer.fingerprint
+        identity = reference_identity(source, shapes, settings, tokenizer, collectives)
+    values = ReferenceValues(
+        objective=config.objective,
+        context=ObjectiveContext(model.vocabulary_size or 0, collectives),
+        root=storage.parent(absolute(trained.source.path)),
+        micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
+        seq_len=config.batch.seq_len,
+        identity=identity,
+    )
+    (rows,) = feed.datasets
+    found = values.stored(rows, refuses_others=False)
+    if values.is_complete(rows, found):
+        return values.added(feed, found)
+    if source is None:
+        raise ConfigError(f"{problem}\nIt is needed: the run has not stored what it gives these rows.")
+    on_note(f"computing what the reference, {source.path}, gives the rows")
+    module = load_model(replace(trained, source=source), device)
+    computation = Computation(model=module, module=module, device=device)
+    return values.added(feed, values.complete(rows, found, computation, stores=False))
+
+
 def evaluate_checkpoint(
     path: str,
     overrides: Sequence[str],
@@ -249,6 +314,43 @@ def evaluate_checkpoint(
     trained = open_model(path, overrides, trust=trust)
     for note in trained.notes:
         on_note(note)
+    with ranks_of(trained.config, topology) as (collectives, device):
+        return evaluate_model(
+            trained,
+            collectives,
+            device,
+            on_note=on_note,
+            on_sums=lambda sums: on_report(trained.config.objective.report(sums, trained.label_names)),
+        )
+
+
+@contextmanager
+def ranks_of(config: RunConfig, topology: Topology) -> Iterator[tuple[Collectives, torch.device]]:
+    """The ranks that a command runs on, and this rank's device."""
+    device = choose_device(config, topology)
+    collectives: Collectives = SingleProcess()
+    if topology.world_size > 1:
+        collectives = ProcessGroup(topology, device, config.timeout_s)
+    try:
+        yield collectives, device
+    finally:
+        if isinstance(collectives, ProcessGroup):
+            collectives.close()
+
+
+def evaluate_model(
+    trained: TrainedModel,
+    collectives: Collectives,
+    device: torch.device,
+    *,
+    objective: Objective | None = None,
+    on_note: Callable[[str], None] = _ignore,
+    on_sums: Callable[[Mapping[str, Tensor]], None] = lambda _: None,
+) -> dict[str, float]:
+    """As `evaluate_checkpoint`. `objective` is measured in place of the model's own, on the same rows.
+
+    `on_sums` gets what the metrics are made of.
+    """
     config = trained.config
     if config.validation is None:
         raise ConfigError(
@@ -258,33 +360,28 @@ def evaluate_checkpoint(
     assert config.model is not None
     require_inputs_of_model(config, config.model)
     context = data_context(trained.own_tokenizer, config.model, config, trained.label_names)
-    feed: AnyFeed = config.validation.build_for_evaluation(context)
+    feed: AnyFeed
+    if isinstance(config.validation, SplitConfig):
+        _, feed = config.validation.split(config.data.build(context))
+    else:
+        feed = config.validation.build_for_evaluation(context)
     feed = config.objective.transform_feed(feed, context, config.seed)
-    device = choose_device(config, topology)
-    collectives: Collectives = SingleProcess()
-    if topology.world_size > 1:
-        collectives = ProcessGroup(topology, device, config.timeout_s)
+    feed = _with_reference(trained, feed, collectives, device, on_note)
     module = load_model(trained, device)
     if config.evaluation.max_sequences is not None:
         feed = feed.first(config.evaluation.max_sequences)
     num_sequences = feed.num_sequences
-    progress_bar = progress(num_sequences, "evaluating", "rows") if topology.is_main else nullcontext()
-    try:
-        with progress_bar as display:
-            return evaluate(
-                module,
-                module,
-                config.objective,
-                feed,
-                context=ObjectiveContext(config.model.vocabulary_size or 0, collectives),
-                micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
-                seq_len=config.batch.seq_len,
-                device=device,
-                on_sums=lambda sums: on_report(config.objective.report(sums, trained.label_names)),
-                on_progress=None
-                if display is None
-                else lambda n: display.advance(n * collectives.dp_world_size),
-            )
-    finally:
-        if isinstance(collectives, ProcessGroup):
-            collectives.close()
+    progress_bar = progress(num_sequences, "evaluating", "rows") if collectives.rank == 0 else nullcontext()
+    with progress_bar as display:
+        return evaluate(
+            module,
+            module,
+            config.objective if objective is None else objective,
+            feed,
+            context=ObjectiveContext(config.model.vocabulary_size or 0, collectives),
+            micro_batch_size=config.evaluation.micro_batch_size or config.batch.micro_batch_size,
+            seq_len=config.batch.seq_len,
+            device=device,
+            on_sums=on_sums,
+            on_progress=None if display is None else lambda n: display.advance(n * collectives.dp_world_size),
+        )

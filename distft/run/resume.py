@@ -18,6 +18,7 @@ from distft.config import Settings, redact
 from distft.config.component import trusting
 from distft.data.dataset import Labels
 from distft.errors import CheckpointError, ConfigError
+from distft.run.adapter_base import base_of
 from distft.run.config import RunConfig
 from distft.run.data_context import data_context
 from distft.run.inputs import RunInputs
@@ -35,6 +36,7 @@ _FIXED_ON_RESUME = (
     ("model",),
     ("seed",),
     ("trainable",),
+    ("lora",),
     ("phases",),
 )
 _SECTIONS_TO_COMPARE = ("optim", "train", "engine", "batch")
@@ -89,6 +91,9 @@ def find_resume_checkpoint(
             if collectives.rank == 0:
                 require_never_saved(config.run_dir, store.root)
         _verify_init_from(inputs, collectives)
+        base = base_of(inputs, store.root)
+        if base is not None:
+            store.refer_to(base)
         store.resume_from(found)
         return found
     if not config.checkpoint.resume:
@@ -141,7 +146,8 @@ def require_resumable(saved: Manifest, config: RunConfig, data_fingerprint: str 
     if saved.data_fingerprint is not None and saved.data_fingerprint == data_fingerprint:
         before["data"], now["data"] = _without_paths(before.get("data")), _without_paths(now["data"])
     changes = []
-    for keys in _FIXED_ON_RESUME:
+    splits = any((given.get("validation") or {}).get("type") == "split" for given in (before, now))
+    for keys in (*_FIXED_ON_RESUME, *([("validation",)] if splits else [])):  # a split changes the data
         changes += _describe_changes(".".join(keys), _lookup(before, keys), _lookup(now, keys))
     if changes:
         changes.append(
@@ -209,7 +215,7 @@ def _with_new_defaults(saved: Mapping[str, Any], config: RunConfig) -> dict[str,
     A section is read by the class that it has in `config`. Names in `saved` are imported only if `config`,
     which the user gave, has them too.
     """
-    completed = {"phases": [], **saved}
+    completed = {"phases": [], "lora": None, **saved}
     for section in ("data", "objective", "model", *_SECTIONS_TO_COMPARE):
         now, before = getattr(config, section), saved.get(section)
         if isinstance(now, Settings) and isinstance(before, Mapping):

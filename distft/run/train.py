@@ -8,6 +8,7 @@ import torch
 
 from distft import storage
 from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.formats.detect import attach_base
 from distft.checkpoint.manifest import MANIFEST, Progress
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
@@ -20,6 +21,7 @@ from distft.run.environment import launch_name
 from distft.run.inputs import RunInputs
 from distft.run.phase_run import PhaseRun
 from distft.run.phases import inputs_of_span, span_at
+from distft.run.reference import with_reference
 from distft.run.resume import claim_run, is_over
 from distft.run.run_dir import RunRecord, open_run_dir
 from distft.run.stop_signals import stop_on_signals
@@ -117,7 +119,7 @@ class TrainingRun:
         self._stop_requested = stop_requested
         directory = self._config.checkpoint.directory or storage.join(self._config.run_dir, "checkpoints")
         # The saver's thread needs a group of its own: this thread uses the other one at the same time.
-        self._store = CheckpointStore(directory, collectives.with_new_group())
+        self._store = CheckpointStore(directory, collectives.with_new_group(), attach_base)
         self._step = 0  # completed steps of the run
         self._saved_step: int | None = None  # the last one that is committed
 
@@ -183,6 +185,14 @@ class TrainingRun:
     def _train_from(self, checkpoint: Checkpoint | None, progress: Progress, record: RunRecord) -> RunResult:
         """Train phase after phase: each starts from the commit with which the one before ended."""
         metrics: dict[str, float] = {}
+        self._inputs = with_reference(
+            self._inputs,
+            self._plan,
+            self._collectives,
+            self._device,
+            root=self._store.root,
+            on_note=lambda note: record.trackers.event("note", note=note),
+        )
         with stop_on_signals(self._stop_requested, on_request=record.announce_stop) as stop_requested:
             while True:
                 span = span_at(self._inputs, progress.phase_starts, progress.step)

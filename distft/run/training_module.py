@@ -15,6 +15,7 @@ from distft.model.fp8 import require_fp8, use_fp8
 from distft.model.transformer_config import TransformerConfig
 from distft.model.with_heads import ModelWithHeads
 from distft.objective.interface import ObjectiveContext
+from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
 from distft.run.model import build_module
 from distft.topology import BatchPlan
@@ -37,11 +38,13 @@ def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.devi
         if settings.compile is True and missing is not None:
             raise ConfigError(f"engine.compile=true needs {missing}: install it, or set engine.compile=auto.")
     errors.raise_if_any()
-    module = build_module(inputs.model, inputs.heads)
+    module = build_module(inputs.model, inputs.heads, inputs.config.lora)
     for name, param in module.named_parameters():
         param.requires_grad_(name in inputs.trainable)
     with errors.collect():
         module.set_activation_checkpointing(settings.activation_checkpointing)
+    with errors.collect():
+        _check_adapters(inputs.config)
     with errors.collect():
         if settings.fp8 != "none":
             if module.fp8_layers is None:
@@ -54,6 +57,21 @@ def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.devi
     if _uses_compile(inputs, plan, device):
         module.compile_blocks()
     return module
+
+
+def _check_adapters(config: RunConfig) -> None:
+    """Raise `ConfigError` for settings of the engine that adapters do not go with."""
+    if config.lora is None:
+        return
+    engine = config.engine
+    if engine.fp8 != "none":
+        raise ConfigError(f"engine.fp8={engine.fp8} with lora: adapters have no FP8: set engine.fp8=none.")
+    if config.lora.dropout and engine.activation_checkpointing != "none":
+        # A block that is recomputed is not passed the keys of its rows again.
+        raise ConfigError(
+            f"lora.dropout={config.lora.dropout:g} with engine.activation_checkpointing="
+            f"{engine.activation_checkpointing}: set one of them to 0 or none."
+        )
 
 
 def require_kernels(model: ModelConfig, device: torch.device) -> None:

@@ -9,6 +9,7 @@ from distft.errors import DataError
 from distft.storage import AnyPath
 from distft.tokenizer.files import (
     ADDED_TOKENS,
+    CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     LIBRARY_FILE,
     SPECIAL_MAP,
@@ -31,16 +32,21 @@ class Companions:
     fingerprint: str | None = None  # of the model, if distft wrote the files for it
     adds_bos: bool | None = None  # whether transformers puts bos before a text; None: they do not say
     stripping: list[str] = field(default_factory=list)  # tokens that take the white space beside them
+    template_files: dict[str, bytes] = field(default_factory=dict)  # those that may have a chat template
 
 
 def read_companions(directory: AnyPath) -> Companions:
     """Read the files in `directory`; those that are missing say nothing. Raises `DataError` for bad ones."""
     found = Companions()
-    for name in (LIBRARY_FILE, CONFIG_FILE, SPECIAL_MAP, ADDED_TOKENS):
+    for name in (LIBRARY_FILE, CONFIG_FILE, SPECIAL_MAP, ADDED_TOKENS, CHAT_TEMPLATE_FILE):
         path = storage.join(directory, name)
         data = read_bounded(path)
         if data is None:
             continue
+        if name in {CONFIG_FILE, CHAT_TEMPLATE_FILE}:
+            found.template_files[name] = data
+        if name == CHAT_TEMPLATE_FILE:
+            continue  # says nothing of the vocabulary
         found.names.append(name)
         raw = json_object(path, data)
         try:

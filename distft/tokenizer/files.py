@@ -19,7 +19,8 @@ CONFIG_FILE, SPECIAL_MAP, ADDED_TOKENS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-COMPANION_FILES = (CONFIG_FILE, SPECIAL_MAP, ADDED_TOKENS)  # beside either, where they say more
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # of transformers; older ones have it in tokenizer_config.json
+COMPANION_FILES = (CONFIG_FILE, SPECIAL_MAP, ADDED_TOKENS, CHAT_TEMPLATE_FILE)  # beside either
 VOCAB_TXT, VOCAB_JSON, MERGES = "vocab.txt", "vocab.json", "merges.txt"  # of BERT; of GPT-2
 # What distft writes into a checkpoint and beside token shards; the main file is one of the first two.
 OWN_FILES = (SENTENCEPIECE_FILE, LIBRARY_FILE, *COMPANION_FILES)

@@ -30,7 +30,7 @@ def huggingface_files(
 
     `tokenizer.model` is always included; it is the only file if a tokenizer.json would give other ids.
     """
-    files = {SENTENCEPIECE_FILE: tokenizer.to_bytes()}
+    files = tokenizer.files()
     reasons = _unsupported_features(tokenizer.model_proto)
     if reasons:
         return files, [

@@ -2,7 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
+from types import MappingProxyType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +32,7 @@ class Tokenizer(ABC):
     is_lossless: bool
     adds_bos: bool = False  # whether transformers puts bos before a text, as the files say
     notes: tuple[str, ...] = ()  # on what the files say and is not applied
+    chat_templates: Mapping[str, str] = MappingProxyType({})  # Jinja by name, from the files; empty: none
 
     @staticmethod
     def load(path: AnyPath) -> "Tokenizer":
@@ -58,6 +62,26 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_array(self, text: str) -> NDArray[np.int32]:
         """Ids of `text`, without bos or eos. Raises `DataError` for lone surrogates."""
+
+    @abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids of `text` and, for each, [start, stop) of its characters in `text`: [N] and [N, 2].
+
+        The text of a special token, such as `</s>`, is that token, as always in transformers. Tokens that
+        share a character all have it. Raises `DataError` as `encode_array`, and if the tokenizer changes
+        texts so that places in them are lost.
+        """
+
+    def with_chat_template(self, source: str) -> Self:
+        """The same tokenizer with this chat template, which `files` and exports have too."""
+        tokenizer = copy(self)
+        tokenizer.chat_templates = {"default": source}
+        return tokenizer
+
+    @property
+    @abstractmethod
+    def special_texts(self) -> Mapping[str, str]:
+        """The texts of the special tokens by the names that transformers gives to a template: `bos_token`."""
 
     def encode(self, text: str) -> list[int]:
         """`encode_array` as a list."""

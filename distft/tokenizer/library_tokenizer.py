@@ -7,17 +7,25 @@ from contextlib import contextmanager
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distft import storage
 from distft.errors import ConfigError, DataError
-from distft.tokenizer.files import ADDED_TOKENS, CONFIG_FILE, LIBRARY_FILE, SPECIAL_MAP, json_object
+from distft.tokenizer.files import (
+    ADDED_TOKENS,
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    LIBRARY_FILE,
+    SPECIAL_MAP,
+    json_object,
+)
 from distft.tokenizer.interface import Tokenizer, check_text
 from distft.tokenizer.library_json import LibraryModel, add_token, parse_library_json, vocabulary_size
 from distft.tokenizer.special_tokens import SpecialTokens, begins_with_special_token
+from distft.tokenizer.template_files import templates_of_files
 
 _LONG_TEXT = 1 << 14  # characters from which encoding without offsets, in the library's thread, is faster
 _NORMALIZER_SETTINGS = {  # of tokenizer_config.json, and their names in a BertNormalizer
@@ -56,6 +64,8 @@ class LibraryTokenizer(Tokenizer):
             _apply_settings(raw, model, tokens.settings)
             self._adds_special = begins_with_special_token(raw.get("post_processor"))
         self._model = model
+        self.chat_templates = templates_of_files(files)
+        self._special_texts = {f"{role}_token": t for role, t in texts.items() if tokens.texts.get(role, t)}
         self._set_special_ids(texts, known)
         self._raw = _loadable(raw, model)
         self._backend = _load(self._raw, model)
@@ -113,6 +123,25 @@ class LibraryTokenizer(Tokenizer):
                 error, f"the tokenizers library cannot encode a text of {len(text):,} characters"
             )
         return np.array(ids, dtype=np.int32)
+
+    def encode_with_offsets(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            check_text(text)
+            _raise_data_error(
+                error, f"the tokenizers library cannot encode a text of {len(text):,} characters"
+            )
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    @property
+    def special_texts(self) -> Mapping[str, str]:
+        return self._special_texts
+
+    def with_chat_template(self, source: str) -> Self:
+        tokenizer = super().with_chat_template(source)
+        tokenizer._files = {**self._files, CHAT_TEMPLATE_FILE: source.encode()}
+        return tokenizer
 
     def _decode(self, ids: list[int]) -> str:
         shown = [index for index in ids if index not in self._control_ids]

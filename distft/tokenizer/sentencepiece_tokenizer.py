@@ -1,6 +1,7 @@
 """Encodes and decodes with a sentencepiece model."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from distft.tokenizer.model_proto import (
     without_dummy_prefix,
 )
 from distft.tokenizer.pretokenization import META_SPACE, CachedWordEncoder, pretokenization_pattern
+from distft.tokenizer.template_files import files_of_templates, templates_of_files
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -63,7 +65,9 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             tokenizer = cls(model)
             companions = read_companions(storage.parent(path))
+            templates = templates_of_files(companions.template_files)
             if not companions.names:
+                tokenizer.chat_templates = templates
                 return tokenizer
             special_ids = {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_NAMES}
             merged, notes = with_added_tokens(
@@ -77,6 +81,7 @@ class SentencePieceTokenizer(Tokenizer):
                 tokenizer = cls(merged)
         except DataError as error:
             raise DataError(f"tokenizer {path}: {error}") from error
+        tokenizer.chat_templates = templates
         tokenizer.notes = tuple(notes)
         tokenizer.adds_bos = bool(companions.adds_bos) and tokenizer.bos_id is not None
         return tokenizer
@@ -91,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model
 
     def files(self) -> dict[str, bytes]:
-        return {SENTENCEPIECE_FILE: self._model}
+        return {SENTENCEPIECE_FILE: self._model, **files_of_templates(self.chat_templates)}
 
     def save(self, path: str | Path) -> None:
         """Write the model atomically, as one file."""
@@ -120,6 +125,25 @@ class SentencePieceTokenizer(Tokenizer):
         arrays = self._encode_with_sentencepiece([texts[index] for index in plain], num_threads)
         encoded = dict(zip(plain, arrays, strict=True))
         return [encoded[i].tolist() if i in encoded else self.encode(text) for i, text in enumerate(texts)]
+
+    def encode_with_offsets(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        ids, offsets = [], []
+        for start, part in self._split_at_control_pieces(text):
+            if part in self._control_ids:
+                ids.append(np.array([self._control_ids[part]], np.int32))
+                offsets.append(np.array([[start, start + len(part)]], np.int64))
+            elif part:
+                ids.append(self.encode_array(part))
+                offsets.append(start + self._offsets(part, ids[-1]))
+        if not ids:
+            return _NO_IDS, np.empty((0, 2), np.int64)
+        return np.concatenate(ids), np.concatenate(offsets)
+
+    @property
+    def special_texts(self) -> Mapping[str, str]:
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
+        pieces = self.model_proto.pieces
+        return {f"{name}_token": pieces[index].text for name, index in ids.items() if index is not None}
 
     def _decode(self, ids: list[int]) -> str:
         if not self.model_proto.has_identity_normalization:
@@ -167,6 +191,48 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def _ids_of_pieces(self) -> dict[str, int]:
         return {piece.text: index for index, piece in enumerate(self.model_proto.pieces)}
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        pieces = enumerate(self.model_proto.pieces)
+        return {piece.text: index for index, piece in pieces if piece.type in _SPECIAL}
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._control_ids, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else _NOTHING
+
+    def _split_at_control_pieces(self, text: str) -> Iterator[tuple[int, str]]:
+        """Each part with its place in the text; some are empty."""
+        start = 0
+        for part in self._control_pattern.split(text):
+            yield start, part
+            start += len(part)
+
+    def _offsets(self, text: str, ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        """[start, stop) of the characters of each id of a text without control pieces."""
+        surfaces = [self._surfaces[index] for index in ids.tolist()]
+        data, joined = text.encode(), b"".join(surfaces)
+        num_added = len(joined) - len(data)
+        if num_added not in {0, 1} or not joined.endswith(data):  # 1: of a dummy prefix
+            return self._offsets_of_library(text, ids)
+        stops = np.cumsum([len(surface) for surface in surfaces]) - num_added
+        starts = np.concatenate([[0], stops[:-1]])
+        # The character of each byte, and of its end: a byte of which is no first one continues a character.
+        is_first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+        character = np.concatenate([np.cumsum(is_first) - 1, [len(text)]])
+        last = np.maximum(stops - 1, starts)
+        return np.stack([character[starts], np.minimum(character[last] + 1, len(text))], axis=1)
+
+    def _offsets_of_library(self, text: str, ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        """As `_offsets`, of a model that changes the text, or has no bytes for some characters of it."""
+        found = self._processor.encode(text, out_type="offset_mapping")
+        if found["ids"] != ids.tolist():
+            raise DataError(
+                f"the tokenizer cannot tell which characters of {text[:40]!r} its tokens are: remove U+2581 "
+                "from the text, or use another tokenizer."
+            )
+        return np.array(found["offsets"], np.int64).reshape(-1, 2)
 
     @cached_property
     def _symbols(self) -> tuple[str, ...]:
@@ -217,6 +283,8 @@ class SentencePieceTokenizer(Tokenizer):
 _MIN_BATCH_TEXTS = (
     64  # sentencepiece starts a thread per batch, 0.2 ms; a text outside a batch costs 6 us more
 )
+_SPECIAL = (PieceType.CONTROL, PieceType.UNKNOWN)
+_NOTHING = re.compile(r"(?!)")
 _NO_IDS = np.empty(0, dtype=np.int32)
 
 

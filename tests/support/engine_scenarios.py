@@ -26,6 +26,8 @@ from distft.engine.settings import ActivationCheckpointing, LocalConfig
 from distft.keyed_random import row_keys
 from distft.model.config import ModelConfig
 from distft.model.heads import LANGUAGE_MODEL, Heads
+from distft.model.lora import add_adapters
+from distft.model.lora_config import LoraConfig
 from distft.model.transformer_config import TransformerConfig
 from distft.optim.config import OptimConfig
 from distft.optim.groups import parameter_groups
@@ -66,6 +68,7 @@ class Scenario:
     max_grad_norm: float | None = 0.5
     compile: bool = False
     other_model: ModelConfig | None = None  # in place of a Transformer
+    lora: LoraConfig | None = None
     zero: Mapping[str, Any] = field(default_factory=dict)  # further settings of ZeroConfig
     optimizer: Mapping[str, Any] = field(default_factory=dict)  # settings of `optim` in place of these
 
@@ -133,6 +136,8 @@ class Training:
         self.collectives = collectives
         with torch.device("meta"):
             module = scenario.model.build(heads)
+            if scenario.lora is not None:
+                add_adapters(module, scenario.lora)
         module.set_activation_checkpointing(scenario.activation_checkpointing)
         if scenario.compile:
             module.compile_blocks()

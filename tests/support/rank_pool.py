@@ -162,9 +162,9 @@ class Ranks:
         rank = self.world_size
         context = get_context("forkserver")
         parent_end, rank_end = context.Pipe()
-        process = context.Process(
-            target=_rank_main, args=(call, rank_end, str(self._output_of(rank)), env), name=f"rank {rank}"
-        )
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)  # of the test; the fork server is older than that
+        arguments = (call, rank_end, str(self._output_of(rank)), env, niceness)
+        process = context.Process(target=_rank_main, args=arguments, name=f"rank {rank}")
         process.start()
         rank_end.close()  # otherwise the pipe would stay open after the rank has ended
         assert process.pid is not None
@@ -245,9 +245,10 @@ class _RemoteCall:
 
 
 def _rank_main(
-    call: _RemoteCall, parent: connection.Connection, output: str, env: Mapping[str, str]
+    call: _RemoteCall, parent: connection.Connection, output: str, env: Mapping[str, str], niceness: int
 ) -> NoReturn:
     """Entry point of a rank. It exits without teardown, in which a process group may wait for a dead peer."""
+    os.setpriority(os.PRIO_PROCESS, 0, niceness)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     stream = Path(output).open("ab", buffering=0)  # noqa: SIM115  stays open until the process exits
     os.dup2(stream.fileno(), 1)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from distft import storage
 from distft.checkpoint.formats.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_MODEL,
     CONFIG_FILE,
     LATEST,
     LATEST_UNIVERSAL,
@@ -20,11 +22,12 @@ from distft.checkpoint.steps import (
     sibling_steps_hint,
     uncommitted_notes,
 )
-from distft.errors import UnsupportedFormatError
+from distft.errors import CheckpointError, UnsupportedFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from distft.checkpoint.committed import Checkpoint
     from distft.checkpoint.sources import CheckpointSource
 
 
@@ -46,7 +49,9 @@ def open_source(
     if format_name == "distft":
         from distft.checkpoint.committed import find_checkpoint
 
-        return find_checkpoint(path)
+        checkpoint = find_checkpoint(path)
+        attach_base(checkpoint)
+        return checkpoint
     if format_name == "universal":
         from distft.checkpoint.formats.deepspeed.transformers_model import with_distft_names
         from distft.checkpoint.formats.deepspeed.universal import UniversalCheckpoint
@@ -56,9 +61,29 @@ def open_source(
         from distft.checkpoint.formats.deepspeed.transformers_model import open_deepspeed
 
         return open_deepspeed(path, trust=trust, groups=parameter_groups, weights_only=weights_only)
+    if format_name == "peft":
+        from distft.checkpoint.formats.peft_source import PeftCheckpoint
+
+        return PeftCheckpoint.open(path)
     from distft.checkpoint.formats.huggingface_source import HuggingFaceCheckpoint
 
     return HuggingFaceCheckpoint.open(path)
+
+
+def attach_base(checkpoint: "Checkpoint") -> None:
+    """Open what `checkpoint` refers to, at its path or where it lies relative to `checkpoint`."""
+    record = checkpoint.manifest.base
+    if record is None:
+        return
+    beside = None if record.relative is None else storage.join(checkpoint.path, record.relative)
+    for path in (record.path, beside):
+        if path is not None and storage.is_directory(path):
+            checkpoint.base = open_source(path, weights_only=True)
+            return
+    raise CheckpointError(
+        f"{checkpoint.path} holds adapters alone, and their base is no longer at {record.path}: put it back, "
+        "or put both where they lie to each other as before."
+    )
 
 
 def detect_format(path: str) -> str:
@@ -78,9 +103,11 @@ def detect_format(path: str) -> str:
         return "universal"
     if LATEST in names or any(MODEL_STATES.fullmatch(name) for name in names):
         return "deepspeed"
-    has_weights = any(name.endswith((".safetensors", ".safetensors.index.json", ".bin")) for name in names)
-    if CONFIG_FILE in names and has_weights:
-        return "huggingface"
+    weights = (".safetensors", ".safetensors.index.json", ".bin")
+    has_weights = any(name.endswith(weights) and not name.startswith(ADAPTER_MODEL) for name in names)
+    is_whole_model = CONFIG_FILE in names and has_weights
+    if is_whole_model or ADAPTER_CONFIG in names:
+        return "huggingface" if is_whole_model else "peft"
     if list_tags(path):
         return "deepspeed"  # without `latest`: its reader names the tags
     if CONFIG_FILE in names:
@@ -94,7 +121,7 @@ def detect_format(path: str) -> str:
     raise UnsupportedFormatError(
         "\n".join(notes)
         or f"{path} is not a checkpoint of a known format. A distft checkpoint has {MANIFEST} or step_*/, a "
-        f"DeepSpeed checkpoint {LATEST} or *_model_states.pt, a universal one {LATEST_UNIVERSAL}, and a "
-        f"transformers model {CONFIG_FILE}. "
+        f"DeepSpeed checkpoint {LATEST} or *_model_states.pt, a universal one {LATEST_UNIVERSAL}, a "
+        f"transformers model {CONFIG_FILE}, and an adapter of PEFT {ADAPTER_CONFIG}. "
         f"It contains {', '.join(sorted(names)[:10])}."
     )

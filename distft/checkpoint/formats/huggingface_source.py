@@ -67,8 +67,8 @@ class HuggingFaceCheckpoint(ManifestSource):
         self.notes = [*matched.problems[:_MOST_NOTES]]  # for the user
         if matched.left_out:
             self.notes.append(f"{path}: {', '.join(matched.left_out)} left out: the layers of another head.")
-        self._spec = spec
-        self._tensor_map = matched.tensor_map
+        self.spec = spec
+        self.tensor_map = matched.tensor_map
         self._locations = matched.locations
 
     @classmethod
@@ -94,7 +94,7 @@ class HuggingFaceCheckpoint(ManifestSource):
         """As `StateSource.read`. A transposed tensor is read whole, 16 MiB at a time."""
         if not self.has(parameter, state):
             raise CheckpointError(f"{self.path} has no {state} of {parameter!r}.")
-        location = self._tensor_map.parameters[parameter]
+        location = self.tensor_map.parameters[parameter]
         return read_parameter(location, self._read_tensor, start, stop)
 
     def _read_tensor(self, name: str, start: int, stop: int) -> Tensor:
@@ -108,7 +108,7 @@ class HuggingFaceCheckpoint(ManifestSource):
 
         The format has no checksums, so wrong values are found only in a tied head that is stored as a copy.
         """
-        return _match_tensors(self.path, self._spec, compare_tied=True).problems
+        return _match_tensors(self.path, self.spec, compare_tied=True).problems
 
 
 def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool = False) -> _MatchedTensors:

@@ -99,9 +99,9 @@ def write_huggingface(
     Raises `ConfigError` for a model that transformers cannot represent or a target that is not empty, and
     `CheckpointError` for a source that lacks parameters; then nothing is written.
     """
-    model = _model_config(source)
+    model = known_model(source)
     chosen = choose_architecture(model, architecture)
-    head, own, notes = _choose_head(source, model, chosen)
+    head, own, notes = choose_head(source, model, chosen)
     classifier, beside = (own, None) if head == "classifier" else (None, own)
     labels = () if classifier is None else tuple(source.manifest.label_names or ())
     spec = HuggingFaceModelSpec(
@@ -113,7 +113,7 @@ def write_huggingface(
     )
     tensor_map = map_tensors(model, chosen, head, num_labels=len(labels), has_prefix=head != "none")
     _check_parameters(source, tensor_map)
-    files, special_ids, tokenizer_notes = _tokenizer_files(
+    files, special_ids, tokenizer_notes = tokenizer_files(
         source, model, is_classifier=(head == "classifier" and chosen not in ENCODERS) or beside is not None
     )
     notes += [*tokenizer_notes, *_dropout_notes(model, chosen)]
@@ -132,14 +132,15 @@ def write_huggingface(
         storage.commit_bytes(storage.join(target, name), data)
     if head == "language_model":
         ids = {f"{name}_token_id": i for name, i in special_ids.items() if i is not None}
-        _commit_json(target, "generation_config.json", ids)
+        commit_json(target, "generation_config.json", ids)
     widest = _widest([export.dtype_of(tensor) for tensor in tensor_map.tensors.values()])
     raw = make_config(spec, dtype=str(widest).removeprefix("torch."), special_ids=special_ids)
-    _commit_json(target, CONFIG_FILE, raw)
+    commit_json(target, CONFIG_FILE, raw)
     return notes
 
 
-def _model_config(source: CheckpointSource) -> KnownConfig:
+def known_model(source: CheckpointSource) -> KnownConfig:
+    """The configuration of a model that transformers may have. Raises `ConfigError` for another."""
     raw = source.manifest.config.get("model")
     if raw is None:
         raise ConfigError(
@@ -155,7 +156,7 @@ def _model_config(source: CheckpointSource) -> KnownConfig:
     return config
 
 
-def _choose_head(
+def choose_head(
     source: CheckpointSource, model: KnownConfig, architecture: Architecture
 ) -> tuple[HeadKind, tuple[Pooling, str] | None, list[str]]:
     """The head to export, and notes on what is left out.
@@ -258,7 +259,7 @@ def _write_weights(export: _Export, max_shard_bytes: int) -> None:
                     export.on_progress(chunk.numel() * chunk.element_size())
     if len(shards) > 1:
         all_tensors = export.tensor_map.tensors.values()
-        _commit_json(
+        commit_json(
             export.target,
             INDEX_FILE,
             {
@@ -341,7 +342,7 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def _tokenizer_files(
+def tokenizer_files(
     source: CheckpointSource, model: KnownConfig, *, is_classifier: bool
 ) -> tuple[dict[str, bytes], dict[str, int | None], list[str]]:
     """The files of the source's tokenizer, if it has one, its bos, eos and pad ids, and notes."""
@@ -368,6 +369,7 @@ def _tokenizer_files(
     return dict(files), ids, [*notes, *tokenizer_notes]
 
 
-def _commit_json(target: str, name: str, value: dict[str, Any]) -> None:
+def commit_json(target: str, name: str, value: dict[str, Any]) -> None:
+    """Write a file of JSON as transformers does."""
     text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
     storage.commit_bytes(storage.join(target, name), text.encode())

@@ -7,6 +7,8 @@ from distft import storage
 LATEST = "latest"  # DeepSpeed: names the newest directory
 LATEST_UNIVERSAL = "latest_universal"  # the same, of DeepSpeed's universal format
 CONFIG_FILE = "config.json"  # of a transformers model
+ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model"  # of PEFT: a file, and a file's stem
+ADAPTER_FILE = f"{ADAPTER_MODEL}.safetensors"
 MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp_rank>\d+)_model_states\.pt")
 _MOST_NAMES = 1000  # of a directory in which tags are looked for
 

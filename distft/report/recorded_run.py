@@ -1,0 +1,140 @@
+"""A run as its directory shows it: settings, metrics and events, of any version of distft."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeGuard
+
+from distft.config import load_yaml
+from distft.errors import ConfigError
+from distft.run.paths import CONFIG_FILE
+from distft.tracker import EVENTS_FILE, METRICS_FILE, read_lines
+
+_BEGINS, _ENDS = ("start", "resume"), "finish"  # kinds of events
+_DEFAULT_SILENCE_S = 300.0  # hang_timeout_s, unless the settings have another
+VALIDATION = "validation/"  # begins the names of metrics of held-out data
+_FALLING = ("loss", "error", "perplexity", "bits_per_byte")  # end the names of metrics that are best if low
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedRun:
+    """What a run's files say. Nothing in them is trusted to be there, or to have the right type."""
+
+    directory: Path
+    settings: Mapping[str, Any]  # of config.yaml, as it stands there
+    metrics: Sequence[Mapping[str, Any]]  # a line for each logged step, and for each evaluation
+    events: Sequence[Mapping[str, Any]]
+    written_at: float  # when the newest of the files was, in seconds since 1970
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Self:
+        """Raises `ConfigError` if no run has begun there, or its settings cannot be read."""
+        path = Path(directory)
+        files = [path / name for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE)]
+        if not is_run(path):
+            what = "is no run: it has no" if path.is_dir() else "is no directory, so no run:"
+            raise ConfigError(f"{path} {what} {EVENTS_FILE}. Give the run_dir of a run that has begun.")
+        return cls(
+            directory=path,
+            settings=load_yaml(files[0]) if files[0].is_file() else {},
+            metrics=[line for line in read_lines(files[1]) if _is_int(line.get("step"))],
+            events=[line for line in read_lines(files[2]) if isinstance(line.get("kind"), str)],
+            written_at=max(file.stat().st_mtime for file in files if file.exists()),
+        )
+
+    @property
+    def step(self) -> int:
+        """The last one that was logged or saved."""
+        steps = [line.get("step") for line in (*self.metrics, *self.events)]
+        return max((step for step in steps if _is_int(step)), default=0)
+
+    @property
+    def max_steps(self) -> int | None:
+        """None: the settings give the length in epochs."""
+        train = self.settings.get("train")
+        found = train.get("max_steps") if isinstance(train, Mapping) else None
+        return found if _is_int(found) else None
+
+    @property
+    def num_starts(self) -> int:
+        return sum(event["kind"] in _BEGINS for event in self.events)
+
+    def state(self, now_s: float | None = None) -> str:
+        """What `finish` said of the last start: `completed`, `preempted` or `failed`.
+
+        Without a word since then it is `running`, or `silent` if nothing was written for `hang_timeout_s`.
+        """
+        for event in reversed(self.events):
+            if event["kind"] == _ENDS:
+                return str(event.get("status", "ended"))
+            if event["kind"] in _BEGINS:
+                break
+        silence_s = self.settings.get("hang_timeout_s", _DEFAULT_SILENCE_S)
+        elapsed_s = (time.time() if now_s is None else now_s) - self.written_at
+        return "running" if isinstance(silence_s, int | float) and elapsed_s < silence_s else "silent"
+
+    def metric_names(self) -> list[str]:
+        """Of all numbers that were logged, in the order of their first line."""
+        names = {name: None for line in self.metrics for name, value in line.items() if is_number(value)}
+        return [name for name in names if name not in {"step", "time"}]
+
+    def values(self, metric: str) -> list[tuple[int, float]]:
+        """Steps and values, of the lines in which it is a number."""
+        return [(line["step"], line[metric]) for line in self.metrics if is_number(line.get(metric))]
+
+    def best(self, metric: str) -> tuple[int, float] | None:
+        """The step with the lowest loss, error or perplexity, or the highest of another metric."""
+        found = self.values(metric)
+        if not found:
+            return None
+        sign = -1 if metric.endswith(_FALLING) else 1
+        return max(found, key=lambda pair: (sign * pair[1], -pair[0]))
+
+    @property
+    def main_metric(self) -> str:
+        """That of early stopping; else the validation's accuracy or its like, of language models the loss."""
+        names = self.metric_names()
+        train = self.settings.get("train")
+        stopping = train.get("early_stopping") if isinstance(train, Mapping) else None
+        if isinstance(stopping, Mapping) and f"{VALIDATION}{stopping.get('metric')}" in names:
+            return f"{VALIDATION}{stopping['metric']}"
+        held_out = [name for name in names if name.startswith(VALIDATION)]
+        if f"{VALIDATION}perplexity" in held_out:
+            return f"{VALIDATION}loss"
+        rising = [name for name in held_out if name.endswith(("accuracy", "spearman", "micro_f1"))]
+        return next(iter(rising or held_out), "loss")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run has begun in this directory."""
+    return (path / EVENTS_FILE).is_file()
+
+
+def find_runs(directory: Path, *, depth: int = 4) -> Iterator[Path]:
+    """The run directories at and below `directory`, down to `depth` folders; links are not followed.
+
+    Raises `ConfigError` if it is no directory.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory. Give one that has runs in it.")
+    if is_run(directory):
+        yield directory
+    if depth == 0:
+        return
+    try:
+        children = sorted(child for child in directory.iterdir() if child.is_dir() and not child.is_symlink())
+    except PermissionError:
+        return
+    for child in children:
+        if child.name != "checkpoints":
+            yield from find_runs(child, depth=depth - 1)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

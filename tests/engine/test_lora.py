@@ -1,0 +1,75 @@
+"""Adapters on a frozen model: the local engine and every ZeRO stage compute the same training."""
+
+import pytest
+import torch
+from support.engine_scenarios import FREEING, Scenario, Training, collectives_for, run_alone
+from support.rank_pool import run_ranks
+
+from distft.model.encoder_decoder_config import EncoderDecoderConfig
+from distft.model.lora_config import LoraConfig
+from distft.topology import Topology
+
+NUM_STEPS = 4
+T5 = EncoderDecoderConfig(
+    vocab_size=53,
+    max_seq_len=12,
+    d_model=12,
+    num_encoder_layers=2,
+    num_decoder_layers=1,
+    num_heads=2,
+    d_ff=10,
+    head_dim=6,
+)
+LORA = Scenario(lora=LoraConfig(rank=3), trainable=("@lora", "norm.weight"))
+DORA = Scenario(
+    lora=LoraConfig(rank=2, dora=True, rslora=True, targets=("q", "v", "mlp.*")), trainable=("@lora",)
+)
+VARIANTS = {
+    "lora": LORA,
+    "dora": DORA,
+    "dropout": Scenario(lora=LoraConfig(rank=3, dropout=0.3), trainable=("@lora",)),
+    "recomputed": Scenario(lora=DORA.lora, trainable=("@lora",), activation_checkpointing="full"),
+    "bf16": Scenario(lora=DORA.lora, trainable=("@lora",), precision="bf16"),
+    "encoder_decoder": Scenario(other_model=T5, lora=LoraConfig(rank=2, dora=True), trainable=("@lora",)),
+}
+
+
+def _train(scenario: Scenario, topology: Topology) -> tuple[list[float], dict]:
+    training = Training(scenario, topology, collectives_for(scenario, topology))
+    losses = training.run(NUM_STEPS)
+    state = training.whole_state()
+    training.engine.close()
+    return losses, state
+
+
+def _train_all(topology: Topology, stage: int) -> list[tuple[list[float], dict]]:
+    zero = FREEING if stage == 3 else {}
+    return [_train(_replaced(scenario, stage=stage, zero=zero), topology) for scenario in VARIANTS.values()]
+
+
+def _replaced(scenario: Scenario, **changes: object) -> Scenario:
+    return Scenario(**{**scenario.__dict__, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 2), (2, 2), (3, 4)])
+def test_every_stage_computes_what_one_process_computes(stage: int, world_size: int) -> None:
+    expected = [_train(scenario, Topology()) for scenario in VARIANTS.values()]
+    for by_variant in run_ranks(_train_all, world_size, stage, timeout_s=240):
+        for name, (losses, state), (wanted_losses, wanted) in zip(
+            VARIANTS, by_variant, expected, strict=True
+        ):
+            exact = name != "bf16"
+            assert losses == pytest.approx(wanted_losses, abs=1e-6 if exact else 2e-2), name
+            assert state.keys() == wanted.keys(), "frozen weights have no moments"
+            for key, values in state.items() if exact else ():
+                torch.testing.assert_close(values, wanted[key], atol=1e-5, rtol=1e-4, msg=f"{name} {key}")
+
+
+def test_frozen_weights_have_no_gradients_and_no_optimizer_state() -> None:
+    training = run_alone(LORA, 1)
+    numel = sum(values.numel() for (_, state), values in training.whole_state().items() if state == "exp_avg")
+    params = dict(training.engine.module.named_parameters())
+    assert numel == sum(params[name].numel() for name in training.trainable)
+    assert not any(name.endswith("q.weight") or params[name].grad is not None for name in training.trainable)
+    assert all(param.grad is None for param in params.values() if not param.requires_grad)

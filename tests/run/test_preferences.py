@@ -1,0 +1,303 @@
+"""Preferences from data to evaluation: the reference is computed once, and a run resumes anywhere."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.rank_pool import run_ranks
+from support.small_runs import WORDS, events, logged, pretraining, run, run_until_power_cut
+
+from distft.config import parse
+from distft.data.targets import ANSWER
+from distft.errors import CheckpointError, ConfigError, DataError
+from distft.objective.preference import Preference
+from distft.run import reference
+from distft.run.config import RunConfig
+from distft.run.inputs import read_inputs
+from distft.run.pretrained import evaluate_checkpoint, load_model, open_model
+from distft.topology import Topology
+
+NUM_PAIRS, NUM_HELD_OUT = 24, 7
+ZERO = {"type": "zero", "zero_stage": 2}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of very unequal lengths, whose better answer says an animal and whose worse one does not."""
+    folder, source = tmp_path_factory.mktemp("pairs"), random.Random(5)
+    for name, num_rows in (("train", NUM_PAIRS), ("held_out", NUM_HELD_OUT)):
+        lines = []
+        for _ in range(num_rows):
+            row = {
+                "prompt": " ".join(source.choice(WORDS) for _ in range(source.randrange(1, 5))),
+                "chosen": f" {source.choice(['cat', 'dog', 'bird'])}",
+                "rejected": " "
+                + " ".join(source.choice(["tree", "mat"]) for _ in range(source.randrange(1, 3))),
+            }
+            lines.append(json.dumps(row) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def tuning(data: Path, pairs: Path, run_dir: Path, init_from: Path, /, **changes: Any) -> dict[str, Any]:
+    raw = pretraining(data, run_dir)
+    del raw["model"]
+    return {
+        **raw,
+        "init_from": str(init_from),
+        "objective": {"type": "preference"},
+        "data": {"type": "preferences", "path": str(pairs / "train.jsonl")},
+        "validation": {"type": "preferences", "path": str(pairs / "held_out.jsonl")},
+        "optim": {"peak_lr": 0.003},
+        **changes,
+    }
+
+
+def _answer_logps(path: Path, pairs: Path) -> list[list[float]]:
+    """Of every answer of the held-out rows, from the logits of a whole forward of the row alone."""
+    trained = open_model(str(path))
+    model = load_model(trained, torch.device("cpu"))
+    eos, found = trained.tokenizer.eos_id, []
+    for line in (pairs / "held_out.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = trained.tokenizer.encode(row["prompt"])
+        own = []
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([[*trained.tokenizer.encode(row["prompt"] + row[side]), eos]])
+            with torch.no_grad():
+                logp = model(ids[:, :-1])["lm_head"].double().log_softmax(-1)
+            of_tokens = logp.gather(2, ids[:, 1:, None])[0, :, 0]
+            own.append(float(of_tokens[len(prompt) - 1 :].sum()))
+        found.append(own)
+    return found
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values))
+
+
+def test_evaluation_gives_the_rewards_of_held_out_pairs(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    beta = 0.2
+    raw = tuning(data, pairs, tmp_path / "run", pretrained, objective={"type": "preference", "beta": beta})
+    result = run(Topology(), raw)
+    found = evaluate_checkpoint(str(tmp_path / "run"), [], Topology())
+    reference, policy = (np.array(_answer_logps(path, pairs)) for path in (pretrained, tmp_path / "run"))
+    rewards = beta * (policy - reference)
+    margins = rewards[:, 0] - rewards[:, 1]
+    assert found == {
+        "loss": pytest.approx(_mean(np.log1p(np.exp(-margins))), abs=1e-5),
+        "accuracy": _mean(margins > 0),
+        "rewards/chosen": pytest.approx(_mean(rewards[:, 0]), abs=1e-5),
+        "rewards/rejected": pytest.approx(_mean(rewards[:, 1]), abs=1e-5),
+        "rewards/margin": pytest.approx(_mean(margins), abs=1e-5),
+        "log_probabilities/chosen": pytest.approx(_mean(policy[:, 0]), abs=1e-4),
+        "log_probabilities/rejected": pytest.approx(_mean(policy[:, 1]), abs=1e-4),
+        "log_probabilities/accuracy": _mean(policy[:, 0] > policy[:, 1]),
+    }
+    assert found["rewards/margin"] > 0.01
+    assert {name: result.metrics[f"validation/{name}"] for name in found} == pytest.approx(found, abs=1e-6)
+    losses = logged(tmp_path / "run")
+    assert losses[1] == pytest.approx(np.log(2), abs=1e-5)  # the model is its reference
+    assert losses[12] < losses[1]
+
+
+def _forbid_computation() -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the reference is computed again")
+
+    Preference.reference_values = refuse  # type: ignore[assignment,method-assign]
+
+
+def _resume(topology: Topology, configurations: list[dict[str, Any]]) -> list[float]:
+    _forbid_computation()
+    return [run(topology, raw).metrics["validation/loss"] for raw in configurations]
+
+
+@pytest.mark.ranks
+def test_a_run_resumes_on_other_ranks_with_the_stored_reference(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    cut, straight = [], []
+    for loss in ("dpo", "ipo", "orpo"):
+        changes = {
+            "objective": {"type": "preference", "loss": loss},
+            "train": {"max_steps": 8, "log_every_steps": 1},
+        }
+        whole = tuning(data, pairs, tmp_path / f"{loss}-whole", pretrained, **changes)
+        straight.append(run(Topology(), whole).metrics["validation/loss"])
+        raw = tuning(data, pairs, tmp_path / loss, pretrained, **changes)
+        run_until_power_cut(raw, 5)
+        cut.append(raw | {"engine": {"type": "zero", "zero_stage": 3}})
+    for found in run_ranks(_resume, 2, cut):
+        assert found == pytest.approx(straight, abs=3e-6)
+    for loss in ("dpo", "ipo", "orpo"):
+        expected = logged(tmp_path / f"{loss}-whole")
+        assert logged(tmp_path / loss) == pytest.approx(expected, abs=3e-6)
+
+
+def _files(run_dir: Path) -> dict[Path, str]:
+    root = run_dir / "checkpoints" / "reference"
+    return {path: path.read_text() for path in sorted(root.glob("*/rows_*.jsonl"))}
+
+
+def _compute(topology: Topology, raw: dict[str, Any], block_size: int) -> None:
+    reference._BLOCK_SEQUENCES = block_size
+    run(topology, raw)
+
+
+@pytest.mark.ranks
+def test_ranks_share_the_computation_and_an_interrupted_one_goes_on(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_BLOCK_SEQUENCES", 5)
+    short = {"train": {"max_steps": 1, "log_every_steps": 1}}
+    alone = tuning(data, pairs, tmp_path / "alone", pretrained, **short)
+    values_of, num_calls = Preference.reference_values, 0
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 7:
+            raise RuntimeError("power cut")
+        return values_of(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preference, "reference_values", interrupted)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(Topology(), alone)
+        before = _files(tmp_path / "alone")
+        assert len(before) == 2  # blocks of 5 pairs in micro-batches of 2, so that the third is lost
+        first = next(iter(before))
+        first.write_text(before[first].replace("-", "", 1))  # damaged
+        num_calls = 100
+        run(Topology(), alone)
+        assert num_calls == 100 + 3 + (3 + 3 + 2) + (
+            3 + 1
+        )  # the damaged block, the rest of 24 pairs, and 7 others
+    found = _files(tmp_path / "alone")
+    assert {path: found[path] for path in before} == before
+    run_ranks(_compute, 2, tuning(data, pairs, tmp_path / "two", pretrained, engine=ZERO, **short), 5)
+    for one, two in zip(found.values(), _files(tmp_path / "two").values(), strict=True):
+        rows = [[json.loads(line)["values"] for line in text.splitlines()[:-1]] for text in (one, two)]
+        assert np.array(rows[0]) == pytest.approx(np.array(rows[1]), abs=1e-5)
+
+
+def test_a_changed_reference_is_refused_and_changed_data_computed_anew(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    base, rows = tmp_path / "base", tmp_path / "rows"
+    shutil.copytree(pretrained, base)
+    shutil.copytree(pairs, rows)
+    raw = tuning(data, rows, tmp_path / "run", base, train={"max_steps": 4, "log_every_steps": 1})
+    run(Topology(), raw)
+    further = raw | {"train": {"max_steps": 8, "log_every_steps": 1}}
+    held_out = (rows / "held_out.jsonl").read_text().splitlines(keepends=True)
+    (rows / "held_out.jsonl").write_text("".join(held_out[:-1]))
+    assert run(Topology(), further).step == 8
+    notes = [event["note"] for event in events(tmp_path / "run") if event["kind"] == "note"]
+    computed = [note.rpartition("rows of ")[2] for note in notes if "reference" in note]
+    assert computed == ["train and validation", "validation"]
+
+    shutil.rmtree(base)
+    run(Topology(), pretraining(data, base, seed=1))
+    last = raw | {"train": {"max_steps": 12, "log_every_steps": 1}}
+    with pytest.raises(ConfigError, match=r"what another reference gives.*: weights differ\. Restore"):
+        run(Topology(), last)
+    shutil.rmtree(base)
+    # Without its reference the run evaluates what it has stored, and nothing else.
+    assert evaluate_checkpoint(str(tmp_path / "run"), [], Topology())["loss"] > 0
+    new = rows / "new.jsonl"
+    new.write_text(held_out[-1])
+    with pytest.raises(ConfigError, match=r"(?s)base.*It is needed: the run has not stored"):
+        evaluate_checkpoint(str(tmp_path / "run"), [f"validation.path={new}"], Topology())
+
+
+def test_new_pairs_are_evaluated_with_any_reference(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    run(Topology(), tuning(data, pairs, tmp_path / "run", pretrained))
+    rows = (pairs / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "new.jsonl").write_text("".join(rows[3:]))
+    given = [f"validation.path={tmp_path / 'new.jsonl'}"]
+    found = evaluate_checkpoint(str(tmp_path / "run"), given, Topology())
+    assert found["rewards/margin"] > 0.01
+    itself = evaluate_checkpoint(
+        str(tmp_path / "run"), [f"objective.reference={tmp_path / 'run'}"], Topology()
+    )
+    assert itself["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert itself["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_from": None, "model": True}, "compares the model with a reference: set init_from"),
+        ({"objective": {"type": "preference", "reference": "gone"}}, "objective.reference: "),
+        ({"data": {"type": "tokens"}}, "these rows have none: set data.type=preferences"),
+        ({"objective": {"type": "causal_lm"}}, "these rows are none: set data.type=tokens"),
+    ],
+)
+def test_a_reference_or_pairs_that_are_missing_are_told_before_training(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    raw, plain = tuning(data, pairs, tmp_path / "run", pretrained), pretraining(data, tmp_path / "run")
+    if "model" in changes:
+        tokenizer = str(data / "tokenizer.model")
+        changes = {"init_from": None, "model": plain["model"], "tokenizer": tokenizer}
+    if "data" in changes:
+        changes = {"data": plain["data"], "validation": None}
+    config: RunConfig = parse(RunConfig, raw | changes)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        read_inputs(config)
+    assert not (tmp_path / "run").exists()
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("has_prompt", [True, False])
+def test_messages_become_text_by_the_chat_template(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path, has_prompt: bool
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role[0] }} {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a {% endif %}"
+    )
+    (tmp_path / "template.jinja").write_text(template)
+    before = [_message("user", "the cat"), _message("assistant", "sat"), _message("user", "on")]
+    answers = {
+        name: [_message("assistant", text)] for name, text in (("chosen", "tree"), ("rejected", "a mat"))
+    }
+    row = {"prompt": before, **answers} if has_prompt else {n: before + a for n, a in answers.items()}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    chats = {"type": "preferences", "format": "messages", "path": str(tmp_path / "chat.jsonl")}
+    chats |= {} if has_prompt else {"prompt": None}
+    raw = tuning(data, pairs, tmp_path / "run", pretrained, data=chats, validation=None)
+    raw |= {"chat": {"template": str(tmp_path / "template.jinja")}}
+    raw["batch"] = raw["batch"] | {"seq_len": 24}
+    inputs = read_inputs(parse(RunConfig, raw))
+    assert inputs.tokenizer is not None
+    batch, decode, eos = inputs.train.batch(0, 1), inputs.tokenizer.decode, inputs.tokenizer.eos_id
+    labels = batch.targets[ANSWER]
+    assert [decode(ids[ids >= 0].tolist()) for ids in labels] == ["tree", "a mat"]
+    assert [int(ids[ids >= 0][-1]) for ids in labels] == [eos, eos]
+    assert "cata satu ona tree" in decode(batch.input_ids[0].tolist())
+    bad = {**row, "rejected": answers["chosen"] if has_prompt else before + answers["chosen"]}
+    foreign = {**row, "chosen": [_message("user", "tree")]}
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row, bad, foreign)))
+    with pytest.raises(DataError) as raised:
+        read_inputs(parse(RunConfig, raw))
+    first, second = str(raised.value).splitlines()
+    assert "chat.jsonl:2: 'chosen' and 'rejected' are equal, so that neither is better" in first
+    assert "chat.jsonl:3: " in second
+    assert (
+        "must go on behind the prompt with a message of the assistant" in second or "has no prompt" in second
+    )
