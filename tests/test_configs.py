@@ -10,6 +10,7 @@ from distft.config import load_yaml
 from distft.engine.settings import LocalConfig
 from distft.errors import ConfigError
 from distft.model.counts import num_parameters
+from distft.model.lora_config import is_adapter
 from distft.model.transformer_config import TransformerConfig
 from distft.optim.patterns import select_trainable
 from distft.run.config import RunConfig, load_run_config
@@ -55,9 +56,10 @@ def test_a_shipped_configuration_parses_and_its_model_builds_on_the_meta_device(
     config = load_run_config(path)
     model = model_config(config)
     heads = placeholder_heads(config)
-    module = build_module(model, heads)
+    module = build_module(model, heads, config.lora)
     assert all(param.is_meta for param in module.parameters())
-    assert sum(param.numel() for param in module.parameters()) == num_parameters(model, heads)
+    numels = {name: param.numel() for name, param in module.named_parameters()}
+    assert sum(n for name, n in numels.items() if not is_adapter(name)) == num_parameters(model, heads)
     assert select_trainable((name for name, _ in module.named_parameters()), config.trainable)
     assert config.batch.seq_len <= model.longest_row
 

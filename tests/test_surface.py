@@ -115,6 +115,7 @@ MISTAKES = (
     "audit {nowhere}",
     "runs {nowhere}",
     "compare {nowhere} {nowhere}",
+    "report {nowhere} -o {nowhere}",
     "checkpoint inspect {nowhere}",
     "checkpoint verify {nowhere}",
     "checkpoint diff {nowhere} {nowhere}",

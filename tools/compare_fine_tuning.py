@@ -16,10 +16,10 @@ from statistics import mean
 from typing import Any
 
 HEAD = "classifier.*"
-_GRADUAL = [  # the head for half an epoch, then block after block from the top
-    {"steps": 85, "trainable": [HEAD]},
-    {"steps": 85, "trainable": [HEAD, "@last_blocks:2"]},
-    {"steps": 85, "trainable": [HEAD, "@last_blocks:4"]},
+_GRADUAL = [  # the head first, then block after block from the top
+    {"steps": 40, "trainable": [HEAD]},
+    {"steps": 40, "trainable": [HEAD, "@last_blocks:2"]},
+    {"steps": 40, "trainable": [HEAD, "@last_blocks:4"]},
     {"trainable": ["*", "!@embeddings"]},
 ]
 METHODS: dict[str, list[str]] = {
@@ -30,7 +30,7 @@ METHODS: dict[str, list[str]] = {
     "gradual": [f"phases={json.dumps(_GRADUAL)}"],
     "layer-wise rates": ["trainable=['*']", "optim.layer_decay=0.8"],
     "LISA, two blocks": [
-        f"phases={json.dumps([{'trainable': [HEAD], 'random_blocks': {'num_blocks': 2, 'every_steps': 85}}])}"
+        f"phases={json.dumps([{'trainable': [HEAD], 'random_blocks': {'num_blocks': 2, 'every_steps': 40}}])}"
     ],
     "LoRA, rank 8": [f"trainable=['@lora', '{HEAD}']", "lora={rank: 8, alpha: 16}", "optim.peak_lr=1e-3"],
     "DoRA, rank 8": [

@@ -43,7 +43,11 @@ def _first_paragraph(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
-    return next(line[2:] for line in text.splitlines() if line.startswith("# "))
+    for begin, end in (("# ", ""), ("/* ", " */"), ("<!-- ", " -->")):
+        for line in text.splitlines():
+            if line.startswith(begin) and line.endswith(end):
+                return line.removeprefix(begin).removesuffix(end)
+    raise ValueError(f"{path} does not say in its first line what it is")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that read what runs have written: `runs` and `compare`."""
+"""The commands that read what runs have written: `runs`, `compare` and `report`."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distft.cli.arguments import all_expanded, expanded, print_note
+from distft.cli.arguments import all_expanded, expanded, print_note, say
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -102,6 +102,24 @@ def compare(
     print()
     cells = [(r.name, *("-" if v is None else number(v) for v in r.values)) for r in reached]
     _print_table(("result", *directories), cells)
+
+
+def report(
+    directories: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="One run, or several.", callback=all_expanded)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The file to write, such as report.html.", callback=expanded),
+    ],
+) -> None:
+    """Write one HTML file about runs, which needs no network: curves, time line, data and settings."""
+    from distft.report.page import write_report
+    from distft.report.recorded_run import RecordedRun
+
+    for note in write_report([RecordedRun.read(path) for path in directories], output):
+        print_note(note)
+    say(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
 def _text(value: Any) -> str:

@@ -28,7 +28,8 @@ _VOCABULARY_WORD = re.compile(
 
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s?#]+@")  # up to the last @: a password may contain one
 _ASSIGNMENT = re.compile(
-    r"(?P<key>[\w.\-]+)(?P<sign>['\"]?\s*(?:=|:\s)\s*)(?P<value>'[^']+'|\"[^\"]+\"|[^&\s;,'\"]+)"
+    # From the beginning of a word, and of a bounded length: otherwise a long text takes quadratic time.
+    r"(?<![\w.\-])(?P<key>[\w.\-]{1,200}+)(?P<sign>['\"]?\s*(?:=|:\s)\s*)(?P<value>'[^']+'|\"[^\"]+\"|[^&\s;,'\"]+)"
 )
 _URL_QUERY = re.compile(r"(?<=[?&])[\w.\-]+=[^&\s'\"]+")
 _KNOWN_KEYS = re.compile(

@@ -94,7 +94,7 @@ def read_images(config: ImagesConfig, shape: tuple[int, int, int]) -> ImageTable
         raise read_error(config.path, error) from error
     problems.raise_if_any()
     if not images:
-        raise DataError(f"{config.path} has no images.")
+        raise DataError(f"{config.path} has no images: put some there, or set another data.path.")
     return ImageTable(
         images=np.stack(images),
         places=[entry.where for entry in entries],
@@ -132,6 +132,11 @@ def _folder_entries(folder: Path, *, labelled: bool) -> Iterator[_Entry]:
             )
             yield _Entry(_shown(child), b"", problem=problem)
             continue
+        if not _is_utf_8(child.name):  # a checkpoint could not name the class
+            yield _Entry(
+                _shown(child), b"", problem="the name of this class is not UTF-8: rename the folder."
+            )
+            continue
         if not any(_visible(child)):
             yield _Entry(
                 _shown(child), b"", problem="the folder of this class has no images: add some, or remove it."
@@ -142,9 +147,7 @@ def _folder_entries(folder: Path, *, labelled: bool) -> Iterator[_Entry]:
 def _files(folder: Path, label: str) -> Iterator[_Entry]:
     for file in _visible(folder):
         if not file.is_file():
-            yield _Entry(
-                _shown(file), b"", problem="is no image file but a folder, pipe or device: move or remove it."
-            )
+            yield _Entry(_shown(file), b"", problem=_no_file_problem(file, has_classes=bool(label)))
         elif file.suffix.lower() not in DECODED_SUFFIXES:
             known = ", ".join(DECODED_SUFFIXES)
             problem = f"is no image by its name, which must end in {known}. Remove or convert it."
@@ -155,6 +158,25 @@ def _files(folder: Path, label: str) -> Iterator[_Entry]:
             )
         else:
             yield _Entry(_shown(file), file.read_bytes(), label, label)
+
+
+def _no_file_problem(path: Path, *, has_classes: bool) -> str:
+    if path.is_symlink() and not path.exists():
+        return "is a link to nothing: remove it."
+    if path.is_dir() and not has_classes:
+        return (
+            "is a folder, and label=null reads the images beside it alone: give the folder of these images, "
+            "or leave label out, so that each folder is a class."
+        )
+    return "is no image file but a folder, pipe or device: move or remove it."
+
+
+def _is_utf_8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(path: Path) -> str:

@@ -156,6 +156,12 @@ class ImagesConfig(Settings):
                 f"text={self.text} of data.type=images, and the model reads images alone: leave text out, or "
                 "set model.type=clip."
             )
+        smaller = min(context.image_shape[1:])
+        if self.augment.shift >= smaller:
+            raise ConfigError(
+                f"data.augment.shift={self.augment.shift} of images of {smaller} pixels would leave nothing "
+                f"of some: lower it, such as to {smaller // 8}."
+            )
 
     def _label_names(self, table: ImageTable, context: DataContext) -> LabelNames:
         from distft.data.labelled_rows import LabelNames

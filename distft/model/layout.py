@@ -1,6 +1,6 @@
 """What a model knows of its rows beside their tokens: positions, documents, padding, prefixes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,9 +17,19 @@ ROUTING = "/routing"
 
 
 class RowKeys:
-    """The dropout keys of the rows that a model computes in training, for layers that are not passed any."""
+    """The dropout keys of the rows that a model computes in training, for a layer that is not passed any."""
 
     of_rows: Tensor | None = None  # int64 [B]
+
+
+def set_row_keys(layers: Sequence[RowKeys], keys_B: Tensor, first_site: int) -> None:
+    """Give each of the layers keys of its own, as if they were at `first_site` and the following sites.
+
+    Before the layers run, as compiled blocks that differ in a number would each compile once more.
+    """
+    sites_L1 = torch.arange(first_site, first_site + len(layers), device=keys_B.device)[:, None]
+    for layer, own_B in zip(layers, (keys_B + sites_L1).unbind(), strict=True):
+        layer.of_rows = own_B
 
 
 def without_left_padding(x_BTC: Tensor, num_padding_B: Tensor | None) -> Tensor:

@@ -17,19 +17,18 @@ from distft.model.layout import RowKeys
 from distft.model.lora_config import LoraConfig
 from distft.model.with_heads import ModelWithHeads
 
-_FIRST_DROPOUT_SITE = 1 << 20  # behind those of the models
 _MOST_LISTED = 12
 
 
 class LoraLinear(Linear):
     """y = W x + scale * B A x; with DoRA (m / |W + scale * B A|) times that, for each output."""
 
-    def __init__(self, linear: Linear, config: LoraConfig, row_keys: RowKeys, dropout_site: int) -> None:
+    def __init__(self, linear: Linear, config: LoraConfig) -> None:
         """`linear` on the meta device; its weight and bias keep their names."""
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.dropout = config.scale, config.dropout
-        self._row_keys, self._dropout_site = row_keys, dropout_site
+        self.row_keys = RowKeys()
         self.lora_a = nn.Parameter(torch.empty(config.rank, linear.in_features))
         self.lora_b = nn.Parameter(torch.empty(linear.out_features, config.rank))
         self.lora_magnitude: nn.Parameter | None = None
@@ -58,12 +57,12 @@ class LoraLinear(Linear):
         return merged_row_norms(self.weight, delta_OI, self.scale)
 
     def _dropped(self, x: Tensor) -> Tensor:
-        keys_B = self._row_keys.of_rows
+        keys_B = self.row_keys.of_rows
         if not self.training or not self.dropout or keys_B is None:
             return x
         # Some layers get the positions of all rows one behind the other.
         by_row = x.reshape(len(keys_B), -1, x.shape[-1])
-        return dropout(by_row, self.dropout, keys_B, self._dropout_site).view(x.shape)
+        return dropout(by_row, self.dropout, keys_B, site=0).view(x.shape)
 
 
 def merged_row_norms(weight_OI: Tensor, delta_OI: Tensor, scale: float) -> Tensor:
@@ -94,13 +93,13 @@ def add_adapters(model: ModelWithHeads, config: LoraConfig) -> None:
             f"lora.targets={list(config.targets)} leaves no layer: patterns apply in order and a '!' "
             "removes, so begin with the layers to adapt, such as '*'."
         )
-    model.adapter_keys = RowKeys() if config.dropout else None
-    for number, (name, layer) in enumerate(layers.items()):
+    adapted = []
+    for name, layer in layers.items():
         if name in selected:
             parent, _, own_name = name.rpartition(".")
-            site = _FIRST_DROPOUT_SITE + number
-            adapted = LoraLinear(layer, config, model.adapter_keys or RowKeys(), site)
-            setattr(model.get_submodule(parent), own_name, adapted)
+            adapted.append(LoraLinear(layer, config))
+            setattr(model.get_submodule(parent), own_name, adapted[-1])
+    model.adapter_keys = [layer.row_keys for layer in adapted] if config.dropout else []
 
 
 def _linear_layers(model: ModelWithHeads) -> Iterator[tuple[str, Linear]]:

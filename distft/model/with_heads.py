@@ -27,7 +27,7 @@ from distft.model.heads import (
     TokenHead,
 )
 from distft.model.layers import Linear, make_embedding
-from distft.model.layout import ROUTING, HiddenLosses, HiddenLossFn, RowKeys, RowLayout
+from distft.model.layout import ROUTING, HiddenLosses, HiddenLossFn, RowKeys, RowLayout, set_row_keys
 
 
 class OutputProjection(Linear):
@@ -50,6 +50,7 @@ class OutputProjection(Linear):
 
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu_norm": functional.gelu}  # of one with a layer
+_ADAPTER_DROPOUT_SITE = 1 << 20  # of the first adapter, behind those of the models
 _BIAS_COLUMNS = 8  # GPUs multiply fast if widths are multiples of it
 
 
@@ -107,7 +108,7 @@ class ModelWithHeads(nn.Module, ABC):
     """
 
     __call__: Callable[..., dict[str, Tensor]]
-    adapter_keys: RowKeys | None = None  # of adapters with dropout (`distft.model.lora`)
+    adapter_keys: Sequence[RowKeys] = ()  # of adapters with dropout (`distft.model.lora`)
 
     def __init__(self, config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> None:
         super().__init__()
@@ -216,10 +217,10 @@ class ModelWithHeads(nn.Module, ABC):
         for.
         """
         layout = self.layout_of(input_ids, position_ids, document_ids, lengths, is_prefix)
-        if self.adapter_keys is not None and self.training:
+        if self.adapter_keys and self.training:
             if dropout_keys is None:
                 dropout_keys = random_row_keys(len(input_ids), input_ids.device)
-            self.adapter_keys.of_rows = dropout_keys
+            set_row_keys(self.adapter_keys, dropout_keys, _ADAPTER_DROPOUT_SITE)
         if not self.training or not (self.config.has_dropout or self.config.has_noise):
             dropout_keys = None
         elif dropout_keys is None:

@@ -158,39 +158,40 @@ class _LogProbabilities(torch.autograd.Function):
         ctx.settings = settings
         logp_N = torch.empty(len(hidden_NC), dtype=torch.float32, device=hidden_NC.device)
         for rows in _row_chunks(hidden_NC, weight_VC.shape[0]):
-            logp_MK, _ = _log_softmax(hidden_NC[rows], weight_VC, settings)
-            logp_N[rows] = logp_MK.gather(1, labels_N[rows, None])[:, 0]
+            logp_MV, _ = _log_softmax(hidden_NC[rows], weight_VC, settings)
+            logp_N[rows] = logp_MV.gather(1, labels_N[rows, None])[:, 0]
         return logp_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_NC, weight_VC, labels_N = ctx.saved_tensors
-        num_classes = ctx.settings.vocab_size
         hidden_grad = torch.empty_like(hidden_NC) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight_VC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for rows in _row_chunks(hidden_NC, weight_VC.shape[0]):
-            logp_MK, slope_MK = _log_softmax(hidden_NC[rows], weight_VC, ctx.settings)
+            logp_MV, slope_MV = _log_softmax(hidden_NC[rows], weight_VC, ctx.settings)
             # The gradient of log p by the logits is one_hot(label) - p.
-            grad_MK = logp_MK.exp_().mul_(-grad_N[rows, None])
-            grad_MK.scatter_add_(1, labels_N[rows, None], grad_N[rows, None])
-            if slope_MK is not None:
-                grad_MK *= slope_MK
-            grad_MK = grad_MK.to(hidden_NC.dtype)
+            grad_MV = logp_MV.exp_().mul_(-grad_N[rows, None])
+            grad_MV.scatter_add_(1, labels_N[rows, None], grad_N[rows, None])
+            if slope_MV is not None:
+                grad_MV *= slope_MV
+            grad_MV = grad_MV.to(hidden_NC.dtype)
             if hidden_grad is not None:
-                hidden_grad[rows] = grad_MK @ weight_VC[:num_classes]
+                hidden_grad[rows] = grad_MV @ weight_VC
             if weight_grad is not None:
-                _add_matmul(weight_grad[:num_classes], grad_MK.T, hidden_NC[rows])
+                _add_matmul(weight_grad, grad_MV.T, hidden_NC[rows])
         return hidden_grad, None if weight_grad is None else weight_grad.to(weight_VC.dtype), None, None
 
 
 def _log_softmax(
     hidden_MC: Tensor, weight_VC: Tensor, settings: LogProbabilities
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 [M, K] log-probabilities; and the derivatives of capped logits by what they were."""
-    logits_MK = (hidden_MC @ weight_VC[: settings.vocab_size].T).float()
-    slope_MK = None if settings.softcap is None else _cap(logits_MK, settings.softcap)
-    return torch.log_softmax(logits_MK, dim=-1), slope_MK
+    """fp32 [M, V] log-probabilities; and the derivatives of capped logits by what they were."""
+    # With all padded rows, as above.
+    logits_MV = (hidden_MC @ weight_VC.T).float()
+    slope_MV = None if settings.softcap is None else _cap(logits_MV, settings.softcap)
+    logits_MV[:, settings.vocab_size :] = -torch.inf
+    return torch.log_softmax(logits_MV, dim=-1), slope_MV
 
 
 def _cap(logits_MV: Tensor, softcap: float) -> Tensor:

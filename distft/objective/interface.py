@@ -164,7 +164,10 @@ class Objective(Settings, ABC):
 
     @abstractmethod
     def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:
-        """Each term summed over its targets in the batch, as differentiable fp32 scalars."""
+        """Each term summed over its targets in the batch, as differentiable fp32 scalars.
+
+        It may have scalar sums for `training_metrics` beside them, which take no part in the loss.
+        """
 
     def term_metrics(self, terms: Mapping[str, float], step: int) -> dict[str, float]:
         """Training's losses of single terms, named as in `metrics`: `<term>/loss`, if there are several.
@@ -176,7 +179,7 @@ class Objective(Settings, ABC):
 
     @property
     def training_sum_names(self) -> Sequence[str]:
-        """The names of `training_sums`, which do not change."""
+        """The names of `training_sums` and of what `loss_sums` has beside its terms; they do not change."""
         return ()
 
     def training_sums(self, batch: AnyBatch) -> Mapping[str, Tensor]:  # noqa: ARG002

@@ -27,17 +27,14 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
 SFT = "sft"  # name of a term, and of its targets [2B, T]: tokens of the better rows
 _SCORED = "scored"  # name of targets [2B, T]: tokens whose log-probability is computed, if not just answers
 _NUM_MEASURED_ROWS = 64
-_SUMS = (
-    "pairs",
-    PREFERENCE,
+_PAIRS, _TOKENS = "pairs", "sft_tokens"
+_MEANS = (  # metrics, over pairs
     "rewards/chosen",
     "rewards/rejected",
     "accuracy",
     "log_probabilities/chosen",
     "log_probabilities/rejected",
     "log_probabilities/accuracy",
-    SFT,
-    "sft_tokens",
 )
 
 
@@ -145,35 +142,29 @@ class Preference(Objective):
     def loss_sums(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> Mapping[str, Tensor]:
         rows = only_batch(batch)
         logp_BT = self._token_logps(model, rows, context)
-        # Also of a batch without targets: every rank runs a backward.
-        nothing = logp_BT.sum() * 0
-        losses = self._losses(self._scores(logp_BT, rows), self.label_smoothing)
-        sums = {PREFERENCE: losses.sum() + nothing}
-        return {**sums, SFT: _cross_entropy(logp_BT, rows) + nothing} if self._sft_weight else sums
+        # Sums over no pairs have a gradient, too: every rank runs a backward.
+        return {
+            **self._terms(logp_BT, rows, self.label_smoothing),
+            **self._measured(logp_BT.detach(), rows),
+        }
+
+    @property
+    def training_sum_names(self) -> Sequence[str]:
+        return (_PAIRS, *_MEANS)
+
+    def training_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return _means(sums) if sums.get(_PAIRS) else {}
 
     def evaluate(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> dict[str, Tensor]:
-        """`sums`, float64: those of the batch's pairs, and the cross entropy of `sft` with its tokens."""
+        """Sums over pairs and tokens, float64."""
         import torch
 
         rows = only_batch(batch)
         with torch.no_grad():
             logp_BT = self._token_logps(model, rows, context)
-            scores = self._scores(logp_BT, rows)
-            answers = _by_pair(_sums_of_answers(logp_BT, rows)[0], rows)
-            zero = logp_BT.new_zeros(())
-            values = [
-                zero + rows.num_targets[PREFERENCE],
-                self._losses(scores, 0.0).sum(),
-                self.beta * scores.chosen.sum(),
-                self.beta * scores.rejected.sum(),
-                _num_correct(scores),
-                answers.chosen.sum(),
-                answers.rejected.sum(),
-                _num_correct(answers),
-                _cross_entropy(logp_BT, rows) if self._sft_weight else zero,
-                zero + rows.num_targets.get(SFT, 0),
-            ]
-            return {"sums": torch.stack([value.double() for value in values])}
+            sums = {**self._terms(logp_BT, rows, 0.0), **self._measured(logp_BT, rows)}
+            sums[_TOKENS] = logp_BT.new_zeros(()) + rows.num_targets.get(SFT, 0)
+            return {name: value.double() for name, value in sums.items()}
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Loss without label smoothing; means over pairs of rewards and of answers' log-probabilities.
@@ -181,16 +172,12 @@ class Preference(Objective):
         `accuracy` is the share of pairs whose better answer has the higher reward, and that of
         `log_probabilities` the share in which it is more likely; a tie counts half.
         """
-        totals = dict(zip(_SUMS, sums["sums"].tolist(), strict=True))
-        num_pairs, num_tokens = max(totals.pop("pairs"), 1), max(totals.pop("sft_tokens"), 1)
-        terms = {SFT: totals.pop(SFT) / num_tokens, PREFERENCE: totals.pop(PREFERENCE) / num_pairs}
+        totals = {name: float(value) for name, value in sums.items()}
+        counts = {PREFERENCE: totals[_PAIRS], SFT: totals[_TOKENS]}
         weights = self.term_weights(0)
-        metrics = {"loss": sum(weight * terms[name] for name, weight in weights.items())}
-        if len(weights) > 1:
-            metrics |= {f"{name}/loss": terms[name] for name in weights}
-        metrics |= {name: total / num_pairs for name, total in totals.items()}
-        metrics["rewards/margin"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        return metrics
+        terms = {name: totals[name] / max(counts[name], 1) for name in weights}
+        loss = sum(weight * terms[name] for name, weight in weights.items())
+        return {"loss": loss, **self.term_metrics(terms, 0), **_means(totals)}
 
     def _with_sft_targets(self, batch: Batch) -> Batch:
         """With the targets of the term `sft`, and those of all tokens whose log-probability is needed."""
@@ -233,6 +220,25 @@ class Preference(Objective):
             values = values - rows.targets[REFERENCE_LOGP].to(values.dtype)
         return _by_pair(values if self.loss == "dpo" else values / lengths.clamp_min(1), rows)
 
+    def _terms(self, logp_BT: Tensor, rows: Batch, label_smoothing: float) -> dict[str, Tensor]:
+        """Each term, summed over its targets."""
+        terms = {PREFERENCE: self._losses(self._scores(logp_BT, rows), label_smoothing).sum()}
+        return {**terms, SFT: _cross_entropy(logp_BT, rows)} if self._sft_weight else terms
+
+    def _measured(self, logp_BT: Tensor, rows: Batch) -> dict[str, Tensor]:
+        """Sums over pairs, for metrics."""
+        scores = self._scores(logp_BT, rows)
+        answers = _by_pair(_sums_of_answers(logp_BT, rows)[0], rows)
+        return {
+            _PAIRS: logp_BT.new_zeros(()) + rows.num_targets[PREFERENCE],
+            "rewards/chosen": self.beta * scores.chosen.sum(),
+            "rewards/rejected": self.beta * scores.rejected.sum(),
+            "accuracy": _num_correct(scores),
+            "log_probabilities/chosen": answers.chosen.sum(),
+            "log_probabilities/rejected": answers.rejected.sum(),
+            "log_probabilities/accuracy": _num_correct(answers),
+        }
+
     def _losses(self, scores: AnswerLogps, label_smoothing: float) -> Tensor:
         """Of each pair."""
         from distft.objective import preference_loss
@@ -256,6 +262,12 @@ def _by_pair(values_B: Tensor, rows: Batch) -> AnswerLogps:
 
     values_P2 = values_B.view(-1, 2)[: rows.num_targets[PREFERENCE]]
     return AnswerLogps(values_P2[:, 0], values_P2[:, 1])
+
+
+def _means(totals: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of what `_measured` has summed."""
+    means = {name: totals[name] / max(totals[_PAIRS], 1) for name in _MEANS}
+    return {**means, "rewards/margin": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
 def _num_correct(values: AnswerLogps) -> Tensor:

@@ -22,7 +22,7 @@ class Row:
 
 def differing_settings(runs: Sequence[RecordedRun]) -> list[Row]:
     """The settings, by dotted key, that are not the same in all runs; `-` where a run has none."""
-    flat = [_flatten(run.settings) for run in runs]
+    flat = [flatten(run.settings) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     rows = [Row(name, tuple(settings.get(name, _ABSENT) for settings in flat)) for name in names]
     return [row for row in rows if row.name not in _IDENTITY and len(set(map(repr, row.values))) > 1]
@@ -61,12 +61,13 @@ def _median(run: RecordedRun, name: str) -> float | None:
     return median(value for _, value in found) if found else None
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{name}.")
+            flat |= flatten(value, f"{name}.")
         else:
             flat[name] = value
     return flat

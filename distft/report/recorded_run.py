@@ -11,7 +11,7 @@ from distft.errors import ConfigError
 from distft.run.paths import CONFIG_FILE
 from distft.tracker import EVENTS_FILE, METRICS_FILE, read_lines
 
-_BEGINS, _ENDS = ("start", "resume"), "finish"  # kinds of events
+BEGINS, _ENDS = ("start", "resume"), "finish"  # kinds of events
 _DEFAULT_SILENCE_S = 300.0  # hang_timeout_s, unless the settings have another
 VALIDATION = "validation/"  # begins the names of metrics of held-out data
 _FALLING = ("loss", "error", "perplexity", "bits_per_byte")  # end the names of metrics that are best if low
@@ -58,7 +58,7 @@ class RecordedRun:
 
     @property
     def num_starts(self) -> int:
-        return sum(event["kind"] in _BEGINS for event in self.events)
+        return sum(event["kind"] in BEGINS for event in self.events)
 
     def state(self, now_s: float | None = None) -> str:
         """What `finish` said of the last start: `completed`, `preempted` or `failed`.
@@ -68,7 +68,7 @@ class RecordedRun:
         for event in reversed(self.events):
             if event["kind"] == _ENDS:
                 return str(event.get("status", "ended"))
-            if event["kind"] in _BEGINS:
+            if event["kind"] in BEGINS:
                 break
         silence_s = self.settings.get("hang_timeout_s", _DEFAULT_SILENCE_S)
         elapsed_s = (time.time() if now_s is None else now_s) - self.written_at

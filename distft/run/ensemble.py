@@ -114,7 +114,7 @@ def are_folds(members: Sequence[TrainedModel]) -> bool:
         return False
     in_any_order = {"shuffle", "data_seed"}
     data = [member.config.data.model_dump(mode="json", exclude=in_any_order) for member in members]
-    if all(own == data[0] for own in data):
+    if all(own == data[0] for own in data) and all(_is_own_split(member) for member in members):
         if all(split == splits[0] for split in splits):
             return False
         known = [split for split in splits if isinstance(split, SplitConfig) and split.num_folds is not None]
@@ -125,6 +125,13 @@ def are_folds(members: Sequence[TrainedModel]) -> bool:
         "The members hold out different rows of their data, so rows that validate one may have trained "
         "another: name rows that none has seen, as validation.type=labelled validation.path=held_out.jsonl."
     )
+
+
+def _is_own_split(member: TrainedModel) -> bool:
+    """Whether the member was trained without what its split holds out; an override may have changed that."""
+    split = member.config.validation
+    saved = member.source.manifest.config.get("validation")
+    return isinstance(split, SplitConfig) and saved == split.model_dump(mode="json")
 
 
 def evaluate_ensemble(

@@ -14,6 +14,7 @@ from distft.model.lora_config import LoraConfig
 from distft.objective.interface import Objective
 
 _PLACEHOLDER_LABELS = ("a", "b")
+_MOST_SHOWN = 8
 
 
 def heads_of_any_labels(objective: Objective, data: Any) -> Heads:
@@ -40,7 +41,10 @@ def default_trainable(given: Mapping[str, Any]) -> tuple[str, ...]:
         return ("*",)
     if "objective" not in given:  # it has errors of its own
         return ("@lora",)
-    heads = heads_of_any_labels(given["objective"], given.get("data"))
+    try:
+        heads = heads_of_any_labels(given["objective"], given.get("data"))
+    except ConfigError:  # raised again where the data is read
+        return ("@lora",)
     return ("@lora", *(f"{name}.*" for name, head in heads.items() if _is_of_task(head)))
 
 
@@ -55,7 +59,7 @@ def require_same_adapters(saved: LoraConfig, config: LoraConfig, path: str) -> N
     changed = saved.differences(config)
     if changed:
         lines = [
-            f"lora.{name} is {getattr(saved, name)!r} in {path} and {getattr(config, name)!r} here."
+            f"lora.{name} is {_shown(saved, name)} in {path} and {_shown(config, name)} here."
             for name in changed
         ]
         raise ConfigError(
@@ -63,3 +67,10 @@ def require_same_adapters(saved: LoraConfig, config: LoraConfig, path: str) -> N
             "on with them. For new adapters on the model with its own merged in, convert it first, with "
             "`distft checkpoint convert --to huggingface`; without lora, its adapters are merged in."
         )
+
+
+def _shown(config: LoraConfig, name: str) -> str:
+    """A setting's value; of many targets, such as those of an adapter of PEFT, their number."""
+    value = getattr(config, name)
+    is_long = isinstance(value, tuple) and len(value) > _MOST_SHOWN
+    return f"{len(value)} names" if is_long else repr(value)

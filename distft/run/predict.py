@@ -22,10 +22,11 @@ from distft.errors import ConfigError, StorageError
 from distft.objective.mixture import Mixture
 from distft.objective.row_objective import RowObjective
 from distft.objective.token_classification import TokenClassification
+from distft.run.block_files import BlockFiles
 from distft.run.combination import Combine, combined
 from distft.run.data_context import data_context
 from distft.run.ensemble import find_weights, label_order, open_members
-from distft.run.prediction_files import BlockFiles, check_output, write_output
+from distft.run.prediction_files import check_output, write_output
 from distft.run.pretrained import TrainedModel, load_model, open_model, ranks_of
 from distft.topology import Topology
 

@@ -1,10 +1,10 @@
-"""Files of predictions: blocks of rows that survive an interruption, and the output made of them."""
+"""The file that `distft predict` writes, made of blocks of predictions."""
 
 import csv
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 from distft import storage
 from distft.errors import ConfigError
 from distft.objective.token_classification import SPANS
+from distft.run.block_files import json_line
 from distft.run.embedding_files import ParquetSink, check_writable
-from distft.storage import checksum_of_bytes
 
 OUTPUT_TYPES = (".jsonl", ".csv", ".tsv", ".parquet")
-_IDENTITY = "predictions.json"
 _ROWS_OF_GROUP = 8192  # of a Parquet file
 _SEPARATOR = "|"  # between the labels of a row, in CSV
 
@@ -37,87 +36,6 @@ def check_output(output: str) -> None:
         check_writable(output, output)
 
 
-class BlockFiles:
-    """The predictions of blocks of rows, in `output`.parts: each file is complete or not there."""
-
-    def __init__(self, output: str, identity: Mapping[str, Any]) -> None:
-        """`identity` is what the predictions depend on."""
-        self._directory = f"{output}.parts"
-        self._identity = json.dumps(identity, indent=1, sort_keys=True).encode()
-
-    @property
-    def directory(self) -> str:
-        """Where the blocks are."""
-        return self._directory
-
-    def stored_identity(self) -> dict[str, Any] | None:
-        """That of the blocks that are there; None if there are none, {} if it cannot be read."""
-        path = storage.join(self._directory, _IDENTITY)
-        if not storage.exists(path):
-            return None
-        try:
-            stored = json.loads(storage.read_bytes(path))
-        except ValueError:
-            return {}
-        return stored if isinstance(stored, dict) else {}
-
-    def open(self) -> None:
-        """Begin, or go on. Raises `ConfigError` if the directory has the blocks of other predictions."""
-        path = storage.join(self._directory, _IDENTITY)
-        if storage.exists(self._directory) and not storage.is_directory(self._directory):
-            raise ConfigError(
-                f"{self._directory} is a file, and a directory is needed: choose another output."
-            )
-        if storage.exists(path):
-            if storage.read_bytes(path) == self._identity:
-                return
-            raise ConfigError(
-                f"{self._directory} has predictions of another model, other data or other settings, which an "
-                "interrupted command left: repeat that command, remove it, or choose another output."
-            )
-        if storage.list_names(self._directory):
-            raise ConfigError(f"{self._directory} is no directory of distft: choose another output.")
-        storage.make_directory(self._directory)
-        storage.commit_bytes(path, self._identity)
-
-    def _path(self, start: int) -> str:
-        return storage.join(self._directory, f"rows_{start:012d}.jsonl")
-
-    def has(self, start: int, num_rows: int) -> bool:
-        """Whether the block is there, whole and unchanged; one that is damaged is to be written again."""
-        path = self._path(start)
-        if storage.is_directory(path):
-            raise ConfigError(f"{path} is a directory: remove it.")
-        if not storage.exists(path):
-            return False
-        content, checksum = self._parts(path)
-        return checksum_of_bytes(content).encode() == checksum and content.count(b"\n") == num_rows
-
-    def _parts(self, path: str) -> tuple[bytes, bytes]:
-        """A line of JSON for each row, and the last line: the checksum of these."""
-        content, newline, checksum = storage.read_bytes(path).removesuffix(b"\n").rpartition(b"\n")
-        return content + newline, checksum
-
-    def write(self, start: int, predictions: Iterable[Mapping[str, Any]]) -> None:
-        content = b"".join(_json_line(prediction) for prediction in predictions)
-        storage.commit_bytes(self._path(start), content + checksum_of_bytes(content).encode() + b"\n")
-
-    def read(self, start: int) -> Iterator[dict[str, Any]]:
-        """The predictions of a block that `has` finds whole."""
-        content, _ = self._parts(self._path(start))
-        for line in content.decode().split("\n")[:-1]:
-            yield json.loads(line)
-
-    def remove(self, starts: Iterable[int]) -> None:
-        """Remove these blocks, and the directory if nothing else is in it."""
-        names = [*(self._path(start).rpartition("/")[2] for start in starts), _IDENTITY]
-        storage.remove_files(self._directory, names)
-
-
-def _json_line(prediction: Mapping[str, Any]) -> bytes:
-    return (json.dumps(prediction, ensure_ascii=False) + "\n").encode()
-
-
 def write_output(output: str, predictions: Iterator[Mapping[str, Any]]) -> None:
     """Write all predictions to one file, which appears when it is complete."""
     suffix = PurePosixPath(output).suffix.lower()
@@ -126,7 +44,7 @@ def write_output(output: str, predictions: Iterator[Mapping[str, Any]]) -> None:
             _write_parquet(writer, predictions)
         elif suffix == ".jsonl":
             for prediction in predictions:
-                writer.write(_json_line(prediction))
+                writer.write(json_line(prediction))
         else:
             _write_csv(writer, predictions, "," if suffix == ".csv" else "\t")
 

@@ -24,9 +24,9 @@ from distft.data.dataset import SequenceDataset
 from distft.data.feed import Feed
 from distft.errors import CheckpointError, ConfigError, StorageError
 from distft.objective.interface import Model, Objective, ObjectiveContext
+from distft.run.block_files import BlockFiles
 from distft.run.engines import build_engine
 from distft.run.inputs import RunInputs
-from distft.run.prediction_files import BlockFiles
 from distft.run.reference_source import weights_fingerprint
 from distft.run.training_module import build_objective_context
 from distft.topology import BatchPlan, split_among_ranks

@@ -84,7 +84,8 @@ class Chat:
             wanted = [i for i in range(first, last + 1) if messages[i]["role"] == ASSISTANT]
             spans = [self._span(messages, tools, index, text) for index in wanted]
         elif turns == "last":
-            spans = spans[-1:]
+            earlier = self._template(tools).render_with_spans(messages[:last], tools)[1]
+            spans = spans[len(earlier) :]  # a turn may have several
         return self._masked(text, spans)
 
     def completion(

@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from distft.errors import ConfigError, DataError
+from distft.tokenizer.template_files import MAX_TEMPLATE_BYTES
 from distft.tokenizer.template_sandbox import Renderer, Spans
 
 Message = Mapping[str, Any]
@@ -25,6 +26,10 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         """`special_tokens`: texts by names such as `bos_token`. Raises `ConfigError` for no Jinja."""
+        if len(source) > MAX_TEMPLATE_BYTES:
+            raise ConfigError(
+                f"the chat template has {len(source):,} characters: at most {MAX_TEMPLATE_BYTES:,}."
+            )
         self.source = source
         self._variables = {**special_tokens, **(variables or {})}
         try:

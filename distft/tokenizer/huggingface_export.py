@@ -1,11 +1,12 @@
 """Converts a sentencepiece model to the files that transformers' `AutoTokenizer` loads.
 
 The ids are those of distft's `Tokenizer`, except for the text of a control piece such as `</s>`, which
-becomes that piece's id, as always in transformers. The export adds no bos or eos to a text.
+becomes that piece's id, as always in transformers. The export adds bos or eos to a text only when told so.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distft.tokenizer.companions import FINGERPRINT_KEY
@@ -16,6 +17,8 @@ from distft.tokenizer.pretokenization import META_SPACE
 if TYPE_CHECKING:
     from distft.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
+_NO_EOS = "In training a source ended with eos. Loaded from these files, the tokenizer adds none: append it."
+
 
 def huggingface_files(
     tokenizer: "SentencePieceTokenizer",
@@ -23,23 +26,28 @@ def huggingface_files(
     max_seq_len: int,
     pad_id: int | None = None,
     begins_with_bos: bool = False,
+    ends_with_eos: bool = False,
 ) -> tuple[dict[str, bytes], list[str]]:
     """File contents by name, and notes on what is left out.
 
-    `pad_id` is for a tokenizer without pad. With `begins_with_bos` transformers puts bos before each text.
+    `pad_id` is for a tokenizer without pad. With `begins_with_bos` transformers puts bos before each text,
+    with `ends_with_eos` eos behind it.
 
     `tokenizer.model` is always included; it is the only file if a tokenizer.json would give other ids.
     """
     files = tokenizer.files()
     reasons = _unsupported_features(tokenizer.model_proto)
     if reasons:
-        return files, [
+        notes = [
             f"The tokenizer is written as {SENTENCEPIECE_FILE} only, as a {LIBRARY_FILE} would give other "
             f"ids: {'; '.join(reasons)}."
         ]
+        return files, [*notes, *([_NO_EOS] if ends_with_eos else [])]
     tokenizer_json = _tokenizer_json(tokenizer)
-    if begins_with_bos:
-        tokenizer_json["post_processor"] = _bos_template(tokenizer)
+    if begins_with_bos or ends_with_eos:
+        tokenizer_json["post_processor"] = _template(
+            tokenizer, before=("bos",) if begins_with_bos else (), behind=("eos",) if ends_with_eos else ()
+        )
     files[LIBRARY_FILE] = _json(tokenizer_json)
     files[CONFIG_FILE] = _json(
         {
@@ -88,14 +96,24 @@ def _symbols(model: ModelProto) -> list[str]:
     return [piece.text for piece in model.pieces if piece.type is PieceType.USER_DEFINED]
 
 
-def _bos_template(tokenizer: "SentencePieceTokenizer") -> dict[str, Any]:
-    bos = _special_pieces(tokenizer)["bos"]
-    before = {"SpecialToken": {"id": bos, "type_id": 0}}
+def _template(
+    tokenizer: "SentencePieceTokenizer", *, before: Sequence[str], behind: Sequence[str]
+) -> dict[str, Any]:
+    """The part of a tokenizer.json that puts bos or eos around each text, of a pair behind each."""
+    pieces = _special_pieces(tokenizer)
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    first, last = (
+        [{"SpecialToken": {"id": pieces[role], "type_id": 0}} for role in roles] for roles in (before, behind)
+    )
+    texts = {name: {"Sequence": {"id": name, "type_id": 0}} for name in "AB"}
     return {
         "type": "TemplateProcessing",
-        "single": [before, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [before, *({"Sequence": {"id": name, "type_id": 0}} for name in "AB")],
-        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        "single": [*first, texts["A"], *last],
+        "pair": [*first, texts["A"], *last, texts["B"], *last],
+        "special_tokens": {
+            pieces[role]: {"id": pieces[role], "ids": [ids[role]], "tokens": [pieces[role]]}
+            for role in (*before, *behind)
+        },
     }
 
 

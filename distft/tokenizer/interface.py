@@ -133,12 +133,17 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def huggingface_files(
-        self, *, max_seq_len: int, pad_id: int | None = None, begins_with_bos: bool = False
+        self,
+        *,
+        max_seq_len: int,
+        pad_id: int | None = None,
+        begins_with_bos: bool = False,
+        ends_with_eos: bool = False,
     ) -> tuple[Mapping[str, bytes], list[str]]:
         """The files that transformers' `AutoTokenizer` loads, by name, and notes on what they lack.
 
         `pad_id` is for a tokenizer without pad. With `begins_with_bos` transformers should put bos before
-        each text, and without it should not.
+        each text, and without it should not; with `ends_with_eos` it should put eos behind each.
         """
 
 

@@ -185,6 +185,7 @@ class LibraryTokenizer(Tokenizer):
         max_seq_len: int,  # noqa: ARG002
         pad_id: int | None = None,  # noqa: ARG002
         begins_with_bos: bool = False,
+        ends_with_eos: bool = False,
     ) -> tuple[Mapping[str, bytes], list[str]]:
         """The files as they were read. `max_seq_len` and `pad_id` are not written into them."""
         notes = []
@@ -193,6 +194,11 @@ class LibraryTokenizer(Tokenizer):
                 f"The tokenizer's files are written as they were read: with them transformers puts "
                 f"{'bos' if self.adds_bos else 'no bos'} before a text, which training did "
                 f"{'not do' if self.adds_bos else 'do'}."
+            )
+        if ends_with_eos and self._backend.encode("a", add_special_tokens=True).ids[-1:] != [self.eos_id]:
+            notes.append(
+                "The tokenizer's files are written as they were read: with them transformers puts no eos "
+                "behind a text, with which a source ended in training. Append it."
             )
         return self.files(), notes
 

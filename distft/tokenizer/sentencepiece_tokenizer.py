@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distft import storage
-from distft.errors import DataError
+from distft.errors import ConfigError, DataError
 from distft.storage import AnyPath
 from distft.tokenizer.added_tokens import with_added_tokens
 from distft.tokenizer.companions import read_companions
@@ -99,8 +99,19 @@ class SentencePieceTokenizer(Tokenizer):
         return {SENTENCEPIECE_FILE: self._model, **files_of_templates(self.chat_templates)}
 
     def save(self, path: str | Path) -> None:
-        """Write the model atomically, as one file."""
+        """Write the model atomically, as one file, and a chat template beside it.
+
+        Raises `ConfigError` if another template is there.
+        """
+        templates = files_of_templates(self.chat_templates)
+        beside = {storage.join(storage.parent(path), name): data for name, data in templates.items()}
         try:
+            for where, data in beside.items():
+                if storage.exists(where) and storage.read_bytes(where) != data:
+                    raise ConfigError(
+                        f"{where} has another chat template than the tokenizer: choose another directory."
+                    )
+                storage.commit_bytes(where, data)
             storage.commit_bytes(path, self._model)
         except OSError as error:
             raise DataError(f"tokenizer cannot be written to {path}: {error}.") from error
@@ -182,10 +193,19 @@ class SentencePieceTokenizer(Tokenizer):
         return next((i for i in candidates if pieces[i].type is PieceType.CONTROL), None)
 
     def huggingface_files(
-        self, *, max_seq_len: int, pad_id: int | None = None, begins_with_bos: bool = False
+        self,
+        *,
+        max_seq_len: int,
+        pad_id: int | None = None,
+        begins_with_bos: bool = False,
+        ends_with_eos: bool = False,
     ) -> tuple[Mapping[str, bytes], list[str]]:
         return huggingface_files(
-            self, max_seq_len=max_seq_len, pad_id=pad_id, begins_with_bos=begins_with_bos
+            self,
+            max_seq_len=max_seq_len,
+            pad_id=pad_id,
+            begins_with_bos=begins_with_bos,
+            ends_with_eos=ends_with_eos,
         )
 
     @cached_property

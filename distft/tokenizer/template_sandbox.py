@@ -34,7 +34,8 @@ _WITH_WIDTH = {  # methods of texts and Jinja's functions of filters
     "center", "expandtabs", "ljust", "rjust", "zfill",
     "do_batch", "do_center", "do_indent", "do_slice", "do_truncate", "_to_json",
 }  # fmt: skip
-_WIDE_FORMAT = re.compile(r"\d{5}|\*")
+_WIDE_PRINTF = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)")
+_WIDE_FORMAT = re.compile(r"\{[^{}]*(\d{5}|\{)")  # a width, or one that is an argument
 
 Spans = list[tuple[int, int]]
 
@@ -175,7 +176,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.check_length(len(left) + len(right))
         elif operator == "+" and isinstance(left, list) and isinstance(right, list):
             _check_items(len(left) + len(right))
-        elif operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
+        elif operator == "%" and isinstance(left, str) and _WIDE_PRINTF.search(left):
             raise SecurityError(_TOO_WIDE)
         return self.counted(super().call_binop(context, operator, left, right))
 
@@ -229,8 +230,10 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             joined = [value for value in values if isinstance(value, list | tuple | str)]
             sizes = [len(part) + len(subject) for parts in joined for part in parts if isinstance(part, str)]
             self.check_length(sum(sizes))
-        elif "format" in name and _WIDE_FORMAT.search(subject):
-            raise SecurityError(_TOO_WIDE)
+        elif "format" in name:
+            pattern = _WIDE_PRINTF if name == "do_format" else _WIDE_FORMAT
+            if pattern.search(subject):
+                raise SecurityError(_TOO_WIDE)
         if name in _WITH_WIDTH:
             widths = values[name == _to_json.__name__ :]  # whose first argument is any number
             if any(isinstance(width, int) and width > _MAX_ITEMS for width in widths):

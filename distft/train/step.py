@@ -44,9 +44,9 @@ def train_step(
 
     Each term is divided by the number of its targets in the *global* batch, so that loss and gradient do not
     depend on how the batch is split. `training_sums` gives the sums `sum_names` over a micro-batch, or some
-    of them, which are added over micro-batches and ranks. `signals` are summed over ranks along with these
-    counts; reading them waits until the device has begun this step, so that it may run at most one step
-    behind the host.
+    of them, and `loss_sums` others beside its terms; they are added over micro-batches and ranks. `signals`
+    are summed over ranks along with the counts; reading them waits until the device has begun this step, so
+    that it may run at most one step behind the host.
     """
     local = [sum(num_targets(batch).get(name, 0) for batch in micro_batches) for name in weights]
     num_tokens = sum(batch.num_real_tokens for batch in micro_batches)
@@ -56,12 +56,16 @@ def train_step(
     divisors = counts.clamp(min=(counts.sum() > 0).long())
     scale = to_device(list(weights.values()), engine.device)
 
+    found: list[Mapping[str, Tensor]] = []
+
     def loss_terms(model: Model, batch: AnyBatch) -> Tensor:
         sums = loss_sums(model, batch)
+        found.append({name: sums[name].detach() for name in sum_names if name in sums})
         return torch.stack([sums[name] for name in weights]) * scale / divisors
 
     local_terms = engine.forward_backward(micro_batches, loss_terms)
-    local_sums = _added(training_sums, sum_names, micro_batches, like=local_terms)
+    found += [training_sums(batch) for batch in micro_batches if sum_names]
+    local_sums = _added(found, sum_names, like=local_terms)
     reduced = engine.all_reduce_sum(torch.cat([local_terms, local_sums]))
     terms, sums = reduced[: len(weights)], reduced[len(weights) :]
     before_update()
@@ -80,18 +84,10 @@ def train_step(
     )
 
 
-def _added(
-    training_sums: Callable[[AnyBatch], Mapping[str, Tensor]],
-    names: Sequence[str],
-    micro_batches: Sequence[AnyBatch],
-    *,
-    like: Tensor,
-) -> Tensor:
-    """The sums [M] of these names over the micro-batches, in `like`'s dtype and on its device."""
+def _added(found: Sequence[Mapping[str, Tensor]], names: Sequence[str], *, like: Tensor) -> Tensor:
+    """The sums [M] of these names, in `like`'s dtype and on its device."""
     added = like.new_zeros(len(names))
-    for batch in micro_batches if names else ():
-        found = training_sums(batch)
-        added += torch.stack(
-            [found[name].to(added) if name in found else added.new_zeros(()) for name in names]
-        )
+    for sums in found if names else ():
+        own = [sums[name].to(added) if name in sums else added.new_zeros(()) for name in names]
+        added += torch.stack(own)
     return added

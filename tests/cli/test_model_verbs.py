@@ -47,7 +47,7 @@ def test_a_wrong_setting_of_an_evaluation_is_reported_with_its_key(
     assert main(["evaluate", str(trained), "validation.path=x"]) == 2
     where, problem = capsys.readouterr().err.splitlines()
     assert where == f"config error: In the configuration of {trained}/checkpoints/step_00000004:"
-    types = "labelled or completion or pairs or images"
+    types = "labelled or token_labels or completion or conversations or pairs or preferences or images"
     assert problem.startswith(f"validation.path='x' is a setting of type {types}, and")
 
 

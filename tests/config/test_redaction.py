@@ -189,3 +189,9 @@ def test_an_average_names_its_sources_without_logins() -> None:
     average = AveragedCheckpoint(sources)
     assert list(average.manifest.written_by["average_of"]) == [f"s3://{MASK}@bucket/step_{i}" for i in (1, 2)]
     assert "me:pw" not in average.summary
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ["x" * 3_000_000, "x." * 1_000_000, "://x" * 200_000, "a" + " " * 500_000])
+def test_a_long_text_takes_no_quadratic_time(text: str) -> None:
+    assert redact(text) == text

@@ -1,6 +1,7 @@
 """Images of folders, Parquet and scikit-learn: what is read, how it is augmented, and what is refused."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -215,6 +216,11 @@ def _palette() -> bytes:
         ),
         (lambda f: (f / "dog" / "notes.txt").write_text("x") and None, "notes.txt: is no image by its name"),
         (lambda f: (f / "dog" / "old").mkdir(), "old: is no image file but a folder"),
+        (
+            lambda f: (f / "dog" / "x.png").symlink_to(f / "gone.png"),
+            "x.png: is a link to nothing: remove it",
+        ),
+        (lambda f: Path(os.fsdecode(bytes(f) + b"/\xff")).mkdir(), "the name of this class is not UTF-8"),
     ],
 )
 def test_what_cannot_be_an_image_of_a_class_is_named_with_its_file(
@@ -320,6 +326,11 @@ def test_settings_that_make_no_sense_are_refused(raw: dict[str, Any], problem: s
             "model.type=clip reads an image with its text: set text",
         ),
         ({"source": "digits", "text": "label"}, {}, "the model reads images alone: leave text out"),
+        (
+            {"source": "digits", "augment": {"shift": 8}},
+            {"shape": (1, 8, 8)},
+            "data.augment.shift=8 of images of 8 pixels would leave nothing of some: lower it, such as to 1.",
+        ),
     ],
 )
 def test_images_fit_what_the_model_reads(raw: dict[str, Any], changes: dict[str, Any], problem: str) -> None:

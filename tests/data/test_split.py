@@ -116,7 +116,7 @@ def test_the_split_is_a_function_of_the_seed_and_the_row_numbers(tmp_path: Path)
     assert kept[0] == kept[1] == sorted(kept[0])
     assert len(kept[0]) == 12
     _, other = split_of(labelled(tmp_path / "a.jsonl", rows), share=0.2, split_seed=1)
-    assert texts_of(other) != [f"x{i}" for i in kept[0]]
+    assert texts_of(other) != [f"yy{i}" for i in kept[0]]
 
 
 def test_training_has_the_rest_in_reshuffled_epochs(tmp_path: Path) -> None:
@@ -161,8 +161,9 @@ def test_numbers_are_described_by_the_training_rows(tmp_path: Path) -> None:
 
 def test_of_several_labels_the_rarest_of_a_row_counts(tmp_path: Path) -> None:
     rows = [(f"t{i}", ["all", "ten"] if i < 10 else ["all"]) for i in range(100)]
-    _, held = split_of(labelled(tmp_path / "a.jsonl", rows, labels="several"), num_folds=5, fold=0)
-    assert sum(int(text[1:]) < 10 for text in texts_of(held)) == 2
+    feed = labelled(tmp_path / "a.jsonl", rows, labels="several")
+    folds = [texts_of(split_of(feed, num_folds=5, fold=fold)[1]) for fold in range(5)]
+    assert [sum(int(text[1:]) < 10 for text in held) for held in folds] == [2] * 5
 
 
 def test_rows_without_labels_are_split_by_number(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from distft.keyed_random import row_keys
 from distft.model.config import ModelConfig
 from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads
 from distft.model.layers import Linear
-from distft.model.layout import RowKeys
 from distft.model.lora import LoraLinear, add_adapters
 from distft.model.lora_config import LoraConfig
 from distft.model.transformer_config import TransformerConfig
@@ -31,7 +30,7 @@ TINY = TransformerConfig(vocab_size=11, max_seq_len=8, d_model=8, num_layers=2, 
 
 def _layer(*, bias: bool, **settings: Any) -> LoraLinear:
     with torch.device("meta"):
-        layer = LoraLinear(Linear(7, 5, bias=bias), LoraConfig(rank=3, alpha=4, **settings), RowKeys(), 1)
+        layer = LoraLinear(Linear(7, 5, bias=bias), LoraConfig(rank=3, alpha=4, **settings))
     layer = layer.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -155,10 +154,10 @@ def test_dropout_depends_on_rows_alone() -> None:
     x = torch.ones(4, 3, 7)
     keys = row_keys(5, torch.arange(4))
     layer.train()
-    layer._row_keys.of_rows = keys
+    layer.row_keys.of_rows = keys
     whole = layer(x)
-    layer._row_keys.of_rows = keys[2:]
+    layer.row_keys.of_rows = keys[2:]
     assert torch.equal(layer(x[2:]), whole[2:])
-    layer._row_keys.of_rows = keys
+    layer.row_keys.of_rows = keys
     assert torch.equal(layer(x.flatten(0, 1)).view(whole.shape), whole), "positions behind one another"
     assert not torch.equal(whole, layer.eval()(x))

@@ -60,27 +60,29 @@ def labels_of(rows: Path) -> list[str]:
     return [json.loads(line)["label"] for line in rows.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("combine", ["mean", "vote", "weights"])
 def test_evaluate_and_predict_agree_and_scikit_learn_with_both(
-    data: Path, classifiers: list[str], tmp_path: Path, combine: str
+    data: Path, classifiers: list[str], tmp_path: Path
 ) -> None:
-    report = evaluate_ensemble(classifiers[:3], [], Topology())
-    found = predictions(classifiers[:3], data / "test.jsonl", tmp_path / "out.jsonl", "--combine", combine)
-    truth, predicted = labels_of(data / "test.jsonl"), [row["label"] for row in found]
-    metrics = report.ensembles[combine]
-    assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
-    assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
+    report = evaluate_ensemble(classifiers, [], Topology())
+    truth = labels_of(data / "test.jsonl")
     names = sorted(set(truth))
-    if combine != "vote":
-        rows = [[row["probabilities"][name] for name in names] for row in found]
-        assert metrics["loss"] == pytest.approx(log_loss(truth, rows, labels=names))
-    for path, (shown, of_member) in zip(classifiers, report.members, strict=False):
+    for combine, metrics in report.ensembles.items():
+        output = tmp_path / f"{combine}.jsonl"
+        found = predictions(classifiers, data / "test.jsonl", output, "--combine", combine)
+        predicted = [row["label"] for row in found]
+        assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+        assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
+        if combine != "vote":
+            rows = [[row["probabilities"][name] for name in names] for row in found]
+            assert metrics["loss"] == pytest.approx(log_loss(truth, rows, labels=names))
+    assert set(report.ensembles) == {"mean", "vote", "weights"}
+    for path, (shown, of_member) in zip(classifiers, report.members, strict=True):
         assert shown.startswith(path)
         assert of_member == pytest.approx(evaluate_checkpoint(path, [], Topology()))
     assert report.weights is not None
     assert sum(report.weights) == pytest.approx(1)
-    assert report.ensembles["weights"]["loss"] <= min(m["loss"] for _, m in report.members) + 1e-9
-    assert report.ensembles["weights"]["loss"] <= report.ensembles["mean"]["loss"] + 1e-9
+    least = min(metrics["loss"] for _, metrics in report.members)
+    assert report.ensembles["weights"]["loss"] <= min(least, report.ensembles["mean"]["loss"]) + 1e-9
 
 
 def test_weights_are_found_on_the_runs_own_rows_if_others_are_measured(
@@ -124,6 +126,8 @@ def test_members_that_hold_out_other_rows_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="may have trained another"):
         evaluate_ensemble([folds[0], classifiers[0]], [], Topology())
+    with pytest.raises(ConfigError, match="may have trained another"):
+        evaluate_ensemble(folds, ["validation.fold=0"], Topology())
     with pytest.raises(ConfigError, match="The members are folds"):
         greedy_soup(folds[:2])
     with pytest.raises(ConfigError, match=r"objective\.type=causal_lm, and an ensemble is of classifiers"):

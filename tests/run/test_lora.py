@@ -193,3 +193,9 @@ def test_a_resume_with_other_adapters_is_refused(data: Path, adapted: Path, pret
     raw = _config(data, adapted / "lora", pretrained, {**LORA, "rank": 2})
     with pytest.raises(ConfigError, match=r"lora.rank was 3 and is now 2"):
         run(Topology(), raw)
+
+
+def test_the_first_step_computes_what_the_base_does(adapted: Path) -> None:
+    """B is zero, and DoRA's magnitudes are the lengths of the base's rows."""
+    first = {kind: logged(adapted / kind)[1] for kind in KINDS}
+    assert first == pytest.approx(dict.fromkeys(KINDS, first["lora"]), abs=1e-6)

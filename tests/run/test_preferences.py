@@ -13,6 +13,7 @@ from support.rank_pool import run_ranks
 from support.small_runs import WORDS, events, logged, pretraining, run, run_until_power_cut
 
 from distft.config import parse
+from distft.data.batch import Batch
 from distft.data.targets import ANSWER
 from distft.errors import CheckpointError, ConfigError, DataError
 from distft.objective.preference import Preference
@@ -106,6 +107,10 @@ def test_evaluation_gives_the_rewards_of_held_out_pairs(
     losses = logged(tmp_path / "run")
     assert losses[1] == pytest.approx(np.log(2), abs=1e-5)  # the model is its reference
     assert losses[12] < losses[1]
+    margins_of_steps = logged(tmp_path / "run", "rewards/margin")
+    assert margins_of_steps[1] == pytest.approx(0, abs=1e-5)
+    assert margins_of_steps[12] > 0.01
+    assert set(logged(tmp_path / "run", "accuracy").values()) <= {n / 16 for n in range(17)}
 
 
 def _forbid_computation() -> None:
@@ -278,7 +283,11 @@ def test_messages_become_text_by_the_chat_template(
     }
     row = {"prompt": before, **answers} if has_prompt else {n: before + a for n, a in answers.items()}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
-    chats = {"type": "preferences", "format": "messages", "path": str(tmp_path / "chat.jsonl")}
+    chats: dict[str, Any] = {
+        "type": "preferences",
+        "format": "messages",
+        "path": str(tmp_path / "chat.jsonl"),
+    }
     chats |= {} if has_prompt else {"prompt": None}
     raw = tuning(data, pairs, tmp_path / "run", pretrained, data=chats, validation=None)
     raw |= {"chat": {"template": str(tmp_path / "template.jinja")}}
@@ -286,6 +295,7 @@ def test_messages_become_text_by_the_chat_template(
     inputs = read_inputs(parse(RunConfig, raw))
     assert inputs.tokenizer is not None
     batch, decode, eos = inputs.train.batch(0, 1), inputs.tokenizer.decode, inputs.tokenizer.eos_id
+    assert isinstance(batch, Batch)
     labels = batch.targets[ANSWER]
     assert [decode(ids[ids >= 0].tolist()) for ids in labels] == ["tree", "a mat"]
     assert [int(ids[ids >= 0][-1]) for ids in labels] == [eos, eos]
@@ -301,3 +311,19 @@ def test_messages_become_text_by_the_chat_template(
     assert (
         "must go on behind the prompt with a message of the assistant" in second or "has no prompt" in second
     )
+
+
+def test_with_adapters_the_base_is_the_reference(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    short = {"train": {"max_steps": 4, "log_every_steps": 1}}
+    raw = tuning(data, pairs, tmp_path / "run", pretrained, lora={"rank": 2}, **short)
+    result = run(Topology(), raw)
+    texts = _files(tmp_path / "run").values()
+    stored = [[json.loads(line)["values"] for line in text.splitlines()[:-1]] for text in texts]
+    (held_out,) = (values for values in stored if len(values) == NUM_HELD_OUT)
+    assert np.array(held_out) == pytest.approx(np.array(_answer_logps(pretrained, pairs)), abs=1e-4)
+    assert logged(tmp_path / "run")[1] == pytest.approx(np.log(2), abs=1e-5)
+    found = evaluate_checkpoint(str(tmp_path / "run"), [], Topology())
+    assert found["rewards/margin"] > 0.001
+    assert {name: result.metrics[f"validation/{name}"] for name in found} == pytest.approx(found, abs=1e-5)

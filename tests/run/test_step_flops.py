@@ -1,5 +1,6 @@
 """The FLOPs of a step, for MFU and `config check`, against those that torch counts in a real step."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def test_a_step_costs_the_passes_and_logits_that_the_objective_names(
     raw["model"]["attention"] = attention
     counted, expected = counted_flops(inputs_of(raw))
     assert expected == pytest.approx(counted, rel=0.08)  # how many tokens are targets is drawn
+
+
+def test_a_pair_of_answers_costs_two_rows_and_logits_of_the_answers_alone(data: Path, tmp_path: Path) -> None:
+    row = {"prompt": "the cat sat on", "chosen": " a mat", "rejected": " a big red moon"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    pairs = {"type": "preferences", "path": str(tmp_path / "pairs.jsonl")}
+    raw = pretraining(data, tmp_path, data=pairs, objective={"type": "preference", "loss": "orpo"})
+    raw["tokenizer"] = str(data / "tokenizer.model")
+    inputs = inputs_of(raw)
+    counted, expected = counted_flops(inputs, stop=8)
+    # The backward computes the logits again, which is no work of the model.
+    batch = inputs.train.batch(0, 8)
+    assert isinstance(batch, Batch)
+    num_answers = batch.num_targets["answer"]
+    again = 2 * num_answers * inputs.model.padded_vocab_size * inputs.model.output_size
+    assert counted - again == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(

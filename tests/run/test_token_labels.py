@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from seqeval.metrics import f1_score
 from support.rank_pool import run_ranks
-from support.small_runs import fine_tuning, logged, run, run_until_power_cut
+from support.small_runs import fine_tuning, logged, pretraining, run, run_until_power_cut
 
 from distft.cli.main import main
 from distft.config import parse
@@ -56,9 +56,10 @@ def _run(topology: Topology, raw: dict[str, Any]) -> None:
 def test_a_resumed_run_on_other_ranks_ends_as_one_that_went_through(
     data: Path, pretrained: Path, sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = config_of(data, tmp_path / "whole", pretrained, sentences)
+    model = pretraining(data, tmp_path)["model"] | {"dropout": 0.1, "neftune_alpha": 5.0}
+    whole = config_of(data, tmp_path / "whole", pretrained, sentences, model=model)
     run(Topology(), whole)
-    cut = config_of(data, tmp_path / "cut", pretrained, sentences)
+    cut = config_of(data, tmp_path / "cut", pretrained, sentences, model=model)
     run_until_power_cut(cut, 5)
     run_ranks(_run, 2, cut | {"engine": {"type": "zero", "zero_stage": 1, "compile": False}})
     losses = [logged(tmp_path / name) for name in ("whole", "cut")]

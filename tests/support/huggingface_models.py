@@ -211,12 +211,15 @@ def save_model(
     label_names: list[str] | None = None,
     pooling: str = "last",
     tokenizer: Tokenizer | None = None,
+    objective: dict[str, Any] | None = None,
     change: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Checkpoint:
     """Save `module` as a distft checkpoint; `change` is applied to each weight before."""
     params = dict(module.named_parameters())
     config: dict[str, Any] = {"model": module.config.model_dump(mode="json")}
-    if "classifier" in module.heads:
+    if objective is not None:
+        config["objective"] = objective
+    elif "classifier" in module.heads:
         head = module.heads["classifier"]
         assert isinstance(head, ClassificationHead)
         config["objective"] = {"type": "classification", "pooling": pooling, "hidden": head.hidden}

@@ -23,7 +23,7 @@ from support.chat_templates import (
 from support.library_tokenizers import TEXTS, write_qwen
 
 from distft.errors import ConfigError, DataError
-from distft.tokenizer import Tokenizer, TokenizerTrainConfig, train_tokenizer
+from distft.tokenizer import Tokenizer, TokenizerTrainConfig, import_tokenizer, train_tokenizer
 from distft.tokenizer.chat import Chat
 from distft.tokenizer.chat_template import ChatTemplate
 from distft.tokenizer.template_files import PLAIN_TEMPLATE, read_template
@@ -155,6 +155,17 @@ def test_marks_and_prefixes_find_the_same_tokens(ours: dict[str, Tokenizer]) -> 
     assert shown == "12 m.\nNo 😀\n"
 
 
+def test_the_last_turn_is_all_that_is_marked_in_it(ours: dict[str, Tokenizer]) -> None:
+    twice = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<{% endgeneration %}|"
+        "{% generation %}{{ m.content }}>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    chat = Chat(ours["library"].with_chat_template(twice))
+    ids, mask = chat.conversation(messages_of(None, [("1", "2"), ("3", "4")]), turns="last")
+    own = [i for i, is_own in zip(ids, mask, strict=True) if is_own]
+    assert ours["library"].decode(own) == "<4>"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tools_and_their_calls_are_as_in_transformers(
     ours: dict[str, Tokenizer], theirs: dict[str, Any], kind: str
@@ -276,6 +287,8 @@ BOMBS = {
     "a long range": "{{ range(9999999999)|list|length }}",
     "printf": "{{ '%09999999999d' % 1 }}",
     "format": "{{ '{:>9999999999}'.format(1) }}",
+    "a format's argument": "{{ '{:{}}'.format(1, 9999999999) }}",
+    "printf's argument": "{{ '%*d' % (9999999999, 1) }}",
     "a filter's format": "{{ '%9999999999s'|format('a') }}",
     "center": "{{ 'a'|center(9999999999) }}",
     "ljust": "{{ 'a'.ljust(9999999999) }}",
@@ -332,6 +345,13 @@ def test_data_and_variables_reach_the_template_as_they_are() -> None:
     assert template.render([{"role": "user", "content": "<b>&'\""}]) == "<b>&'\"{'a': 1}1000000000"
 
 
+def test_texts_that_look_like_wide_formats_are_formatted() -> None:
+    source = (
+        "{{ '** {} ** 123456 {:>4}'.format(1, 2) }}{{ '** %s ** 123456 %4d' % (1, 2) }}{{ '*%s'|format(3) }}"
+    )
+    assert ChatTemplate(source, {}).render([]) == "** 1 ** 123456    2** 1 ** 123456    2*3"
+
+
 def test_templates_are_read_from_the_files_that_transformers_writes(
     ours: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
@@ -384,6 +404,19 @@ def test_a_template_goes_with_the_files_and_the_export(
         assert read.chat_templates == {"default": MISTRAL}
         assert (read.fingerprint, read.special_texts) == (tokenizer.fingerprint, tokenizer.special_texts)
     assert AutoTokenizer.from_pretrained(str(tmp_path / "export")).chat_template == MISTRAL
+
+
+def test_an_imported_tokenizer_has_its_template_beside_it(ours: dict[str, Tokenizer], tmp_path: Path) -> None:
+    for kind, target in (("library", "imported"), ("sentencepiece", "imported/tokenizer.model")):
+        folder = tmp_path / kind
+        (folder / "from").mkdir(parents=True)
+        for name, data in ours[kind].with_chat_template(MISTRAL).files().items():
+            (folder / "from" / name).write_bytes(data)
+        import_tokenizer(folder / "from", folder / target)
+        assert Tokenizer.load(folder / target).chat_templates == {"default": MISTRAL}
+    (tmp_path / "sentencepiece" / "imported" / "chat_template.jinja").write_text(CHATML)
+    with pytest.raises(ConfigError, match="has another chat template than the tokenizer"):
+        import_tokenizer(tmp_path / "sentencepiece" / "from", tmp_path / "sentencepiece" / target)
 
 
 def test_the_plain_template_needs_an_eos(tmp_path: Path) -> None:

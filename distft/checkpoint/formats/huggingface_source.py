@@ -12,7 +12,7 @@ from distft import storage
 from distft.checkpoint.formats.huggingface_config import HuggingFaceModelSpec, parse_config
 from distft.checkpoint.formats.huggingface_encoders import ENCODERS
 from distft.checkpoint.formats.huggingface_files import read_json, scan_tensors
-from distft.checkpoint.formats.huggingface_t5 import with_saved_head
+from distft.checkpoint.formats.huggingface_t5 import UNREAD, with_saved_head
 from distft.checkpoint.formats.huggingface_tensors import (
     LM_HEAD,
     TensorMap,
@@ -48,7 +48,7 @@ class _MatchedTensors:
     tensor_map: TensorMap
     locations: dict[str, TensorLocation]  # of tensors with the required shape, by transformers' name
     problems: list[str]
-    left_out: list[str]  # names of the other heads' tensors
+    left_out: list[str]  # names of the other heads' tensors, and of one that nobody reads
 
 
 class HuggingFaceCheckpoint(ManifestSource):
@@ -66,7 +66,9 @@ class HuggingFaceCheckpoint(ManifestSource):
         super().__init__(path, manifest)
         self.notes = [*matched.problems[:_MOST_NOTES]]  # for the user
         if matched.left_out:
-            self.notes.append(f"{path}: {', '.join(matched.left_out)} left out: the layers of another head.")
+            is_unread = matched.left_out == [UNREAD]
+            reason = "transformers does not read it either" if is_unread else "the layers of another head"
+            self.notes.append(f"{path}: {', '.join(matched.left_out)} left out: {reason}.")
         self.spec = spec
         self.tensor_map = matched.tensor_map
         self._locations = matched.locations
@@ -144,7 +146,7 @@ def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool 
             )
         else:
             locations[name] = location
-    left_out = [name for name in scan.locations if spec.architecture in ENCODERS and _LEFT_OUT.search(name)]
+    left_out = [name for name in scan.locations if _is_left_out(name, spec.architecture)]
     for name in left_out:
         del scan.locations[name]
     problems += [
@@ -155,6 +157,13 @@ def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool 
     return _MatchedTensors(
         tensor_map=tensor_map, locations=locations, problems=problems, left_out=sorted(left_out)
     )
+
+
+def _is_left_out(name: str, architecture: str) -> bool:
+    """Whether a model has no use for a tensor that files of its architecture have."""
+    if architecture == "t5":
+        return name == UNREAD
+    return architecture in ENCODERS and _LEFT_OUT.search(name) is not None
 
 
 def _present_name(name: str) -> str:

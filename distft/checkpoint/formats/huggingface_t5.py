@@ -15,6 +15,8 @@ _FEED_FORWARDS = {
     "gelu": "gelu_exact",
     "gelu_new": "gelu",
 }
+# The published 1.0 have it, though attention to the source has no positions; transformers ignores it.
+UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 _LONGEST_SOURCE = 512  # of its pretraining; relative positions have no longest row
 
 

@@ -116,6 +116,8 @@ def write_huggingface(
     files, special_ids, tokenizer_notes = tokenizer_files(
         source, model, is_classifier=(head == "classifier" and chosen not in ENCODERS) or beside is not None
     )
+    if isinstance(model, EncoderDecoderConfig) and special_ids.get("pad") is None:
+        special_ids["pad"] = model.start_id  # without a pad transformers shifts no labels
     notes += [*tokenizer_notes, *_dropout_notes(model, chosen)]
     if on_note is not None:
         for note in notes:
@@ -132,6 +134,8 @@ def write_huggingface(
         storage.commit_bytes(storage.join(target, name), data)
     if head == "language_model":
         ids = {f"{name}_token_id": i for name, i in special_ids.items() if i is not None}
+        if isinstance(model, EncoderDecoderConfig):
+            ids["decoder_start_token_id"] = model.start_id
         commit_json(target, "generation_config.json", ids)
     widest = _widest([export.dtype_of(tensor) for tensor in tensor_map.tensors.values()])
     raw = make_config(spec, dtype=str(widest).removeprefix("torch."), special_ids=special_ids)
@@ -353,7 +357,8 @@ def tokenizer_files(
     tokenizer = Tokenizer.load(storage.join(source.path, record.file))
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     notes = []
-    if is_classifier and tokenizer.pad_id is None:
+    needs_pad = is_classifier or isinstance(model, EncoderDecoderConfig)  # whose labels are padded
+    if needs_pad and tokenizer.pad_id is None:
         ids["pad"] = tokenizer.padding_id()
         piece = "" if ids["pad"] is None else tokenizer.piece_texts[ids["pad"]]
         notes = [
@@ -365,8 +370,17 @@ def tokenizer_files(
         max_seq_len=model.max_seq_len,
         pad_id=ids["pad"],
         begins_with_bos=tokenizer.bos_id is not None and record.document_start == (tokenizer.bos_id,),
+        ends_with_eos=tokenizer.eos_id is not None and _ends_sources(source, model),
     )
     return dict(files), ids, [*notes, *tokenizer_notes]
+
+
+def _ends_sources(source: CheckpointSource, model: KnownConfig) -> bool:
+    """Whether an encoder's sources ended with eos in training: all do but parts of texts."""
+    objective = source.manifest.config.get("objective")
+    own = objective if isinstance(objective, dict) else {}
+    is_part = own.get("type") == "prefix_lm" and own.get("prefix", "random") == "random"
+    return isinstance(model, EncoderDecoderConfig) and not is_part
 
 
 def commit_json(target: str, name: str, value: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ def _open_base(path: str, keys: AdapterKeys, where: str) -> HuggingFaceCheckpoin
     """The model that the adapter was trained on: from here, or from the adapter's directory."""
     name = keys.base_model_name_or_path or ""
     for base in (name, os.path.join(path, name)):  # noqa: PTH118
-        if name and storage.is_directory(base):
+        if name and not storage.is_url(name) and storage.is_directory(base):
             return HuggingFaceCheckpoint.open(base)
     raise CheckpointError(
         f"{where}: base_model_name_or_path={keys.base_model_name_or_path!r} is no directory here: set it to "

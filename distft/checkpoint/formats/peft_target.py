@@ -35,6 +35,7 @@ from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.rank_file import bytes_of
 from distft.checkpoint.safetensors_header import safetensors_header
 from distft.checkpoint.sources import CheckpointSource
+from distft.checkpoint.steps import absolute
 from distft.errors import ConfigError, UnsupportedFormatError
 from distft.model.config import ModelConfig
 from distft.model.lora_config import MAGNITUDE, A, B, LoraConfig
@@ -195,7 +196,7 @@ def _base(source: CheckpointSource) -> tuple[str | None, list[str]]:
     init_from = source.manifest.config.get("init_from")
     try:
         if isinstance(init_from, str) and detect_format(init_from) == "huggingface":
-            return init_from, []
+            return absolute(init_from), []
     except UnsupportedFormatError:
         pass
     return None, [

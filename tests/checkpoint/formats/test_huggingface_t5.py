@@ -25,7 +25,7 @@ from distft.model.encoder_decoder_config import EncoderDecoderConfig
 from distft.model.generation import generate
 from distft.model.heads import LANGUAGE_MODEL, ClassificationHead, Heads
 from distft.model.with_heads import ModelWithHeads
-from distft.tokenizer import Tokenizer
+from distft.tokenizer import Tokenizer, TokenizerTrainConfig, train_tokenizer
 
 CLASS = "AutoModelForSeq2SeqLM"
 T5: dict[str, Any] = {
@@ -178,6 +178,43 @@ def test_a_model_that_is_written_computes_the_same_logits_and_comes_back(
         assert torch.equal(values, own[name]), name
 
 
+def test_a_model_that_is_written_generates_and_takes_labels_as_it_is(tmp_path: Path) -> None:
+    config = EncoderDecoderConfig(
+        vocab_size=VOCAB_SIZE, max_seq_len=40, d_model=24, num_heads=4, num_encoder_layers=2, start_id=3
+    )
+    model = build_any(config)
+    randomize(model)
+    checkpoint = save_model(model, tmp_path / "own")  # type: ignore[arg-type]
+    write_huggingface(checkpoint, str(tmp_path / "hf"))
+    hf_model = loaded(tmp_path / "hf", CLASS)
+    source = torch.tensor([[5, 6, 7, 8, 9, 1]])
+    found = hf_model.generate(source, max_new_tokens=7, do_sample=False)
+    assert found[:, 1:].tolist() == generate(model, source, max_new_tokens=7, temperature=0)
+    labels = torch.tensor([[4, 2, -100]])
+    loss = hf_model(input_ids=source, labels=labels).loss
+    own = model.logits(torch.tensor([[5, 6, 7, 8, 9, 1, 4]]), is_prefix=torch.arange(7)[None] < 6)[0, 5:]
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(own, labels[0, :2]))
+
+
+@pytest.mark.parametrize("objective", ["span_corruption", "prefix_lm"])
+def test_its_tokenizer_ends_a_source_as_training_did(tmp_path: Path, objective: str) -> None:
+    import transformers
+
+    lines = ["the cat sat on a mat and saw it", "a dog and a bird saw the tree"] * 20
+    tokenizer = train_tokenizer(lines, TokenizerTrainConfig(vocab_size=300), tmp_path / "tokenizer.model")
+    model = build_any(
+        EncoderDecoderConfig(
+            vocab_size=tokenizer.vocab_size, max_seq_len=40, d_model=8, num_heads=2, num_encoder_layers=1
+        )
+    )
+    checkpoint = save_model(model, tmp_path / "own", tokenizer=tokenizer, objective={"type": objective})  # type: ignore[arg-type]
+    write_huggingface(checkpoint, str(tmp_path / "hf"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    end = [tokenizer.eos_id] if objective == "span_corruption" else []  # of prefix_lm a source is a part
+    assert theirs(lines[0]).input_ids == [*tokenizer.encode(lines[0]), *end]
+    assert theirs.pad_token_id == loaded(tmp_path / "hf", CLASS).config.pad_token_id
+
+
 def test_its_sentencepiece_model_and_its_sentinels_are_read(tmp_path: Path) -> None:
     import transformers
 
@@ -221,6 +258,16 @@ def test_copies_of_the_embedding_are_no_tensors_of_their_own(tmp_path: Path) -> 
     }
     save_file({**tensors, **copies}, tmp_path / "model.safetensors")
     assert HuggingFaceCheckpoint.open(str(tmp_path)).find_damage() == []
+
+
+def test_a_bias_that_transformers_ignores_is_left_out(tmp_path: Path) -> None:
+    make_hf_model("1.0").save_pretrained(tmp_path)
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    tensors = {**load_file(tmp_path / "model.safetensors"), name: torch.zeros(8, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = HuggingFaceCheckpoint.open(str(tmp_path))
+    assert source.find_damage() == []
+    assert source.notes == [f"{tmp_path}: {name} left out: transformers does not read it either."]
 
 
 def test_a_new_model_begins_as_a_t5_does() -> None:
