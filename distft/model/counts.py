@@ -1,6 +1,7 @@
 """Number of parameters and FLOPs, computed from the configuration alone."""
 
-from collections.abc import Collection, Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from distft.model.config import ModelConfig, TokenModelConfig
@@ -142,15 +143,15 @@ def training_flops(
     The backward computes the gradient of a product's weight if that trains, and of its input if anything
     before it trains. So a fine-tune of the last blocks costs little more than a forward.
     """
-    names = None if trainable is None else tuple(trainable)
+    names = None if trainable is None else sorted(trainable)
     # Those of adapters are small, and not counted.
     weights = None if names is None else [name for name in names if not is_adapter(name)]
 
     def trains(*prefixes: str) -> bool:
-        return names is None or any(name.startswith(prefixes) for name in names)
+        return names is None or any(_has_prefix(names, prefix) for prefix in prefixes)
 
     def trains_weight(name: str) -> bool:
-        return weights is None or any(weight.startswith(name) for weight in weights)
+        return weights is None or _has_prefix(weights, name)
 
     per_token, per_pair, per_local_pair = 0.0, 0.0, 0.0
     for chain in _chains(config, seq_len, heads):
@@ -177,12 +178,11 @@ def recomputed_flops(config: TransformerConfig, trainable: Collection[str] | Non
     the backward does not need its result.
     """
     blocks = [f"blocks.{index}." for index in range(config.num_layers)]
-    names = None if trainable is None else tuple(trainable)
-    recomputed = [
-        index
-        for index in range(config.num_layers)
-        if names is None or any(name.startswith((*_EMBEDDINGS, *blocks[: index + 1])) for name in names)
-    ]
+    names = None if trainable is None else sorted(trainable)
+    first = 0
+    if names is not None and not any(_has_prefix(names, prefix) for prefix in _EMBEDDINGS):
+        first = next((i for i, block in enumerate(blocks) if _has_prefix(names, block)), len(blocks))
+    recomputed = range(first, config.num_layers)
     numel = 0.0
     for index in recomputed:
         experts = config.experts_of(index)
@@ -194,6 +194,12 @@ def recomputed_flops(config: TransformerConfig, trainable: Collection[str] | Non
         config.flops_per_pair * (len(recomputed) - num_local),
         config.flops_per_pair * num_local,
     )
+
+
+def _has_prefix(names: Sequence[str], prefix: str) -> bool:
+    """Whether one of the sorted `names` begins with `prefix`: found in log time, as deep models have many."""
+    index = bisect_left(names, prefix)
+    return index < len(names) and names[index].startswith(prefix)
 
 
 def _attention_inputs(attention: str) -> tuple[str, ...]:

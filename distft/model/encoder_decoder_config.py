@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from distft.errors import ConfigError
 from distft.model.config import MOST, MOST_LAYERS, Pooling, TokenModelConfig
 from distft.model.products import Product
 from distft.model.transformer_config import TransformerConfig, default_d_ff, default_head_dim
@@ -111,6 +112,15 @@ class EncoderDecoderConfig(TokenModelConfig):
             mlp=self.mlp,
             d_ff=self.d_ff,
         )
+
+    def for_vocabulary(self, vocab_size: int) -> Self:
+        model = super().for_vocabulary(vocab_size)
+        if model.start_id >= model.padded_vocab_size:
+            raise ConfigError(
+                f"model.start_id={model.start_id} is not an id of the tokenizer's {vocab_size} pieces: "
+                f"set one from 0 to {vocab_size - 1}."
+            )
+        return model
 
     def build(self, heads: "Heads") -> "EncoderDecoder":
         from distft.model.encoder_decoder import EncoderDecoder

@@ -44,16 +44,16 @@ class ExpertsConfig(Settings):
                 f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}: "
                 "lower it."
             )
-        if self.experts_per_token == 1 and self.normalize_weights:
-            errors.append(
-                "experts_per_token=1 with normalize_weights=true: the weight of the only expert is 1, so "
-                "that the router learns nothing from the loss. Set normalize_weights: false."
-            )
         if self.shared_gate and not self.shared_d_ff:
             errors.append("shared_gate=true, but there is no shared expert: set shared_d_ff, its width.")
         if errors:
             raise ValueError("\n".join(errors))
         return self
+
+    @property
+    def routes_without_gradient(self) -> bool:
+        """Whether a token's only expert has the weight 1, so that the router learns nothing of the loss."""
+        return self.experts_per_token == 1 and self.normalize_weights
 
     @property
     def has_bias(self) -> bool:

@@ -39,6 +39,21 @@ def require_fp8(scaling: Literal["tensorwise", "rowwise"], device: torch.device)
         )
 
 
+def require_fp8_layers(blocks: nn.Module, scaling: str, min_features: int) -> None:
+    """Raise `ConfigError` if no linear layer of `blocks` is large enough for `use_fp8`. Needs no torchao."""
+    if not any(_fits(module, min_features) for module in blocks.modules()):
+        raise ConfigError(
+            f"engine.fp8={scaling}: no linear layer has engine.fp8_min_features={min_features} or more "
+            f"inputs and outputs, in multiples of {_MULTIPLE}; products of experts have no FP8. Set "
+            "engine.fp8=none, or lower it."
+        )
+
+
+def _fits(module: nn.Module, min_features: int) -> bool:
+    sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (0, 0)
+    return min(sizes) >= max(min_features, 1) and not any(size % _MULTIPLE for size in sizes)
+
+
 def use_fp8(
     blocks: nn.Module, scaling: Literal["tensorwise", "rowwise"], *, min_features: int, emulate: bool
 ) -> None:
@@ -49,17 +64,11 @@ def use_fp8(
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    def fits(module: nn.Module, _name: str) -> bool:
-        sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (0, 0)
-        return min(sizes) >= max(min_features, 1) and not any(size % _MULTIPLE for size in sizes)
-
-    if not any(fits(module, name) for name, module in blocks.named_modules()):
-        raise ConfigError(
-            f"engine.fp8={scaling}: no linear layer has engine.fp8_min_features={min_features} or more "
-            f"inputs and outputs, in multiples of {_MULTIPLE}. Set engine.fp8=none, or lower it."
-        )
+    require_fp8_layers(blocks, scaling, min_features)
     # The product for a weight's gradient sums over the tokens of a micro-batch: any number, so it is padded.
     config = dataclasses.replace(
         Float8LinearConfig.from_recipe_name(scaling), emulate=emulate, pad_inner_dim=True
     )
-    convert_to_float8_training(blocks, module_filter_fn=fits, config=config)
+    convert_to_float8_training(
+        blocks, module_filter_fn=lambda module, _: _fits(module, min_features), config=config
+    )

@@ -48,6 +48,10 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.matmul_dtype = MatmulDtype()
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where drawing nothing took half of the time to build a model
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.matmul_dtype(x)
         if dtype == x.dtype:

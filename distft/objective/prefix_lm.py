@@ -66,7 +66,9 @@ class PrefixLM(LanguageModelObjective):
 
     def check_model(self, model: ModelConfig) -> None:
         if not model.is_encoder_decoder:
-            require_transformer(model, self.type, "others see no prefix in both directions")
+            require_transformer(
+                model, self.type, "of the others only encoder_decoder reads a prefix in both directions"
+            )
         require_targets_behind_prefix(model, self.type)
 
     def transforms(self, context: TransformContext) -> Sequence[Transform]:

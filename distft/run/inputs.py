@@ -30,12 +30,15 @@ from distft.run.data_context import (
 from distft.run.lora import heads_of_any_labels, require_same_adapters
 from distft.run.model import (
     added_block_prefixes,
+    checked_module,
     head_prefixes,
     model_of,
     new_parameter_prefixes,
-    parameter_shapes,
+    prepare_for_engine,
     require_parameters,
+    require_routers_learn,
     require_same_model,
+    shapes_of,
 )
 from distft.run.paths import check_data_files, find_tokenizer, naming_settings, require_outputs
 from distft.run.phases import check_phases, trainable_in_any
@@ -43,6 +46,8 @@ from distft.run.reference_source import open_reference
 from distft.run.step_flops import StepFlops
 from distft.run.streams import require_targets
 from distft.tokenizer import Tokenizer
+
+_ANY_VOCABULARY = 1 << 20  # above the ids that settings name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,8 +177,12 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         for setting, feed in (("data", train), ("validation", validation)):
             if feed is not None:
                 require_targets(config.objective, setting, getattr(config, setting), feed)
-        shapes = parameter_shapes(model, heads, config.lora)
+        module = checked_module(model, heads, config.lora)
+        shapes = shapes_of(module)
+        with errors.collect():
+            prepare_for_engine(module, config)
         trainable = _check_parameters(config, shapes, heads, init_from, label_names)
+        require_routers_learn(model, trainable)
         reference = open_reference(config, model, shapes, init_from)
     if train is not None:
         with errors.collect():
@@ -264,8 +273,10 @@ def _check_the_rest(
     if model is not None:
         with errors.collect():
             heads = placeholder_heads(config)
-            shapes = parameter_shapes(model, heads, config.lora)
-            _check_parameters(config, shapes, heads, init_from, None)
+            module = checked_module(model, heads, config.lora)
+            with errors.collect():
+                prepare_for_engine(module, config)
+            _check_parameters(config, shapes_of(module), heads, init_from, None)
 
 
 def _build_data(
@@ -314,7 +325,7 @@ def _model_config(
 ) -> ModelConfig:
     """The configured model, or that of `init_from`, with the tokenizer's vocabulary.
 
-    Without a tokenizer the vocabulary is that of `init_from`, or 1: the other sizes can still be checked.
+    Without a tokenizer the vocabulary is that of `init_from`, or any: the other sizes can still be checked.
     """
     model: ModelConfig | None = config.model
     if model is None:
@@ -325,7 +336,7 @@ def _model_config(
     if tokenizer is not None:
         return model.for_vocabulary(tokenizer.vocab_size)
     known = model if init_from is None or "model" not in init_from.manifest.config else model_of(init_from)
-    return model.for_vocabulary(model.vocabulary_size or known.vocabulary_size or 1)
+    return model.for_vocabulary(model.vocabulary_size or known.vocabulary_size or _ANY_VOCABULARY)
 
 
 def _check_seq_len(config: RunConfig, model: ModelConfig) -> None:

@@ -8,12 +8,14 @@ import torch
 from distft.checkpoint.sources import CheckpointSource
 from distft.config import Settings, parse
 from distft.data.dataset import ClassNames, Labels
-from distft.errors import ConfigError, suggest_name
+from distft.errors import ConfigError, ErrorCollector, suggest_name
 from distft.model.config import ModelConfig
+from distft.model.fp8 import require_fp8_layers
 from distft.model.heads import ClassificationHead, Heads
 from distft.model.lora import add_adapters
 from distft.model.lora_config import LoraConfig
 from distft.model.settings import AnyModelConfig
+from distft.model.transformer_config import TransformerConfig
 from distft.model.with_heads import ModelWithHeads
 from distft.run.config import RunConfig
 
@@ -31,11 +33,55 @@ def parameter_shapes(
     model: ModelConfig, heads: Heads, lora: LoraConfig | None = None
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by name; tied parameters appear once."""
+    return shapes_of(checked_module(model, heads, lora))
+
+
+def checked_module(model: ModelConfig, heads: Heads, lora: LoraConfig | None = None) -> ModelWithHeads:
+    """`build_module` of a configuration whose sizes may be too large: then it raises `ConfigError`."""
     try:
-        module = build_module(model, heads, lora)
+        return build_module(model, heads, lora)
     except RuntimeError as error:  # a parameter with more elements than an integer of 64 bits can count
         raise ConfigError(f"model: no parameter can have these sizes ({error}): lower them.") from None
+
+
+def shapes_of(module: ModelWithHeads) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by name; tied parameters appear once."""
     return {name: tuple(param.shape) for name, param in module.named_parameters()}
+
+
+def prepare_for_engine(module: ModelWithHeads, config: RunConfig) -> None:
+    """Set what the backward recomputes. Raises one `ConfigError` with all of `engine` the model cannot do."""
+    engine, errors = config.engine, ErrorCollector()
+    with errors.collect():
+        module.set_activation_checkpointing(engine.activation_checkpointing)
+    with errors.collect():
+        if engine.fp8 != "none" and module.fp8_layers is None:
+            raise ConfigError(f"engine.fp8={engine.fp8} needs model.type=transformer: set engine.fp8=none.")
+        if engine.fp8 != "none" and config.lora is not None:
+            raise ConfigError(f"engine.fp8={engine.fp8} with lora: adapters have no FP8; set it to none.")
+        if engine.fp8 != "none" and module.fp8_layers is not None:
+            require_fp8_layers(module.fp8_layers, engine.fp8, engine.fp8_min_features)
+    with errors.collect():
+        # A block that is recomputed is not passed the keys of its rows again.
+        if config.lora is not None and config.lora.dropout and engine.activation_checkpointing != "none":
+            raise ConfigError(
+                f"lora.dropout={config.lora.dropout:g} with engine.activation_checkpointing="
+                f"{engine.activation_checkpointing}: set one of them to 0 or none."
+            )
+    errors.raise_if_any()
+
+
+def require_routers_learn(model: ModelConfig, trainable: Collection[str]) -> None:
+    """Raise `ConfigError` if a router trains that gets no gradient."""
+    experts = model.experts if isinstance(model, TransformerConfig) else None
+    if experts is None or not experts.routes_without_gradient:
+        return
+    if any(".router." in name for name in trainable):
+        raise ConfigError(
+            "model.experts.experts_per_token=1 with normalize_weights=true: the weight of the only expert is "
+            "1, so that the router learns nothing from the loss. Set model.experts.normalize_weights=false, "
+            "or freeze the routers in trainable: ['*', '!*.router.*']."
+        )
 
 
 def require_parameters(

@@ -97,7 +97,7 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
     source = merged(source)
     saved = source.manifest.config
     if "run_dir" not in saved:
-        saved = _substitute_config(source, path)
+        saved = _substitute_config(source, path, overrides)
         notes.append(
             f"{source.path} has no configuration of a run: rows have batch.seq_len="
             f"{saved['batch']['seq_len']} tokens, objective.type is {saved['objective']['type']}."
@@ -163,7 +163,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         )
 
 
-def _substitute_config(source: CheckpointSource, path: str) -> dict[str, Any]:
+def _substitute_config(source: CheckpointSource, path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """A configuration for a model that has none: of a run with the same kind of head."""
     model = source.manifest.config.get("model")
     if not isinstance(model, dict):
@@ -181,7 +181,7 @@ def _substitute_config(source: CheckpointSource, path: str) -> dict[str, Any]:
         "model": model,
         "data": data,
         "objective": source.manifest.config.get("objective")
-        or {"type": "classification" if is_classifier else _language_model_objective(model)},
+        or ({"type": "classification"} if is_classifier else _language_model_objective(model, overrides)),
         "batch": {
             "global_batch_size": _MICRO_BATCH_SIZE,
             "micro_batch_size": _MICRO_BATCH_SIZE,
@@ -192,8 +192,15 @@ def _substitute_config(source: CheckpointSource, path: str) -> dict[str, Any]:
     }
 
 
-def _language_model_objective(model: dict[str, Any]) -> str:
-    return "masked_lm" if model.get("attention") == "bidirectional" else "causal_lm"
+def _language_model_objective(model: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What fits the model; an encoder with a decoder translates prompts, or fills in spans of other rows."""
+    if model.get("type") == "encoder_decoder":
+        has_prompts = any(split_override(own) == ("validation.type", "=", "completion") for own in overrides)
+        has_type = any(key.startswith("objective") for key in _keys(overrides))
+        if has_prompts and not has_type:
+            return {"type": "prefix_lm", "prefix": "prompt"}
+        return {"type": "span_corruption"}
+    return {"type": "masked_lm" if model.get("attention") == "bidirectional" else "causal_lm"}
 
 
 def _validation_hint(source: CheckpointSource, raw: dict[str, Any], overrides: Sequence[str]) -> str:
@@ -359,6 +366,7 @@ def evaluate_model(
         )
     assert config.model is not None
     require_inputs_of_model(config, config.model)
+    (config.objective if objective is None else objective).check_model(config.model)
     context = data_context(trained.own_tokenizer, config.model, config, trained.label_names)
     feed: AnyFeed
     if isinstance(config.validation, SplitConfig):

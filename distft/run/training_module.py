@@ -15,9 +15,8 @@ from distft.model.fp8 import require_fp8, use_fp8
 from distft.model.transformer_config import TransformerConfig
 from distft.model.with_heads import ModelWithHeads
 from distft.objective.interface import ObjectiveContext
-from distft.run.config import RunConfig
 from distft.run.inputs import RunInputs
-from distft.run.model import build_module
+from distft.run.model import build_module, prepare_for_engine
 from distft.topology import BatchPlan
 
 
@@ -41,37 +40,14 @@ def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.devi
     module = build_module(inputs.model, inputs.heads, inputs.config.lora)
     for name, param in module.named_parameters():
         param.requires_grad_(name in inputs.trainable)
-    with errors.collect():
-        module.set_activation_checkpointing(settings.activation_checkpointing)
-    with errors.collect():
-        _check_adapters(inputs.config)
-    with errors.collect():
-        if settings.fp8 != "none":
-            if module.fp8_layers is None:
-                raise ConfigError(
-                    f"engine.fp8={settings.fp8} needs model.type=transformer: set engine.fp8=none."
-                )
-            emulate = device.type == "cpu"
-            use_fp8(module.fp8_layers, settings.fp8, min_features=settings.fp8_min_features, emulate=emulate)
-    errors.raise_if_any()
+    prepare_for_engine(module, inputs.config)
+    if settings.fp8 != "none":
+        assert module.fp8_layers is not None
+        emulate = device.type == "cpu"
+        use_fp8(module.fp8_layers, settings.fp8, min_features=settings.fp8_min_features, emulate=emulate)
     if _uses_compile(inputs, plan, device):
         module.compile_blocks()
     return module
-
-
-def _check_adapters(config: RunConfig) -> None:
-    """Raise `ConfigError` for settings of the engine that adapters do not go with."""
-    if config.lora is None:
-        return
-    engine = config.engine
-    if engine.fp8 != "none":
-        raise ConfigError(f"engine.fp8={engine.fp8} with lora: adapters have no FP8: set engine.fp8=none.")
-    if config.lora.dropout and engine.activation_checkpointing != "none":
-        # A block that is recomputed is not passed the keys of its rows again.
-        raise ConfigError(
-            f"lora.dropout={config.lora.dropout:g} with engine.activation_checkpointing="
-            f"{engine.activation_checkpointing}: set one of them to 0 or none."
-        )
 
 
 def require_kernels(model: ModelConfig, device: torch.device) -> None:

@@ -158,6 +158,45 @@ def test_objectives_that_it_cannot_have_are_refused_by_name(
     assert problem in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"engine": {"type": "local", "activation_checkpointing": "full"}},
+            "engine.activation_checkpointing=full: only the",
+        ),
+        (
+            {"engine": {"type": "local", "fp8": "tensorwise", "param_dtype": "bf16"}},
+            "engine.fp8=tensorwise needs model.type=transformer",
+        ),
+        ({"model": {**MODEL, "start_id": 5000}}, "model.start_id=5000 is not an id of the tokenizer's"),
+    ],
+    ids=["checkpointing", "fp8", "start_id"],
+)
+def test_what_it_cannot_do_is_said_by_the_check(
+    spans: Path, tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    raw = pretraining(spans, tmp_path / "run", **{"model": MODEL, "objective": SPANS, **changes})
+    with pytest.raises(ConfigError) as error:
+        read_inputs(parse(RunConfig, raw))
+    assert problem in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_plain_directory_is_evaluated_with_an_objective_that_fits(
+    spans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Topology(), translating(spans, tmp_path / "run", train={"max_steps": 2}))
+    hf = str(tmp_path / "hf")
+    assert main(["checkpoint", "convert", str(tmp_path / "run"), hf, "--to", "huggingface"]) == 0
+    pairs = ["validation.type=completion", f"validation.path={spans / 'pairs.jsonl'}"]
+    capsys.readouterr()
+    assert main(["evaluate", hf, *pairs]) == 0
+    assert "objective.type is prefix_lm" in capsys.readouterr().err
+    assert main(["evaluate", hf, *pairs, "objective.type=causal_lm"]) == 2
+    assert "objective.type=causal_lm with model.type=encoder_decoder" in capsys.readouterr().err
+
+
 def test_a_row_without_a_source_is_named_before_training(spans: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(
         '{"prompt": "a", "completion": "b"}\n{"prompt": "", "completion": "b"}\n'

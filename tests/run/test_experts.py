@@ -21,6 +21,14 @@ MODEL: dict[str, Any] = {"max_seq_len": 24, "d_model": 16, "num_layers": 2, "num
 ZERO = {"type": "zero", "zero_stage": 3}
 
 
+def test_a_router_without_gradient_may_be_frozen_but_not_trained(data: Path, tmp_path: Path) -> None:
+    model = {**MODEL, "experts": {**EXPERTS, "experts_per_token": 1}}
+    raw = pretraining(data, tmp_path / "run", model=model)
+    with pytest.raises(ConfigError, match="the router learns nothing from the loss"):
+        read_inputs(parse(RunConfig, raw))
+    assert read_inputs(parse(RunConfig, {**raw, "trainable": ["*", "!*.router.*"]})).trainable
+
+
 def _resumed(topology: Topology, raw: dict[str, Any]) -> None:
     run(topology, raw)
 

@@ -9,6 +9,18 @@ from distft.model.transformer_config import TransformerConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # of `layer_types`
 _DEFAULT_ROPE_THETA = 10_000.0
+_NUMBERS = (  # of `rope_parameters`
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 _SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -63,13 +75,28 @@ def rope_problems(given: Mapping[str, Any], where: str, partial_rotary_factor: f
             f"{where}: rotary positions of type {kind!r} are not supported: it must be one of "
             f"{', '.join(_SCALINGS)}."
         )
+    problems += [
+        f"{where}.{name}={given[name]!r} is not a number: set one, or leave it out."
+        for name in _NUMBERS
+        if name in given and not _is_number(given[name]) and (given[name] is not None or name == "rope_theta")
+    ]
+    required = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    if kind in required and (missing := [name for name in required[kind] if given.get(name) is None]):
+        problems.append(
+            f"{where} of type {kind!r} lacks {', '.join(missing)}, without a default: copy the model's own "
+            "config.json."
+        )
     factors = {"": partial_rotary_factor, f"{where}.": given.get("partial_rotary_factor")}
     problems += [
-        f"{prefix}partial_rotary_factor={factor} is not supported: it must be 1."
+        f"{prefix}partial_rotary_factor={factor!r} is not supported: it must be 1."
         for prefix, factor in factors.items()
         if factor not in (None, 1)
     ]
     return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def rope_keys(theta: float, scaling: RopeScaling | None, head_dim: int) -> dict[str, Any]:
@@ -132,5 +159,7 @@ def layer_type_problems(given: Sequence[str] | None, num_layers: int) -> list[st
         if kind not in {FULL, SLIDING}
     ]
     if len(given) != num_layers:
-        problems.append(f"layer_types has {len(given)} layers, but num_hidden_layers={num_layers}.")
+        problems.append(
+            f"layer_types has {len(given)} layers, but num_hidden_layers={num_layers}: name each layer once."
+        )
     return problems

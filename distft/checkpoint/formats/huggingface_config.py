@@ -46,6 +46,8 @@ from distft.checkpoint.formats.huggingface_keys import (
     LlamaKeys,
     ModernBertKeys,
     T5Keys,
+    named_as_in_file,
+    with_own_names,
 )
 from distft.checkpoint.formats.huggingface_modernbert import POOLINGS
 from distft.checkpoint.formats.huggingface_t5 import t5_keys, t5_options, t5_problems, t5_sizes
@@ -77,6 +79,7 @@ HeadKind: TypeAlias = Literal["language_model", "classifier", "none"]
 
 _WITH_EXPERTS: tuple[Architecture, ...] = ("mixtral", "qwen3_moe", "qwen2_moe")
 _PREFERENCE_ORDER: tuple[Architecture, ...] = ("llama", "qwen2", "qwen3", "gpt2", *ENCODERS)
+_WITHOUT_PAD_ROW = ("gpt2", "t5")  # whose embedding has no row for padding
 _CLASS_PREFIXES: dict[Architecture, str] = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -150,18 +153,24 @@ def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
     if architecture is None:
         known = ", ".join(get_args(Architecture))
         raise ConfigError(f"model_type={model_type!r} is not supported: it must be one of {known}.")
+    raw = with_own_names(raw, architecture)
     try:
         keys = _KEYS.get(architecture, LlamaKeys).model_validate({**DEFAULTS[architecture], **raw})
     except ValidationError as error:
         raise ConfigError(
             "\n".join(
-                f"{'.'.join(map(str, found['loc']))}={str(found['input'])[:100]!r}: {found['msg'].lower()}."
+                f"{'.'.join(map(str, found['loc']))}={repr(found['input'])[:100]}: {found['msg'].lower()}."
                 for found in error.errors(include_url=False)
             )
         ) from None
     head, problems = _parse_head(keys, architecture)
     sizes, size_problems = _sizes_and_problems(keys, architecture, head)
     problems += size_problems
+    if architecture not in _WITHOUT_PAD_ROW and not _is_id(raw.get("pad_token_id"), keys.vocab_size):
+        problems.append(
+            f"pad_token_id={raw['pad_token_id']} is not an id of vocab_size={keys.vocab_size}: set one of "
+            "its ids, or null."
+        )
     if keys.quantization_config:
         problems.append("quantization_config: quantized weights are not supported; save them in bf16.")
     if keys.auto_map:
@@ -174,7 +183,10 @@ def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
         "init_std": keys.initializer_range or 0.02,
     }
     kind: type[KnownConfig] = EncoderDecoderConfig if architecture == "t5" else TransformerConfig
-    model: KnownConfig = parse(kind, common | sizes, where="model")
+    try:
+        model: KnownConfig = parse(kind, common | sizes, where="model")
+    except ConfigError as error:
+        raise ConfigError(named_as_in_file(str(error), architecture)) from None
     # transformers leaves names of its own making out of a config.json.
     names = keys.id2label or {0: "LABEL_0", 1: "LABEL_1"}
     labels = tuple(names[index] for index in sorted(names)) if head == "classifier" else None
@@ -182,6 +194,11 @@ def parse_config(raw: Mapping[str, Any]) -> HuggingFaceModelSpec:
     return HuggingFaceModelSpec(
         architecture=architecture, model=model, head=head, label_names=labels, pooling=pooling
     )
+
+
+def _is_id(value: Any, vocab_size: int) -> bool:
+    """Whether transformers accepts it for padding: negative ids count from the end."""
+    return value is None or (isinstance(value, int) and -vocab_size <= value < vocab_size)
 
 
 def _sizes_and_problems(
@@ -195,7 +212,7 @@ def _sizes_and_problems(
     if isinstance(keys, ExpertKeys):
         return expert_sizes(keys, architecture), expert_problems(keys, architecture)
     if isinstance(keys, LlamaKeys):
-        return llama_sizes(keys, architecture), llama_problems(keys, architecture)
+        return llama_sizes(keys, architecture), llama_problems(keys)
     assert isinstance(keys, BertKeys | DistilBertKeys | ModernBertKeys)
     assert architecture in ENCODERS
     return encoder_sizes(keys, architecture), encoder_problems(keys, architecture, head=head)
@@ -204,6 +221,8 @@ def _sizes_and_problems(
 def _parse_head(keys: Keys, architecture: Architecture) -> tuple[HeadKind, list[str]]:
     """The model's head, from its class in `architectures` (default: a language model), and problems."""
     classes: dict[str, HeadKind] = {class_name(architecture, kind): kind for kind in get_args(HeadKind)}
+    if architecture == "t5":  # its classifier reads a hidden state that distft's have not
+        del classes["T5ForSequenceClassification"]
     if architecture == "bert":
         classes["BertForPreTraining"] = "language_model"
     named = keys.architectures[0] if keys.architectures else class_name(architecture, "language_model")

@@ -41,10 +41,8 @@ def llama_sizes(keys: LlamaKeys, architecture: str) -> dict[str, Any]:
     return sizes if keys.head_dim is None else {**sizes, "head_dim": keys.head_dim}
 
 
-def llama_problems(keys: LlamaKeys, architecture: str) -> list[str]:
-    problems = _rope_problems(keys)
-    if architecture in {"qwen2", "qwen3"}:
-        problems += layer_type_problems(keys.layer_types, keys.num_hidden_layers)
+def llama_problems(keys: LlamaKeys) -> list[str]:
+    problems = _rope_problems(keys) + layer_type_problems(keys.layer_types, keys.num_hidden_layers)
     if keys.hidden_act not in _SILU:
         problems.append(f"hidden_act={keys.hidden_act!r} is not supported: it must be {' or '.join(_SILU)}.")
     if keys.attention_dropout:
@@ -61,7 +59,10 @@ def _rope_problems(keys: LlamaKeys) -> list[str]:
     given = getattr(keys, name) or {}
     if any(isinstance(value, Mapping) for value in given.values()):
         return [f"{name}={given}: rotary positions that differ by layer are not supported."]
-    return rope_problems(given, name, keys.partial_rotary_factor)
+    problems = rope_problems(given, name, keys.partial_rotary_factor)
+    if "rope_theta" in keys.model_fields_set and keys.rope_theta is None and "rope_theta" not in given:
+        problems.append("rope_theta=null is not a number: set one, such as 10000.0, or leave the key out.")
+    return problems
 
 
 def gpt2_sizes(keys: Gpt2Keys) -> dict[str, Any]:

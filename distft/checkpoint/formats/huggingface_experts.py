@@ -103,7 +103,7 @@ def expert_sizes(keys: ExpertKeys, architecture: str) -> dict[str, Any]:
 
 
 def expert_problems(keys: ExpertKeys, architecture: str) -> list[str]:
-    problems = llama_problems(keys, MODELS_WITH_EXPERTS[architecture])
+    problems = llama_problems(keys)
     if architecture != "mixtral" and keys.use_sliding_window:
         problems.append("use_sliding_window=true is not supported in a model with experts: it must be false.")
     if keys.router_jitter_noise:

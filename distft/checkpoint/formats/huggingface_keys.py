@@ -1,9 +1,12 @@
 """The keys of `config.json` that distft looks at, with their types and the defaults of transformers 5.23."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from distft.errors import ConfigError
 
 # Modules without memory are built to learn the shapes: more layers than any model has would take minutes.
 _Layers = Annotated[int, Field(ge=0, le=2000)]
@@ -13,14 +16,14 @@ _Size = Annotated[int, Field(ge=0, le=1 << 28)]
 class Keys(BaseModel):
     """Keys of all architectures, with the defaults of transformers 5.23."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)  # a number in quotes is none
 
     vocab_size: _Size = 32000
     initializer_range: float | None = 0.02
     tie_word_embeddings: bool = False
     architectures: list[str] | None = None
     problem_type: str | None = None
-    id2label: dict[int, str] | None = None
+    id2label: dict[Annotated[int, Field(strict=False)], str] | None = None  # keys of JSON are texts
     quantization_config: Any = None
     auto_map: Any = None
 
@@ -96,7 +99,7 @@ class BertKeys(_EncoderKeys):
     attention_probs_dropout_prob: float = 0.1
     type_vocab_size: _Size = 2
     layer_norm_eps: float = 1e-12
-    pad_token_id: _Size = 0
+    pad_token_id: _Size = 0  # None: 0
     position_embedding_type: str = "absolute"  # of transformers before 5
     is_decoder: bool = False
     add_cross_attention: bool = False
@@ -122,7 +125,7 @@ class ModernBertKeys(_EncoderKeys):
     layer_types: list[str] | None = None
     rope_parameters: dict[str, dict[str, Any] | None] | None = None
     rope_scaling: dict[str, Any] | None = None  # of transformers before 5, as the next three
-    global_attn_every_n_layers: _Layers = 3
+    global_attn_every_n_layers: Annotated[int, Field(ge=1, le=2000)] = 3
     global_rope_theta: float | None = 160_000.0
     local_rope_theta: float | None = 10_000.0
     local_attention: _Size = 128
@@ -164,6 +167,114 @@ class DistilBertKeys(_EncoderKeys):
     activation: str = "gelu"
     dropout: float = 0.1
     attention_dropout: float = 0.1
+
+
+# Other names of keys, which transformers reads too (`attribute_map`).
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    "distilbert": {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
+    "t5": {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    },
+    "mixtral": {"num_experts": "num_local_experts"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+}
+# The keys that distft's settings are of, for messages; without an entry the names are the same.
+_LLAMA_NAMES = {
+    "d_model": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "experts.num_experts": "num_experts",
+    "experts.experts_per_token": "num_experts_per_tok",
+    "experts_per_token": "num_experts_per_tok",
+    "experts.d_ff": "moe_intermediate_size",
+    "experts.every": "decoder_sparse_step",
+    "experts.dense_layers": "mlp_only_layers",
+    "experts.shared_d_ff": "shared_expert_intermediate_size",
+    "experts.load_balance_weight": "router_aux_loss_coef",
+}
+_BERT_NAMES = _LLAMA_NAMES | {
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout_prob",
+    "num_segments": "type_vocab_size",
+}
+FILE_NAMES: Mapping[str, Mapping[str, str]] = {
+    "gpt2": {
+        "d_model": "n_embd",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "d_ff": "n_inner",
+        "max_seq_len": "n_positions",
+        "norm_eps": "layer_norm_epsilon",
+        "dropout": "resid_pdrop",
+        "init_std": "initializer_range",
+    },
+    "bert": _BERT_NAMES,
+    "roberta": _BERT_NAMES,
+    "distilbert": {
+        "d_model": "dim",
+        "num_layers": "n_layers",
+        "num_heads": "n_heads",
+        "d_ff": "hidden_dim",
+        "max_seq_len": "max_position_embeddings",
+        "init_std": "initializer_range",
+    },
+    "modernbert": {**_LLAMA_NAMES, "norm_eps": "norm_eps", "sliding_window": "local_attention"},
+    "mixtral": {
+        **_LLAMA_NAMES,
+        "experts.num_experts": "num_local_experts",
+        "num_experts": "num_local_experts",
+    },
+    "t5": {
+        "num_encoder_layers": "num_layers",
+        "head_dim": "d_kv",
+        "norm_eps": "layer_norm_epsilon",
+        "num_buckets": "relative_attention_num_buckets",
+        "max_distance": "relative_attention_max_distance",
+        "start_id": "decoder_start_token_id",
+        "dropout": "dropout_rate",
+        "max_seq_len": "n_positions",
+    },
+}  # of the others _LLAMA_NAMES
+
+
+def named_as_in_file(message: str, architecture: str) -> str:
+    """A message about distft's settings, with the keys of config.json in their place."""
+    names = FILE_NAMES.get(architecture, _LLAMA_NAMES)
+    longest_first = sorted(names, key=len, reverse=True)
+    known = "|".join(map(re.escape, longest_first))
+    renamed = re.sub(rf"\b(?:model\.)?({known})(?==)", lambda found: names[found[1]], message)
+    return re.sub(r"\bmodel(\.|: )", "", renamed)
+
+
+def with_own_names(raw: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The keys of a config.json under the names of `Keys`. Raises `ConfigError` if two names contradict."""
+    own, problems = dict(raw), []
+    for alias, name in ALIASES.get(architecture, {}).items():
+        value = own.pop(alias, None)
+        if value is None:
+            continue
+        if own.setdefault(name, value) != value:
+            problems.append(
+                f"{alias}={value!r} and {name}={own[name]!r} are the same setting of {architecture}: leave "
+                "one out."
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return own
 
 
 _QWEN = {"vocab_size": 151936, "sliding_window": 4096, "num_key_value_heads": 32}

@@ -32,6 +32,8 @@ from distft.model.encoder_decoder_config import EncoderDecoderConfig
 
 _MOST_NOTES = 5
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LAYER = re.compile(r"(.*\.)?(h|layers?|block)\.\d+\.")  # of a tensor's name: the part that names its layer
+_MOST_MISSING_LAYERS = 64  # more are not listed one by one, as their modules would take seconds to build
 _CHUNK_BYTES = 16 << 20  # read at a time from a tensor that has to be read whole
 # Buffers that older versions of transformers saved; newer ones compute them.
 _BUFFERS = re.compile(
@@ -87,6 +89,7 @@ class HuggingFaceCheckpoint(ManifestSource):
             raise ConfigError(
                 f"{storage.join(path, CONFIG_FILE)} describes a model that distft does not support:\n{error}"
             ) from None
+        _require_layers(path, spec)
         if isinstance(spec.model, EncoderDecoderConfig):
             spec = replace(spec, model=with_saved_head(spec.model, scan_tensors(path).locations))
         matched = _match_tensors(path, spec)
@@ -111,6 +114,19 @@ class HuggingFaceCheckpoint(ManifestSource):
         The format has no checksums, so wrong values are found only in a tied head that is stored as a copy.
         """
         return _match_tensors(self.path, self.spec, compare_tied=True).problems
+
+
+def _require_layers(path: str, spec: HuggingFaceModelSpec) -> None:
+    """Raise `CheckpointError` if config.json has far more layers than the tensors: a list would take long."""
+    scan = scan_tensors(path)
+    if scan.is_weights_file_unreadable:
+        return
+    found = {m[0] for name in (*scan.locations, *scan.unreadable) if (m := _LAYER.search(name))}
+    if spec.model.num_blocks > len(found) + _MOST_MISSING_LAYERS:
+        raise CheckpointError(
+            f"{path}: {CONFIG_FILE} describes {spec.model.num_blocks:,} layers, but there are tensors of "
+            f"{len(found)}: the download is incomplete, or the file is of another model."
+        )
 
 
 def _match_tensors(path: str, spec: HuggingFaceModelSpec, *, compare_tied: bool = False) -> _MatchedTensors:

@@ -16,6 +16,7 @@ from support.huggingface_models import (
     HF_MODELS,
     LLAMA,
     MAX_SEQ_LEN,
+    VOCAB_SIZE,
     load_from_hf,
     make_hf_model,
     random_ids,
@@ -287,6 +288,17 @@ UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
     ("llama", {"partial_rotary_factor": 0.5}),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": "1"}}),
+    ("llama", {"rope_parameters": {"rope_theta": "1e4"}}),
+    ("llama", {"rope_theta": None}),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+    ("llama", {"layer_types": ["full_attention"] * 3}),
+    ("llama", {"num_hidden_layers": "2"}),
+    ("llama", {"pad_token_id": VOCAB_SIZE}),
+    ("llama", {"rms_norm_eps": -1.0}),
+    ("llama", {"num_attention_heads": 5}),
+    ("gpt2", {"hidden_size": 25}),
+    ("gpt2", {"num_hidden_layers": 3}),
     ("llama", {"hidden_act": "gelu"}),
     ("llama", {"attention_dropout": 0.1}),
     ("llama", {"quantization_config": {"quant_method": "gptq"}}),
@@ -310,6 +322,24 @@ def test_an_unsupported_feature_is_reported_by_name(model_type: str, changes: di
         parse_config({"model_type": model_type, **sizes, **changes})
     assert any(name in str(failure.value) for name in changes)
     assert len(str(failure.value).splitlines()) == 1
+
+
+def test_other_names_of_keys_are_read_as_transformers_reads_them() -> None:
+    gpt2 = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 3, "max_position_embeddings": 9}
+    model = parse_config({"model_type": "gpt2", **gpt2}).model.model_dump()
+    assert [model[name] for name in ("d_model", "num_heads", "num_layers", "max_seq_len")] == [24, 4, 3, 9]
+    mixtral = parse_config({"model_type": "mixtral", "num_experts": 4}).model.model_dump()
+    assert mixtral["experts"]["num_experts"] == 4
+
+
+def test_a_config_of_many_layers_with_tensors_of_few_is_refused_before_they_are_built(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(saved, "llama", tmp_path / "model")
+    change_config(folder, num_hidden_layers=2000)
+    monkeypatch.delattr("distft.checkpoint.formats.huggingface_source.map_saved_tensors")
+    with pytest.raises(CheckpointError, match="describes 2,000 layers, but there are tensors of 2"):
+        HuggingFaceCheckpoint.open(str(folder))
 
 
 def test_all_unsupported_features_are_reported_at_once(saved: Path, tmp_path: Path) -> None:

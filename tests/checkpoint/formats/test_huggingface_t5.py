@@ -298,7 +298,8 @@ def test_a_new_model_begins_as_a_t5_does() -> None:
             "feed_forward_proj='gated-tanh' is not supported: it must be one of",
         ),
         ({"is_decoder": True}, "is_decoder is not supported"),
-        ({"architectures": ["T5EncoderModel"]}, r"must be one of T5ForConditionalGeneration"),
+        ({"architectures": ["T5EncoderModel"]}, r"must be one of T5ForConditionalGeneration, T5Model\."),
+        ({"decoder_start_token_id": VOCAB_SIZE}, "decoder_start_token_id=53 is not an id of vocab_size=53"),
         ({"relative_attention_num_buckets": 7}, "num_buckets=7 must be a multiple of 4"),
     ],
 )
