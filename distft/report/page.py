@@ -18,13 +18,17 @@ from distft.report.recorded_run import RecordedRun
 from distft.tracker.number_format import duration, number
 
 MAX_BYTES = 5_000_000
+_MARK = b"<!-- A report of distft"  # in the first bytes of each
 
 
 def write_report(runs: Sequence[RecordedRun], path: Path) -> list[str]:
     """Write the report of these runs; returns notes on what it lacks.
 
-    Raises `ConfigError` without the library that draws, and for a file of more than `MAX_BYTES`.
+    Raises `ConfigError` if something else is at `path`, without the library that draws, and for a file of
+    more than `MAX_BYTES`.
     """
+    if path.is_dir() or (path.exists() and _MARK not in _first_bytes(path)):
+        raise ConfigError(f"{path} exists, and is no report of distft: name another file.")
     page = report_page(runs)
     data = page.encode()
     if len(data) > MAX_BYTES:
@@ -34,6 +38,11 @@ def write_report(runs: Sequence[RecordedRun], path: Path) -> list[str]:
         )
     storage.commit_bytes(path, data)
     return [f"{run.directory} has logged no metrics yet" for run in runs if not run.metrics]
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(200)
 
 
 def report_page(runs: Sequence[RecordedRun]) -> str:

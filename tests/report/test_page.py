@@ -125,7 +125,12 @@ def test_the_command_writes_the_file_and_tells_what_is_missing(
     (starting / "events.jsonl").write_text('{"kind": "start", "time": 1.0}\n')
     assert main(["report", str(starting), "-o", str(output)]) == 0
     assert f"note: {starting} has logged no metrics yet" in capsys.readouterr().err
-    assert main(["report", str(tmp_path), "-o", str(output)]) == 2
+    output.write_text("mine")
+    for path in (output, tmp_path):
+        assert main(["report", str(runs / "first"), "-o", str(path)]) == 2
+        assert "exists, and is no report of distft" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "other.html")]) == 2
     assert "is no run" in capsys.readouterr().err
 
 
