@@ -175,7 +175,7 @@ def test_average_prints_its_sources_and_keeps_the_only_configuration(
 @pytest.mark.parametrize(
     ("option", "value", "choices"),
     [
-        ("--to", "hf", "distft, deepspeed, universal, huggingface"),
+        ("--to", "hf", "distft, deepspeed, universal, huggingface, peft"),
         ("--dtype", "int8", "fp32, bf16, fp16"),
         (
             "--architecture",

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -116,8 +116,6 @@ def write_huggingface(
     files, special_ids, tokenizer_notes = tokenizer_files(
         source, model, is_classifier=(head == "classifier" and chosen not in ENCODERS) or beside is not None
     )
-    if isinstance(model, EncoderDecoderConfig) and special_ids.get("pad") is None:
-        special_ids["pad"] = model.start_id  # without a pad transformers shifts no labels
     notes += [*tokenizer_notes, *_dropout_notes(model, chosen)]
     if on_note is not None:
         for note in notes:
@@ -132,15 +130,21 @@ def write_huggingface(
         files |= head_files(source, *beside, list(source.manifest.label_names or ()))
     for name, data in files.items():
         storage.commit_bytes(storage.join(target, name), data)
+    if isinstance(model, EncoderDecoderConfig) and special_ids.get("pad") is None:
+        special_ids["pad"] = model.start_id  # without a pad transformers shifts no labels
     if head == "language_model":
-        ids = {f"{name}_token_id": i for name, i in special_ids.items() if i is not None}
-        if isinstance(model, EncoderDecoderConfig):
-            ids["decoder_start_token_id"] = model.start_id
-        commit_json(target, "generation_config.json", ids)
+        commit_json(target, "generation_config.json", _generation_ids(model, special_ids))
     widest = _widest([export.dtype_of(tensor) for tensor in tensor_map.tensors.values()])
     raw = make_config(spec, dtype=str(widest).removeprefix("torch."), special_ids=special_ids)
     commit_json(target, CONFIG_FILE, raw)
     return notes
+
+
+def _generation_ids(model: KnownConfig, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
+    ids: dict[str, Any] = {f"{name}_token_id": i for name, i in special_ids.items() if i is not None}
+    if isinstance(model, EncoderDecoderConfig):
+        ids["decoder_start_token_id"] = model.start_id
+    return ids
 
 
 def known_model(source: CheckpointSource) -> KnownConfig:

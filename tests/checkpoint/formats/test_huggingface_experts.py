@@ -121,6 +121,6 @@ def test_an_export_has_a_tensor_for_each_expert(tmp_path: Path) -> None:
     config = model_config(experts={**EXPERTS, "d_ff": 12}, max_seq_len=MAX_SEQ_LEN)
     source = save_model(make_distft_model(config), tmp_path / "distft")
     write_huggingface(source, str(tmp_path / "exported"), dtype=torch.bfloat16)
-    names = set(HuggingFaceCheckpoint.open(str(tmp_path / "exported"))._tensor_map.tensors)
+    names = set(HuggingFaceCheckpoint.open(str(tmp_path / "exported")).tensor_map.tensors)
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in names
     assert loaded(tmp_path / "exported").config.num_local_experts == 4
