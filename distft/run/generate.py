@@ -23,7 +23,7 @@ from distft.topology import Topology
 
 _BATCH_SIZE = 16  # prompts that the model continues at a time
 
-OnText = Callable[[int, str], None]  # gets the number of a prompt, and the next piece of its text
+TextListener = Callable[[int, str], None]  # gets the number of a prompt, and the next piece of its text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ def generate_text(
     *,
     trust: bool = False,
     on_note: Callable[[str], None],
-    on_text: OnText | None = None,
+    on_text: TextListener | None = None,
 ) -> list[str]:
     """Each prompt with its continuation; of an encoder with a decoder the target alone.
 
@@ -89,7 +89,7 @@ def generate_answers(
     template: str | None = None,
     trust: bool = False,
     on_note: Callable[[str], None],
-    on_text: OnText | None = None,
+    on_text: TextListener | None = None,
 ) -> list[str]:
     """The assistant's answer to each conversation, by the tokenizer's chat template or the file `template`.
 
@@ -150,7 +150,7 @@ def _generated(
     ends: Collection[int],
     num_kept: int,
     on_note: Callable[[str], None],
-    on_text: OnText | None,
+    on_text: TextListener | None,
 ) -> list[str]:
     """The text of each prompt, up to one of the tokens `ends` or a stop text."""
     device = choose_device(trained.config, Topology())
@@ -197,7 +197,7 @@ def _generated(
 class _Live:
     """Passes on the first text of a batch as it comes, and the others when all are complete."""
 
-    def __init__(self, stops: Stops, stream: TextStream, on_text: OnText, first: int) -> None:
+    def __init__(self, stops: Stops, stream: TextStream, on_text: TextListener, first: int) -> None:
         self._stops = stops
         self._stream = stream
         self._on_text = on_text
