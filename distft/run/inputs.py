@@ -144,9 +144,8 @@ def _rows_per_sequence(feed: AnyFeed) -> int:
 def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
     """Read and check all inputs. Raises `ConfigError`, `DataError` or `CheckpointError`.
 
-    Ranks that pass the same `cache_dir` encode labelled texts and completions once.
-
-    The error lists every problem that was found. A check whose own inputs could not be read is skipped.
+    Ranks that pass the same `cache_dir` encode labelled texts and completions once. The error lists
+    every problem that was found. A check whose own inputs could not be read is skipped.
     """
     errors = ErrorCollector()
     require_outputs(config, errors)
@@ -177,10 +176,7 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
         for setting, feed in (("data", train), ("validation", validation)):
             if feed is not None:
                 require_targets(config.objective, setting, getattr(config, setting), feed)
-        module = checked_module(model, heads, config.lora)
-        shapes = shapes_of(module)
-        with errors.collect():
-            prepare_for_engine(module, config)
+        shapes = _prepared_shapes(config, model, heads, errors)
         trainable = _check_parameters(config, shapes, heads, init_from, label_names)
         require_routers_learn(model, trainable)
         reference = open_reference(config, model, shapes, init_from)
@@ -273,10 +269,18 @@ def _check_the_rest(
     if model is not None:
         with errors.collect():
             heads = placeholder_heads(config)
-            module = checked_module(model, heads, config.lora)
-            with errors.collect():
-                prepare_for_engine(module, config)
-            _check_parameters(config, shapes_of(module), heads, init_from, None)
+            shapes = _prepared_shapes(config, model, heads, errors)
+            _check_parameters(config, shapes, heads, init_from, None)
+
+
+def _prepared_shapes(
+    config: RunConfig, model: ModelConfig, heads: Heads, errors: ErrorCollector
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter; `errors` gets what `engine` asks for and the model cannot do."""
+    module = checked_module(model, heads, config.lora)
+    with errors.collect():
+        prepare_for_engine(module, config)
+    return shapes_of(module)
 
 
 def _build_data(
