@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from distft.config import PathText, Settings
-from distft.data.dataset import DataContext, check_vocabulary
-from distft.errors import DataError
+from distft.data.dataset import DataContext, check_vocabulary, prompt_start
 
 if TYPE_CHECKING:
     from distft.data.completion_rows import CompletionRows
@@ -70,7 +69,7 @@ class CompletionConfig(Settings):
             self.open(context),
             seed=self.data_seed,
             shuffle=self.shuffle,
-            document_start=self._start(context),
+            document_start=prompt_start(context, prepend_bos=self.prepend_bos),
         )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
@@ -90,7 +89,7 @@ class CompletionConfig(Settings):
             "vocab_size": context.vocab_size,
             "tokenizer": context.tokenizer_fingerprint,
             "eos_id": context.eos_id,
-            "start": self._start(context),
+            "start": prompt_start(context, prepend_bos=self.prepend_bos),
             "ends_sources": context.ends_sources,
         }
         table = encoded_once(context.cache_dir, self.path, settings, lambda: self._encode(context))
@@ -123,7 +122,7 @@ class CompletionConfig(Settings):
         from distft.data.completion_rows import PROMPT_LENGTHS
         from distft.data.encoded_once import EncodedTable
 
-        start = list(self._start(context))
+        start = list(prompt_start(context, prepend_bos=self.prepend_bos))
         eos = [] if context.eos_id is None else [context.eos_id]
         prompt_end = eos if context.ends_sources else []
         rows, prompt_lengths = [], []
@@ -152,14 +151,6 @@ class CompletionConfig(Settings):
             columns={PROMPT_LENGTHS: np.array(prompt_lengths, np.int64)},
             facts={"summary": summary},
         )
-
-    def _start(self, context: DataContext) -> tuple[int, ...]:
-        """The ids before each prompt. Raises `DataError` for a bos that the tokenizer does not have."""
-        if not self.prepend_bos:
-            return ()
-        if context.bos_id is None:
-            raise DataError("prepend_bos=true, but the tokenizer has no bos: leave it out.")
-        return (context.bos_id,)
 
     def _prompt_text(self, record: Record) -> str:
         if self.template is None:

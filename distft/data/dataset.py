@@ -155,6 +155,15 @@ class SequenceDataset(Protocol):
         """
 
 
+def prompt_start(context: DataContext, *, prepend_bos: bool) -> tuple[int, ...]:
+    """The ids before each prompt. Raises `DataError` for a bos that the tokenizer does not have."""
+    if not prepend_bos:
+        return ()
+    if context.bos_id is None:
+        raise DataError("prepend_bos=true, but the tokenizer has no bos: leave it out.")
+    return (context.bos_id,)
+
+
 def check_vocabulary(path: str, max_token_id: int, context: DataContext) -> None:
     """Raise `DataError` if `max_token_id`, read from `path`, is outside the model's vocabulary."""
     if max_token_id >= context.vocab_size:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from distft.config import PathText, Settings
-from distft.data.dataset import DataContext, check_vocabulary
-from distft.errors import DataError
+from distft.data.dataset import DataContext, check_vocabulary, prompt_start
 
 if TYPE_CHECKING:
     from distft.data.encoded_once import EncodedTable
@@ -62,7 +61,7 @@ class PreferencesConfig(Settings):
             self.open(context),
             seed=self.data_seed,
             shuffle=self.shuffle,
-            document_start=self._start(context),
+            document_start=prompt_start(context, prepend_bos=self.prepend_bos),
         )
 
     def build_for_evaluation(self, context: DataContext) -> Feed:
@@ -82,7 +81,7 @@ class PreferencesConfig(Settings):
             "vocab_size": context.vocab_size,
             "tokenizer": context.tokenizer_fingerprint,
             "eos_id": context.eos_id,
-            "start": self._start(context),
+            "start": prompt_start(context, prepend_bos=self.prepend_bos),
             "chat": context.chat().fingerprint if self.reads_chats else None,
         }
         table = encoded_once(context.cache_dir, self.path, settings, lambda: self._encode(context))
@@ -96,14 +95,6 @@ class PreferencesConfig(Settings):
     def _encode(self, context: DataContext) -> EncodedTable:
         from distft.data.preferences_encoding import encode_preferences
 
-        table = encode_preferences(self, context, self._start(context))
+        table = encode_preferences(self, context, prompt_start(context, prepend_bos=self.prepend_bos))
         check_vocabulary(self.path, table.rows.max_value, context)
         return table
-
-    def _start(self, context: DataContext) -> tuple[int, ...]:
-        """The ids before each prompt. Raises `DataError` for a bos that the tokenizer does not have."""
-        if not self.prepend_bos:
-            return ()
-        if context.bos_id is None:
-            raise DataError("prepend_bos=true, but the tokenizer has no bos: leave it out.")
-        return (context.bos_id,)
