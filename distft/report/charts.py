@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.report.recorded_run import VALIDATION, RecordedRun
-from distft.report.series import curve_rows, time_spent
+from distft.report.series import Row, curve_rows, places_of, time_spent
 
 # Metrics of training steps, in the order of the page: title, unit of the axis, factor of the values.
 _OF_STEPS = {
@@ -43,17 +43,27 @@ class Chart:
     has_steps: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A run, its name on the page, and the places of its lines, which all of its curves share."""
+
+    run: RecordedRun
+    name: str
+    places: Sequence[Row]
+
+
 def charts_of(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
     """Those of which some run has values: validation first, then training, then where the time went."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metric_names()))
-    held_out = [name for name in metrics if name.startswith(VALIDATION)]
+    placed = [_Placed(run, name, places_of(run)) for run, name in zip(runs, names, strict=True)]
     charts = [
-        _curve(runs, names, name, (name.replace("/", " "), _unit(name), 1.0), marks_best=True)
-        for name in held_out
+        _curve(placed, name, (name.replace("/", " "), _unit(name), 1.0), marks_best=True)
+        for name in metrics
+        if name.startswith(VALIDATION)
     ]
-    charts += [_curve(runs, names, name, about) for name, about in _OF_STEPS.items() if name in metrics]
+    charts += [_curve(placed, name, about) for name, about in _OF_STEPS.items() if name in metrics]
     terms = [name for name in metrics if name.endswith("/loss") and not name.startswith(VALIDATION)]
-    charts += [_curve(runs, names, name, (name.replace("/", " "), "nats", 1.0)) for name in terms]
+    charts += [_curve(placed, name, (name.replace("/", " "), "nats", 1.0)) for name in terms]
     found = [chart for chart in charts if chart is not None]
     return [*found, *_time_line(runs, names), _spent(runs, names)]
 
@@ -64,15 +74,10 @@ def _unit(metric: str) -> str:
 
 
 def _curve(
-    runs: Sequence[RecordedRun],
-    names: Sequence[str],
-    metric: str,
-    about: tuple[str, str, float],
-    *,
-    marks_best: bool = False,
+    runs: Sequence[_Placed], metric: str, about: tuple[str, str, float], *, marks_best: bool = False
 ) -> Chart | None:
     title, unit, factor = about
-    rows = [row for run, name in zip(runs, names, strict=True) for row in curve_rows(run, name, metric)]
+    rows = [row for run in runs for row in curve_rows(run.run, run.name, metric, run.places)]
     rows = [{**row, "value": row["value"] * factor} for row in rows]
     if not rows or (metric in _QUIET and not any(row["value"] > 1e-3 for row in rows)):
         return None
@@ -80,22 +85,17 @@ def _curve(
     tooltip.append({"field": "value", "title": title})
     layers: list[dict[str, Any]] = [{"mark": {"type": "line", "point": len(rows) <= 60 * len(runs)}}]
     if marks_best:
-        best = [(name, run.best(metric)) for run, name in zip(runs, names, strict=True)]
-        at = " || ".join(
-            f"(datum.run === {name!r} && datum.step === {b[0]})" for name, b in best if b is not None
-        )
-        layers.append(
-            {
-                "transform": [{"filter": at}],
-                "mark": {"type": "point", "shape": "diamond", "size": 160, "filled": True},
-            }
-        )
+        best = {run.name: run.run.best(metric) for run in runs}
+        steps = {(name, found[0]) for name, found in best.items() if found is not None}
+        rows = [{**row, "best": (row["run"], row["step"]) in steps} for row in rows]
+        mark = {"type": "point", "shape": "diamond", "size": 160, "filled": True}
+        layers.append({"transform": [{"filter": "datum.best"}], "mark": mark})
     spec = {
         "data": {"values": rows},
         "encoding": {
             "x": {"field": "step", "type": "quantitative", "title": "step", "scale": {"zero": False}},
             "y": {"field": "value", "type": "quantitative", "title": unit, "scale": {"zero": False}},
-            "color": _color(names),
+            "color": _color([run.name for run in runs]),
             "tooltip": tooltip,
         },
         "layer": layers,

@@ -14,7 +14,7 @@ from distft.config import redact
 from distft.errors import ConfigError
 from distft.report.charts import Chart, charts_of
 from distft.report.comparison import Row, differing_settings, flatten, results
-from distft.report.recorded_run import RecordedRun
+from distft.report.recorded_run import BEGINS, RecordedRun
 from distft.tracker.number_format import duration, number
 
 MAX_BYTES = 5_000_000
@@ -125,7 +125,7 @@ def _heads(runs: Sequence[RecordedRun], names: Sequence[str]) -> Iterable[str]:
 
 def _changes(run: RecordedRun, field: str) -> list[str]:
     """The values of a field of the starts, each once in a row."""
-    found = [str(e[field]) for e in run.events if e["kind"] in ("start", "resume") and field in e]
+    found = [str(e[field]) for e in run.events if e["kind"] in BEGINS and field in e]
     return [value for index, value in enumerate(found) if index == 0 or value != found[index - 1]]
 
 

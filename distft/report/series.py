@@ -1,7 +1,7 @@
 """Numbers of runs as rows that a chart draws: thinned out, with the places at which they were logged."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from distft.report.recorded_run import BEGINS, RecordedRun, is_number
@@ -11,13 +11,12 @@ MAX_POINTS = 800  # of a curve; more than a screen has pixels for would only mak
 Row = dict[str, Any]
 
 
-def curve_rows(run: RecordedRun, name: str, metric: str) -> list[Row]:
-    """A row for each value of `metric`: run, value, step, tokens (None if unknown) and hours of work.
+def curve_rows(run: RecordedRun, name: str, metric: str, places: Sequence[Row]) -> list[Row]:
+    """A row for each value of `metric`: run, value, and the places of its line, as `places_of` has them.
 
     Of more than `MAX_POINTS` values, each stretch of the curve keeps its lowest and highest, so no spike is
     lost.
     """
-    places = _places(run)
     rows = [
         {"run": name, "value": line[metric], **place}
         for line, place in zip(run.metrics, places, strict=True)
@@ -26,8 +25,12 @@ def curve_rows(run: RecordedRun, name: str, metric: str) -> list[Row]:
     return _thinned(rows)
 
 
-def _places(run: RecordedRun) -> Iterator[Row]:
-    """Where each line stands: step, tokens, and hours without those in which the run was not there."""
+def places_of(run: RecordedRun) -> list[Row]:
+    """Where each line of metrics stands: step, tokens (None: unknown), and hours of work.
+
+    Hours in which the run was not there do not count.
+    """
+    places: list[Row] = []
     tokens: float | None = None
     hours, before = 0.0, None
     stops = pauses(run)
@@ -38,7 +41,8 @@ def _places(run: RecordedRun) -> Iterator[Row]:
             if before is not None and now > before:
                 hours += (now - before - _overlap(stops, before, now)) / 3600
             before = now
-        yield {"step": line["step"], "tokens": tokens, "hours": round(max(hours, 0.0), 5)}
+        places.append({"step": line["step"], "tokens": tokens, "hours": round(max(hours, 0.0), 5)})
+    return places
 
 
 def pauses(run: RecordedRun) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ import pytest
 from distft.cli.main import main
 from distft.report.page import MAX_BYTES, report_page
 from distft.report.recorded_run import RecordedRun
-from distft.report.series import MAX_POINTS, curve_rows, pauses, time_spent
+from distft.report.series import MAX_POINTS, curve_rows, pauses, places_of, time_spent
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -90,7 +90,8 @@ def test_a_long_curve_keeps_its_spikes_and_becomes_short(tmp_path: Path) -> None
     values = [1.0] * 5000
     values[1234], values[4321] = 99.0, -99.0
     metrics = [{"step": step, "loss": value} for step, value in enumerate(values)]
-    rows = curve_rows(_run(tmp_path, metrics, [{"kind": "start"}]), "a", "loss")
+    run = _run(tmp_path, metrics, [{"kind": "start"}])
+    rows = curve_rows(run, "a", "loss", places_of(run))
     assert len(rows) <= MAX_POINTS + 2
     assert {(row["step"], row["value"]) for row in rows} >= {(1234, 99.0), (4321, -99.0)}
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
@@ -109,7 +110,10 @@ def test_time_in_which_no_start_was_there_is_no_work(tmp_path: Path) -> None:
     ]
     run = _run(tmp_path, metrics, events)
     assert pauses(run) == [(100.0, 1100.0)]
-    assert [row["hours"] for row in curve_rows(run, "a", "loss")] == [0.0, round(100 / 3600, 5)]
+    assert [row["hours"] for row in curve_rows(run, "a", "loss", places_of(run))] == [
+        0.0,
+        round(100 / 3600, 5),
+    ]
     spent = {"steps": 140.0, "waiting for data": 30.0, "waiting for saves": 5.0, "not running": 1000.0}
     assert time_spent(run) == {**spent, "other": pytest.approx(25.0)}
 
