@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from support.engine_scenarios import SEQ_LEN, VOCAB_SIZE, Scenario, Training, collectives_for, fresh_source
+from support.engine_scenarios import SEQ_LEN, VOCAB_SIZE, Scenario
+from support.first_step import Outcome, first_step, untrained_model
 from support.mixtures import labelled_rows
 from support.rank_pool import run_ranks
 from torch import Tensor
@@ -17,13 +18,10 @@ from distft.data.dataset import DataContext
 from distft.data.feed import Feed
 from distft.data.targets import IGNORE_INDEX, LABEL, TOKEN_LABEL
 from distft.data.token_label_rows import TokenLabelRows
-from distft.model.transformer import Transformer
 from distft.model.transformer_config import TransformerConfig
 from distft.objective.classification import Classification
-from distft.objective.interface import ObjectiveContext
 from distft.objective.token_classification import TokenClassification
 from distft.topology import Topology
-from distft.train.step import train_step
 
 NAMES = ("B-A", "I-A", "O")
 NUM_SEQUENCES = 7
@@ -105,46 +103,18 @@ class Case:
         return transformed
 
 
-@dataclass(frozen=True)
-class Outcome:
-    loss: float
-    gradient: Mapping[str, Tensor]
-
-
 def step_by_engine(topology: Topology, cases: Sequence[Case]) -> list[Outcome]:
-    return [_step(case, topology) for case in cases]
-
-
-def _step(case: Case, topology: Topology) -> Outcome:
-    objective, feed = OBJECTIVES[case.name], case.feed()
-    collectives = collectives_for(case.scenario, topology)
-    training = Training(case.scenario, topology, collectives, heads=objective.heads(NAMES))
-    training.engine.module.train()
-    context = ObjectiveContext(VOCAB_SIZE, collectives)
-    result = train_step(
-        training.engine,
-        [feed.batch(micro.start, micro.stop).for_step(9) for micro in training._micro_batches()],
-        loss_sums=lambda model, batch: objective.loss_sums(model, batch, context),
-        num_targets=objective.num_targets,
-        weights=objective.term_weights(0),
-        group_lr=lambda _: 1e-3,
-    )
-    # The first moment after one step is (1 - beta1) times the gradient.
-    share = 1 - case.scenario.optim.betas[0]
-    state = training.whole_state()
-    gradient = {name: values / share for (name, kind), values in state.items() if kind == "exp_avg"}
-    training.engine.close()
-    return Outcome(float(result.loss), gradient)
+    objectives = [OBJECTIVES[case.name] for case in cases]
+    return [
+        first_step(case.scenario, objective, objective.heads(NAMES), case.feed(), topology, 9)
+        for case, objective in zip(cases, objectives, strict=True)
+    ]
 
 
 def step_plainly(case: Case) -> Outcome:
     """A row at a time without padding; of a packed row the documents one after another."""
     objective, batch = OBJECTIVES[case.name], case.feed().batch(0, NUM_SEQUENCES).for_step(9)
-    model = Transformer(case.scenario.model, objective.heads(NAMES)).train()
-    named = dict(model.named_parameters())
-    source = fresh_source({name: tuple(param.shape) for name, param in named.items()})
-    for name, param in named.items():
-        param.data.copy_(source.read(name, "weight", 0, param.numel()).view_as(param))
+    model = untrained_model(case.scenario, objective.heads(NAMES))
     outputs = []
     for row in range(len(batch.input_ids)):
         length = SEQ_LEN if batch.lengths is None else int(batch.lengths[row])
@@ -156,7 +126,8 @@ def step_plainly(case: Case) -> Outcome:
         outputs.append(model(batch.input_ids[row : row + 1, :length], dropout_keys=keys, **given))
     loss = _r_drop(outputs, batch) if case.name == "r_drop" else _words(objective, outputs, batch)
     loss.backward()
-    gradient = {name: param.grad.flatten().clone() for name, param in named.items() if param.grad is not None}
+    named = model.named_parameters()
+    gradient = {name: param.grad.flatten().clone() for name, param in named if param.grad is not None}
     return Outcome(float(loss.detach()), gradient)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.engine_scenarios import SEQ_LEN, VOCAB_SIZE, Scenario, Training, collectives_for, fresh_source
+from support.engine_scenarios import SEQ_LEN, VOCAB_SIZE, Scenario
+from support.first_step import Outcome, first_step, untrained_model
 from support.rank_pool import run_ranks
 from torch import Tensor
 from torch.nn.functional import relu
 
-from distft.collectives import Collectives
 from distft.config import parse
 from distft.data.batch import Batch, RaggedArray
 from distft.data.dataset import DataContext, TransformContext
@@ -20,12 +20,9 @@ from distft.data.feed import Feed
 from distft.data.labelled_rows import LabelledRows
 from distft.data.pairs_rows import PairRows
 from distft.errors import ConfigError
-from distft.model.transformer import Transformer
 from distft.objective.contrastive import Contrastive
-from distft.objective.interface import ObjectiveContext
 from distft.objective.settings import ObjectiveConfig
 from distft.topology import Topology
-from distft.train.step import train_step
 
 NUM_SEQUENCES = 7
 DATA = DataContext(
@@ -92,48 +89,24 @@ def _texts(num_texts: int) -> list[list[list[int]]]:
     return texts
 
 
-@dataclass(frozen=True)
-class Outcome:
-    loss: float
-    gradient: Mapping[str, Tensor]
-
-
 def step_by_engine(topology: Topology, cases: Sequence[Case]) -> list[Outcome]:
-    return [_step(case, topology, collectives_for(case.scenario, topology)) for case in cases]
-
-
-def _step(case: Case, topology: Topology, collectives: Collectives) -> Outcome:
-    objective, feed = case.objective, case.feed()
-    training = Training(case.scenario, topology, collectives, heads=objective.heads(None))
-    training.engine.module.train()
-    context = ObjectiveContext(VOCAB_SIZE, collectives)
-    batches = [
-        feed.batch(micro.start, micro.stop).for_step(case.dropout_seed) for micro in training._micro_batches()
+    return [
+        first_step(
+            case.scenario,
+            case.objective,
+            case.objective.heads(None),
+            case.feed(),
+            topology,
+            case.dropout_seed,
+        )
+        for case in cases
     ]
-    result = train_step(
-        training.engine,
-        objective.prepare_step(training.engine.model, batches, context),
-        loss_sums=lambda model, batch: objective.loss_sums(model, batch, context),
-        num_targets=objective.num_targets,
-        weights=objective.term_weights(0),
-        group_lr=lambda _: 1e-3,
-    )
-    # The first moment after one step is (1 - beta1) times the gradient.
-    share = 1 - case.scenario.optim.betas[0]
-    state = training.whole_state()
-    gradient = {name: values / share for (name, kind), values in state.items() if kind == "exp_avg"}
-    training.engine.close()
-    return Outcome(float(result.loss), gradient)
 
 
 def step_plainly(case: Case) -> Outcome:
     """A row at a time without padding, and the losses by loops over the texts."""
     objective, feed = case.objective, case.feed()
-    model = Transformer(case.scenario.model, objective.heads(None)).train()
-    named = dict(model.named_parameters())
-    source = fresh_source({name: tuple(param.shape) for name, param in named.items()})
-    for name, param in named.items():
-        param.data.copy_(source.read(name, "weight", 0, param.numel()).view_as(param))
+    model = untrained_model(case.scenario, objective.heads(None))
     batch = feed.batch(0, NUM_SEQUENCES).for_step(case.dropout_seed)
     vectors, texts = [], []
     for row in range(len(batch.input_ids)):
@@ -148,7 +121,7 @@ def step_plainly(case: Case) -> Outcome:
         of_texts = [[tuple(document), tuple(document)] for document, _ in _texts(2)]
     loss = plain_losses(objective, grouped, of_texts).mean()
     loss.backward()
-    gradient = {name: _gradient(param) for name, param in named.items()}
+    gradient = {name: _gradient(param) for name, param in model.named_parameters()}
     return Outcome(float(loss.detach()), gradient)
 
 
