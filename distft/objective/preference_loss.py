@@ -23,9 +23,6 @@ class AnswerLogps:
         """How much more likely the better answer is."""
         return self.chosen - self.rejected
 
-    def minus(self, other: "AnswerLogps") -> "AnswerLogps":
-        return AnswerLogps(self.chosen - other.chosen, self.rejected - other.rejected)
-
 
 def dpo_losses(log_ratios: AnswerLogps, beta: float, label_smoothing: float) -> Tensor:
     """[P], of whole answers, minus the reference's (Rafailov et al. 2023, arXiv:2305.18290).
