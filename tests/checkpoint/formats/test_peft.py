@@ -69,11 +69,12 @@ def _peft_adapter(base: Any, folder: Path, base_folder: Path, **settings: Any) -
 
 
 def _randomize_trainable(model: torch.nn.Module) -> None:
+    """Adapters that change the logits by some hundredths: large ones amplify rounding to 1e-5."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:
-                param.add_(torch.randn(param.shape, generator=generator) * 0.3)
+                param.add_(torch.randn(param.shape, generator=generator) * 0.1)
 
 
 def _logits(source: Any, heads: Heads = LANGUAGE_MODEL) -> Tensor:
