@@ -117,6 +117,9 @@ class ErrorCollector:
                 raise
             self._errors.append(error)
 
+    def __contains__(self, message: str) -> bool:
+        return any(str(error) == message for error in self._errors)
+
     def raise_if_any(self) -> None:
         """Raise one error with all collected messages, without repetitions, of the first error's class."""
         if self._errors:

@@ -18,6 +18,7 @@ FLOORS = (  # lowest first; a package imports only itself and packages of lower 
     {"engine"},
     {"train"},
     {"run"},
+    {"search"},
     {"cluster", "report"},
     {"cli"},
     {"__main__"},
@@ -31,6 +32,9 @@ OWNERS = {
     "tokenizers": "tokenizer",
     "jinja2": "tokenizer",
     "wandb": "tracker",
+    "optuna": "cluster",
+    "mlflow": "tracker",
+    "trackio": "tracker",
 }
 # Tools that compare distft with the dependency, or start Ray clusters to kill their nodes.
 OWNER_EXCEPTIONS = {

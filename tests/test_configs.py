@@ -13,9 +13,10 @@ from distft.model.counts import num_parameters
 from distft.model.lora_config import is_adapter
 from distft.model.transformer_config import TransformerConfig
 from distft.optim.patterns import select_trainable
-from distft.run.config import RunConfig, load_run_config
+from distft.run.config import SEARCH_SECTION, RunConfig, load_run_config
 from distft.run.inputs import placeholder_heads
 from distft.run.model import build_module
+from distft.search.search_file import load_search
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -53,7 +54,7 @@ def model_config(config: RunConfig) -> TransformerConfig:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_parses_and_its_model_builds_on_the_meta_device(path: Path) -> None:
-    config = load_run_config(path)
+    config = load_search(path).config if SEARCH_SECTION in load_yaml(path) else load_run_config(path)
     model = model_config(config)
     heads = placeholder_heads(config)
     module = build_module(model, heads, config.lora)

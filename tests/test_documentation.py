@@ -9,7 +9,8 @@ from typer.main import get_command
 
 from distft.cli.main import app
 from distft.config import parse, parse_yaml
-from distft.run.config import RunConfig
+from distft.run.config import SEARCH_SECTION, RunConfig
+from distft.search.settings import SearchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +30,8 @@ def test_the_table_of_modules_has_the_first_line_of_every_module() -> None:
 @pytest.mark.parametrize(("name", "block"), YAML_BLOCKS)
 def test_every_configuration_shown_parses(name: str, block: str) -> None:
     raw = parse_yaml(block, source=name)
+    if SEARCH_SECTION in raw:
+        assert isinstance(parse(SearchConfig, raw.pop(SEARCH_SECTION)), SearchConfig)
     if "run_dir" not in raw:  # a section, shown without the rest of the configuration
         raw = parse_yaml(COMPLETE_CONFIG, source="README.md") | raw
     assert isinstance(parse(RunConfig, raw), RunConfig)

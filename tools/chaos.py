@@ -51,7 +51,7 @@ def make_config(folder: Path, num_steps: int, max_workers: int) -> Path:
         "data": {"type": "tokens", "sources": [{"path": str(shards / "train")}]},
         "engine": {"type": "zero", "zero_stage": 1},
         "batch": {"global_batch_size": 12, "micro_batch_size": 4, "seq_len": 128},
-        # With 0.001 training amplifies rounding 30 times as much: two ranks then differ from one by up to 2e-4.
+        # A rate of 0.001 amplifies rounding 30 times as much: two ranks differ from one by up to 2e-4.
         "optim": {"peak_lr": 0.0003, "schedule": {"type": "cosine", "warmup_steps": 10}},
         "train": {"max_steps": num_steps, "log_every_steps": 1},
         "checkpoint": {

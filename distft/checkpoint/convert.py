@@ -12,6 +12,7 @@ from distft.checkpoint.formats.deepspeed.writer import write_deepspeed
 from distft.checkpoint.formats.huggingface_target import write_huggingface
 from distft.checkpoint.formats.peft_target import write_peft
 from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.mup import require_standard
 from distft.checkpoint.reshard import write_distft
 from distft.checkpoint.sources import CheckpointSource
 from distft.checkpoint.target import target_directory
@@ -53,6 +54,7 @@ def convert(
             )
             return _notes_on_lost_states(source, config.to)
         if config.to == "peft":
+            require_standard(source, "PEFT")
             return write_peft(source, target, architecture=config.architecture, on_progress=on_progress)
         notes = write_huggingface(
             merged(source),

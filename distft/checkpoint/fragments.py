@@ -1,10 +1,11 @@
 """Intervals of flattened parameters, the unit that ranks save and load. Arithmetic only; no files."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 WEIGHT = "weight"  # of a trainable parameter the optimizer's fp32 value, of a frozen one the model's
@@ -25,6 +26,30 @@ class Fragment:
     @property
     def stop(self) -> int:
         return self.start + self.values.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+
+class UnloadedFragment(Fragment):
+    """A fragment of a weight that is not in memory: each use of `values` reads it anew."""
+
+    __slots__ = ("dtype", "read", "stop")
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    stop: int
+
+    def __init__(
+        self, parameter: str, start: int, stop: int, dtype: torch.dtype, read: Callable[[], Tensor]
+    ) -> None:
+        own = {"stop": stop, "dtype": dtype, "read": read}
+        for name, value in {"parameter": parameter, "state": WEIGHT, "start": start, **own}.items():
+            object.__setattr__(self, name, value)  # the base is frozen
+
+    @property
+    def values(self) -> Tensor:
+        return self.read()
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ class ProbeRecord(Settings):
     loss: float
     num_sequences: Count  # the first ones of the training data
     param_dtype: str
+    frozen_bits: int | None = None  # engine.frozen_bits
 
 
 class TokenizerRecord(Settings):

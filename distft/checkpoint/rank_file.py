@@ -42,15 +42,14 @@ class LazyFragment:
 
     @classmethod
     def of(cls, fragment: Fragment) -> "LazyFragment":
-        """A fragment in memory; a chunk at a time is copied from its device."""
-        values = fragment.values.detach()
+        """A fragment of an engine; a chunk at a time is copied from its device."""
         return cls(
             fragment.parameter,
             fragment.state,
             fragment.start,
             fragment.stop,
-            values.dtype,
-            lambda: torch.split(values, _COPY_NUMEL),
+            fragment.dtype,
+            lambda: torch.split(fragment.values.detach(), _COPY_NUMEL),
         )
 
 

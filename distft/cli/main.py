@@ -21,6 +21,8 @@ from distft.cli import (
     predict_verbs,
     report_verbs,
     text_verbs,
+    tune_verbs,
+    watch_verb,
 )
 from distft.errors import CheckpointError, DistftError, Interrupted, Preempted, UnsupportedFormatError
 
@@ -35,6 +37,7 @@ app.add_typer(text_verbs.tokenizer_app, name="tokenizer")
 app.command("tokenize")(text_verbs.tokenize)
 app.command("task")(text_verbs.task)
 app.command("train")(model_verbs.train)
+app.command("tune")(tune_verbs.tune)
 app.command("submit")(cluster_verbs.submit)
 app.command("status")(cluster_verbs.status)
 app.command("logs")(cluster_verbs.logs)
@@ -46,6 +49,7 @@ app.command("audit")(model_verbs.audit)
 app.command("runs")(report_verbs.runs)
 app.command("compare")(report_verbs.compare)
 app.command("report")(report_verbs.report)
+app.command("watch")(watch_verb.watch)
 checkpoint_verbs.checkpoint_app.command("average")(average_verb.average)
 app.add_typer(checkpoint_verbs.checkpoint_app, name="checkpoint")
 app.add_typer(config_verbs.config_app, name="config")

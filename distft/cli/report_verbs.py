@@ -9,6 +9,11 @@ import typer
 
 from distft.cli.arguments import all_expanded, expanded, print_note, say
 
+
+def _expanded_if_given(path: Path | None) -> Path | None:
+    return None if path is None else expanded(path)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -74,7 +79,7 @@ def _print_runs(rows: list[dict[str, Any]]) -> None:
         value = "-" if row["value"] is None else f"{number(row['value'])} at {row['at_step']:,}"
         when = datetime.fromtimestamp(row["written_at"]).strftime("%Y-%m-%d %H:%M")
         cells.append((row["run"], row["state"], f"{row['step']:,}{of}", row["metric"], value, when))
-    _print_table(("run", "state", "step", "metric", "best", "written"), cells)
+    print_table(("run", "state", "step", "metric", "best", "written"), cells)
 
 
 def compare(
@@ -98,35 +103,60 @@ def compare(
         return
     from distft.tracker.number_format import number
 
-    _print_table(("setting", *directories), [(r.name, *map(_text, r.values)) for r in settings])
+    print_table(("setting", *directories), [(r.name, *map(_text, r.values)) for r in settings])
     print()
     cells = [(r.name, *("-" if v is None else number(v) for v in r.values)) for r in reached]
-    _print_table(("result", *directories), cells)
+    print_table(("result", *directories), cells)
 
 
 def report(
     directories: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="One run, or several.", callback=all_expanded)
+        list[str],
+        typer.Argument(metavar="RUN...", help="One run, several, or a search.", callback=all_expanded),
     ],
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="The file to write, such as report.html.", callback=expanded),
-    ],
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The file to write, such as report.html.", callback=_expanded_if_given
+        ),
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show it as a page on this machine that follows the runs.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve. Default: one that is free.")] = 0,
 ) -> None:
-    """Write one HTML file about runs, which needs no network: curves, time line, data and settings."""
+    """Write one HTML file about runs or a search, which needs no network: curves, mistakes, settings."""
+    from distft.errors import ConfigError
     from distft.report.page import write_report
-    from distft.report.recorded_run import RecordedRun
 
-    for note in write_report([RecordedRun.read(path) for path in directories], output):
+    if serve == (output is not None):
+        raise ConfigError("Name either a file with -o, such as report.html, or --serve.")
+    if serve:
+        _serve(directories, port)
+        return
+    assert output is not None
+    for note in write_report(directories, output):
         print_note(note)
     say(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+def _serve(directories: list[str], port: int) -> None:
+    from distft.report.server import ReportServer
+
+    server = ReportServer(directories, port)
+    say(f"{server.url} shows it until Ctrl-C")
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        say("closed")
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _print_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table: its head, and a line of texts for each row."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -9,12 +9,15 @@ from distft.config.parsing import dump_yaml, parse
 from distft.config.paths import PathText, expand_path
 from distft.config.redaction import redact, redact_message
 from distft.config.schema import json_schema
+from distft.config.widths import WidthRole, Widths
 from distft.config.yaml_text import load_yaml, parse_yaml
 
 __all__ = [
     "Component",
     "PathText",
     "Settings",
+    "WidthRole",
+    "Widths",
     "apply_overrides",
     "dump_yaml",
     "expand_path",

@@ -22,7 +22,7 @@ class CompletionConfig(Settings):
     """A JSONL or CSV file with a prompt column and a completion column."""
 
     type: Literal["completion"] = "completion"
-    path: PathText  # .jsonl, .csv or .tsv; may be compressed
+    path: PathText  # .jsonl, .csv or .tsv, which may be compressed, or .parquet
     prompt: str = "prompt"  # column
     completion: str = "completion"  # column
     template: str | None = None  # of the prompt, such as "Q: {prompt}\nA:"; braces enclose column names
@@ -151,6 +151,14 @@ class CompletionConfig(Settings):
             columns={PROMPT_LENGTHS: np.array(prompt_lengths, np.int64)},
             facts={"summary": summary},
         )
+
+    def read_prompts(self) -> list[tuple[Record, str]]:
+        """Each row's columns of the prompt, and its text. Raises `DataError` as `open` does."""
+        from distft.data.records import read_records
+
+        texts = list(dict.fromkeys(self._prompt_columns()))
+        records = read_records(self.path, texts=texts, max_rows=self.max_rows)
+        return [(record, self._prompt_text(record)) for record in records]
 
     def _prompt_text(self, record: Record) -> str:
         if self.template is None:

@@ -12,6 +12,7 @@ from distft.errors import ConfigError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL.ImageFile import ImageFile
 
 # Pillow's names; other formats of its are rarely used, and their decoders rarely tested.
 _FORMATS = {
@@ -23,6 +24,7 @@ _FORMATS = {
 }
 DECODED_SUFFIXES = tuple(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 _MODES = {1: "L", 3: "RGB"}  # by number of channels
+_MOST_OF_8_BITS = 255
 _MODE_NAMES = {
     "1": "black and white",
     "L": "grey",
@@ -50,7 +52,8 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8] | str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, which is not used, and of sizes, refused below
             with Image.open(io.BytesIO(data), formats=list(_FORMATS)) as image:
-                if problem := _header_problem(image.size, image.mode, shape):
+                problem = _header_problem(image.size, image.mode, shape) or _loss(image)
+                if problem is not None:
                     return problem
                 if getattr(image, "is_animated", False):
                     return "has several frames: keep one."
@@ -65,6 +68,25 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8] | str:
         return f"is damaged: {error or type(error).__name__}. Remove it, or restore the file."
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(pixels)
+
+
+def _loss(image: ImageFile) -> str | None:
+    """What Pillow would leave out of an image without a word, if anything."""
+    if any(_is_deep(tile.args) for tile in image.tile):
+        return "has 16 bits a channel, and images have 8: convert it, so that you choose how it is rounded."
+    if "transparency" in image.info:
+        return "has a transparent colour, and images are opaque: put it on a background, or drop the colour."
+    return None
+
+
+def _is_deep(arguments: object) -> bool:
+    """Whether a decoder with these arguments reads more than 8 bits a channel and keeps 8."""
+    if isinstance(arguments, str):  # of PNG: a raw mode, such as RGB;16B
+        return ";16" in arguments
+    match arguments:
+        case (str(), int(most)):  # of PPM: the mode, and the greatest value of a channel
+            return most > _MOST_OF_8_BITS
+    return False
 
 
 def _header_problem(size: tuple[int, int], mode: str, shape: tuple[int, int, int]) -> str | None:

@@ -51,6 +51,7 @@ class ImageRows:
         self._pad_id = pad_id
         self.num_sequences = len(images)
         self.summary = summary
+        self.label_counts = targets.label_counts
         of_texts = "" if texts is None else f"-{texts.fingerprint}"
         self.fingerprint = f"{xxh3_64_hexdigest(images.data)}-{views}{targets.fingerprint}{of_texts}"
 
@@ -127,4 +128,5 @@ def describe(name: str, table: ImageTable, label_names: Sequence[str] | None) ->
         lines += describe_labels(LabelNames(tuple(label_names)), counts)
     if table.texts:
         lines.append(f"{len(set(table.texts)):,} different texts")
+    lines += table.notes
     return "\n".join(f"{name}: {line}" for line in lines)

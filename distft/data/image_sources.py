@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distft import storage
+from distft.data.class_names import NamedClasses, named_classes
 from distft.data.compressed import MAX_ROW_BYTES, read_error
 from distft.data.image_decoding import DECODED_SUFFIXES, decode
-from distft.data.parquet_rows import parquet_rows
+from distft.data.parquet_rows import parquet_metadata, parquet_rows
 from distft.data.rows import text_problem
 from distft.errors import ConfigError, DataError
 
@@ -57,6 +58,7 @@ class ImageTable:
     places: list[str]  # file of each, or file and row
     labels: list[str]
     texts: list[str]
+    notes: tuple[str, ...] = ()  # on what was not used of the data
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,13 @@ class _Entry:
     problem: str | None = None
 
 
-def read_images(config: ImagesConfig, shape: tuple[int, int, int]) -> ImageTable:
+def read_images(
+    config: ImagesConfig, shape: tuple[int, int, int], *, ignores_classes: bool = False
+) -> ImageTable:
     """All images, of `shape` (channels, height, width).
 
-    Raises `DataError` with every problem and its file.
+    `ignores_classes` reads the images of a folder and of its subfolders alike, or one image file; `label` is
+    null then. Raises `DataError` with every problem and its file.
     """
     if config.source is not None:
         return _digits(config, shape)
@@ -81,7 +86,8 @@ def read_images(config: ImagesConfig, shape: tuple[int, int, int]) -> ImageTable
     problems = Problems(config.path)
     images, entries = [], []
     try:
-        for number, entry in enumerate(_entries(config)):
+        found_entries, notes = _entries(config, config.path, ignores_classes=ignores_classes)
+        for number, entry in enumerate(found_entries):
             if config.max_rows is not None and number >= config.max_rows:
                 break
             found = entry.problem or decode(entry.data, shape)
@@ -100,23 +106,42 @@ def read_images(config: ImagesConfig, shape: tuple[int, int, int]) -> ImageTable
         places=[entry.where for entry in entries],
         labels=[] if config.label is None else [entry.label for entry in entries],
         texts=[] if config.text is None else [entry.text for entry in entries],
+        notes=notes,
     )
 
 
-def _entries(config: ImagesConfig) -> Iterator[_Entry]:
-    assert config.path is not None
+def _entries(
+    config: ImagesConfig, path: str, *, ignores_classes: bool
+) -> tuple[Iterator[_Entry], tuple[str, ...]]:
+    """The images, and notes on what is not used of the data."""
     if config.is_parquet:
-        return _parquet_entries(config, config.path)
-    folder = storage.local_path(config.path)
+        if not storage.exists(path):
+            raise DataError(f"{path} does not exist: name a folder of images, or a .parquet file.")
+        columns = [name for name in (config.label, config.text) if name is not None]
+        classes = named_classes(parquet_metadata(path), columns) if columns else NamedClasses()
+        return _parquet_entries(config, path, classes), classes.notes
+    folder = storage.local_path(path)
     if folder is None:
-        raise DataError(
-            f"{config.path}: a folder of images must be on this machine; a .parquet file need not."
-        )
+        raise DataError(f"{path}: a folder of images must be on this machine; a .parquet file need not.")
     if not folder.exists():
-        raise DataError(f"{config.path} does not exist: name a folder of images, or a .parquet file.")
+        raise DataError(f"{path} does not exist: name a folder of images, or a .parquet file.")
+    if ignores_classes:
+        return _all_files(folder), ()
     if not folder.is_dir():
-        raise DataError(f"{config.path} is no folder of images, and its name does not end in .parquet.")
-    return _folder_entries(folder, labelled=config.label is not None)
+        raise DataError(f"{path} is no folder of images, and its name does not end in .parquet.")
+    return _folder_entries(folder, labelled=config.label is not None), ()
+
+
+def _all_files(path: Path) -> Iterator[_Entry]:
+    """The image of a file, or all of a folder and of its subfolders, by name."""
+    if not path.is_dir():
+        yield _file_entry(path, "")
+        return
+    for child in _visible(path):
+        if child.is_dir():
+            yield from _files(child, child.name)
+        else:
+            yield _file_entry(child, "")
 
 
 def _folder_entries(folder: Path, *, labelled: bool) -> Iterator[_Entry]:
@@ -146,18 +171,21 @@ def _folder_entries(folder: Path, *, labelled: bool) -> Iterator[_Entry]:
 
 def _files(folder: Path, label: str) -> Iterator[_Entry]:
     for file in _visible(folder):
-        if not file.is_file():
-            yield _Entry(_shown(file), b"", problem=_no_file_problem(file, has_classes=bool(label)))
-        elif file.suffix.lower() not in DECODED_SUFFIXES:
-            known = ", ".join(DECODED_SUFFIXES)
-            problem = f"is no image by its name, which must end in {known}. Remove or convert it."
-            yield _Entry(_shown(file), b"", problem=problem)
-        elif file.stat().st_size > MAX_ROW_BYTES:
-            yield _Entry(
-                _shown(file), b"", problem=f"has more than {MAX_ROW_BYTES:,} bytes. Remove or convert it."
-            )
-        else:
-            yield _Entry(_shown(file), file.read_bytes(), label, label)
+        yield _file_entry(file, label)
+
+
+def _file_entry(file: Path, label: str) -> _Entry:
+    problem = None
+    if not file.is_file():
+        problem = _no_file_problem(file, has_classes=bool(label))
+    elif file.suffix.lower() not in DECODED_SUFFIXES:
+        known = ", ".join(DECODED_SUFFIXES)
+        problem = f"is no image by its name, which must end in {known}. Remove or convert it."
+    elif file.stat().st_size > MAX_ROW_BYTES:
+        problem = f"has more than {MAX_ROW_BYTES:,} bytes. Remove or convert it."
+    if problem is not None:
+        return _Entry(_shown(file), b"", problem=problem)
+    return _Entry(_shown(file), file.read_bytes(), label, label)
 
 
 def _no_file_problem(path: Path, *, has_classes: bool) -> str:
@@ -190,38 +218,36 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _parquet_entries(config: ImagesConfig, path: str) -> Iterator[_Entry]:
-    columns = [config.image, *([] if config.label is None else [config.label])]
-    if config.text is not None and config.text not in columns:
-        columns.append(config.text)
-    if not storage.exists(path):
-        raise DataError(f"{path} does not exist: name a folder of images, or a .parquet file.")
-    number = 0
-    for row in parquet_rows(path, columns):
-        where = f"{path}:{number}"
-        number += 1
-        data = _image_bytes(row[config.image])
-        if isinstance(data, str):
-            yield _Entry(where, b"", problem=f"{config.image!r} {data}")
+def _parquet_entries(config: ImagesConfig, path: str, classes: NamedClasses) -> Iterator[_Entry]:
+    columns = dict.fromkeys(name for name in (config.image, config.label, config.text) if name is not None)
+    for number, row in enumerate(parquet_rows(path, list(columns))):
+        yield _parquet_entry(config, row, f"{path}:{number}", classes)
+
+
+def _parquet_entry(config: ImagesConfig, row: dict[str, Any], where: str, classes: NamedClasses) -> _Entry:
+    data = _image_bytes(row[config.image])
+    if isinstance(data, str):
+        return _Entry(where, b"", problem=f"{config.image!r} {data}")
+    found = {config.label: "", config.text: ""}
+    for column in (config.label, config.text):
+        if column is None:
             continue
-        label = "" if config.label is None else row[config.label]
-        if label is None or (isinstance(label, str) and not label.strip() and config.label is not None):
-            yield _Entry(
-                where,
-                b"",
-                problem=f"{config.label!r} is {'null' if label is None else 'empty'}: every image "
-                "needs a label. Label it, remove it, or set label=null for all.",
+        try:
+            value = classes.label(column, row[column])
+        except ValueError as error:
+            return _Entry(where, b"", problem=f"{column!r} {error}")
+        if column == config.label and (value is None or (isinstance(value, str) and not value.strip())):
+            problem = (
+                f"{column!r} is {'null' if value is None else 'empty'}: every image needs a label. Label it, "
+                "remove it, or set label=null for all."
             )
-            continue
-        label = str(label) if isinstance(label, int) else label
-        text = "" if config.text is None else row[config.text]
-        text = str(text) if config.text == config.label and isinstance(text, int) else text
-        bad = text_problem(label, "a string or a whole number"), text_problem(text)
-        if bad[0] is not None or bad[1] is not None:
-            name, problem = (config.label, bad[0]) if bad[0] is not None else (config.text, bad[1])
-            yield _Entry(where, b"", problem=f"{name!r} {problem}")
-            continue
-        yield _Entry(where, data, label, text)
+            return _Entry(where, b"", problem=problem)
+        if column == config.label and isinstance(value, int):
+            value = str(value)
+        if bad := text_problem(value, "a string or a whole number" if column == config.label else "a string"):
+            return _Entry(where, b"", problem=f"{column!r} {bad}")
+        found[column] = str(value)
+    return _Entry(where, data, found[config.label], found[config.text])
 
 
 def _image_bytes(value: object) -> bytes | str:

@@ -60,8 +60,12 @@ class ImagesConfig(Settings):
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
         problems = []
-        if (self.path is None) == (self.source is None):
+        if self.path is None and self.source is None:
             problems.append("set either path (a folder or a .parquet file) or source=digits")
+        if self.path is not None and self.source is not None:
+            problems.append(
+                f"path={self.path} and source={self.source} are both set: unset one, such as by source=null"
+            )
         if self.views > 1 and not self.augment.changes_images:
             problems.append(
                 f"views={self.views} of an image would be equal: set augment.shift or augment.flip"
@@ -97,7 +101,13 @@ class ImagesConfig(Settings):
                 f"{self.name}: all {rows.num_sequences:,} texts are equal, so no text is another's negative "
                 "and nothing can be learnt: take texts that differ."
             )
-        feed = Feed.for_training(rows, seed=self.data_seed, shuffle=self.shuffle, label_names=names)
+        feed = Feed.for_training(
+            rows,
+            seed=self.data_seed,
+            shuffle=self.shuffle,
+            label_names=names,
+            label_counts=rows.label_counts,
+        )
         return self._augmented(feed)
 
     def build_for_evaluation(self, context: DataContext) -> Feed:

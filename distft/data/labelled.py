@@ -29,7 +29,7 @@ class LabelledConfig(Settings):
     """A JSONL or CSV file with a text column and a label column; with `label: null`, of unlabelled texts."""
 
     type: Literal["labelled"] = "labelled"
-    path: PathText  # .jsonl, .csv or .tsv; may be compressed
+    path: PathText  # .jsonl, .csv or .tsv, which may be compressed, or .parquet
     text: str = "text"  # column
     text_pair: str | None = None  # column of a second text, appended to the first
     label: str | None = "label"  # column; null: the rows are unlabelled

@@ -24,7 +24,7 @@ class PairsConfig(Settings):
     """A JSONL or CSV file with a text, a second one that belongs to it, and others that do not."""
 
     type: Literal["pairs"] = "pairs"
-    path: PathText  # .jsonl, .csv or .tsv; may be compressed
+    path: PathText  # .jsonl, .csv or .tsv, which may be compressed, or .parquet
     text: str = "text"  # column
     positive: str | None = "positive"  # column of the text that belongs to it; null: the file has texts alone
     negatives: tuple[str, ...] = ()  # columns of texts that do not belong to it, though they seem to

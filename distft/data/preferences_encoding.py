@@ -12,7 +12,6 @@ from distft.data.batch import RaggedArray
 from distft.data.compressed import read_error
 from distft.data.conversation_files import checked_message
 from distft.data.encoded_once import EncodedTable
-from distft.data.parquet_rows import parquet_rows
 from distft.data.preferences_rows import PROMPT_LENGTHS
 from distft.data.records import Record, RowErrors, missing_file, parse_rows, read_records
 from distft.data.rows import Row, missing_column
@@ -181,10 +180,7 @@ def _pairs_of_messages(config: PreferencesConfig, chat: Chat, errors: RowErrors)
 
 def _rows(config: PreferencesConfig) -> Iterator[tuple[int, Row | str]]:
     try:
-        if config.path.lower().endswith(".parquet"):
-            yield from enumerate(parquet_rows(config.path, config.columns))
-        else:
-            yield from parse_rows(config.path, config.columns)
+        yield from parse_rows(config.path, config.columns)
     except FileNotFoundError:
         raise missing_file(config.path) from None
     except OSError as error:

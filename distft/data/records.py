@@ -1,4 +1,4 @@
-"""Reads text and label columns from JSONL and CSV files; errors name the line of every bad row.
+"""Reads text and label columns from JSONL, CSV and Parquet files; errors name the line of every bad row.
 
 What a row and a text are is the rule of `distft.data.rows`, for corpora and labelled data alike.
 """
@@ -15,12 +15,15 @@ from typing import Any
 import fsspec
 
 from distft import storage
+from distft.data.class_names import NamedClasses, named_classes
 from distft.data.compressed import decompressed, lines, read_error, without_compression
+from distft.data.parquet_rows import parquet_metadata, parquet_rows
 from distft.data.rows import Row, csv_rows, json_rows, missing_column, text_problem
 from distft.errors import DataError
 
 _JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_PARQUET = ".parquet"
 _MAX_SHOWN = 10  # different problems of a file, and lines of each; the others are counted
 
 
@@ -28,7 +31,7 @@ _MAX_SHOWN = 10  # different problems of a file, and lines of each; the others a
 class Record:
     """The requested columns of one row of a file."""
 
-    line: int  # from 1; of a CSV row that spans several lines, the last
+    line: int  # from 1; of a CSV row that spans several lines, the last; of Parquet the row, from 0
     values: dict[str, str]  # by column
 
 
@@ -71,11 +74,11 @@ def read_records(
 ) -> list[Record]:
     """Read the columns `texts`, `labels`, `label_lists` and `numbers` of the first `max_rows` rows of a file.
 
-    The name's suffix selects JSONL (one object per line), CSV or TSV (with a header), and the compression;
-    `path` is any fsspec path. A text must be a string; a label may also be an integer or a boolean, and is
-    returned in its JSON notation. A list of labels may also be one string, cut at each `separator`, and is
-    returned as a JSON array of distinct labels. A number may also be in a string, from which `float` reads
-    it, and is finite. Blank lines are not rows.
+    The name's suffix selects JSONL (one object per line), CSV or TSV (with a header), their compression, or
+    Parquet; `path` is any fsspec path. A text must be a string; a label may also be an integer or a boolean,
+    and is returned in its JSON notation. A list of labels may also be one string, cut at each `separator`,
+    and is returned as a JSON array of distinct labels. A number may also be in a string, from which `float`
+    reads it, and is finite. Blank lines are not rows.
 
     Raises `DataError` with file and line: a file that is missing, empty, damaged or of another kind, bad
     JSON or CSV, a missing column, a value of the wrong type.
@@ -109,21 +112,44 @@ def read_records(
 
 
 def parse_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
-    """Yield (line, row) of a JSONL, CSV or TSV file; in place of a bad row, a message about it.
+    """Yield (line, row) of a JSONL, CSV, TSV or Parquet file; in place of a bad row, a message about it.
 
     Raises `DataError` for a file of another kind, and `OSError`.
     """
+    if path.lower().endswith(_PARQUET):
+        yield from enumerate(_parquet_rows(path, columns))
+        return
     kind = PurePosixPath(without_compression(path)).suffix.lower()
     if kind not in _JSON_SUFFIXES and kind not in _DELIMITERS:
         raise DataError(
-            f"{path}: unknown file type: the name must end in .jsonl, .csv or .tsv, "
-            f"or in one of these with .gz or .zst."
+            f"{path}: unknown file type: the name must end in .jsonl, .csv, .tsv or .parquet, "
+            f"or in one of the first three with .gz or .zst."
         )
     with open_lines(path) as file_lines:
         if kind in _JSON_SUFFIXES:
             yield from json_rows(file_lines, columns)
         else:
             yield from csv_rows(file_lines, _DELIMITERS[kind], columns)
+
+
+def _parquet_rows(path: str, columns: Sequence[str]) -> Iterator[Row | str]:
+    """The rows; a whole number in a column of classes that the file's metadata names is the class's name."""
+    _check_regular(path)
+    classes = named_classes(parquet_metadata(path), columns)
+    if classes.notes:
+        raise DataError(f"{path}: {'; '.join(classes.notes)}: write the file without this metadata.")
+    for row in parquet_rows(path, columns):
+        yield _with_names(row, classes)
+
+
+def _with_names(row: Row, classes: NamedClasses) -> Row | str:
+    named = {}
+    for column, value in row.items():
+        try:
+            named[column] = classes.label(column, value)
+        except ValueError as error:
+            return f"{column!r} {error}"
+    return named
 
 
 @contextmanager

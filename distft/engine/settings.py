@@ -21,6 +21,8 @@ class EngineSettings(Settings):
     """Settings common to all engines."""
 
     param_dtype: Precision = "fp32"  # of weights and activations; updates are fp32
+    # Bits of frozen matrices of blocks: 8, or NF4 (Dettmers et al. 2023, arXiv:2305.14314); null: param_dtype
+    frozen_bits: Literal[8, 4] | None = None
     activation_checkpointing: Annotated[ActivationCheckpointing, BeforeValidator(_from_bool)] = "none"
     compile: bool | Literal["auto"] = "auto"  # torch.compile each block: slower to start, then faster
     fp8: Literal["none", "tensorwise", "rowwise"] = "none"  # scaling of FP8 matrix products
@@ -31,6 +33,8 @@ class EngineSettings(Settings):
     def _check_fp8(self) -> Self:
         if self.fp8 != "none" and self.param_dtype != "bf16":
             raise ValueError(f"fp8={self.fp8} needs param_dtype: bf16, not {self.param_dtype}")
+        if self.fp8 != "none" and self.frozen_bits is not None:
+            raise ValueError(f"fp8={self.fp8} and frozen_bits={self.frozen_bits}: set one of them")
         return self
 
 

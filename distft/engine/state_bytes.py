@@ -4,8 +4,8 @@ tests/engine/test_state_bytes.py compares it with what engines really allocate. 
 copies come on top; they depend on the batch, the compiler and the machine.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from distft.engine.deepspeed_config import ZeroConfig
@@ -16,6 +16,7 @@ from distft.optim.settings import OptimizerSettings
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
+_NF4_BLOCK = 64  # elements with one scale
 _ALIGNMENT = 2  # DeepSpeed pads the flat buffer of a group to a multiple of this times the number of ranks
 _STAGE3_DEFAULTS = {"stage3_param_persistence_threshold": 100_000, "sub_group_size": 1_000_000_000}
 
@@ -41,8 +42,42 @@ def state_bytes(
     engine: EngineSettings,
     optim: OptimizerSettings,
     world_size: int,
+    *,
+    quantizable: Collection[str] = (),
 ) -> StateBytes:
-    """The states of a model with parameters of these `shapes`, of which those in `groups` train."""
+    """The states of a model with parameters of these `shapes`, of which those in `groups` train.
+
+    Those of `quantizable` that do not are in `engine.frozen_bits`.
+    """
+    trained = {name for group in groups for name in group.names}
+    quantized = {} if engine.frozen_bits is None else {n: shapes[n] for n in quantizable if n not in trained}
+    bits = engine.frozen_bits or 0
+    state = _plain_state_bytes(
+        {name: shape for name, shape in shapes.items() if name not in quantized},
+        groups,
+        engine,
+        optim,
+        world_size,
+    )
+    in_bits = sum(_quantized_bytes(*shape, bits=bits) for shape in quantized.values())
+    return replace(state, weights=state.weights + in_bits)
+
+
+def _quantized_bytes(rows: int, columns: int, *, bits: int) -> int:
+    """Of a matrix: its codes, and scales in fp32."""
+    if bits == 8:
+        return rows * columns + _FP32 * rows
+    num_blocks = -(-rows * columns // _NF4_BLOCK)
+    return num_blocks * (_NF4_BLOCK // 2 + _FP32)
+
+
+def _plain_state_bytes(
+    shapes: Mapping[str, tuple[int, ...]],
+    groups: Sequence[ParameterGroup],
+    engine: EngineSettings,
+    optim: OptimizerSettings,
+    world_size: int,
+) -> StateBytes:
     numel = {name: prod(shape) for name, shape in shapes.items()}
     trainable = [_GroupSizes(group, [numel.pop(name) for name in group.names]) for group in groups]
     frozen = list(numel.values())

@@ -21,6 +21,7 @@ from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.moved_parameters import MovedParameters
 from distft.engine.node import read_in_shares, read_once_per_node
+from distft.engine.quantized_weights import QuantizedWeights
 from distft.engine.shared_matrices import SharedMatrices
 from distft.engine.stage3_blocks import free_weights_until_backward, gather_by_block
 from distft.engine.weight_average import WeightAverage, replaced_values
@@ -70,16 +71,13 @@ class ZeroEngine:
         )
         dtype = DTYPES[settings.param_dtype]
         self._moved = MovedParameters(module, device)
+        self._quantized = QuantizedWeights(module, settings.frozen_bits, device, dtype)
         if self._stage == 3:
             zero_layout.allocate_stage3(module, config, device, dtype)
         else:
             allocate(module, device, dtype)
         self._params = dict(module.named_parameters())
-        # A step may not use some of several heads; all else takes part in every forward.
-        heads = tuple(f"{name}." for name in getattr(module, "heads", ()))
-        self._head_params = [
-            param for name, param in self._params.items() if param.requires_grad and name.startswith(heads)
-        ]
+        self._head_params = self._trainable_of_heads()
         zero_layout.accept_optimizer(FlatOptimizer)
         # One group for DeepSpeed, in which those of `groups` lie one behind the other.
         flat_optimizer = FlatOptimizer([self._params[name] for group in groups for name in group.names])
@@ -98,6 +96,11 @@ class ZeroEngine:
             zero_layout.update_without_waiting(self._engine)
         if self._stage == 3:
             self._gather_by_block(settings)
+
+    def _trainable_of_heads(self) -> list[nn.Parameter]:
+        """A step may not use some of several heads; all else takes part in every forward."""
+        heads = tuple(f"{name}." for name in getattr(self.module, "heads", ()))
+        return [p for name, p in self._params.items() if p.requires_grad and name.startswith(heads)]
 
     def _gather_by_block(self, settings: ZeroConfig) -> None:
         blocks = [layer for layer in self.module.modules() if isinstance(layer, Block)]
@@ -230,7 +233,9 @@ class ZeroEngine:
             numel = whole.values.numel()
             begin, end = self._even_slice(numel) if self._stage == 0 else (0, numel)
             yield Fragment(whole.parameter, whole.state, whole.start + begin, whole.values[begin:end])
-        yield from self._moved.fragments(self._collectives.dp_rank, self._collectives.dp_world_size)
+        ranks = self._collectives.dp_rank, self._collectives.dp_world_size
+        yield from self._moved.fragments(*ranks)
+        yield from self._quantized.fragments(*ranks)
         for name, param in self._params.items():
             if param.requires_grad or name in self._moved.values:
                 continue
@@ -251,6 +256,8 @@ class ZeroEngine:
 
     def load_fragments(self, source: StateSource) -> None:
         self._moved.load(source)
+        with all_or_none(self._collectives, CheckpointError):
+            self._quantized.load(source)
         if self._ema_decay is not None:
             slices = [own for own, _, _ in self._optimizer.states()]
             self._average = WeightAverage(value_at(self._ema_decay, 0), slices)

@@ -116,6 +116,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.is_causal, self.dropout = config.head_dim, config.is_causal, config.dropout
         self.kernel, self.softcap = config.attention_kernel, config.attention_logit_softcap
+        self.scale = config.attention_scale
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = Linear(config.d_model, q_size, bias=config.has_qkv_bias)
         self.k = Linear(config.d_model, kv_size, bias=config.has_qkv_bias)
@@ -169,6 +170,7 @@ class Attention(nn.Module):
                 is_causal=self.is_causal,
                 kernel=self.kernel,
                 softcap=self.softcap,
+                scale=self.scale,
             )
         else:
             y_BHTD = attention_written_out(
@@ -178,6 +180,7 @@ class Attention(nn.Module):
                 mask,
                 is_causal=self.is_causal,
                 softcap=self.softcap,
+                scale=self.scale,
                 rate=self.dropout,
                 keys_B=dropout_keys_B,
             )

@@ -178,8 +178,12 @@ def attention(
     is_causal: bool,
     kernel: str,
     softcap: float | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Weighted sums of the values, [B, H, T, D]; `kernel` is the setting `model.attention_kernel`."""
+    """Weighted sums of the values, [B, H, T, D]; `kernel` is the setting `model.attention_kernel`.
+
+    `scale` None: D ** -0.5.
+    """
     is_grouped = q_BHTD.shape[1] != k_BGSD.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
         # Flex skips blocks of keys that no query of a block attends to, so packed documents cost little
@@ -189,10 +193,12 @@ def attention(
         flex = _compiled("flex_attention") if _compiles_flex(q_BHTD.device) else flex_attention
         change = None if softcap is None else _capped(softcap)
         return flex(  # type: ignore[no-any-return]
-            q_BHTD, k_BGSD, v_BGSD, score_mod=change, block_mask=mask, enable_gqa=is_grouped
+            q_BHTD, k_BGSD, v_BGSD, score_mod=change, block_mask=mask, scale=scale, enable_gqa=is_grouped
         )
     if softcap is not None:
-        return attention_written_out(q_BHTD, k_BGSD, v_BGSD, mask, is_causal=is_causal, softcap=softcap)
+        return attention_written_out(
+            q_BHTD, k_BGSD, v_BGSD, mask, is_causal=is_causal, softcap=softcap, scale=scale
+        )
     if is_grouped and mask is not None and q_BHTD.is_cuda:
         # No fused kernel takes both a mask and grouped heads: SDPA would keep all T x S scores in memory.
         k_BGSD, v_BGSD = (_for_each_head(x, q_BHTD) for x in (k_BGSD, v_BGSD))
@@ -204,6 +210,7 @@ def attention(
             v_BGSD,
             attn_mask=mask,
             is_causal=is_causal and mask is None,  # SDPA refuses both a mask and is_causal
+            scale=scale,
             enable_gqa=is_grouped,
         )
 
@@ -234,6 +241,7 @@ def attention_written_out(
     *,
     is_causal: bool,
     softcap: float | None = None,
+    scale: float | None = None,
     rate: float = 0.0,
     keys_B: Tensor | None = None,
 ) -> Tensor:
@@ -243,7 +251,7 @@ def attention_written_out(
     """
     assert mask is None or isinstance(mask, Tensor)  # `uses_flex_attention` rules a block mask out
     k_BHSD, v_BHSD = (_for_each_head(x, q_BHTD) for x in (k_BGSD, v_BGSD))
-    scores_BHTS = q_BHTD @ k_BHSD.transpose(2, 3) * q_BHTD.shape[-1] ** -0.5
+    scores_BHTS = q_BHTD @ k_BHSD.transpose(2, 3) * (q_BHTD.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores_BHTS = softcap * torch.tanh(scores_BHTS.float() / softcap)
     if mask is None and is_causal:

@@ -2,12 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
 from pydantic import Field
 
-from distft.config import Settings
+from distft.config import Settings, Widths
 from distft.errors import ConfigError
 from distft.model.products import Product
 
@@ -144,6 +144,10 @@ class ModelConfig(Settings, ABC):
     @abstractmethod
     def initial_std(self, name: str, shape: tuple[int, ...]) -> float:
         """Standard deviation of the initial values of the matrix `name`."""
+
+    def widths(self, named_shapes: Mapping[str, tuple[int, ...]]) -> Widths | None:  # noqa: ARG002
+        """What the rates of these parameters must know of the model's width; None: they ignore it."""
+        return None
 
     def for_vocabulary(self, vocab_size: int) -> Self:  # noqa: ARG002
         """This configuration with `vocab_size` filled in, for a tokenizer of that many pieces.

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from distft.errors import ConfigError
 from distft.model.config import Pooling
 from distft.model.transformer_config import TransformerConfig
 
@@ -75,6 +76,20 @@ class GeneratorHead:
             "experts": None,
         }
         return model.model_copy(update=sizes)
+
+
+def require_mup_head(head: "Head") -> None:
+    """Raise `ConfigError` for a head whose outputs would grow with the width under `parametrization: mup`."""
+    if isinstance(head, GeneratorHead):
+        raise ConfigError(
+            "model.parametrization=mup: there is no rule for a generator beside the model. Set "
+            "model.parametrization=standard, or another objective than replaced_token."
+        )
+    if isinstance(head, EmbeddingHead) and not head.normalize:
+        raise ConfigError(
+            "model.parametrization=mup: products of embeddings grow with the width unless their length is 1. "
+            "Set objective.normalize=true, or model.parametrization=standard."
+        )
 
 
 Head: TypeAlias = LanguageModelHead | ClassificationHead | TokenHead | EmbeddingHead | GeneratorHead

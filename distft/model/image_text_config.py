@@ -43,6 +43,10 @@ class ImageTextConfig(ModelConfig):
     def _check_text(self) -> Self:
         if isinstance(self.text, TransformerConfig) and self.text.experts is not None:
             raise ValueError("text.experts: the towers of clip have one feed-forward a block: leave it out.")
+        if isinstance(self.text, TransformerConfig) and self.text.parametrization != "standard":
+            raise ValueError(
+                "text.parametrization: the towers of clip have the standard one alone: leave it out."
+            )
         return self
 
     @property

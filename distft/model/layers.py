@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distft.model.quantized import QuantizedMatrix, quantized_product
 from distft.model.transformer_config import TransformerConfig
 
 
@@ -40,9 +41,13 @@ class MatmulDtype:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that multiplies in the dtype `MatmulDtype` chooses; the output has the input's dtype."""
+    """`nn.Linear` that multiplies in the dtype `MatmulDtype` chooses; the output has the input's dtype.
+
+    An engine may put `quantized` in place of a frozen `weight`, which is None then.
+    """
 
     __call__: Callable[..., Tensor]
+    quantized: QuantizedMatrix | None = None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)
@@ -54,10 +59,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.matmul_dtype(x)
-        if dtype == x.dtype:
+        if dtype == x.dtype and self.quantized is None:
             return functional.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+        return self.product(x.to(dtype), bias).to(x.dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """W x + `bias`, in the dtype of `x`."""
+        if self.quantized is None:
+            return functional.linear(x, self.weight.to(x.dtype), bias)
+        y = quantized_product(x, self.quantized)
+        return y if bias is None else y + bias
 
 
 class GatedMLP(nn.Module):

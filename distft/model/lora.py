@@ -42,19 +42,18 @@ class LoraLinear(Linear):
         low = functional.linear(low, self.lora_b.to(dtype))
         bias = None if self.bias is None else self.bias.to(dtype)
         if self.lora_magnitude is None:
-            return (functional.linear(inputs, self.weight.to(dtype), bias) + low).to(x.dtype)
+            return (self.product(inputs, bias) + low).to(x.dtype)
         # A row of zeros stays one: 0 / 0 would be NaN.
         norms_O = self._row_norms().clamp_min(torch.finfo(torch.float32).tiny)
-        y = (functional.linear(inputs, self.weight.to(dtype)) + low) * (self.lora_magnitude / norms_O).to(
-            dtype
-        )
+        y = (self.product(inputs, None) + low) * (self.lora_magnitude / norms_O).to(dtype)
         return (y if bias is None else y + bias).to(x.dtype)
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
         """fp32 [O]. Constant for the gradient, as in section 4.3 of the paper, which saves the memory."""
         delta_OI = self.lora_b.float() @ self.lora_a.float()
-        return merged_row_norms(self.weight, delta_OI, self.scale)
+        weight_OI = self.weight if self.quantized is None else self.quantized.whole(torch.float32)
+        return merged_row_norms(weight_OI, delta_OI, self.scale)
 
     def _dropped(self, x: Tensor) -> Tensor:
         keys_B = self.row_keys.of_rows

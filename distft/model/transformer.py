@@ -21,7 +21,7 @@ from distft.model.attention import (
 )
 from distft.model.attention_kernels import AttentionMask, make_attention_mask
 from distft.model.block import Block
-from distft.model.heads import GeneratorHead, Head, LanguageModelHead
+from distft.model.heads import GeneratorHead, Head, LanguageModelHead, require_mup_head
 from distft.model.layers import Linear, activation_of, make_embedding, make_norm
 from distft.model.layout import HiddenLosses, HiddenLossFn, RowLayout
 from distft.model.transformer_config import TransformerConfig
@@ -187,7 +187,11 @@ class Transformer(ModelWithHeads):
         if isinstance(head, LanguageModelHead):
             projection = self._make_projection(head)
             projection.softcap = self.config.final_logit_softcap
+            if self.config.tie_embeddings and self.config.width_ratio != 1:
+                projection.multiplier = 1 / self.config.width_ratio
             return projection
+        if self.config.parametrization == "mup":
+            require_mup_head(head)
         if not isinstance(head, GeneratorHead):
             return super().make_head(head)
         generator = Generator(self.config, head)

@@ -1,14 +1,16 @@
 """Sizes and variants of a Transformer: covers Llama, Mistral, Qwen 2 and 3, GPT-2, and BERT's relatives."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from distft.config import Widths
 from distft.model.config import MOST, MOST_LAYERS, TokenModelConfig
 from distft.model.experts_config import ExpertsConfig
+from distft.model.mup import attention_scale, mup_problems, mup_std, mup_widths
 from distft.model.products import Product
 from distft.model.rope_scaling import RopeScaling
 
@@ -91,6 +93,11 @@ class TransformerConfig(TokenModelConfig):
     attention: Literal["causal", "bidirectional"] = "causal"
     attention_kernel: Literal["auto", "sdpa", "cudnn", "flex"] = "auto"  # auto: flex for packed rows on CUDA
     init_std: float | None = Field(0.02, gt=0)  # of matrices; null: d_model ** -0.5
+    # mup: rates, initial weights and logits follow the width, so that the best rate of a narrow model is that
+    # of a wide one (Yang et al. 2022, arXiv:2203.03466). At the base width it is `standard`.
+    parametrization: Literal["standard", "mup"] = "standard"
+    mup_base_d_model: int | None = Field(None, ge=1, le=MOST)  # the width at which the rates were found
+    mup_base_head_dim: int | None = Field(None, ge=1, le=MOST)  # the head_dim of the model of that width
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -116,6 +123,7 @@ class TransformerConfig(TokenModelConfig):
                 "learned, or leave it out."
             )
         errors += self._attention_problems()
+        errors += mup_problems(self.parametrization, self.mup_base_d_model, self.mup_base_head_dim)
         if self.experts is not None:
             errors += self.experts.problems(self.num_layers, mlp_bias=self.mlp_bias)
         if self.attention_kernel == "flex" and self.dropout:
@@ -330,6 +338,26 @@ class TransformerConfig(TokenModelConfig):
 
     def input_width(self, name: str, shape: tuple[int, ...]) -> int:  # noqa: ARG002
         return self.d_model  # also of `o` and `down`, as in Llama's relatives
+
+    def initial_std(self, name: str, shape: tuple[int, ...]) -> float:
+        base = self.mup_base_d_model
+        if base is None:
+            return super().initial_std(name, shape)
+        std = self.init_std if self.init_std is not None else base**-0.5
+        return mup_std(name, shape, std, self.width_ratio) * self.residual_init_factor(name)
+
+    def widths(self, named_shapes: Mapping[str, tuple[int, ...]]) -> Widths | None:
+        return None if self.mup_base_d_model is None else mup_widths(named_shapes, self.width_ratio)
+
+    @property
+    def width_ratio(self) -> float:
+        """Of the model to its base under mup, by which a tied table's logits are divided."""
+        return self.d_model / self.mup_base_d_model if self.mup_base_d_model is not None else 1.0
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Of the products of queries and keys; None: head_dim ** -0.5."""
+        return attention_scale(self.head_dim, self.mup_base_head_dim)
 
     def residual_init_factor(self, name: str) -> float:
         """Of `o` and `down`, which write into the residual stream: its variance does not grow with depth.

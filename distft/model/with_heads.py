@@ -34,8 +34,11 @@ class OutputProjection(Linear):
     """Logits over the vocabulary, or the result of a `HiddenLossFn`, which never needs all logits at once."""
 
     softcap: float | None = None  # logits x become softcap * tanh(x / softcap)
+    multiplier: float | None = None  # of the products, before a bias and the cap
 
     def forward(self, x_BTH: Tensor, loss_from_hidden: HiddenLossFn | None = None) -> Tensor:
+        if self.multiplier is not None:
+            x_BTH = x_BTH * self.multiplier
         if loss_from_hidden is None:
             logits = super().forward(x_BTH)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -349,7 +352,11 @@ class ModelWithHeads(nn.Module, ABC):
         if isinstance(head, TokenHead):
             return Linear(size, head.num_outputs, bias=False)
         if isinstance(head, GeneratorHead):
-            raise ConfigError("A generator has a Transformer's blocks: it needs model.type=transformer.")
+            # In the words of the objective's own check, beside which it is then not told again.
+            raise ConfigError(
+                "objective.type=replaced_token needs model.type=transformer: its generator has a "
+                "Transformer's blocks. Set one of them anew."
+            )
         return self.tied(OutputProjection(size, self.config.padded_vocab_size, bias=False))
 
     def tied(self, projection: OutputProjection) -> OutputProjection:

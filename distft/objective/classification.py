@@ -11,6 +11,7 @@ from distft.data.dataset import ClassNames, Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, LABEL
 from distft.errors import ConfigError, suggest_name
 from distft.model.heads import Heads
+from distft.objective.findings import MOST_LABELS, ClassifierFindings, mistakes_of, wrong_rows
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.row_objective import RowObjective, require_targets
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
 ClassWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 R_DROP = "r_drop"  # name of the term; its targets are rows
 _LEAST_MISS = 1e-6  # 1 - p in a focal loss: at 0 a power below 1 has no gradient
+_MISTAKES = "mistakes"  # an output of `evaluate` by row
 _MOST_CONFUSED = 1024  # classes of a confusion matrix, which has 8 MiB
 
 
@@ -64,7 +66,9 @@ class Classification(RowObjective):
     def heads(self, label_names: Labels) -> Heads:
         """`classifier`. Raises `ConfigError` for data without labels."""
         if not isinstance(label_names, tuple):
-            raise ConfigError("objective.type=classification needs labels: set data.type=labelled.")
+            raise ConfigError(
+                "objective.type=classification needs labels: set data.type=labelled, or label of images."
+            )
         weights = self.class_weights
         if isinstance(weights, tuple) and len(weights) != len(label_names):
             raise ConfigError(
@@ -130,9 +134,20 @@ class Classification(RowObjective):
     def evaluate(self, model: Model, batch: AnyBatch, context: ObjectiveContext) -> dict[str, Tensor]:  # noqa: ARG002
         """Sums over the rows: loss, float64; by class [3, K]: correct, labelled, predicted, int64.
 
-        Of up to 1,024 classes also [K, K]: the rows of each label by predicted label.
+        Of up to 1,024 classes also [K, K]: the rows of each label by predicted label. Of rows that are known
+        by number, the batch's surest mistakes, as `wrong_rows` describes them.
         """
-        return self.sums(*self.counted_outputs(model, only_batch(batch)))
+        rows = only_batch(batch)
+        logits, labels = self.counted_outputs(model, rows)
+        sums = self.sums(logits, labels)
+        if rows.sequence_numbers is None:
+            return sums
+        numbers = rows.sequence_numbers[rows.targets[LABEL] != IGNORE_INDEX]
+        return {**sums, _MISTAKES: wrong_rows(logits, labels, numbers)}
+
+    @property
+    def per_row(self) -> frozenset[str]:
+        return frozenset({_MISTAKES})
 
     def counted_outputs(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [B, K] without gradient, and labels, of the rows that count."""
@@ -144,7 +159,7 @@ class Classification(RowObjective):
         return logits[counts], batch.targets[LABEL][counts]
 
     def sums(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What `evaluate` returns of rows with these outputs, all of which count."""
+        """What `evaluate` adds up over rows with these outputs, all of which count."""
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -172,9 +187,25 @@ class Classification(RowObjective):
         from distft.objective.classification_report import report_lines
 
         by_class = sums["by_class"].tolist()
-        names = label_names if isinstance(label_names, tuple) else tuple(map(str, range(len(by_class[0]))))
         confusion = sums["confusion"].tolist() if "confusion" in sums else None
-        return report_lines(by_class, confusion, names)
+        return report_lines(by_class, confusion, _names(label_names, len(by_class[0])))
+
+    def findings(self, sums: Mapping[str, Tensor], label_names: Labels) -> Mapping[str, ClassifierFindings]:
+        num_correct, num_rows, _ = sums["by_class"].sum(dim=1).tolist()
+        names = _names(label_names, sums["by_class"].shape[1])
+        is_shown = "confusion" in sums and len(names) <= MOST_LABELS
+        found = ClassifierFindings(
+            labels=names if is_shown else (),
+            num_rows=num_rows,
+            num_wrong=num_rows - num_correct,
+            confusion=sums["confusion"].tolist() if is_shown else None,
+            mistakes=mistakes_of(sums[_MISTAKES], names) if _MISTAKES in sums else (),
+        )
+        return {"": found}
+
+
+def _names(label_names: Labels, num_classes: int) -> tuple[str, ...]:
+    return label_names if isinstance(label_names, tuple) else tuple(map(str, range(num_classes)))
 
 
 def _disagreement(logits_BK: Tensor, labels_B: Tensor) -> Tensor:

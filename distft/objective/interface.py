@@ -13,6 +13,7 @@ from distft.data.dataset import DataContext, Labels, TransformContext
 from distft.errors import ConfigError
 from distft.model.config import ModelConfig
 from distft.model.heads import Heads
+from distft.objective.findings import ClassifierFindings
 
 if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s to import
     from torch import Tensor
@@ -209,6 +210,14 @@ class Objective(Settings, ABC):
     def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:  # noqa: ARG002
         """Lines about the sums over a whole data set that say more than `metrics`; none by default."""
         return ()
+
+    def findings(
+        self,
+        sums: Mapping[str, Tensor],  # noqa: ARG002
+        label_names: Labels,  # noqa: ARG002
+    ) -> Mapping[str, ClassifierFindings]:
+        """What a run keeps of an evaluation besides `metrics`, by stream; of a single one it is empty."""
+        return {}
 
 
 def only_batch(batch: AnyBatch) -> Batch:

@@ -21,6 +21,7 @@ from distft.objective.classification import Classification
 from distft.objective.consistency import Consistency
 from distft.objective.contrastive import Contrastive
 from distft.objective.entropy import Entropy
+from distft.objective.findings import ClassifierFindings
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.objective.masked_lm import MaskedLM
 from distft.objective.mean_teacher import MeanTeacher
@@ -335,6 +336,16 @@ class Mixture(Objective):
             of_part = self.part(name).report(own, names) if own else ()
             lines += [f"{name}:", *of_part, ""] if of_part else []
         return lines
+
+    def findings(self, sums: Mapping[str, Tensor], label_names: Labels) -> Mapping[str, ClassifierFindings]:
+        found: dict[str, ClassifierFindings] = {}
+        for name in self.parts:
+            names = label_names.get(name) if isinstance(label_names, Mapping) else label_names
+            own = _of_part(sums, name)
+            of_part = self.part(name).findings(own, names) if own else {}
+            if of_part:
+                found[name] = of_part[""]
+        return found
 
 
 def _stream(batch: AnyBatch, name: str) -> Batch | None:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from distft.optim.settings import Beta, OptimizerSettings, UpdateRule, param_groups
+from distft.config import WidthRole
+from distft.optim.settings import (
+    WIDTH_POWERS_OF_ADAM,
+    Beta,
+    OptimizerSettings,
+    UpdateRule,
+    param_groups,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +35,9 @@ class AdamWConfig(OptimizerSettings):
     @property
     def rule(self) -> UpdateRule:
         return UpdateRule(ADAMW_MOMENTS)
+
+    def width_power(self, role: WidthRole, rule: UpdateRule) -> float | None:  # noqa: ARG002
+        return WIDTH_POWERS_OF_ADAM[role]
 
     def group_settings(self, group: ParameterGroup) -> dict[str, Any]:  # noqa: ARG002
         return {"betas": list(self.betas), "eps": self.eps}

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from distft.config import Widths
 from distft.errors import ConfigError
 from distft.optim.patterns import block_of, matching_names, no_match_message
 from distft.optim.settings import OptimizerSettings, UpdateRule
@@ -27,12 +28,14 @@ def parameter_groups(
     trainable: Collection[str],
     config: OptimizerSettings,
     updates: Mapping[str, int],
+    widths: Widths | None = None,
 ) -> list[ParameterGroup]:
     """Group the trainable parameters; groups, and names in each, are in the order of `named_shapes`.
 
     Weight decay applies to parameters of two or more dimensions, but to embedding tables (`embed` in the
     name) only with `decay_embeddings`; a pattern of `weight_decays` overrules that. A name missing in
-    `updates` has had none.
+    `updates` has had none. `widths` multiply rates, and divide weight decays, so that a step decays weights
+    as much at every width.
 
     Raises `ConfigError` that lists every pattern that matches neither a trainable nor a frozen parameter.
     """
@@ -49,12 +52,14 @@ def parameter_groups(
     scales, decays = _by_name(config.lr_scales, names), _by_name(config.weight_decays, names)
     of_layers = layer_scales(names, config.layer_decay or 1.0)
     rules = config.rules(named_shapes)
+    of_widths = width_scales(named_shapes, config, rules, widths)
     members: dict[tuple[float, float, int, UpdateRule], list[str]] = {}
     for name, shape in named_shapes.items():
         if name in trainable:
             default = config.weight_decay if has_weight_decay(name, shape, config) else 0.0
-            lr_scale = scales.get(name, 1.0) * of_layers[name]
-            key = (decays.get(name, default), lr_scale, updates.get(name, 0), rules[name])
+            lr_scale = scales.get(name, 1.0) * of_layers[name] * of_widths[name]
+            decay = decays.get(name, default) / of_widths[name]
+            key = (decay, lr_scale, updates.get(name, 0), rules[name])
             members.setdefault(key, []).append(name)
     return [ParameterGroup(tuple(group), *key) for key, group in members.items()]
 
@@ -83,6 +88,34 @@ def layer_scales(names: Collection[str], decay: float) -> dict[str, float]:
     for name in list(names)[last_of_blocks + 1 :]:
         levels[name] = top
     return {name: decay ** (top - level) for name, level in levels.items()}
+
+
+def width_scales(
+    names: Collection[str],
+    config: OptimizerSettings,
+    rules: Mapping[str, UpdateRule],
+    widths: Widths | None,
+) -> dict[str, float]:
+    """The multiple of the rate of each parameter that its model's width asks for.
+
+    Raises `ConfigError` for an optimizer, or a parameter of it, without a rule.
+    """
+    if widths is None:
+        return dict.fromkeys(names, 1.0)
+    powers = {
+        (role, rule): config.width_power(role, rule)
+        for role, rule in dict.fromkeys((widths.roles[name], rules[name]) for name in names)
+    }
+    without = [name for name in names if powers[widths.roles[name], rules[name]] is None]
+    if without:
+        raise ConfigError(
+            f"model.parametrization=mup: optim.type={getattr(config, 'type', 'of your own')} has no rule for "
+            f"the rate of {without[0]}"
+            + (f" and {len(without) - 1} others" if without[1:] else "")
+            + ". Set optim.type to adamw, lion or sgd (muon: with hidden matrices alone in optim.matrices), "
+            "give your class the method width_power, or set model.parametrization=standard."
+        )
+    return {name: widths.ratio ** (powers[widths.roles[name], rules[name]] or 0.0) for name in names}
 
 
 def _by_name(values: Mapping[str, _T], names: Collection[str]) -> dict[str, _T]:

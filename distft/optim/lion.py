@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from distft.optim.settings import Beta, OptimizerSettings, UpdateRule, WeightDecay, param_groups
+from distft.config import WidthRole
+from distft.optim.settings import (
+    WIDTH_POWERS_OF_ADAM,
+    Beta,
+    OptimizerSettings,
+    UpdateRule,
+    WeightDecay,
+    param_groups,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +39,9 @@ class LionConfig(OptimizerSettings):
     @property
     def rule(self) -> UpdateRule:
         return UpdateRule(("exp_avg",))
+
+    def width_power(self, role: WidthRole, rule: UpdateRule) -> float | None:  # noqa: ARG002
+        return WIDTH_POWERS_OF_ADAM[role]
 
     def group_settings(self, group: ParameterGroup) -> dict[str, Any]:  # noqa: ARG002
         return {"betas": list(self.betas)}

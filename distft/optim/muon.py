@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from distft.config import WidthRole
 from distft.optim.adamw import ADAMW_MOMENTS
 from distft.optim.patterns import matching_names
-from distft.optim.settings import Beta, OptimizerSettings, UpdateRule, param_groups
+from distft.optim.settings import (
+    WIDTH_POWERS_OF_ADAM,
+    Beta,
+    OptimizerSettings,
+    UpdateRule,
+    param_groups,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +53,15 @@ class MuonConfig(OptimizerSettings):
 
     def patterns(self) -> list[tuple[str, str]]:
         return [*super().patterns(), *(("matrices", pattern) for pattern in self.matrices)]
+
+    def width_power(self, role: WidthRole, rule: UpdateRule) -> float | None:
+        if not rule.is_by_matrix:
+            return WIDTH_POWERS_OF_ADAM[role]
+        # An update of a hidden matrix must keep its spectral norm at every width (Yang et al. 2023,
+        # arXiv:2310.17813): `spectral` does, and `adamw` grows with the root of the width.
+        if role == "hidden":
+            return 0.0 if self.update_scale == "spectral" else -0.5
+        return None
 
     def group_settings(self, group: ParameterGroup) -> dict[str, Any]:
         if group.rule.is_by_matrix:

@@ -126,7 +126,31 @@ class SlantedTriangularConfig(Settings):
         """Every length of a run fits."""
 
 
+class RangeConfig(Settings):
+    """Rises exponentially to the peak in the last update: a range test (Smith 2017, arXiv:1506.01186)."""
+
+    type: Literal["range"] = "range"
+    first_factor: float = Field(1e-6, gt=0, lt=1)  # of the peak, in the first update
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Multiple of the peak for update `step` of `total_steps`."""
+        return float(self.first_factor ** (1 - _fraction(step, 0, total_steps - 1)))
+
+    def check(self, total_steps: int) -> None:
+        """Raise `ConfigError` for a run that has nothing between its lowest and its highest rate."""
+        if total_steps < 3:
+            raise ConfigError(
+                f"optim.schedule.type=range rises over the steps of the run, which are {total_steps}: train "
+                "longer."
+            )
+
+
 ScheduleConfig = Annotated[
-    CosineConfig | LinearConfig | ConstantConfig | WarmupStableDecayConfig | SlantedTriangularConfig,
+    CosineConfig
+    | LinearConfig
+    | ConstantConfig
+    | WarmupStableDecayConfig
+    | SlantedTriangularConfig
+    | RangeConfig,
     Component(),
 ]

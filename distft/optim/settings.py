@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from distft.config import Settings
+from distft.config import Settings, WidthRole
 from distft.config.step_function import StepFunction, values_of
 from distft.optim.schedules import CosineConfig, ScheduleConfig
 
@@ -31,6 +32,12 @@ def _check_decay(decay: Any) -> Any:
 
 
 Decay = Annotated[StepFunction, AfterValidator(_check_decay)]
+
+
+# Of muP, for optimizers whose update does not depend on the size of the gradient: Adam and signs
+WIDTH_POWERS_OF_ADAM: Mapping[WidthRole, float] = MappingProxyType(
+    {"input": 0.0, "hidden": -1.0, "output": -1.0, "finite": 0.0}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,10 @@ class OptimizerSettings(Settings, ABC):
     def rule(self) -> UpdateRule:
         """How parameters are updated, if all are updated alike; one that gives `rules` has none."""
         raise NotImplementedError
+
+    def width_power(self, role: WidthRole, rule: UpdateRule) -> float | None:  # noqa: ARG002
+        """p, where muP multiplies the rate of a parameter by width ratio ** p; None: no rule is known."""
+        return None
 
     def patterns(self) -> list[tuple[str, str]]:
         """Setting and pattern, of all that must match a parameter."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from distft.config import WidthRole
 from distft.optim.settings import Beta, OptimizerSettings, UpdateRule, WeightDecay, param_groups
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class SgdConfig(OptimizerSettings):
     @property
     def rule(self) -> UpdateRule:
         return UpdateRule(("momentum_buffer",) if self.momentum else ())
+
+    def width_power(self, role: WidthRole, rule: UpdateRule) -> float | None:  # noqa: ARG002
+        return {"input": 1.0, "hidden": 0.0, "output": -1.0, "finite": 0.0}[role]
 
     def group_settings(self, group: ParameterGroup) -> dict[str, Any]:  # noqa: ARG002
         return {"momentum": self.momentum, "nesterov": self.nesterov}

@@ -1,11 +1,14 @@
-"""Charts of runs as Vega-Lite specifications, which the page draws."""
+"""Curves, time line, confusion and time of runs as charts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.report.recorded_run import VALIDATION, RecordedRun
-from distft.report.series import Row, curve_rows, places_of, time_spent
+from distft.report.chart import Chart
+from distft.report.lines import is_number
+from distft.report.recorded_run import RecordedRun
+from distft.report.series import Row, curve_rows, pauses, places_of, time_spent
+from distft.search.metrics import VALIDATION
 
 # Metrics of training steps, in the order of the page: title, unit of the axis, factor of the values.
 _OF_STEPS = {
@@ -27,20 +30,15 @@ _EVENTS = {  # kinds on the time line
     "restart": "restart",
     "save": "save",
     "finish": "end",
+    "fault": "fault",
     "hang": "hang",
     "straggler": "straggler",
     "damaged_checkpoint": "damaged checkpoint",
     "stop_requested": "stop requested",
+    "superseded": "superseded",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chart:
-    """A title, and what Vega-Lite needs. `has_steps`: its x may be steps, tokens or hours."""
-
-    title: str
-    spec: dict[str, Any]
-    has_steps: bool = False
+_STALL, _AWAY, _SKIPPED = "stall of a save", "not running", "skipped steps"
+_MOST_S = 1e11  # of a time since 1970 that can be shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +50,8 @@ class _Placed:
     places: Sequence[Row]
 
 
-def charts_of(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
-    """Those of which some run has values: validation first, then training, then where the time went."""
+def curves_of(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
+    """Those of which some run has values: validation first, then training."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metric_names()))
     placed = [_Placed(run, name, places_of(run)) for run, name in zip(runs, names, strict=True)]
     charts = [
@@ -64,8 +62,7 @@ def charts_of(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
     charts += [_curve(placed, name, about) for name, about in _OF_STEPS.items() if name in metrics]
     terms = [name for name in metrics if name.endswith("/loss") and not name.startswith(VALIDATION)]
     charts += [_curve(placed, name, (name.replace("/", " "), "nats", 1.0)) for name in terms]
-    found = [chart for chart in charts if chart is not None]
-    return [*found, *_time_line(runs, names), _spent(runs, names)]
+    return [chart for chart in charts if chart is not None]
 
 
 def _unit(metric: str) -> str:
@@ -93,14 +90,21 @@ def _curve(
     spec = {
         "data": {"values": rows},
         "encoding": {
-            "x": {"field": "step", "type": "quantitative", "title": "step", "scale": {"zero": False}},
+            "x": {
+                "field": "step",
+                "type": "quantitative",
+                "title": "step",
+                "scale": {"zero": False},
+                "axis": {"tickCount": 6},
+            },
             "y": {"field": "value", "type": "quantitative", "title": unit, "scale": {"zero": False}},
             "color": _color([run.name for run in runs]),
             "tooltip": tooltip,
         },
         "layer": layers,
     }
-    return Chart(title=title[0].upper() + title[1:], spec=spec, has_steps=True)
+    shown = title[0].upper() + title[1:] + (", best marked" if marks_best else "")
+    return Chart(title=shown, spec=spec, has_steps=True)
 
 
 def _color(names: Sequence[str]) -> dict[str, Any]:
@@ -108,56 +112,116 @@ def _color(names: Sequence[str]) -> dict[str, Any]:
     return {"field": "run", "type": "nominal", "legend": legend, "scale": {"domain": list(names)}}
 
 
-def _time_line(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
+def time_lines_of(runs: Sequence[RecordedRun], names: Sequence[str]) -> list[Chart]:
+    """What happened when: of each run its starts, saves, stalls and troubles."""
     charts = []
     for run, name in zip(runs, names, strict=True):
         rows = [
-            {
-                "time": int(event["time"] * 1000),
-                "event": _EVENTS[event["kind"]],
-                "about": ", ".join(
-                    f"{k}: {v}" for k, v in event.items() if k not in ("time", "kind", "start_id")
-                )[:300],
-            }
-            for event in run.events
-            if event["kind"] in _EVENTS and isinstance(event.get("time"), float | int)
+            row for row in (*_events(run), *_spans(run), *_skips(run)) if 0 < row["time"] < _MOST_S * 1000
+        ]
+        kinds = {row["event"] for row in rows}
+        order = [kind for kind in (*_EVENTS.values(), _STALL, _SKIPPED, _AWAY) if kind in kinds]
+        encoding = {
+            "x": {"field": "time", "type": "temporal", "title": "time (of this computer's zone)"},
+            "y": {"field": "event", "type": "nominal", "title": None, "sort": order},
+            "color": {"field": "event", "type": "nominal", "legend": None},
+            "tooltip": [
+                {"field": "event"},
+                {"field": "time", "type": "temporal", "format": "%Y-%m-%d %H:%M:%S"},
+                {"field": "about"},
+            ],
+        }
+        layers = [
+            {"mark": {"type": "bar", "height": {"band": 0.6}}, "encoding": {"x2": {"field": "until"}}},
+            {"mark": {"type": "tick", "thickness": 2}},
         ]
         spec = {
+            "height": 24 * len(order),
             "data": {"values": rows},
-            "mark": {"type": "tick", "thickness": 3},
-            "encoding": {
-                "x": {"field": "time", "type": "temporal", "title": "time (of this computer's zone)"},
-                "y": {"field": "event", "type": "nominal", "title": None, "sort": list(_EVENTS.values())},
-                "color": {"field": "event", "type": "nominal", "legend": None},
-                "tooltip": [
-                    {"field": "event"},
-                    {"field": "time", "type": "temporal", "format": "%Y-%m-%d %H:%M:%S"},
-                    {"field": "about"},
-                ],
-            },
+            "encoding": encoding,
+            "layer": layers,
         }
-        charts.append(Chart(title="Time line" if len(runs) == 1 else f"Time line of {name}", spec=spec))
+        title = "Time line" if len(runs) == 1 else f"Time line of {name}"
+        if rows:
+            charts.append(Chart(title=title, spec=spec, is_broad=True))
     return charts
 
 
-def _spent(runs: Sequence[RecordedRun], names: Sequence[str]) -> Chart:
+def _events(run: RecordedRun) -> Iterator[Row]:
+    for event in run.events:
+        kind, time = event["kind"], event.get("time")
+        if kind in _EVENTS and is_number(time):
+            begin = time - (_seconds(event, "write_s") if kind == "save" else 0.0)
+            about = ", ".join(f"{k}: {v}" for k, v in event.items() if k not in ("time", "kind", "start_id"))
+            yield _span(_EVENTS[kind], begin, time, about[:300])
+
+
+def _spans(run: RecordedRun) -> Iterator[Row]:
+    for event in run.events:
+        stall_s = _seconds(event, "stall_s")
+        if event["kind"] == "save" and stall_s > 0 and is_number(event.get("time")):
+            begin = event["time"] - _seconds(event, "write_s") - stall_s
+            yield _span(_STALL, begin, begin + stall_s, f"the loop waited {stall_s:g} s for a save")
+    for begin, end in pauses(run):
+        yield _span(_AWAY, begin, end, f"{end - begin:.0f} s until the next start")
+
+
+def _skips(run: RecordedRun) -> Iterator[Row]:
+    """Where the number of skipped steps has grown."""
+    before = 0.0
+    for line in run.metrics:
+        now, time = line.get("skipped_steps"), line.get("time")
+        if is_number(now) and is_number(time):
+            if now > before:
+                yield _span(_SKIPPED, time, time, f"{now - before:g} up to step {line['step']}")
+            before = now
+
+
+def _span(event: str, begin_s: float, end_s: float, about: str) -> Row:
+    return {"event": event, "time": _ms(begin_s), "until": _ms(end_s), "about": about}
+
+
+def _ms(time_s: float) -> int:
+    return int(min(max(time_s, 0.0), _MOST_S) * 1000)
+
+
+def _seconds(event: Mapping[str, Any], field: str) -> float:
+    value = event.get(field)
+    return max(float(value), 0.0) if is_number(value) else 0.0
+
+
+def spent_chart(runs: Sequence[RecordedRun], names: Sequence[str]) -> Chart:
+    """Where the time went."""
+    spent = [(name, time_spent(run)) for run, name in zip(runs, names, strict=True)]
+    longest_s = max(sum(seconds.values()) for _, seconds in spent)
+    unit, factor = ("hours", 3600.0) if longest_s > 2 * 3600 else ("minutes", 60.0)
     rows = [
-        {"run": name, "what": what, "minutes": seconds / 60}
-        for run, name in zip(runs, names, strict=True)
-        for what, seconds in time_spent(run).items()
+        {"run": name, "what": what, "order": order, unit: seconds / factor}
+        for name, of_run in spent
+        for order, (what, seconds) in enumerate(of_run.items())
     ]
+    kinds = list(spent[0][1])
     spec = {
+        "height": 28 * len(runs) + 10,
         "data": {"values": rows},
         "mark": "bar",
         "encoding": {
-            "x": {"field": "minutes", "type": "quantitative", "title": "minutes"},
-            "y": {"field": "run", "type": "nominal", "title": None, "axis": {"labelLimit": 120}},
+            "x": {"field": unit, "type": "quantitative", "title": unit, "axis": {"tickCount": 5}},
+            "y": {
+                "field": "run",
+                "type": "nominal",
+                "title": None,
+                "sort": list(names),
+                "axis": {"labelLimit": 120},
+            },
             "color": {
                 "field": "what",
                 "type": "nominal",
-                "legend": {"orient": "top", "title": None, "columns": 3},
+                "scale": {"domain": kinds},
+                "legend": {"orient": "top", "title": None, "columns": 2},
             },
-            "tooltip": [{"field": "run"}, {"field": "what"}, {"field": "minutes", "format": ".2f"}],
+            "order": {"field": "order"},
+            "tooltip": [{"field": "run"}, {"field": "what"}, {"field": unit, "format": ".2f"}],
         },
     }
     return Chart(title="Where the time went", spec=spec)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from distft.report.recorded_run import VALIDATION, RecordedRun
+from distft.report.recorded_run import RecordedRun
+from distft.search.metrics import VALIDATION
 
 _ABSENT = "-"
 _LASTS = ("loss", "tokens_seen", "epoch", "skipped_steps")  # metrics of which the last value counts

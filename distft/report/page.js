@@ -1,21 +1,31 @@
-/* Draws the charts of a report, and sorts its tables. */
+/* Draws the charts of a report, sorts its tables, and follows the server of a live report. */
 "use strict";
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const titles = { step: "step", tokens: "tokens", hours: "hours of work" };
-const place = document.getElementById("place");
+const ink = "currentColor";
+const soft = "#8885";
+// The colours of the page, whatever they are: a chart need not be drawn again for a dark screen or for paper.
+const looks = {
+  axis: { labelColor: ink, titleColor: ink, gridColor: soft, domainColor: soft, tickColor: soft },
+  legend: { labelColor: ink, titleColor: ink },
+  title: { color: ink },
+  header: { labelColor: ink, titleColor: ink },
+  view: { stroke: soft },
+};
+let along = "step";
+const sorted = new Map(); // by number of the table: the column, and whether it rises
 
 async function draw(index) {
   const chart = charts[index];
   const spec = structuredClone(chart.spec);
   if (chart.hasSteps) {
-    spec.encoding.x.field = place.value;
-    spec.encoding.x.title = titles[place.value];
+    spec.encoding.x.field = along;
+    spec.encoding.x.title = titles[along];
   }
-  Object.assign(spec, { width: "container", background: "transparent", autosize: { type: "fit", contains: "padding" } });
-  if (!("height" in spec)) spec.height = 230;
+  Object.assign(spec, { width: "container", background: "transparent", autosize: { type: "fit-x", contains: "padding" } });
+  if (!("height" in spec)) spec.height = 180; // of the plot alone, without axes and legend
   const actions = { export: true, source: false, compiled: false, editor: false };
   await window.vegaEmbed(document.getElementById("chart" + index), spec, {
-    actions, renderer: "svg", theme: dark.matches ? "dark" : undefined, downloadFileName: "chart" + index,
+    actions, config: looks, renderer: "svg", downloadFileName: "chart" + index,
   });
 }
 
@@ -29,21 +39,57 @@ function key(cell) {
   return Number.isNaN(number) || cell.textContent === "" ? null : number;
 }
 
-function sort(head) {
-  const table = head.closest("table");
-  const column = [...head.parentNode.children].indexOf(head);
-  const up = head.dataset.up !== "yes";
-  head.dataset.up = up ? "yes" : "no";
+function sort(table, column, rises) {
+  for (const [at, head] of [...table.tHead.rows[0].cells].entries())
+    head.ariaSort = at !== column ? "none" : rises ? "ascending" : "descending";
   const rows = [...table.tBodies[0].rows].sort((a, b) => {
     const [x, y] = [a.cells[column], b.cells[column]];
     const [i, j] = [key(x), key(y)];
-    const order = i !== null && j !== null ? i - j : x.textContent.localeCompare(y.textContent);
-    return up ? order : -order;
+    // Numbers come before texts, in whichever direction.
+    if ((i === null) !== (j === null)) return i === null ? 1 : -1;
+    const order = i !== null ? i - j : x.textContent.localeCompare(y.textContent);
+    return rises ? order : -order;
   });
   table.tBodies[0].append(...rows);
 }
 
-for (const head of document.querySelectorAll("th")) head.addEventListener("click", () => sort(head));
-place.addEventListener("change", drawAll);
-dark.addEventListener("change", drawAll);
+function enliven() {
+  for (const [number, table] of [...document.querySelectorAll("table")].entries()) {
+    for (const [column, head] of [...table.tHead.rows[0].cells].entries())
+      head.firstChild.addEventListener("click", () => {
+        const rises = head.ariaSort !== "ascending";
+        sorted.set(number, [column, rises]);
+        sort(table, column, rises);
+      });
+    const [column, rises] = sorted.get(number) ?? [null, true];
+    if (column !== null && column < table.tHead.rows[0].cells.length) sort(table, column, rises);
+  }
+  const place = document.getElementById("place");
+  if (place === null) return;
+  place.value = along;
+  place.addEventListener("change", () => { along = place.value; drawAll(); });
+}
+
+async function follow() {
+  try {
+    const reply = await fetch("update?version=" + encodeURIComponent(version));
+    if (!reply.ok) throw new Error(reply.statusText);
+    const update = await reply.json();
+    document.getElementById("written").textContent = update.note;
+    if (update.version !== version) {
+      const open = [...document.querySelectorAll("details")].map((part) => part.open);
+      document.getElementById("main").innerHTML = update.body;
+      for (const [at, part] of document.querySelectorAll("details").entries()) part.open = open[at] ?? false;
+      [version, charts] = [update.version, update.charts];
+      enliven();
+      await drawAll();
+    }
+  } catch (error) {
+    document.getElementById("written").textContent = "The server does not answer: this is its last state.";
+  }
+  setTimeout(follow, 2000);
+}
+
+enliven();
 drawAll();
+if (version !== null) follow();

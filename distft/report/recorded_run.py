@@ -1,20 +1,36 @@
 """A run as its directory shows it: settings, metrics and events, of any version of distft."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, Self
 
 from distft.config import load_yaml
 from distft.errors import ConfigError
+from distft.report.lines import GrowingLines, is_int, is_number
 from distft.run.paths import CONFIG_FILE
-from distft.tracker import EVENTS_FILE, METRICS_FILE, read_lines
+from distft.search.metrics import main_metric, sign_of
+from distft.tracker import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE
 
 BEGINS, _ENDS = ("start", "resume"), "finish"  # kinds of events
 _DEFAULT_SILENCE_S = 300.0  # hang_timeout_s, unless the settings have another
-VALIDATION = "validation/"  # begins the names of metrics of held-out data
-_FALLING = ("loss", "error", "perplexity", "bits_per_byte")  # end the names of metrics that are best if low
+_MOST_STEPS = 1e15
+
+
+class FollowedRun:
+    """A run's files, which grow: `RecordedRun.of` reads what is new in them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.metrics = GrowingLines(directory / METRICS_FILE)
+        self.events = GrowingLines(directory / EVENTS_FILE)
+        self.evaluations = GrowingLines(directory / EVALUATIONS_FILE)
+
+    @property
+    def files(self) -> tuple[GrowingLines, ...]:
+        return self.metrics, self.events, self.evaluations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,21 +41,32 @@ class RecordedRun:
     settings: Mapping[str, Any]  # of config.yaml, as it stands there
     metrics: Sequence[Mapping[str, Any]]  # a line for each logged step, and for each evaluation
     events: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]  # what they found besides metrics
+    num_unreadable: int  # lines of these files that are no JSON object
     written_at: float  # when the newest of the files was, in seconds since 1970
 
     @classmethod
     def read(cls, directory: str | Path) -> Self:
         """Raises `ConfigError` if no run has begun there, or its settings cannot be read."""
-        path = Path(directory)
-        files = [path / name for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE)]
+        return cls.of(FollowedRun(Path(directory)))
+
+    @classmethod
+    def of(cls, followed: "FollowedRun") -> Self:
+        """The run as its files are now. Raises as `read`."""
+        path = followed.directory
         if not is_run(path):
             what = "is no run: it has no" if path.is_dir() else "is no directory, so no run:"
             raise ConfigError(f"{path} {what} {EVENTS_FILE}. Give the run_dir of a run that has begun.")
+        config = path / CONFIG_FILE
+        metrics, evaluations = (lines.read() for lines in (followed.metrics, followed.evaluations))
+        files = [config, *(lines.path for lines in followed.files)]
         return cls(
             directory=path,
-            settings=load_yaml(files[0]) if files[0].is_file() else {},
-            metrics=[line for line in read_lines(files[1]) if _is_int(line.get("step"))],
-            events=[line for line in read_lines(files[2]) if isinstance(line.get("kind"), str)],
+            settings=load_yaml(config) if config.is_file() else {},
+            metrics=[line for line in metrics if is_int(line.get("step"))],
+            events=[line for line in followed.events.read() if isinstance(line.get("kind"), str)],
+            evaluations=[line for line in evaluations if is_int(line.get("step"))],
+            num_unreadable=sum(lines.num_unreadable for lines in followed.files),
             written_at=max(file.stat().st_mtime for file in files if file.exists()),
         )
 
@@ -47,14 +74,20 @@ class RecordedRun:
     def step(self) -> int:
         """The last one that was logged or saved."""
         steps = [line.get("step") for line in (*self.metrics, *self.events)]
-        return max((step for step in steps if _is_int(step)), default=0)
+        return max((step for step in steps if is_int(step)), default=0)
 
     @property
     def max_steps(self) -> int | None:
-        """None: the settings give the length in epochs."""
+        """Of the settings, or by the epoch of the last logged step; None: not known yet."""
         train = self.settings.get("train")
-        found = train.get("max_steps") if isinstance(train, Mapping) else None
-        return found if _is_int(found) else None
+        train = train if isinstance(train, Mapping) else {}
+        max_steps, num_epochs = train.get("max_steps"), train.get("num_epochs")
+        if is_int(max_steps):
+            return max_steps
+        step, epoch = next(iter(reversed(self.values("epoch"))), (0, 0.0))
+        if not is_number(num_epochs) or epoch <= 0 or not 0 < step * num_epochs / epoch < _MOST_STEPS:
+            return None
+        return max(math.ceil(step * num_epochs / epoch - 1e-6), 1)  # less what a division has rounded up
 
     @property
     def num_starts(self) -> int:
@@ -88,22 +121,15 @@ class RecordedRun:
         found = self.values(metric)
         if not found:
             return None
-        sign = -1 if metric.endswith(_FALLING) else 1
+        sign = sign_of(metric)
         return max(found, key=lambda pair: (sign * pair[1], -pair[0]))
 
     @property
     def main_metric(self) -> str:
         """That of early stopping; else the validation's accuracy or its like, of language models the loss."""
-        names = self.metric_names()
         train = self.settings.get("train")
         stopping = train.get("early_stopping") if isinstance(train, Mapping) else None
-        if isinstance(stopping, Mapping) and f"{VALIDATION}{stopping.get('metric')}" in names:
-            return f"{VALIDATION}{stopping['metric']}"
-        held_out = [name for name in names if name.startswith(VALIDATION)]
-        if f"{VALIDATION}perplexity" in held_out:
-            return f"{VALIDATION}loss"
-        rising = [name for name in held_out if name.endswith(("accuracy", "spearman", "micro_f1"))]
-        return next(iter(rising or held_out), "loss")
+        return main_metric(self.metric_names(), stopping)
 
 
 def is_run(path: Path) -> bool:
@@ -129,12 +155,3 @@ def find_runs(directory: Path, *, depth: int = 4) -> Iterator[Path]:
     for child in children:
         if child.name != "checkpoints":
             yield from find_runs(child, depth=depth - 1)
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is an int or a float, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -4,7 +4,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from distft.report.recorded_run import BEGINS, RecordedRun, is_number
+from distft.report.lines import is_number
+from distft.report.recorded_run import BEGINS, RecordedRun
 
 MAX_POINTS = 800  # of a curve; more than a screen has pixels for would only make the file larger
 

@@ -6,8 +6,8 @@ from distft import storage
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import BaseRecord
 from distft.checkpoint.steps import absolute, step_name
-from distft.run.inputs import RunInputs
 from distft.run.model import new_parameter_prefixes
+from distft.run.run_inputs import RunInputs
 
 
 def base_of(inputs: RunInputs, root: str) -> BaseRecord | None:

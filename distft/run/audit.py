@@ -85,7 +85,9 @@ def audit_events(events: Sequence[Mapping[str, Any]], committed: Progress | None
         missing=_gaps(used, num_sequences),
         repeated=tuple(_intervals(last, "used_again")),
         num_starts=len(starts),
-        num_lost_steps=sum(one.last_step - one.first_step for one in starts) - starts[-1].last_step,
+        # A fork begins at the step of another run's commit.
+        num_lost_steps=sum(one.last_step - one.first_step for one in starts)
+        - (starts[-1].last_step - starts[0].first_step),
         num_uncommitted_steps=starts[-1].last_step - step,
         world_sizes=tuple(one.world_size for one in starts),
     )

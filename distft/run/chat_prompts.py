@@ -20,11 +20,12 @@ class ChatPrompt:
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
+    line: int = 1  # of its file
     where: str = "-m:"  # for errors
 
 
-def read_chats(path: str) -> list[ChatPrompt]:
-    """The conversations of a file.
+def read_chats(path: str, data: ConversationsConfig | None = None) -> list[ChatPrompt]:
+    """The conversations of a file, whose columns and roles have the names that `data` says.
 
     A .json file has one, as an array of messages or an object with `messages` and perhaps `tools`; files of
     rows are as those of `data.type=conversations`. Raises `DataError`.
@@ -32,9 +33,11 @@ def read_chats(path: str) -> list[ChatPrompt]:
     if PurePath(path).suffix.lower() == ".json":
         return [_of_json(path)]
     errors = RowErrors(path)
+    names = ConversationsConfig(path=path) if data is None else data
+    config = names.model_copy(update={"path": path, "max_rows": None})
     found = [
-        ChatPrompt(messages=row.messages, tools=row.tools, where=f"{path}:{row.line}:")
-        for row in read_conversations(ConversationsConfig(path=path), errors, needs_answer=False)
+        ChatPrompt(messages=row.messages, tools=row.tools, line=row.line, where=f"{path}:{row.line}:")
+        for row in read_conversations(config, errors, needs_answer=False)
     ]
     errors.raise_if_any()
     if not found:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from distft.data.streams import StreamsConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
-from distft.errors import ConfigError, ErrorCollector
+from distft.errors import ConfigError, DistftError, ErrorCollector
 from distft.objective.mixture import Mixture
 from distft.run.config import RunConfig
 from distft.run.paths import check_paths
 from distft.topology import BatchPlan, Topology
 
 if TYPE_CHECKING:
-    from distft.run.inputs import RunInputs
     from distft.run.plan import RunNeeds
+    from distft.run.run_inputs import RunInputs
 
 
 def check_run(
@@ -28,6 +28,7 @@ def check_run(
     """
     check_before_torch(config, topology)
     from distft.run.inputs import read_inputs
+    from distft.run.samples import check_samples
 
     errors = ErrorCollector()
     with errors.collect():
@@ -38,7 +39,26 @@ def check_run(
     with errors.collect():
         inputs = read_inputs(config, cache_dir)
     errors.raise_if_any()
+    check_samples(inputs)
     return plan, inputs
+
+
+def check_supervised_alone(
+    inputs: "RunInputs", topology: Topology, cache_dir: str | None = None
+) -> "tuple[BatchPlan, RunInputs] | None":
+    """Batch plan and inputs of the run to train first. Raises the errors of `check_run`."""
+    from distft.run.comparison import supervised_alone
+
+    config = supervised_alone(inputs)
+    if config is None:
+        return None
+    try:
+        return check_run(config, topology, cache_dir)
+    except DistftError as error:
+        raise type(error)(
+            "The run of supervised alone, which comes first (compare_with_supervised=false leaves it out), "
+            f"cannot be: {error}"
+        ) from error
 
 
 def check_before_torch(config: RunConfig, topology: Topology) -> None:
@@ -127,7 +147,6 @@ def describe_run(
     plan, inputs = check_run(config, Topology(world_size=world_size))
     import torch
 
-    from distft.run.comparison import check_supervised_alone
     from distft.run.phases import describe_phases
     from distft.run.plan import Speed, describe_needs, run_needs
     from distft.run.remarks import remarks

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from distft import storage
 from distft.data.streams import StreamsConfig
-from distft.errors import DistftError
 from distft.objective.mixture import Mixture
-from distft.run.check import check_run
 from distft.run.config import RunConfig
-from distft.topology import BatchPlan, Topology
 from distft.tracker import METRICS_FILE, Trackers, read_lines
 
 if TYPE_CHECKING:
-    from distft.run.inputs import RunInputs
+    from distft.run.run_inputs import RunInputs
 
 SUPERVISED_ALONE = "supervised_alone"  # the directory of that run, in the run's own
 # The metric that decides, the first of these that a part has; otherwise the loss.
@@ -61,22 +58,6 @@ def supervised_alone(inputs: "RunInputs") -> RunConfig | None:
         own_directory = {"directory": storage.join(directory, SUPERVISED_ALONE)}
         changes["checkpoint"] = config.checkpoint.model_copy(update=own_directory)
     return config.model_copy(update=changes)
-
-
-def check_supervised_alone(
-    inputs: "RunInputs", topology: Topology, cache_dir: str | None = None
-) -> "tuple[BatchPlan, RunInputs] | None":
-    """Batch plan and inputs of the run to train first. Raises the errors of `check_run`."""
-    config = supervised_alone(inputs)
-    if config is None:
-        return None
-    try:
-        return check_run(config, topology, cache_dir)
-    except DistftError as error:
-        raise type(error)(
-            "The run of supervised alone, which comes first (compare_with_supervised=false leaves it out), "
-            f"cannot be: {error}"
-        ) from error
 
 
 def log_comparison(config: RunConfig, trackers: Trackers) -> None:

@@ -21,7 +21,7 @@ from distft.data.token_labels import TokenLabelsConfig
 from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
 from distft.engine.settings import LocalConfig
-from distft.errors import DistftError, suggest_name
+from distft.errors import ConfigError, DistftError, suggest_name
 from distft.model.config import ModelConfig
 from distft.model.lora_config import LoraConfig
 from distft.model.settings import AnyModelConfig, is_complete, model_setting_names
@@ -30,7 +30,8 @@ from distft.optim.config import OptimConfig
 from distft.run.chat_config import ChatConfig
 from distft.run.cluster_config import MOST_SECONDS, ClusterConfig
 from distft.run.lora import default_trainable
-from distft.run.phases import PhaseConfig, phase_problems
+from distft.run.phase_config import PhaseConfig, phase_problems
+from distft.run.samples_config import SamplesConfig
 from distft.run.streams import stream_problems
 from distft.tracker import TrackerConfig
 from distft.train.schedule import TrainConfig
@@ -49,6 +50,7 @@ _Data: TypeAlias = (
 DataConfig = Annotated[_Data, Component()]
 ValidationConfig = Annotated[_Data | SplitConfig, Component()]
 EngineConfig = Annotated[LocalConfig | ZeroConfig, Component()]
+SEARCH_SECTION = "search"  # of the configuration of a search, beside the settings of its runs
 
 
 class BatchConfig(Settings):
@@ -65,6 +67,7 @@ class EvaluationConfig(Settings):
     every_steps: int | None = Field(default=None, ge=1)  # in addition to the end of the run
     max_sequences: int | None = Field(default=None, ge=1)  # per evaluation, of each stream; null: all
     micro_batch_size: int | None = Field(default=None, ge=1)  # null: batch.micro_batch_size
+    samples: SamplesConfig | None = None  # texts that the model generates at each evaluation; null: none
 
 
 class RunConfig(Settings):
@@ -151,6 +154,8 @@ class RunConfig(Settings):
             problems.append("train.early_stopping needs validation and evaluation.every_steps")
         if self.evaluation.every_steps is not None and self.validation is None:
             problems.append("evaluation.every_steps is set, but validation is not")
+        if self.evaluation.samples is not None and self.validation is None:
+            problems.append("evaluation.samples is set, but validation is not")
         if self.hang_timeout_s < 3 * self.heartbeat_s:
             problems.append(
                 f"hang_timeout_s={self.hang_timeout_s:g} is less than three times "
@@ -176,8 +181,18 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     The file is the user's own, so classes outside distft that it names are imported. Next to `init_from`,
     `model` and `lora` may give single fields: the others are those of the checkpoint.
     """
-    raw = _complete_engine(_complete_from_checkpoint(apply_overrides(load_yaml(path), overrides)))
-    config: RunConfig = parse(RunConfig, raw, trust=True)
+    raw = apply_overrides(load_yaml(path), overrides)
+    if SEARCH_SECTION in raw:
+        raise ConfigError(
+            f"{path} has a section {SEARCH_SECTION}, so it describes a search: start it with `distft tune {path}`."
+        )
+    return parse_run_config(raw)
+
+
+def parse_run_config(raw: Mapping[str, Any]) -> RunConfig:
+    """As `load_run_config`, from the content of the user's file."""
+    completed = _complete_engine(_complete_from_checkpoint(dict(raw)))
+    config: RunConfig = parse(RunConfig, completed, trust=True)
     return config
 
 

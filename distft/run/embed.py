@@ -63,10 +63,11 @@ def embed_corpus(
 ) -> EmbedResult:
     """Write the embeddings of all documents, in their order, to `output`: a .npy or a .parquet file.
 
-    A document has one row, of its first `batch.seq_len` tokens. The temperature does not scale embeddings.
-    The file appears when it is complete. Raises `ConfigError` for an output of another kind or one that
-    cannot be written, and `DataError` for a corpus without documents, on all ranks; also for one with rows
-    without text if the output does not say which document an embedding is of.
+    Of a model of images and texts they are those of its texts. A document has one row, of its first
+    `batch.seq_len` tokens. The temperature does not scale embeddings. The file appears when it is complete.
+    Raises `ConfigError` for an output of another kind or one that cannot be written, and `DataError` for a
+    corpus without documents, on all ranks; also for one with rows without text if the output does not say
+    which document an embedding is of.
     """
     kind = file_type(output)
     trained = open_model(path, overrides, trust=trust)
@@ -150,6 +151,11 @@ def embedding_head(trained: TrainedModel, options: EmbedOptions) -> EmbeddingHea
             pooling = trained.config.model.default_pooling
         head = EmbeddingHead(pooling=pooling, normalize=False)
     if trained.config.model is not None and options.pooling is not None:
+        if trained.config.model.image_shape is not None:
+            raise ConfigError(
+                f"--pooling={options.pooling}: the towers of {trained.source.path} pool as "
+                "model.image_pooling and model.text_pooling say. Leave it out."
+            )
         check_pooling(options.pooling, trained.config.model, "--pooling")
     return EmbeddingHead(
         pooling=options.pooling or head.pooling,
@@ -181,6 +187,7 @@ class _Embedder:
         self._batch_size = trained.config.evaluation.micro_batch_size or trained.config.batch.micro_batch_size
         self._module = module
         self._device = device
+        self._image_shape = module.config.image_shape  # of a model of images and texts
         self.num_documents = self.num_cut = 0
         self.without_text: Counter[str] = Counter()  # rows, by reason
 
@@ -220,6 +227,15 @@ class _Embedder:
                 targets={},
                 num_targets={},
                 lengths=torch.from_numpy(ragged.lengths(indices.numpy())),
+                images=self._no_images(len(indices)),
             ).to(self._device)
-            vectors[indices] = self._module(**batch.model_inputs)[_HEAD].float().cpu()
+            found = self._module(**batch.model_inputs)[_HEAD].float().cpu()
+            # Of images and texts two vectors a row: the text's is behind the image's, which reads no text.
+            vectors[indices] = found if self._image_shape is None else found[1::2]
         return vectors
+
+    def _no_images(self, num_rows: int) -> Tensor | None:
+        """Black ones, for a model that reads an image beside each text."""
+        if self._image_shape is None:
+            return None
+        return torch.zeros(num_rows, *self._image_shape, dtype=torch.uint8)

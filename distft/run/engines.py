@@ -14,9 +14,9 @@ from distft.errors import ConfigError
 from distft.model.initialisation import initial_fragment
 from distft.optim.groups import parameter_groups
 from distft.run.config import RunConfig
-from distft.run.inputs import RunInputs
 from distft.run.model import new_parameter_prefixes, require_parameters
 from distft.run.resume import parameters_with_other_states
+from distft.run.run_inputs import RunInputs
 from distft.run.training_module import build_training_module
 from distft.topology import BatchPlan, Topology
 
@@ -59,7 +59,8 @@ def build_engine(
     with all_or_none(collectives, ConfigError):
         module = build_training_module(inputs, plan, device)
     updates = {name: source.updates(name) for name in inputs.trainable}
-    groups = parameter_groups(inputs.shapes, inputs.trainable, config.optim, updates)
+    widths = inputs.model.widths(inputs.shapes)
+    groups = parameter_groups(inputs.shapes, inputs.trainable, config.optim, updates, widths)
     engine: Engine
     if isinstance(config.engine, LocalConfig):
         engine = LocalEngine(module, groups, settings=config.engine, optim=config.optim, device=device)

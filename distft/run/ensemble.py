@@ -1,7 +1,8 @@
 """Ensembles of classifiers: measured on validation data beside each of their members."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from distft.errors import ConfigError
 from distft.objective.classification import Classification
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.run.combination import COMBINE, Combine, best_weights, combined
+from distft.run.data_context import require_inputs_of_model
 from distft.run.pretrained import TrainedModel, evaluate_model, open_model, ranks_of
 from distft.topology import Topology
 
@@ -64,7 +66,8 @@ def open_members(
 ) -> list[TrainedModel]:
     """The models of an ensemble.
 
-    Raises one `ConfigError` for all that are no classifiers of the same labels.
+    Raises one `ConfigError` for all that are no classifiers of the same labels, or whose objective or data
+    do not fit their model.
     """
     members = [open_model(path, overrides, trust=trust) for path in paths]
     for member in members:
@@ -85,9 +88,21 @@ def open_members(
                 f"{_shown(set(_names(members[0])) - set(_names(member)), 'lacks')}. "
                 "The members of an ensemble need the same."
             )
+        problems += [f"{member.source.path}: {problem}" for problem in _misfits(member)]
     if problems:
         raise ConfigError("\n".join(problems))
     return members
+
+
+def _misfits(member: TrainedModel) -> Iterator[str]:
+    """What overrides ask of the member's model and it cannot do."""
+    config, model = member.config, member.config.model
+    assert model is not None
+    for check in (partial(require_inputs_of_model, config), config.objective.check_model):
+        try:
+            check(model)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _names(member: TrainedModel) -> ClassNames:

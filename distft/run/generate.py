@@ -1,7 +1,7 @@
 """Continues prompts with a trained language model."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 import torch
@@ -11,6 +11,7 @@ from distft.data.records import read_records
 from distft.data.rows import text_problem
 from distft.errors import ConfigError, DataError, ErrorCollector
 from distft.model.generation import generate
+from distft.model.with_heads import ModelWithHeads
 from distft.objective.prefix_lm import PrefixLM
 from distft.run.chat_prompts import ChatPrompt, require_questions
 from distft.run.data_context import chat_of, tokenizer_notes
@@ -52,33 +53,10 @@ def generate_text(
     `on_note` gets what the model did not see or was not trained for, `on_text` the texts as they come.
     Raises `ConfigError` for a model that cannot generate, or a prompt or a stop text that is none.
     """
-    if any(map(text_problem, prompts)):
-        raise ConfigError("a prompt has a lone surrogate, half a character: correct it.")
-    trained = _opened(path, options, trust=trust, on_note=on_note)
-    is_source = _reads_sources(trained)
-    start, start_of_nothing = document_start(trained), _start_of_nothing(trained.tokenizer)
-    end = source_end(trained) if is_source else []
-    if not start and "" in prompts:
-        on_note(
-            "a prompt is empty, and the model has not learned how a document begins: its text goes on behind "
-            f"token {start_of_nothing[0]}."
-        )
-    encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
-    starts = [start if start or ids else start_of_nothing for ids in encoded]
-    asked = [
-        _Asked(
-            row=[*begin, *ids, *end],
-            before=[] if is_source else ids,
-            shown="" if is_source else prompt,
-            is_empty=not prompt,
-        )
-        for begin, ids, prompt in zip(starts, encoded, prompts, strict=True)
-    ]
-    eos = trained.tokenizer.eos_id
-    ends = () if eos is None else (eos,)
-    return _generated(
-        trained, asked, options, ends=ends, num_kept=len(start), on_note=on_note, on_text=on_text
-    )
+    trained = open_generator(path, options, trust=trust, on_note=on_note)
+    encoded = encode_prompts(trained, prompts, on_note=on_note)
+    found = _new_texts(trained, encoded, options, on_note=on_note, on_text=on_text)
+    return [shown + new for shown, new in zip(encoded.shown, found, strict=True)]
 
 
 def generate_answers(
@@ -97,7 +75,67 @@ def generate_answers(
     conversations that the template refuses.
     """
     require_questions(chats)
-    trained = _opened(path, options, trust=trust, on_note=on_note)
+    trained = open_generator(path, options, trust=trust, on_note=on_note)
+    encoded = encode_chats(trained, chats, template=template, on_note=on_note)
+    return _new_texts(trained, encoded, options, on_note=on_note, on_text=on_text)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedPrompts:
+    """Prompts as the model reads them."""
+
+    rows: Sequence[list[int]]
+    before: Sequence[list[int]]  # of each, the tokens whose text the new one goes on
+    shown: Sequence[str]  # of each, the text that comes before the new one
+    is_empty: Sequence[bool]
+    ends: Collection[int]  # tokens that end a text
+    num_kept: int  # first tokens of each row that stay when it grows beyond the model's window
+
+    def __getitem__(self, index: slice) -> "EncodedPrompts":
+        return replace(
+            self,
+            rows=self.rows[index],
+            before=self.before[index],
+            shown=self.shown[index],
+            is_empty=self.is_empty[index],
+        )
+
+
+def encode_prompts(
+    trained: TrainedModel, prompts: Sequence[str], *, on_note: Callable[[str], None]
+) -> EncodedPrompts:
+    """Raises `ConfigError` for a model that cannot generate, or a prompt that is no text."""
+    if any(map(text_problem, prompts)):
+        raise ConfigError("a prompt has a lone surrogate, half a character: correct it.")
+    is_source = _reads_sources(trained)
+    start, start_of_nothing = document_start(trained), _start_of_nothing(trained.tokenizer)
+    end = source_end(trained) if is_source else []
+    if not start and "" in prompts:
+        on_note(
+            "a prompt is empty, and the model has not learned how a document begins: its text goes on behind "
+            f"token {start_of_nothing[0]}."
+        )
+    encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
+    starts = [start if start or ids else start_of_nothing for ids in encoded]
+    eos = trained.tokenizer.eos_id
+    return EncodedPrompts(
+        rows=[[*begin, *ids, *end] for begin, ids in zip(starts, encoded, strict=True)],
+        before=[[] for _ in prompts] if is_source else encoded,
+        shown=["" for _ in prompts] if is_source else prompts,
+        is_empty=[not prompt for prompt in prompts],
+        ends=() if eos is None else (eos,),
+        num_kept=len(start),
+    )
+
+
+def encode_chats(
+    trained: TrainedModel,
+    chats: Sequence[ChatPrompt],
+    *,
+    template: str | None = None,
+    on_note: Callable[[str], None],
+) -> EncodedPrompts:
+    """Raises `ConfigError` for a model that cannot answer, and `DataError` for what the template refuses."""
     if _reads_sources(trained):
         raise ConfigError(f"{trained.source.path} has an encoder, which reads sources, and no conversations.")
     tokenizer = trained.tokenizer
@@ -106,89 +144,105 @@ def generate_answers(
     elif not tokenizer.chat_templates:
         on_note("the model has no chat template, so that it reads messages as a plain text. Name one.")
     chat = chat_of(tokenizer, trained.config.chat)
-    errors, asked = ErrorCollector(), []
+    errors, rows = ErrorCollector(), []
     for prompt in chats:
         with errors.collect():
             try:
-                ids = chat.prompt(prompt.messages, prompt.tools)
+                rows.append(chat.prompt(prompt.messages, prompt.tools))
             except DataError as error:
                 raise DataError(f"{prompt.where} {error}") from None
-            asked.append(_Asked(row=ids, before=ids))
     errors.raise_if_any()
-    num_kept = int(all(chat.row[:1] == [tokenizer.bos_id] for chat in asked))
-    return _generated(
-        trained, asked, options, ends=chat.turn_ends, num_kept=num_kept, on_note=on_note, on_text=on_text
+    return EncodedPrompts(
+        rows=rows,
+        before=rows,
+        shown=["" for _ in rows],
+        is_empty=[False for _ in rows],
+        ends=chat.turn_ends,
+        num_kept=int(all(row[:1] == [tokenizer.bos_id] for row in rows)),
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """A prompt as the model reads it."""
-
-    row: list[int]
-    before: list[int]  # tokens whose text the new one goes on
-    shown: str = ""  # comes before the new text in the result
-    is_empty: bool = False
-
-
-def _opened(
-    path: str, options: GenerationOptions, *, trust: bool, on_note: Callable[[str], None]
+def open_generator(
+    path: str,
+    options: GenerationOptions,
+    *,
+    overrides: Sequence[str] = (),
+    trust: bool = False,
+    on_note: Callable[[str], None],
 ) -> TrainedModel:
+    """The model at `path`. Raises `ConfigError` for a stop text that is none."""
     if "" in options.stop:
         raise ConfigError("a stop text is empty: leave it out.")
-    trained = open_model(path, trust=trust)
+    trained = open_model(path, overrides, trust=trust)
     for note in (*trained.tokenizer.notes, *tokenizer_notes(trained.tokenizer, trained.source)):
         on_note(note)
     return trained
 
 
-def _generated(
-    trained: TrainedModel,
-    prompts: Sequence[_Asked],
-    options: GenerationOptions,
-    *,
-    ends: Collection[int],
-    num_kept: int,
-    on_note: Callable[[str], None],
-    on_text: TextListener | None,
-) -> list[str]:
-    """The text of each prompt, up to one of the tokens `ends` or a stop text."""
-    device = choose_device(trained.config, Topology())
+def load_generator(trained: TrainedModel, device: torch.device) -> ModelWithHeads:
+    """Its module on `device`. Raises `ConfigError` for one that generates nothing."""
     module = load_model(trained, device)
     if "lm_head" not in module.heads:
         raise ConfigError(f"{trained.source.path} is a classifier, which cannot generate text.")
+    return module
+
+
+def _new_texts(
+    trained: TrainedModel,
+    prompts: EncodedPrompts,
+    options: GenerationOptions,
+    *,
+    on_note: Callable[[str], None],
+    on_text: TextListener | None,
+) -> list[str]:
+    device = choose_device(trained.config, Topology())
+    module = load_generator(trained, device)
     generator = torch.Generator(device).manual_seed(options.seed)
+    return continue_prompts(trained, module, prompts, options, generator, on_note=on_note, on_text=on_text)
+
+
+def continue_prompts(
+    trained: TrainedModel,
+    module: ModelWithHeads,
+    prompts: EncodedPrompts,
+    options: GenerationOptions,
+    generator: torch.Generator,
+    *,
+    on_note: Callable[[str], None],
+    on_text: TextListener | None = None,
+) -> list[str]:
+    """The new text of each prompt, up to a token or a text that ends it."""
     texts: list[str] = []
     longest = 0
-    for first in range(0, len(prompts), _BATCH_SIZE):
+    for first in range(0, len(prompts.rows), _BATCH_SIZE):
         batch = prompts[first : first + _BATCH_SIZE]
-        stops = Stops(trained.tokenizer, [prompt.before for prompt in batch], options.stop, ends)
+        stops = Stops(trained.tokenizer, batch.before, options.stop, prompts.ends)
         live = None
         if on_text is not None:
-            stream = TextStream(trained.tokenizer, batch[0].before, options.stop)
+            stream = TextStream(trained.tokenizer, batch.before[0], options.stop)
             live = _Live(stops, stream, on_text, first)
-            live.show(batch[0].shown)
+            live.show(batch.shown[0])
         continuations = generate(
             module,
-            [prompt.row for prompt in batch],
+            batch.rows,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             eos_id=trained.tokenizer.eos_id,
             is_finished=stops.is_finished if live is None else live.is_finished,
-            num_kept=num_kept,
-            not_empty=[number for number, prompt in enumerate(batch) if prompt.is_empty],
+            num_kept=prompts.num_kept,
+            not_empty=[number for number, is_empty in enumerate(batch.is_empty) if is_empty],
             generator=generator,
         )
         # The last new token is not read again.
         longest = max(
-            longest, *(len(p.row) + len(new) - 1 for p, new in zip(batch, continuations, strict=True))
+            longest, *(len(row) + len(new) - 1 for row, new in zip(batch.rows, continuations, strict=True))
         )
-        found = [prompt.shown + stops.cut(i, continuations[i]) for i, prompt in enumerate(batch)]
+        found = [stops.cut(i, new) for i, new in enumerate(continuations)]
         texts += found
         if live is not None:
-            live.finish(found)
+            live.finish([shown + new for shown, new in zip(batch.shown, found, strict=True)])
     if longest > module.config.longest_row:
         on_note(_window_note(module.config.longest_row))
     return texts

@@ -1,22 +1,19 @@
 """Reads and checks the inputs of a run before it uses a device: tokenizer, data, model, checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from distft.checkpoint.adapters import adapters_of, merged
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.formats.detect import open_source
 from distft.checkpoint.sources import CheckpointSource, notes_of
 from distft.data.dataset import DataContext, Labels
-from distft.data.feed import AnyFeed, StreamFeed
+from distft.data.feed import AnyFeed
 from distft.data.split import SplitConfig
-from distft.data.streams import StreamsConfig
 from distft.errors import CheckpointError, ConfigError, ErrorCollector
 from distft.model.config import ModelConfig
-from distft.model.counts import Flops, num_attention_pairs
 from distft.model.heads import Heads
 from distft.model.lora_config import is_adapter
-from distft.objective.interface import Passes
 from distft.objective.mixture import Mixture
 from distft.optim.groups import parameter_groups
 from distft.optim.patterns import select_trainable
@@ -43,102 +40,11 @@ from distft.run.model import (
 from distft.run.paths import check_data_files, find_tokenizer, naming_settings, require_outputs
 from distft.run.phases import check_phases, trainable_in_any
 from distft.run.reference_source import open_reference
-from distft.run.step_flops import StepFlops
+from distft.run.run_inputs import RunInputs, num_steps
 from distft.run.streams import require_targets
 from distft.tokenizer import Tokenizer
 
 _ANY_VOCABULARY = 1 << 20  # above the ids that settings name
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunInputs:
-    """Inputs of a run, checked against each other. No memory is allocated for weights yet."""
-
-    config: RunConfig  # with `model` set
-    tokenizer: Tokenizer | None  # None: the model reads images alone
-    model: ModelConfig
-    train: AnyFeed
-    validation: AnyFeed | None
-    label_names: Labels  # of a classification
-    heads: Heads
-    shapes: dict[str, tuple[int, ...]]  # of every parameter
-    trainable: set[str]
-    init_from: CheckpointSource | None
-    reference: CheckpointSource | None = None  # with which the objective compares the model
-    notes: tuple[str, ...] = ()  # on the tokenizer
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return _total_steps(self.config, self.train)
-
-    @property
-    def num_epochs(self) -> float:
-        """How often the whole run uses each row of the training data, on average."""
-        return self.total_steps * self.config.batch.global_batch_size / self.train.num_sequences
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether training drops anything of the model or its adapters, or adds noise."""
-        lora = self.config.lora
-        return self.model.has_dropout or self.model.has_noise or (lora is not None and lora.dropout > 0)
-
-    @property
-    def training_flops(self) -> dict[str, Flops]:
-        """FLOPs of a step's passes, on rows of the run's length, by stream as in `Batch.work`.
-
-        A row of a stream goes through the heads of that stream's part alone. Passes without a gradient, such
-        as a teacher's, count too.
-        """
-        return {name: self._step_flops.of(heads, passes) for name, (heads, passes) in self._parts.items()}
-
-    @property
-    def recomputed_flops(self) -> dict[str, Flops]:
-        """What full activation checkpointing adds to `training_flops`."""
-        return {name: self._step_flops.recomputed(passes) for name, (_, passes) in self._parts.items()}
-
-    @property
-    def passes(self) -> dict[str, tuple[int, Passes]]:
-        """The rows of a sequence, for which this reads one, and the passes of each, by stream."""
-        streams = self.train.streams if isinstance(self.train, StreamFeed) else {"": self.train}
-        return {
-            name: (_rows_per_sequence(streams[name]), passes) for name, (_, passes) in self._parts.items()
-        }
-
-    @property
-    def _parts(self) -> dict[str, tuple[Heads, Passes]]:
-        """The heads and the passes of a row, by stream."""
-        objective = self.config.objective
-        if not isinstance(objective, Mixture):
-            return {"": (self.heads, objective.passes)}
-        parts: dict[str, tuple[Heads, Passes]] = {}
-        for name in objective.parts:
-            heads = {head: self.heads[head] for head in objective.heads_of_part(name, self.label_names)}
-            parts[name] = (heads, objective.part(name).passes)
-        return parts
-
-    @property
-    def _step_flops(self) -> StepFlops:
-        return StepFlops(model=self.model, seq_len=self.config.batch.seq_len, trainable=self.trainable)
-
-    @property
-    def run_flops(self) -> float:
-        """FLOPs of the whole run, of all ranks together, if every row holds one document."""
-        batch, by_stream = self.config.batch, self.training_flops
-        num_local_pairs = num_attention_pairs(batch.seq_len, self.model.attention_reach)
-        shares = dict.fromkeys(by_stream, 1.0)
-        if isinstance(self.config.data, StreamsConfig):
-            shares = {name: stream.share for name, stream in self.config.data.streams.items()}
-        rows = {name: num_rows for name, (num_rows, _) in self.passes.items()}
-        per_sequence = sum(
-            share * rows[name] * by_stream[name].of(batch.seq_len, batch.seq_len**2, num_local_pairs)
-            for name, share in shares.items()
-        )
-        return per_sequence / sum(shares.values()) * batch.global_batch_size * self.total_steps
-
-
-def _rows_per_sequence(feed: AnyFeed) -> int:
-    return getattr(feed.batch(0, 1), "rows_per_sequence", 1)
 
 
 def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
@@ -162,10 +68,9 @@ def read_inputs(config: RunConfig, cache_dir: str | None = None) -> RunInputs:
     if config.model is not None or not is_init_from_missing:
         with errors.collect():
             model = _model_config(config, init_from, tokenizer)
-    if model is not None:
-        _check_model(config, model, init_from, errors)
-    if (tokenizer is None and reads_tokens) or model is None:
-        _check_the_rest(config, model, init_from, errors)
+    fits = model is not None and _check_model(config, model, init_from, errors)
+    if (tokenizer is None and reads_tokens) or not fits:
+        _check_the_rest(config, model if fits else None, init_from, errors)
         errors.raise_if_any()
     assert model is not None
     context = replace(data_context(tokenizer, model, config), cache_dir=cache_dir)
@@ -250,15 +155,20 @@ def _open_init_from(config: RunConfig) -> CheckpointSource | None:
 
 def _check_model(
     config: RunConfig, model: ModelConfig, init_from: CheckpointSource | None, errors: ErrorCollector
-) -> None:
+) -> bool:
+    """Whether the model reads what the data and the objective are of: what else they do could not tell."""
     with errors.collect():
-        _check_seq_len(config, model)
+        if problem := seq_len_problem(config.batch.seq_len, model):
+            raise ConfigError(f"{problem}.")
+    fits = False
     with errors.collect():
         require_inputs_of_model(config, model)
+        fits = True
         config.objective.check_model(model)
     if init_from is not None:
         with errors.collect():
             require_same_model(init_from, model, config.allow_model_changes)
+    return fits
 
 
 def _check_the_rest(
@@ -270,7 +180,8 @@ def _check_the_rest(
         with errors.collect():
             heads = placeholder_heads(config)
             shapes = _prepared_shapes(config, model, heads, errors)
-            _check_parameters(config, shapes, heads, init_from, None)
+            own = config.model_copy(update={"model": model})
+            _check_parameters(own, shapes, heads, init_from, None)
 
 
 def _prepared_shapes(
@@ -320,7 +231,8 @@ def _transformed(
         try:
             return config.objective.transform_feed(feed, context, config.seed)
         except ConfigError as error:
-            raise type(error)(f"{setting}: {error}" if setting == "validation" else str(error)) from error
+            is_its_own = setting == "validation" and str(error) not in errors
+            raise type(error)(f"{setting}: {error}" if is_its_own else str(error)) from error
     return None
 
 
@@ -343,11 +255,6 @@ def _model_config(
     return model.for_vocabulary(model.vocabulary_size or known.vocabulary_size or _ANY_VOCABULARY)
 
 
-def _check_seq_len(config: RunConfig, model: ModelConfig) -> None:
-    if problem := seq_len_problem(config.batch.seq_len, model):
-        raise ConfigError(f"{problem}.")
-
-
 def placeholder_heads(config: RunConfig) -> Heads:
     """Heads that the objective accepts, when the data with the label names could not be read."""
     return heads_of_any_labels(config.objective, config.data)
@@ -365,7 +272,9 @@ def _check_parameters(
     trainable: set[str] = set()
     with errors.collect():
         trainable = select_trainable(shapes, config.trainable)
-        parameter_groups(shapes, trainable, config.optim, {})  # only to raise its errors
+        assert config.model is not None
+        widths = config.model.widths(shapes)
+        parameter_groups(shapes, trainable, config.optim, {}, widths)  # only to raise its errors
     if init_from is not None:
         with errors.collect():
             new = new_parameter_prefixes(init_from, heads, label_names, config.objective)
@@ -383,7 +292,7 @@ def _check_parameters(
 
 
 def _check_schedule(config: RunConfig, train: AnyFeed) -> None:
-    total_steps = _total_steps(config, train)
+    total_steps = num_steps(config, train)
     errors = ErrorCollector()
     with errors.collect():
         config.optim.schedule.check(total_steps)
@@ -391,9 +300,3 @@ def _check_schedule(config: RunConfig, train: AnyFeed) -> None:
         with errors.collect():
             config.objective.check_weights(total_steps, is_fresh=config.init_from is None)
     errors.raise_if_any()
-
-
-def _total_steps(config: RunConfig, train: AnyFeed) -> int:
-    return config.train.total_steps(
-        num_sequences=train.num_sequences, global_batch_size=config.batch.global_batch_size
-    )

@@ -12,9 +12,9 @@ from distft.model.transformer_config import TransformerConfig
 from distft.optim.loss_scale import DynamicLossScale, LossScaleConfig
 from distft.run.config import RunConfig
 from distft.run.engines import build_engine
-from distft.run.inputs import RunInputs
 from distft.run.phases import PhaseSpan, lr_at
 from distft.run.run_dir import RunRecord
+from distft.run.run_inputs import RunInputs
 from distft.run.services import RunServices
 from distft.run.training_module import build_objective_context
 from distft.topology import BatchPlan
@@ -105,7 +105,7 @@ class PhaseRun:
             averaged_weights=engine.averaged_weights,
         )
         loss_probe = LossProbe(
-            inputs.train, self._run_config.objective, config.engine.param_dtype, vocab_size=context.vocab_size
+            inputs.train, self._run_config.objective, config.engine, vocab_size=context.vocab_size
         )
         if checkpoint is not None:
             loss_probe.check(engine, checkpoint.manifest, checkpoint.path, self._collectives)

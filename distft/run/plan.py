@@ -1,17 +1,19 @@
 """What a run needs: memory, checkpoints, steps and time. `distft config check` prints it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import lcm, prod
 from typing import Any
 
 from distft.checkpoint.config import CheckpointConfig
 from distft.engine.deepspeed_config import ZeroConfig
+from distft.engine.quantized_weights import quantizable_weights
 from distft.engine.state_bytes import StateBytes, checkpoint_bytes, state_bytes
 from distft.optim.groups import parameter_groups
 from distft.run.config import RunConfig
-from distft.run.inputs import RunInputs
+from distft.run.model import build_module
 from distft.run.phases import each_phase, run_flops
+from distft.run.run_inputs import RunInputs
 from distft.topology import BatchPlan
 
 
@@ -107,10 +109,16 @@ def run_needs(inputs: RunInputs, plan: BatchPlan, speed: Speed | None) -> RunNee
 def _largest_state(inputs: RunInputs, world_size: int) -> tuple[StateBytes, int, int]:
     """Bytes a rank, of a commit and of the frozen weights, in the phase that needs most memory."""
     found = []
+    widths = inputs.model.widths(inputs.shapes)
+    quantizable: Collection[str] = ()
+    if inputs.config.engine.frozen_bits is not None:
+        quantizable = quantizable_weights(build_module(inputs.model, inputs.heads, inputs.config.lora))
     for phase in each_phase(inputs):
         config = phase.config
-        groups = parameter_groups(inputs.shapes, phase.trainable, config.optim, {})
-        state = state_bytes(inputs.shapes, groups, config.engine, config.optim, world_size)
+        groups = parameter_groups(inputs.shapes, phase.trainable, config.optim, {}, widths)
+        state = state_bytes(
+            inputs.shapes, groups, config.engine, config.optim, world_size, quantizable=quantizable
+        )
         own, shared = checkpoint_bytes(inputs.shapes, groups, config.engine, config.optim)
         refers = inputs.init_from is not None and config.lora is not None and not config.lora.copies_base
         found.append((state, own, 0 if refers else shared))

@@ -19,6 +19,7 @@ from distft.run.embedding_files import ParquetSink, check_writable
 
 OUTPUT_TYPES = (".jsonl", ".csv", ".tsv", ".parquet")
 _ROWS_OF_GROUP = 8192  # of a Parquet file
+MESSAGES = "messages"  # the column of a conversation
 _SEPARATOR = "|"  # between the labels of a row, in CSV
 
 
@@ -75,8 +76,10 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_cells(prediction: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with spans as JSON: a column has one type, which rows without a span do not tell."""
-    return {name: json.dumps(value) if name == SPANS else value for name, value in prediction.items()}
+    """The same with spans and messages as JSON: a column has one type, which a row may not tell."""
+    return {
+        name: json.dumps(value) if name in {SPANS, MESSAGES} else value for name, value in prediction.items()
+    }
 
 
 def _write_parquet(writer: Any, predictions: Iterator[Mapping[str, Any]]) -> None:

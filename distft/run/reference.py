@@ -26,8 +26,8 @@ from distft.errors import CheckpointError, ConfigError, StorageError
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.run.block_files import BlockFiles
 from distft.run.engines import build_engine
-from distft.run.inputs import RunInputs
 from distft.run.reference_source import weights_fingerprint
+from distft.run.run_inputs import RunInputs
 from distft.run.training_module import build_objective_context
 from distft.topology import BatchPlan, split_among_ranks
 

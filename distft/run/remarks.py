@@ -11,7 +11,7 @@ from distft.objective.mixture import Mixture
 from distft.optim.patterns import is_moved_by_rule, matching_names
 from distft.optim.sgd import SgdConfig
 from distft.run.config import RunConfig
-from distft.run.inputs import RunInputs
+from distft.run.run_inputs import RunInputs
 from distft.run.training_module import require_kernels
 from distft.topology import BatchPlan
 
@@ -25,6 +25,7 @@ def remarks(inputs: RunInputs, plan: BatchPlan, *, has_gpu: bool) -> list[str]:
     return [
         *_on_optimizer(config, inputs),
         *_on_length(config, inputs),
+        *_on_windows(config, inputs),
         *_on_weights(config, inputs),
         *_on_evaluation(config),
         *_on_start(config, inputs),
@@ -86,6 +87,15 @@ def _on_length(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
                 f"checkpoint.keep_every_steps={checkpoint.keep_every_steps:,} keeps multiples of it that are "
                 f"saved, and checkpoint.every_steps saves {saved}: make one a multiple of the other."
             )
+
+
+def _on_windows(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
+    reach, seq_len = inputs.model.attention_reach, config.batch.seq_len
+    if reach is not None and reach >= seq_len - 1 and config.init_from is None:
+        yield (
+            f"sliding_window of the model has no effect on this run: it reaches {reach:,} tokens, and rows "
+            f"have batch.seq_len={seq_len:,}. Lower it, or leave it out."
+        )
 
 
 def _on_weights(config: RunConfig, inputs: RunInputs) -> Iterator[str]:

@@ -21,9 +21,9 @@ from distft.errors import CheckpointError, ConfigError
 from distft.run.adapter_base import base_of
 from distft.run.config import RunConfig
 from distft.run.data_context import data_context
-from distft.run.inputs import RunInputs
 from distft.run.model import saved_label_names
 from distft.run.paths import naming_settings
+from distft.run.run_inputs import RunInputs
 from distft.tracker import EVENTS_FILE, LEDGER_EVENT, read_lines
 from distft.train.early_stopping import has_stalled
 
@@ -148,7 +148,7 @@ def require_resumable(saved: Manifest, config: RunConfig, data_fingerprint: str 
     changes = []
     splits = any((given.get("validation") or {}).get("type") == "split" for given in (before, now))
     for keys in (*_FIXED_ON_RESUME, *([("validation",)] if splits else [])):  # a split changes the data
-        changes += _describe_changes(".".join(keys), _lookup(before, keys), _lookup(now, keys))
+        changes += describe_changes(".".join(keys), _lookup(before, keys), _lookup(now, keys))
     if changes:
         changes.append(
             f"{config.run_dir} contains checkpoints of another run. Restore the old values, choose another "
@@ -264,18 +264,18 @@ def _comparable(before: Any, now: Mapping[str, Any]) -> set[str]:
     return before.keys() | now.keys()
 
 
-def _describe_changes(key: str, before: Any, after: Any) -> list[str]:
+def describe_changes(key: str, before: Any, after: Any) -> list[str]:
     """A line for each setting below `key` that differs."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         names = dict.fromkeys([*before, *after])
         return [
             line
             for name in names
-            for line in _describe_changes(f"{key}.{name}", before.get(name), after.get(name))
+            for line in describe_changes(f"{key}.{name}", before.get(name), after.get(name))
         ]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = enumerate(zip(before, after, strict=True))
-        return [line for index, pair in pairs for line in _describe_changes(f"{key}.{index}", *pair)]
+        return [line for index, pair in pairs for line in describe_changes(f"{key}.{index}", *pair)]
     return [] if before == after else [f"{key} was {_shown(before)} and is now {_shown(after)}."]
 
 

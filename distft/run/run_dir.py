@@ -15,10 +15,10 @@ from distft.checkpoint.store import LatestValid
 from distft.collectives import Collectives, all_or_none
 from distft.config import dump_yaml
 from distft.errors import ConfigError, StorageError
-from distft.run.inputs import RunInputs
 from distft.run.model import new_parameter_prefixes
 from distft.run.paths import CONFIG_FILE, CONFIG_HEADER
 from distft.run.resume import changed_settings
+from distft.run.run_inputs import RunInputs
 from distft.tracker import (
     EVENTS_FILE,
     LEDGER_EVENT,

@@ -1,10 +1,11 @@
 """A run's services for the training loop: metrics and events, evaluation, saves, stop requests."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import distft
 from distft.checkpoint.background import CheckpointSaver, SaveResult
@@ -19,8 +20,10 @@ from distft.objective.interface import ObjectiveContext
 from distft.optim.groups import parameter_groups
 from distft.optim.patterns import is_moved_by_rule
 from distft.run.config import RunConfig
-from distft.run.inputs import RunInputs
+from distft.run.evaluation_record import classifier_records
 from distft.run.run_dir import RunRecord, ledger_fields
+from distft.run.run_inputs import RunInputs
+from distft.run.samples import generate_samples
 from distft.tracker import LEDGER_EVENT
 from distft.train.evaluation import evaluate
 from distft.train.loss_probe import LossProbe
@@ -80,14 +83,40 @@ class RunServices(TrainerServices):
                 others_own_s=round(straggler.others_own_s, 4),
             )
 
-    def evaluate(self) -> Metrics:
-        return self._evaluate(self._config.evaluation.max_sequences)
+    def evaluate(self, step: int) -> Metrics:
+        sums: dict[str, Tensor] = {}
+        metrics = self._evaluate(self._config.evaluation.max_sequences, on_sums=sums.update)
+        record: dict[str, Any] = {}
+        samples = self._samples()  # on all ranks
+        if self._context.collectives.rank == 0 and (classifiers := classifier_records(self._inputs, sums)):
+            record["classifiers"] = classifiers
+        if samples:
+            record["samples"] = samples
+        if record:
+            self._trackers.show(record, step=step)
+        return metrics
+
+    def _samples(self) -> list[dict[str, str]]:
+        """The texts of this evaluation; none without `evaluation.samples`."""
+        settings, inputs, engine = self._config.evaluation.samples, self._inputs, self._engine
+        if settings is None or inputs.tokenizer is None:
+            return []
+        return generate_samples(
+            settings,
+            inputs.tokenizer,
+            document_start=inputs.train.document_start,
+            model=engine.model,
+            module=engine.module,
+            device=engine.device,
+        )
 
     def sample_metrics(self) -> Metrics:
         """Metrics of a few validation sequences, for their names."""
         return self._evaluate(self._config.batch.micro_batch_size * self._context.collectives.world_size)
 
-    def _evaluate(self, max_sequences: int | None) -> Metrics:
+    def _evaluate(
+        self, max_sequences: int | None, on_sums: Callable[[Mapping[str, Tensor]], None] = lambda _: None
+    ) -> Metrics:
         assert self._inputs.validation is not None  # otherwise no evaluation is due
         settings, batch = self._config.evaluation, self._config.batch
         return evaluate(
@@ -100,6 +129,7 @@ class RunServices(TrainerServices):
             seq_len=batch.seq_len,
             device=self._engine.device,
             max_sequences=max_sequences,
+            on_sums=on_sums,
         )
 
     def save(self, progress: Progress) -> None:
@@ -206,7 +236,7 @@ def _as_json(label_names: Labels) -> list[str] | dict[str, list[str]] | None:
 
 def _group_records(inputs: RunInputs, updates: Mapping[str, int]) -> list[GroupRecord]:
     """The optimizer's parameter groups, with peak learning rates."""
-    optim = inputs.config.optim
+    optim, widths = inputs.config.optim, inputs.model.widths(inputs.shapes)
     return [
         GroupRecord(
             parameters=group.names,
@@ -216,7 +246,7 @@ def _group_records(inputs: RunInputs, updates: Mapping[str, int]) -> list[GroupR
                 **optim.group_settings(group),
             },
         )
-        for group in parameter_groups(inputs.shapes, inputs.trainable, optim, updates)
+        for group in parameter_groups(inputs.shapes, inputs.trainable, optim, updates, widths)
     ]
 
 

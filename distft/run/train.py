@@ -13,17 +13,17 @@ from distft.checkpoint.manifest import MANIFEST, Progress
 from distft.checkpoint.store import CheckpointStore
 from distft.collectives import Collectives, ProcessGroup
 from distft.errors import Interrupted, Preempted, SupersededError
-from distft.run.check import check_run
-from distft.run.comparison import check_supervised_alone, log_comparison
+from distft.run.check import check_run, check_supervised_alone
+from distft.run.comparison import log_comparison
 from distft.run.config import RunConfig
 from distft.run.engines import build_collectives, choose_device
 from distft.run.environment import launch_name
-from distft.run.inputs import RunInputs
 from distft.run.phase_run import PhaseRun
 from distft.run.phases import inputs_of_span, span_at
 from distft.run.reference import with_reference
 from distft.run.resume import claim_run, is_over
 from distft.run.run_dir import RunRecord, open_run_dir
+from distft.run.run_inputs import RunInputs
 from distft.run.stop_signals import stop_on_signals
 from distft.topology import BatchPlan, Topology
 from distft.train.services import StopRequested, never_stop

@@ -15,8 +15,8 @@ from distft.model.fp8 import require_fp8, use_fp8
 from distft.model.transformer_config import TransformerConfig
 from distft.model.with_heads import ModelWithHeads
 from distft.objective.interface import ObjectiveContext
-from distft.run.inputs import RunInputs
 from distft.run.model import build_module, prepare_for_engine
+from distft.run.run_inputs import RunInputs
 from distft.topology import BatchPlan
 
 

@@ -15,6 +15,7 @@ from distft.tracker.number_format import duration, loss_terms, number, step_line
 
 _WIDE_COLUMNS = 120  # a narrower terminal shows fewer metrics beside the bar
 _BAR_COLUMNS = 44  # of the bar and the step's number; losses of single terms are shown if they fit beside
+_SAMPLE_CHARACTERS = 160  # of a text that the model has generated
 _NARROW_METRICS = ("loss", "tokens_per_s", "skipped_steps", "steps_without_targets")
 
 
@@ -92,6 +93,12 @@ class ConsoleTracker:
         elif not self._has_told_of_gaps:
             self._has_told_of_gaps = True
             self._print(f"a line every {self._interval_s:g} s; {METRICS_FILE} has all logged steps")
+
+    def show(self, record: Mapping[str, Any], *, step: int) -> None:
+        """Shows the texts that were generated; tables are for `distft report`."""
+        for sample in record.get("samples", ()):
+            text = f"{sample['prompt']}|{sample['text']}".replace("\n", " ")
+            self._print(f"step {step} | {text[:_SAMPLE_CHARACTERS]}")
 
     def event(self, kind: str, **fields: Any) -> None:
         if kind == LEDGER_EVENT:

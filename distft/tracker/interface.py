@@ -28,6 +28,9 @@ class Tracker(Protocol):
     def log(self, metrics: Metrics, *, step: int) -> None:
         """Record metrics after `step` optimizer steps."""
 
+    def show(self, record: Mapping[str, Any], *, step: int) -> None:
+        """Record what an evaluation found besides metrics, of which `records` makes tables and pictures."""
+
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event: a resume, a save, a failure."""
 

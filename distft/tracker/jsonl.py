@@ -17,6 +17,7 @@ from distft.tracker.interface import Metrics, finite_or_none, plain_number
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 _LOCK_S = 5.0  # for a lock that is held for milliseconds
 
 
@@ -71,6 +72,8 @@ class LineWriter:
 class JsonlTracker:
     """`metrics.jsonl`: one object per line, `{"step": 40, "time": ..., "loss": ...}`; NaN, infinity are null.
 
+    `evaluations.jsonl` likewise has what evaluations found besides metrics, if they found any of it.
+
     On a resume, lines after the resumed step are dropped, so every step appears once, also if an earlier
     start of the run still writes: it keeps the old file.
     """
@@ -78,6 +81,8 @@ class JsonlTracker:
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lines: LineWriter | None = None
+        self._evaluations_path = Path()
+        self._evaluations: LineWriter | None = None
 
     def start(
         self,
@@ -88,7 +93,9 @@ class JsonlTracker:
         resume_step: int | None = None,
     ) -> None:
         path = Path(run_dir) / METRICS_FILE
+        self._evaluations_path = Path(run_dir) / EVALUATIONS_FILE
         drop_lines_after(path, resume_step)
+        drop_lines_after(self._evaluations_path, resume_step)
         self._lines = LineWriter(path)
 
     def log(self, metrics: Metrics, *, step: int) -> None:
@@ -97,12 +104,18 @@ class JsonlTracker:
         numbers = {name: plain_number(value) for name, value in metrics.items()}
         self._lines.append({"step": step, "time": round(self._clock(), 3), **numbers})
 
+    def show(self, record: Mapping[str, Any], *, step: int) -> None:
+        if self._evaluations is None:
+            self._evaluations = LineWriter(self._evaluations_path)
+        self._evaluations.append({"step": step, "time": round(self._clock(), 3), **record})
+
     def event(self, kind: str, **fields: Any) -> None:
         """Does nothing: `EventLog` writes events to `events.jsonl`."""
 
     def finish(self, status: str) -> None:  # noqa: ARG002
-        if self._lines is not None:
-            self._lines.close()
+        for lines in (self._lines, self._evaluations):
+            if lines is not None:
+                lines.close()
 
 
 class EventLog:
@@ -163,7 +176,7 @@ def read_lines(path: Path, *, limit: int | None = None) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open("rb") as file:
-        return [record for line in islice(file, limit) if (record := _parse_line(line)) is not None]
+        return [record for line in islice(file, limit) if (record := parse_line(line)) is not None]
 
 
 def _unwritable(path: Path, error: OSError) -> StorageError:
@@ -176,11 +189,12 @@ def _unwritable(path: Path, error: OSError) -> StorageError:
 def _classify_lines(path: Path, resume_step: int | None) -> Iterator[tuple[bytes, bool]]:
     with path.open("rb") as file:
         for line in file:
-            step = (_parse_line(line) or {}).get("step")
+            step = (parse_line(line) or {}).get("step")
             yield line, resume_step is not None and isinstance(step, int) and step <= resume_step
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of JSON; None if it is torn, or no object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # the latter: a line of brackets

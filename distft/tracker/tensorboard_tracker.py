@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from distft.config import Settings
 from distft.errors import ConfigError
+from distft.tracker.evaluation_tables import pictures_of, tables_of
 from distft.tracker.interface import Metrics
 
 
@@ -54,6 +55,12 @@ class TensorBoardTracker:
     def log(self, metrics: Metrics, *, step: int) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, record: Mapping[str, Any], *, step: int) -> None:
+        for table in tables_of(record):
+            self._writer.add_text(table.name, table.markdown(), step)
+        for name, pixels in pictures_of(record):
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def event(self, kind: str, **fields: Any) -> None:
         self._writer.add_text(f"event/{kind}", ", ".join(f"{key}={value}" for key, value in fields.items()))

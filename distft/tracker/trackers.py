@@ -13,10 +13,12 @@ from distft.errors import DistftError
 from distft.tracker.console import ConsoleTracker
 from distft.tracker.interface import Metrics, Tracker, plain_number
 from distft.tracker.jsonl import EventLog, JsonlTracker
+from distft.tracker.mlflow_tracker import MlflowConfig
 from distft.tracker.tensorboard_tracker import TensorBoardConfig
+from distft.tracker.trackio_tracker import TrackioConfig
 from distft.tracker.wandb_tracker import WandbConfig
 
-TrackerConfig = Annotated[WandbConfig | TensorBoardConfig, Component()]
+TrackerConfig = Annotated[WandbConfig | TensorBoardConfig | MlflowConfig | TrackioConfig, Component()]
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,12 @@ class Trackers:
         numbers: Metrics = {name: plain_number(value) for name, value in metrics.items()}
         with self._lock:
             self._for_each(lambda tracker: tracker.log(numbers, step=step))
+
+    def show(self, record: Mapping[str, Any], *, step: int) -> None:
+        """Record what an evaluation after `step` steps found besides metrics, without secrets."""
+        public = redact(record)
+        with self._lock:
+            self._for_each(lambda tracker: tracker.show(public, step=step))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event, without secrets."""

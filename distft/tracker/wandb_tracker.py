@@ -1,30 +1,23 @@
 """Metrics to Weights & Biases; the only module that imports wandb, when a run starts."""
 
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
-from distft.config import Settings
 from distft.errors import ConfigError
+from distft.tracker.evaluation_tables import pictures_of, tables_of
 from distft.tracker.interface import Metrics
+from distft.tracker.named_run import NamedRun, stored_id
 
 RUN_ID_FILE = "run_id.txt"
 
 
-class WandbConfig(Settings):
+class WandbConfig(NamedRun):
     """Log to Weights & Biases. The API key comes from wandb's login or environment, never from this file."""
 
     type: Literal["wandb"] = "wandb"
-    project: str = "distft"
     entity: str | None = None  # user or team; null: wandb's default
-    name: str | None = None  # displayed name of the run; null: its run_id
-    group: str | None = None
-    tags: tuple[str, ...] = ()
     mode: Literal["online", "offline", "disabled"] | None = None  # null: from wandb's own settings
-    notes: str | None = Field(None, max_length=10_000)
 
     def build(self) -> "WandbTracker":
         """Raises `ConfigError` if wandb is not installed."""
@@ -65,7 +58,7 @@ class WandbTracker:
             mode=settings.mode,
             config=dict(config),
             dir=str(run_dir),
-            id=_stored_run_id(Path(run_dir)),
+            id=stored_id(Path(run_dir) / "wandb" / RUN_ID_FILE),
             resume="allow",
             # The console, the command line and the git remote may contain secrets that are not masked.
             settings=wandb.Settings(console="off", x_disable_meta=True, disable_git=True, save_code=False),
@@ -77,19 +70,20 @@ class WandbTracker:
         # Not wandb's own step, which must never decrease: after a resume, `step` does.
         self._run.log({**metrics, "step": step})
 
+    def show(self, record: Mapping[str, Any], *, step: int) -> None:
+        import wandb
+
+        shown: dict[str, Any] = {
+            table.name: wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+            for table in tables_of(record)
+        }
+        shown |= {name: wandb.Image(pixels) for name, pixels in pictures_of(record)}
+        if shown:
+            self._run.log({**shown, "step": step})
+
     def event(self, kind: str, **fields: Any) -> None:
         self._run.summary[f"last_{kind}"] = {key: str(value) for key, value in fields.items()}
 
     def finish(self, status: str) -> None:
         self._run.summary["status"] = status
         self._run.finish(exit_code=1 if status == "failed" else 0)
-
-
-def _stored_run_id(run_dir: Path) -> str:
-    path = run_dir / "wandb" / RUN_ID_FILE
-    if path.exists() and (stored := path.read_text().strip()):
-        return stored
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run_id = secrets.token_hex(4)
-    path.write_text(f"{run_id}\n")
-    return run_id

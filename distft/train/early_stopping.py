@@ -26,7 +26,7 @@ class EarlyStoppingConfig(Settings):
     def direction(self) -> Literal["min", "max"]:
         """Whether less or more of the metric is better."""
         if self.mode == "auto":
-            return "min" if self.metric.endswith(_LESS_IS_BETTER) else "max"
+            return "min" if is_less_better(self.metric) else "max"
         return self.mode
 
     def require_metric(self, metrics: Mapping[str, float | int], setting: str) -> None:
@@ -37,6 +37,11 @@ class EarlyStoppingConfig(Settings):
                 f"{setting}.metric={self.metric} is no metric of the validation data."
                 f"{suggest_name(self.metric, known)} These are: {', '.join(known)}."
             )
+
+
+def is_less_better(metric: str) -> bool:
+    """Whether a metric of this name is best if low: a loss, an error, a perplexity."""
+    return metric.endswith(_LESS_IS_BETTER)
 
 
 def next_best(config: EarlyStoppingConfig, best: BestMetric | None, value: float, step: int) -> BestMetric:

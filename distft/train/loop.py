@@ -14,6 +14,7 @@ from distft.errors import DivergedError, Preempted, Resized
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
+from distft.train.divergence import advice
 from distft.train.early_stopping import EarlyStopping
 from distft.train.experts import ExpertLoad
 from distft.train.progress import IntervalSums, LatestTerms, ProgressCounter
@@ -182,9 +183,10 @@ class Trainer:
         """Raise `DivergedError` if too many steps updated nothing, so that no failure counts as completed."""
         in_a_row, skipped = self._progress.skipped_in_a_row, self._progress.skipped_steps
         is_last = self._schedule.is_last(self.step)
-        remedy = (
-            f"The last loss is {float(result.loss)}. Lower optim.peak_lr, lengthen the warm-up, or inspect "
-            "the data of these steps."
+        remedy = advice(
+            loss=float(result.loss),
+            num_updates=self.step - skipped - self._progress.steps_without_targets,
+            loss_scale=None if self._loss_scale is None else float(self._loss_scale.scale),
         )
         if in_a_row >= self._schedule.max_skipped_in_a_row or (is_last and in_a_row >= _MAX_SKIPPED_AT_END):
             limit = f"the limit is train.max_skipped_in_a_row={self._schedule.max_skipped_in_a_row}"
@@ -231,7 +233,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         with self._heartbeat.phase("evaluation"):
-            metrics = self._services.evaluate()
+            metrics = self._services.evaluate(self.step)
             self._early_stopping.add(metrics, self.step)
             self._services.log({f"validation/{name}": value for name, value in metrics.items()}, self.step)
         self._throughput.restart()

@@ -10,7 +10,7 @@ from distft.checkpoint.fragments import Fragment
 from distft.checkpoint.manifest import Manifest, ProbeRecord
 from distft.collectives import Collectives, SingleProcess, all_or_none
 from distft.engine.interface import Engine
-from distft.engine.settings import Precision
+from distft.engine.settings import EngineSettings
 from distft.errors import CheckpointError
 from distft.objective.interface import Objective, ObjectiveContext
 from distft.train.evaluation import EvaluationFeed
@@ -27,7 +27,7 @@ class LossProbe:
         self,
         feed: EvaluationFeed,
         objective: Objective,
-        param_dtype: Precision,
+        precision: EngineSettings,
         *,
         vocab_size: int,
     ) -> None:
@@ -35,7 +35,7 @@ class LossProbe:
         self._objective = objective
         # Every rank computes the loss of all sequences; sums over ranks would count them repeatedly.
         self._context = ObjectiveContext(vocab_size, SingleProcess())
-        self._param_dtype = param_dtype
+        self._precision = precision
 
     @torch.no_grad()
     def measure(self, engine: Engine, num_sequences: int) -> ProbeRecord:
@@ -48,11 +48,19 @@ class LossProbe:
             metrics = self._objective.metrics(sums)
         finally:
             engine.module.train(was_training)
-        return ProbeRecord(loss=metrics["loss"], num_sequences=num_sequences, param_dtype=self._param_dtype)
+        return ProbeRecord(
+            loss=metrics["loss"],
+            num_sequences=num_sequences,
+            param_dtype=self._precision.param_dtype,
+            frozen_bits=self._precision.frozen_bits,
+        )
 
     def check(self, engine: Engine, manifest: Manifest, path: str, collectives: Collectives) -> None:
-        """Raise `CheckpointError` on all ranks if the engine does not reproduce the checkpoint's loss."""
-        if manifest.probe is None:
+        """Raise `CheckpointError` on all ranks if the engine does not reproduce the checkpoint's loss.
+
+        Frozen weights of other bits have another loss, of which nothing can be said.
+        """
+        if manifest.probe is None or manifest.probe.frozen_bits != self._precision.frozen_bits:
             return
         measured = self.measure(engine, manifest.probe.num_sequences)
         is_reproduced = losses_agree(manifest.probe, measured)

@@ -24,8 +24,8 @@ class TrainerServices(Protocol):
 
     def log(self, metrics: Metrics, step: int) -> None: ...
 
-    def evaluate(self) -> Metrics:
-        """Metrics of the current weights on the validation data."""
+    def evaluate(self, step: int) -> Metrics:
+        """Metrics of the weights after `step` steps on the validation data; records what else it finds."""
 
     def save(self, progress: Progress) -> None:
         """Start to save a checkpoint; the write may continue in the background."""

@@ -175,19 +175,39 @@ def _overwrite(data: Callable[[], bytes] | bytes) -> Callable[[Path], None]:
     )
 
 
-def _bomb() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels, as its header says."""
+def _png(width: int, height: int, bits: int, pixels: bytes, transparent: bytes = b"") -> bytes:
+    """An RGB file that declares this size; `transparent` is its transparent colour."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + (chunk(b"tRNS", transparent) if transparent else b"")
+        + chunk(b"IDAT", zlib.compress(pixels))
         + chunk(b"IEND", b"")
     )
+
+
+def _bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels, as its header says."""
+    return _png(60_000, 60_000, 8, bytes(10**6))
+
+
+def _rows(bytes_per_pixel: int) -> bytes:
+    """The rows of a PNG of 4 x 5 pixels, each after its filter."""
+    return bytes(5 * (1 + 4 * bytes_per_pixel))
+
+
+def test_a_png_of_8_bits_without_transparency_is_read() -> None:
+    found = decode(_png(4, 5, 8, _rows(3)), RGB)
+    assert not isinstance(found, str)
+    assert not found.any()
+    of_15 = decode(b"P6\n4 5\n15\n" + bytes([15] * 60), RGB)  # the greatest value is white
+    assert not isinstance(of_15, str)
+    assert (of_15 == 255).all()
 
 
 def _palette() -> bytes:
@@ -205,6 +225,12 @@ def _palette() -> bytes:
         ),
         (_overwrite(lambda: file_of(pixels_of(1, (1, 5, 4)))), "a.png: is grey, and the model reads RGB"),
         (_overwrite(_palette), "is of a palette, and the model reads RGB (model.num_channels=3): convert it"),
+        (_overwrite(lambda: _png(4, 5, 16, _rows(6))), "a.png: has 16 bits a channel, and images have 8"),
+        (_overwrite(b"P6\n4 5\n65535\n" + bytes(120)), "a.png: has 16 bits a channel, and images have 8"),
+        (
+            _overwrite(lambda: _png(4, 5, 8, _rows(3), struct.pack(">HHH", 1, 2, 3))),
+            "a.png: has a transparent colour, and images are opaque: put it on a background",
+        ),
         (_overwrite(lambda: file_of(pixels_of(1))[:60]), "a.png: is damaged:"),
         (_overwrite(b"GIF89a not an image"), "a.png: is no image of a kind that is read (PNG, JPEG,"),
         (_overwrite(b""), "a.png: is no image of a kind that is read"),
@@ -302,7 +328,7 @@ def test_one_class_or_one_text_alone_teaches_nothing(folder: Path) -> None:
     ("raw", "problem"),
     [
         ({}, "set either path"),
-        ({"path": "a", "source": "digits"}, "set either path"),
+        ({"path": "a", "source": "digits"}, "path=a and source=digits are both set: unset one"),
         ({"path": "a", "views": 2}, "views=2 of an image would be equal"),
         ({"path": "a", "views": 2, "augment": {"flip": True}, "text": "label"}, "are a pair already"),
         ({"path": "a", "text": "caption"}, "text=caption is a column of a .parquet file"),

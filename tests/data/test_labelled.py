@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from distft.data.batch import RaggedArray
 from distft.data.dataset import DataContext
 from distft.data.labelled import LabelledConfig
 from distft.data.labelled_rows import LabelledRows, LabelNames, truncate_pair
+from distft.data.records import read_records
 from distft.data.targets import IGNORE_INDEX, LABEL, LABELS, NUMBER, ROW
 from distft.errors import ConfigError, DataError
 
@@ -45,6 +48,35 @@ def test_texts_and_labels_are_encoded_and_long_texts_truncated_at_the_end(tmp_pa
     found = [text_of(ids[:n]) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
     assert found == ["how far", "who", "what is ", "when"]
     assert "4 rows, 3 labels, 1 cut to seq_len=8" in feed.summary
+
+
+def test_rows_of_a_parquet_file_are_as_those_of_jsonl(tmp_path: Path) -> None:
+    """Whole numbers are classes; names of the classes, in the file's metadata, take their place."""
+    texts, numbers = ["a b", "c", "d e f"], [1, 0, 1]
+    table = pa.table({"text": texts, "label": numbers})
+    pq.write_table(table, tmp_path / "numbers.parquet")
+    write_jsonl = "".join(
+        json.dumps({"text": t, "label": n}) + "\n" for t, n in zip(texts, numbers, strict=True)
+    )
+    (tmp_path / "numbers.jsonl").write_text(write_jsonl)
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "names.parquet")
+    records = {
+        name: read_records(str(tmp_path / name), texts=["text"], labels=["label"])
+        for name in ("numbers.parquet", "numbers.jsonl", "names.parquet")
+    }
+    values = [record.values for record in records["numbers.parquet"]]
+    assert values == [record.values for record in records["numbers.jsonl"]]
+    assert [record.values["label"] for record in records["names.parquet"]] == ["dog", "cat", "dog"]
+    with pytest.raises(DataError, match=r"numbers\.parquet has no column 'txt'; did you mean 'text'"):
+        read_records(str(tmp_path / "numbers.parquet"), texts=["txt"])
+    pq.write_table(pa.table({"text": ["a", None], "label": [0, 1]}), tmp_path / "null.parquet")
+    with pytest.raises(DataError, match=r"null\.parquet:1: 'text' is null"):
+        read_records(str(tmp_path / "null.parquet"), texts=["text"])
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(DataError, match=r"damaged\.parquet is damaged"):
+        read_records(str(tmp_path / "damaged.parquet"), texts=["text"])
 
 
 def test_evaluation_uses_the_label_ids_of_training(tmp_path: Path) -> None:

@@ -154,4 +154,4 @@ def test_the_error_for_a_missing_file_suggests_similar_names(tmp_path: Path) -> 
 
 
 def test_the_error_for_an_unknown_file_type_lists_the_known_ones(tmp_path: Path) -> None:
-    assert ".jsonl, .csv or .tsv" in error_of(tmp_path / "rows.parquet.gz", b"")
+    assert ".jsonl, .csv, .tsv or .parquet" in error_of(tmp_path / "rows.parquet.gz", b"")

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from support.engine_scenarios import FREEING, Scenario, Training, collectives_for, run_alone
+from support.engine_scenarios import CPU, FREEING, Scenario, Training, collectives_for, run_alone
 from support.rank_pool import run_ranks
 
 from distft.model.encoder_decoder_config import EncoderDecoderConfig
 from distft.model.lora_config import LoraConfig
+from distft.model.quantized import QuantizedMatrix
 from distft.topology import Topology
 
 NUM_STEPS = 4
@@ -30,6 +31,8 @@ VARIANTS = {
     "dropout": Scenario(lora=LoraConfig(rank=3, dropout=0.3), trainable=("@lora",)),
     "recomputed": Scenario(lora=DORA.lora, trainable=("@lora",), activation_checkpointing="full"),
     "bf16": Scenario(lora=DORA.lora, trainable=("@lora",), precision="bf16"),
+    "8 bits": Scenario(lora=DORA.lora, trainable=("@lora", "norm.weight"), frozen_bits=8),
+    "4 bits": Scenario(lora=LORA.lora, trainable=("@lora", "blocks.1.*"), frozen_bits=4),
     "encoder_decoder": Scenario(other_model=T5, lora=LoraConfig(rank=2, dora=True), trainable=("@lora",)),
 }
 
@@ -73,3 +76,34 @@ def test_frozen_weights_have_no_gradients_and_no_optimizer_state() -> None:
     assert numel == sum(params[name].numel() for name in training.trainable)
     assert not any(name.endswith("q.weight") or params[name].grad is not None for name in training.trainable)
     assert all(param.grad is None for param in params.values() if not param.requires_grad)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_in_fewer_bits_compute_as_if_they_were_rounded(bits: int) -> None:
+    """Also those of layers without adapters; what trains, heads and embeddings are not rounded."""
+    trainable = ("blocks.1.*", "@lora")
+    few = run_alone(Scenario(lora=DORA.lora, trainable=trainable, frozen_bits=bits), 0)
+    rounded = run_alone(Scenario(lora=DORA.lora, trainable=trainable), 0)
+    quantized = {name for name in rounded.shapes if name.startswith("blocks.0.") and name.endswith(".weight")}
+    quantized = {name for name in quantized if len(rounded.shapes[name]) == 2}
+    for name, param in rounded.engine.module.named_parameters():
+        if name in quantized:
+            matrix = QuantizedMatrix(param.shape, bits, CPU)
+            matrix.set(param.detach())
+            param.detach().copy_(matrix.whole(torch.float32))
+    assert few.run(NUM_STEPS) == pytest.approx(rounded.run(NUM_STEPS), abs=1e-6)
+    assert set(dict(few.engine.module.named_parameters())) == few.shapes.keys() - quantized
+    exact = run_alone(Scenario(lora=DORA.lora, trainable=trainable), NUM_STEPS)
+    assert exact.run(NUM_STEPS + 1) != pytest.approx(few.run(NUM_STEPS + 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_in_fewer_bits_are_saved_as_they_came(bits: int) -> None:
+    scenario = Scenario(lora=LORA.lora, trainable=("@lora",), frozen_bits=bits)
+    before, after = run_alone(scenario, 0).whole_state(), run_alone(scenario, 2).whole_state()
+    exact = run_alone(Scenario(lora=LORA.lora, trainable=("@lora",)), 0).whole_state()
+    assert before.keys() == exact.keys()
+    for (name, state), values in exact.items():
+        torch.testing.assert_close(before[name, state], values, atol=0, rtol=0)
+        if "lora" not in name:
+            torch.testing.assert_close(after[name, state], values, atol=0, rtol=0)

@@ -12,6 +12,7 @@ from support.rank_pool import run_ranks
 from torch import Tensor
 
 from distft.engine.deepspeed_config import ZeroConfig
+from distft.engine.quantized_weights import quantizable_weights
 from distft.engine.settings import EngineSettings, LocalConfig
 from distft.engine.state_bytes import StateBytes, state_bytes
 from distft.optim.groups import parameter_groups
@@ -76,7 +77,7 @@ def _measure(topology: Topology, scenarios: list[Scenario]) -> list[tuple[StateB
         hook.remove()
         params = list(engine.module.parameters())
         weights = _storage_bytes(
-            [*(p.data for p in params), *(getattr(p, "ds_tensor", None) for p in params)]
+            [*(p.data for p in params), *(getattr(p, "ds_tensor", None) for p in params), *_codes(engine)]
         )
         zero = getattr(engine, "_engine", None)
         kernel = _kernel(engine)
@@ -88,19 +89,30 @@ def _measure(topology: Topology, scenarios: list[Scenario]) -> list[tuple[StateB
         averages = [fragment.values for fragment in engine._average.fragments()]  # type: ignore[attr-defined]
         buffers = _reduction_buffers(zero)
         settings: EngineSettings
+        shared = {"param_dtype": scenario.precision, "frozen_bits": scenario.frozen_bits}
         if scenario.stage is None:
-            settings = LocalConfig.model_validate({"param_dtype": scenario.precision})
+            settings = LocalConfig.model_validate(shared)
         else:
-            settings = ZeroConfig.model_validate(
-                {"zero_stage": scenario.stage, "param_dtype": scenario.precision, **scenario.zero}
-            )
+            settings = ZeroConfig.model_validate({**shared, "zero_stage": scenario.stage, **scenario.zero})
         groups = parameter_groups(training.shapes, training.trainable, scenario.optim, {})
-        predicted = state_bytes(training.shapes, groups, settings, scenario.optim, topology.world_size)
+        predicted = state_bytes(
+            training.shapes,
+            groups,
+            settings,
+            scenario.optim,
+            topology.world_size,
+            quantizable=training.quantizable,
+        )
         optimizer = _storage_bytes([*states, *masters, *averages])
         allocated = StateBytes(weights=weights, gradients=peak, optimizer=optimizer, buffers=buffers)
         results.append((predicted, allocated))
         engine.close()
     return results
+
+
+def _codes(engine: Any) -> list[Tensor]:
+    matrices = [layer.quantized for layer in quantizable_weights(engine.module).values()]
+    return [tensor for m in matrices if m is not None for tensor in (m._codes, m._scales)]
 
 
 def _kernel(engine: Any) -> torch.optim.Optimizer:

@@ -73,7 +73,9 @@ def test_the_first_token_of_a_causal_model_cannot_classify() -> None:
 def test_data_of_the_other_kind_is_refused_with_a_remedy() -> None:
     with pytest.raises(ConfigError) as caught:
         Classification().heads(None)
-    assert str(caught.value) == "objective.type=classification needs labels: set data.type=labelled."
+    assert "objective.type=classification needs labels: set data.type=labelled, or label of" in str(
+        caught.value
+    )
     with pytest.raises(ConfigError) as caught:
         CausalLM().heads(("a", "b"))
     assert str(caught.value) == (

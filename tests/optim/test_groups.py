@@ -2,11 +2,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distft.config import parse
+from distft.config import Widths, parse
 from distft.errors import ConfigError
 from distft.optim.adamw import AdamWConfig
 from distft.optim.config import OptimConfig
 from distft.optim.groups import ParameterGroup, layer_scales, parameter_groups
+from distft.optim.muon import MuonConfig
+from distft.optim.settings import OptimizerSettings
 
 SHAPES = {
     "embed.weight": (100, 8),
@@ -140,3 +142,38 @@ def test_settings_without_a_type_are_adamw_and_nesterov_needs_momentum() -> None
         parse(OptimConfig, {"type": "sgd", "nesterov": True, "momentum": 0.0})
     with pytest.raises(ConfigError, match="adamw, lion, sgd, muon"):
         parse(OptimConfig, {"type": "adam"})
+
+
+class WithoutRule(OptimizerSettings):
+    """An optimizer outside distft that was written before `width_power`."""
+
+    rule = AdamWConfig.rule  # type: ignore[assignment]
+    group_settings = AdamWConfig.group_settings
+    build = AdamWConfig.build
+
+
+def test_a_width_scales_rates_and_keeps_what_a_step_decays_and_needs_a_rule() -> None:
+    shapes = {"embed.weight": (5, 8), "blocks.0.up.weight": (8, 8), "norm.weight": (8,)}
+    widths = Widths(4.0, {"embed.weight": "input", "blocks.0.up.weight": "hidden", "norm.weight": "input"})
+    config = AdamWConfig(weight_decay=0.1, lr_scales={"blocks.*": 0.5})
+    found = {
+        g.names: (g.lr_scale, g.weight_decay) for g in parameter_groups(shapes, shapes, config, {}, widths)
+    }
+    assert found == {("embed.weight", "norm.weight"): (1.0, 0.0), ("blocks.0.up.weight",): (0.125, 0.4)}
+    with pytest.raises(ConfigError, match=r"no rule for the rate of embed.weight and 2 others.*width_power"):
+        parameter_groups(shapes, shapes, WithoutRule(), {}, widths)
+
+
+@pytest.mark.parametrize("update_scale", ["adamw", "spectral"])
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_muons_update_has_the_same_spectral_norm_at_every_width(
+    update_scale: str, shape: tuple[int, int]
+) -> None:
+    """An orthogonal matrix has 1, times its scale and the rate (Yang et al. 2023, arXiv:2310.17813)."""
+    config = MuonConfig.model_validate({"update_scale": update_scale})
+    rule = config.rules({"blocks.0.up.weight": shape})["blocks.0.up.weight"]
+    power = config.width_power("hidden", rule)
+    assert power is not None
+    rows, columns = shape
+    assert config.scale((8 * rows, 8 * columns)) * 8**power == pytest.approx(config.scale(shape))
+    assert config.width_power("input", rule) is None

@@ -14,6 +14,7 @@ from distft.optim.schedules import (
     ConstantConfig,
     CosineConfig,
     LinearConfig,
+    RangeConfig,
     ScheduleConfig,
     WarmupStableDecayConfig,
 )
@@ -140,3 +141,17 @@ def test_the_learning_rate_is_the_peak_times_the_factor_of_the_schedule_chosen_b
     assert isinstance(config.schedule, WarmupStableDecayConfig)
     assert config.lr(0, 100) == 0.005
     assert config.lr(50, 100) == 0.02
+
+
+@given(total_steps=st.integers(3, 400), first_factor=st.floats(1e-8, 0.9))
+def test_a_range_rises_by_one_factor_a_step_from_its_first_to_the_peak(
+    total_steps: int, first_factor: float
+) -> None:
+    schedule = RangeConfig(first_factor=first_factor)
+    factors = [schedule.factor(step, total_steps) for step in range(total_steps)]
+    assert factors[0] == pytest.approx(first_factor)
+    assert factors[-1] == 1
+    ratio = (1 / first_factor) ** (1 / (total_steps - 1))
+    assert all(b / a == pytest.approx(ratio) for a, b in pairwise(factors))
+    with pytest.raises(ConfigError, match="train longer"):
+        schedule.check(2)

@@ -107,6 +107,12 @@ def test_a_directory_that_cannot_be_made_is_told_before_any_work(
                        "attention_kernel": "cudnn"}},
             "This machine cannot run it: model.attention_kernel=cudnn needs",
         ),
+        (
+            {"model": {"max_seq_len": 24, "d_model": 16, "num_layers": 1, "num_heads": 2,
+                       "sliding_window": 24}},
+            "sliding_window of the model has no effect on this run: it reaches 23 tokens, and rows have "
+            "batch.seq_len=24",
+        ),
         ({"engine": {"type": "local", "allow_tf32": True}}, "engine.allow_tf32 has no effect on a CPU"),
         ({"engine": {"type": "local", "fp8_min_features": 32}}, "engine.fp8_min_features has no effect"),
     ],
@@ -121,6 +127,9 @@ def test_a_setting_that_no_one_can_mean_is_told(
 
 def test_ordinary_runs_give_no_remark(data: Path, pretrained: Path, tmp_path: Path) -> None:
     assert checked(pretraining(data, tmp_path / "run")).remarks == []
+    with_window = pretraining(data, tmp_path / "run")
+    with_window["model"]["sliding_window"] = 23
+    assert checked(with_window).remarks == []
     assert checked(fine_tuning(data, tmp_path / "run", pretrained)).remarks == []
 
 

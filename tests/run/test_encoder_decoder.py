@@ -141,7 +141,7 @@ def test_other_objectives_train_all_of_its_weights(
             {"objective": {"type": "next_sentence", "masking": {}}},
             "next_sentence and masking with model.type=encoder_decoder: its decoder would learn nothing",
         ),
-        ({"objective": {"type": "replaced_token"}}, "replaced_token needs model.type=transformer"),
+        ({"objective": {"type": "replaced_token"}}, "Transformer's blocks"),
         (
             {"objective": {"type": "contrastive", "pooling": "mean"}},
             "objective.pooling=mean with model.type=encoder_decoder",
@@ -155,7 +155,7 @@ def test_objectives_that_it_cannot_have_are_refused_by_name(
     config = parse(RunConfig, pretraining(data, tmp_path / "run", model=MODEL, **changes))
     with pytest.raises(ConfigError) as error:
         read_inputs(config)
-    assert problem in str(error.value)
+    assert str(error.value).count(problem) == 1
 
 
 @pytest.mark.parametrize(

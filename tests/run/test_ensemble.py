@@ -14,6 +14,7 @@ from distft.checkpoint.average import AveragedCheckpoint
 from distft.checkpoint.formats.detect import open_source
 from distft.cli.main import main
 from distft.errors import ConfigError
+from distft.run import ensemble
 from distft.run.ensemble import evaluate_ensemble
 from distft.run.pretrained import evaluate_checkpoint
 from distft.run.soup import greedy_soup
@@ -119,6 +120,23 @@ def test_folds_are_measured_out_of_fold(data: Path, folds: list[str], tmp_path: 
     found = predictions(folds, data / "test.jsonl", tmp_path / "out.jsonl")
     hits = [row["label"] == label for row, label in zip(found, labels_of(data / "test.jsonl"), strict=True)]
     assert together.ensembles["mean"]["accuracy"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_all_members_whose_model_cannot_do_what_is_asked_are_named_before_the_work(
+    data: Path, classifiers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ensemble, "evaluate_model", lambda *_, **__: pytest.fail("a member is measured"))
+    with pytest.raises(ConfigError) as error:
+        evaluate_ensemble(classifiers, ["objective.r_drop=1.0"], Topology())
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(classifiers)
+    for line, path in zip(lines, classifiers, strict=True):
+        assert line.startswith(path)
+        assert "objective.r_drop=1 with model.dropout=0" in line
+    rows, output = str(data / "test.jsonl"), str(tmp_path / "p.jsonl")
+    arguments = ["predict", classifiers[0], rows, "-o", output, "--set", "objective.r_drop=1.0"]
+    assert main(arguments) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_members_that_hold_out_other_rows_are_refused(

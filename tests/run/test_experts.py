@@ -9,6 +9,7 @@ from support.rank_pool import run_ranks
 from support.small_runs import fine_tuning, logged, pretraining, run, run_until_power_cut
 
 from distft.checkpoint.committed import Checkpoint
+from distft.checkpoint.formats.detect import open_source
 from distft.cli.main import main
 from distft.config import parse
 from distft.errors import ConfigError
@@ -87,7 +88,21 @@ def test_a_run_resumes_on_other_ranks_is_fine_tuned_in_part_and_used(
         assert main(["checkpoint", "verify", str(target)]) == 0
     capsys.readouterr()
     assert main(["checkpoint", "convert", str(found), str(tmp_path / "hf"), "--to", "huggingface"]) == 2
-    assert "model.experts.bias_update_rate=0.01 would have to be null" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "model.experts.bias_update_rate=0.01 would have to be null" in refused
+    assert "init_from with model.experts.bias_update_rate=null and allow_model_changes=[experts]" in refused
+    without = pretraining(
+        data,
+        tmp_path / "without",
+        init_from=str(found),
+        allow_model_changes=["experts"],
+        model={**model, "experts": {**EXPERTS, "bias_update_rate": None}},
+        train={"max_steps": 2},
+    )
+    run(Topology(), without)
+    exported = [str(tmp_path / "without"), str(tmp_path / "hf"), "--to", "huggingface"]
+    assert main(["checkpoint", "convert", *exported]) == 0
+    assert "selection_bias" not in json.dumps(list(open_source(str(tmp_path / "hf")).manifest.parameters))
 
 
 def test_config_check_tells_the_active_parameters(

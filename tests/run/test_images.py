@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from distft.run.check import describe_run
 from distft.run.config import RunConfig
 from distft.run.inputs import read_inputs
 from distft.run.model import build_module
+from distft.run.pretrained import load_model, open_model
 from distft.tokenizer import TokenizerTrainConfig, train_tokenizer
 from distft.topology import Topology
 
@@ -95,10 +97,29 @@ def test_a_run_resumes_on_other_ranks_is_evaluated_and_fine_tuned_in_part(
     hf = str(tmp_path / "hf")
     assert main(["checkpoint", "convert", str(tmp_path / "cut"), hf, "--to", "huggingface"]) == 2
     assert f"model.type={cut['model']['type']}" in capsys.readouterr().err
+    if kind == "clip":
+        _assert_texts_are_embedded(tmp_path / "cut", tmp_path)
     if kind == "vit":
         assert main(["embed", str(tmp_path / "cut"), "nothing.txt", "-o", str(tmp_path / "x.npy")]) == 2
         assert main(["generate", str(tmp_path / "cut"), "-p", "a"]) == 2
         assert "reads images" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def _assert_texts_are_embedded(run_dir: Path, folder: Path) -> None:
+    """`distft embed` gives what the tower of texts makes of each, whatever image is beside it."""
+    (folder / "names.txt").write_text("\n".join(DIGIT_NAMES))
+    arguments = ["embed", str(run_dir), str(folder / "names.txt"), "--documents", "line"]
+    assert main([*arguments, "-o", str(folder / "names.npy")]) == 0
+    trained = open_model(str(run_dir))
+    module = load_model(trained, torch.device("cpu"))
+    for name, found in zip(DIGIT_NAMES, np.load(folder / "names.npy"), strict=True):
+        ids = torch.tensor([trained.tokenizer.encode(name)])
+        images = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8)
+        vectors = module(input_ids=ids, images=images)["embedding"]
+        scale = vectors[1].norm()  # of the temperature, which the file is without
+        np.testing.assert_allclose(found, (vectors[1] / scale).numpy(), atol=1e-6)
+    assert main([*arguments, "-o", str(folder / "x.npy"), "--pooling", "mean"]) == 2
 
 
 def folder_of_digits(folder: Path) -> Path:
@@ -122,6 +143,18 @@ def test_a_folder_of_images_is_learnt_without_a_tokenizer(tmp_path: Path) -> Non
     assert metrics["validation/accuracy"] > 0.7
     described = describe_run(parse(RunConfig, raw), 1).lines
     assert not [line for line in described if line.startswith("tokenizer")]
+
+
+def test_balanced_weights_count_the_images_of_each_class(tmp_path: Path) -> None:
+    raw = config_of(
+        "cnn", tmp_path / "run", "", objective={"type": "classification", "class_weights": "balanced"}
+    )
+    inputs = read_inputs(parse(RunConfig, raw))
+    counts = [load_digits().target[: 64 * 5 // 4].tolist()[i] for i in range(80) if i % 5 != 4]
+    names = inputs.label_names
+    assert isinstance(names, tuple)
+    own = [counts.count(DIGIT_NAMES.index(name)) for name in names]
+    assert inputs.config.objective.class_weights == pytest.approx([64 / (10 * count) for count in own])
 
 
 def test_a_mixture_learns_classes_and_views_at_once(tmp_path: Path) -> None:
@@ -226,6 +259,11 @@ def _rows(batch: Batch, rows: slice) -> Batch:
         ("vit", {"batch": {"global_batch_size": 8, "micro_batch_size": 2, "seq_len": 4}}, "set it to 1"),
         ("vit", {"data": {"type": "images", "source": "digits", "text": "label"}}, "leave text out"),
         ("vit", {"model": {**VIT, "image_size": 16}}, "set model.num_channels=1 and model.image_size=8"),
+        (
+            "vit",
+            {"data": {"type": "images", "source": "digits", "label": None}, "validation": None},
+            "needs labels: set data.type=labelled, or label of images",
+        ),
         ("clip", {"data": {"type": "images", "source": "digits"}}, "set text of the data, such as label"),
         ("clip", {"objective": {"type": "classification"}}, "set objective.type=contrastive"),
         ("clip", {"tokenizer": None}, "tokenizer is not set"),
@@ -239,3 +277,30 @@ def test_what_does_not_fit_is_refused_before_training(
         run(Topology(), config_of(kind, tmp_path / "run", tokenizer, **{**changes, **own}))
     assert problem in str(error.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "labelled", "completion", "images", "contrastive"])
+def test_a_misfit_is_told_once_and_without_what_follows_from_it(
+    data: Path, tmp_path: Path, kind: str
+) -> None:
+    rows = str(data / "train.jsonl")
+    texts: dict[str, dict[str, Any]] = {
+        "tokens": {"type": "tokens", "sources": [{"path": str(data / "shards" / "train")}]},
+        "labelled": {"type": "labelled", "path": rows},
+        "completion": {"type": "completion", "path": rows, "prompt": "text", "completion": "label"},
+    }
+    raw = config_of("vit", tmp_path / "run", "")
+    expected = f"data.type={kind} has texts, and model.type=vit reads images: set model.type=transformer"
+    if kind in texts:
+        raw |= {"data": texts[kind], "validation": None}
+    elif kind == "images":
+        raw |= {"model": TEXT, "tokenizer": str(data / "tokenizer.model"), "validation": None}
+        raw["batch"] = {**raw["batch"], "seq_len": 6}
+        expected = "data.type=images has images, and model.type=transformer reads texts alone"
+    else:
+        raw["objective"] = {"type": "contrastive"}
+        expected = "objective.views=columns needs two texts in each row"
+    with pytest.raises(ConfigError) as error:
+        read_inputs(parse(RunConfig, raw))
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(expected)

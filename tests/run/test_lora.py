@@ -199,3 +199,34 @@ def test_the_first_step_computes_what_the_base_does(adapted: Path) -> None:
     """B is zero, and DoRA's magnitudes are the lengths of the base's rows."""
     first = {kind: logged(adapted / kind)[1] for kind in KINDS}
     assert first == pytest.approx(dict.fromkeys(KINDS, first["lora"]), abs=1e-6)
+
+
+@pytest.mark.ranks
+def test_a_base_in_4_bits_is_no_part_of_commits_and_resumes_on_other_ranks(
+    data: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    raw = _config(data, tmp_path / "whole", pretrained, LORA, engine={"type": "local", "frozen_bits": 4})
+    run(Topology(), raw)
+    manifest = find_checkpoint(str(tmp_path / "whole")).manifest
+    assert manifest.base is not None
+    held = {name for file in manifest.files for name in file.intervals}
+    assert held == {name for name, record in manifest.parameters.items() if record.trainable}
+    before, after = _weights(pretrained), _weights(tmp_path / "whole")
+    assert all(torch.equal(after[n], v) for n, v in before.items() if n in after and n.startswith("blocks."))
+    cut = {**raw, "run_dir": str(tmp_path / "cut")}
+    run_until_power_cut(cut, 6)
+    zero = {"type": "zero", "zero_stage": 3, "frozen_bits": 4}
+    run_ranks(_run, 2, {**cut, "engine": zero}, timeout_s=180)
+    assert logged(tmp_path / "cut") == pytest.approx(logged(tmp_path / "whole"), abs=1e-6)
+    copied = {**raw, "run_dir": str(tmp_path / "copied"), "lora": {**LORA, "copies_base": True}}
+    run(Topology(), copied)
+    assert find_checkpoint(str(tmp_path / "copied")).manifest.base is None
+    copy = _weights(tmp_path / "copied")
+    assert all(torch.equal(copy[name], values) for name, values in after.items())
+
+
+def test_bits_of_frozen_weights_may_change_on_a_resume(data: Path, tmp_path: Path, pretrained: Path) -> None:
+    raw = _config(data, tmp_path / "run", pretrained, LORA, engine={"type": "local", "frozen_bits": 8})
+    run_until_power_cut(raw, 6)
+    run(Topology(), {**raw, "engine": {"type": "local"}})
+    assert max(logged(tmp_path / "run")) == 12

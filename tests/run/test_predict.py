@@ -1,11 +1,13 @@
 """`distft predict`: what `evaluate` measures, row by row, on any ranks, and after an interruption."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.rank_pool import run_ranks
@@ -13,8 +15,11 @@ from support.small_runs import fine_tuning, pretraining, run
 
 from distft.cli.main import main
 from distft.errors import ConfigError, DataError
+from distft.run import label_predictor, text_predictor
 from distft.run import predict as predict_module
-from distft.run.predict import PredictOptions, predict_file
+from distft.run.generate import GenerationOptions, generate_text
+from distft.run.predict import predict_file
+from distft.run.prediction_rows import PredictOptions
 from distft.run.pretrained import evaluate_checkpoint
 from distft.topology import Topology
 
@@ -28,11 +33,11 @@ def classifier(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict_module, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(label_predictor, "_BLOCK_ROWS", 4)
 
 
 def _predict(topology: Topology, *arguments: str) -> int:
-    predict_module._BLOCK_ROWS = 4
+    label_predictor._BLOCK_ROWS = 4
     return predict_file(arguments[0], arguments[1], arguments[2], topology)
 
 
@@ -66,7 +71,7 @@ def test_ranks_write_the_same_file_and_go_on_where_an_interruption_left(
     run_ranks(_predict, 3, str(classifier), rows, str(tmp_path / "three.jsonl"))
     assert (tmp_path / "three.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
-    predictions = predict_module._Predictor.predictions
+    predictions = label_predictor.LabelPredictor.predictions
     done = []
 
     def fail_in_the_third_block(self: Any, start: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -76,7 +81,7 @@ def test_ranks_write_the_same_file_and_go_on_where_an_interruption_left(
         return predictions(self, start, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict_module._Predictor, "predictions", fail_in_the_third_block)
+        patch.setattr(label_predictor.LabelPredictor, "predictions", fail_in_the_third_block)
         with pytest.raises(KeyboardInterrupt):
             predict_file(str(classifier), rows, str(tmp_path / "cut.jsonl"), Topology())
     parts = tmp_path / "cut.jsonl.parts"
@@ -126,8 +131,8 @@ def test_what_cannot_be_predicted_is_told_before_the_work(
     data: Path, classifier: Path, pretrained: Path, tmp_path: Path
 ) -> None:
     rows, output = str(data / "test.jsonl"), str(tmp_path / "p.jsonl")
-    with pytest.raises(ConfigError, match=r"objective.type=causal_lm, which predicts nothing of a row"):
-        predict_file(str(pretrained), rows, output, Topology())
+    with pytest.raises(ConfigError, match=r"objective.type=contrastive, which predicts nothing of a row"):
+        predict_file(str(pretrained), rows, output, Topology(), overrides=["objective={type: contrastive}"])
     with pytest.raises(ConfigError, match=r"must end in \.jsonl, \.csv, \.tsv, \.parquet"):
         predict_file(str(classifier), rows, str(tmp_path / "p.txt"), Topology())
     (tmp_path / "empty.jsonl").write_text("")
@@ -172,10 +177,11 @@ def _power_cut(*_: Any) -> None:
 
 def test_a_second_text_needs_a_model_of_pairs(data: Path, classifier: Path, tmp_path: Path) -> None:
     options = PredictOptions(text_pair="label")
+    rows, output = str(data / "test.jsonl"), str(tmp_path / "p.jsonl")
     with pytest.raises(ConfigError, match="was trained on one text a row"):
-        predict_file(
-            str(classifier), str(data / "test.jsonl"), str(tmp_path / "p.jsonl"), Topology(), options
-        )
+        predict_file(str(classifier), rows, output, Topology(), options)
+    with pytest.raises(ConfigError, match=r"--image-column: .* reads texts\. Leave it out"):
+        predict_file(str(classifier), rows, output, Topology(), PredictOptions(image="image"))
 
 
 def test_blocks_of_other_predictions_and_files_of_others_stay(
@@ -194,3 +200,50 @@ def test_blocks_of_other_predictions_and_files_of_others_stay(
     (tmp_path / "q.jsonl.parts").write_text("mine")
     with pytest.raises(ConfigError, match="is a file, and a directory is needed"):
         predict_file(str(classifier), rows, str(tmp_path / "q.jsonl"), Topology())
+
+
+def _predict_texts(topology: Topology, *arguments: str) -> int:
+    text_predictor._BLOCK_ROWS = 2
+    options = PredictOptions(text="text", generation=GenerationOptions(max_new_tokens=6, temperature=0.7))
+    return predict_file(arguments[0], arguments[1], arguments[2], topology, options)
+
+
+@pytest.mark.ranks
+def test_a_language_model_writes_a_text_for_each_row(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    rows = _json_lines(data / "test.jsonl")[:5]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    paths = [str(pretrained), str(tmp_path / "rows.jsonl")]
+    command = ["predict", *paths, "--text-column", "text", "--max-new-tokens", "6"]
+    assert main([*command, "-o", str(tmp_path / "greedy.csv")]) == 0
+    found = list(csv.DictReader(io.StringIO((tmp_path / "greedy.csv").read_text(), newline="")))
+    options = GenerationOptions(max_new_tokens=6, temperature=0.0)
+    texts = [row["text"] for row in rows]
+    expected = generate_text(str(pretrained), texts, options, on_note=lambda _: None)
+    assert [row["text"] + row["generated"] for row in found] == expected
+    command[2] = str(tmp_path / "rows.parquet")
+    assert main([*command, "-o", str(tmp_path / "parquet.jsonl")]) == 0
+    assert [r["generated"] for r in _json_lines(tmp_path / "parquet.jsonl")] == [
+        r["generated"] for r in found
+    ]
+    # Drawn texts are the same on any ranks, and in other words than greedy ones.
+    assert _predict_texts(Topology(), *paths, str(tmp_path / "one.jsonl")) == len(rows)
+    run_ranks(_predict_texts, 2, *paths, str(tmp_path / "two.jsonl"))
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    drawn = [row["generated"] for row in _json_lines(tmp_path / "one.jsonl")]
+    assert drawn != [row["generated"] for row in found]
+
+
+def test_options_of_texts_and_of_labels_are_told_apart(
+    data: Path, pretrained: Path, classifier: Path, tmp_path: Path
+) -> None:
+    rows, output = str(data / "test.jsonl"), str(tmp_path / "out.jsonl")
+    generation = GenerationOptions(max_new_tokens=3, temperature=0.0)
+    with pytest.raises(ConfigError, match=r"predicts labels: --max-new-tokens"):
+        predict_file(str(classifier), rows, output, Topology(), PredictOptions(generation=generation))
+    options = PredictOptions(text="text", text_pair="b", head="c")
+    with pytest.raises(ConfigError, match=r"(?s)--text-pair-column b: the model.*--head c: the model"):
+        predict_file(str(pretrained), rows, output, Topology(), options)
+    with pytest.raises(DataError, match=r"has no column 'prompt'"):
+        predict_file(str(pretrained), rows, output, Topology())
+    assert not Path(output).exists()

@@ -17,8 +17,8 @@ from distft.model.counts import num_attention_pairs
 from distft.objective.interface import ObjectiveContext
 from distft.run.check import check_run
 from distft.run.config import RunConfig
-from distft.run.inputs import RunInputs
 from distft.run.model import build_module
+from distft.run.run_inputs import RunInputs
 from distft.topology import Topology
 from distft.train.throughput import Throughput
 

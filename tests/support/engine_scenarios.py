@@ -7,7 +7,7 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from distft.checkpoint.committed import Checkpoint
@@ -22,6 +22,7 @@ from distft.data.batch import Batch
 from distft.data.targets import NEXT_TOKEN
 from distft.engine.interface import Engine
 from distft.engine.local import LocalEngine
+from distft.engine.quantized_weights import quantizable_weights
 from distft.engine.settings import ActivationCheckpointing, LocalConfig
 from distft.keyed_random import row_keys
 from distft.model.config import ModelConfig
@@ -30,7 +31,7 @@ from distft.model.lora import add_adapters
 from distft.model.lora_config import LoraConfig
 from distft.model.transformer_config import TransformerConfig
 from distft.optim.config import OptimConfig
-from distft.optim.groups import parameter_groups
+from distft.optim.groups import ParameterGroup, parameter_groups
 from distft.optim.patterns import select_trainable
 from distft.optim.settings import OptimizerSettings
 from distft.topology import BatchPlan, Topology
@@ -69,6 +70,7 @@ class Scenario:
     compile: bool = False
     other_model: ModelConfig | None = None  # in place of a Transformer
     lora: LoraConfig | None = None
+    frozen_bits: int | None = None
     zero: Mapping[str, Any] = field(default_factory=dict)  # further settings of ZeroConfig
     optimizer: Mapping[str, Any] = field(default_factory=dict)  # settings of `optim` in place of these
 
@@ -143,11 +145,13 @@ class Training:
             module.compile_blocks()
         self.shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         self.trainable = select_trainable(self.shapes, scenario.trainable)
+        self.quantizable = set(quantizable_weights(module))
         for name, param in module.named_parameters():
             param.requires_grad_(name in self.trainable)
         source = fresh_source(self.shapes) if checkpoint is None else checkpoint
         updates = {name: source.updates(name) for name in self.shapes}
-        groups = parameter_groups(self.shapes, self.trainable, scenario.optim, updates)
+        widths = scenario.model.widths(self.shapes)
+        groups = parameter_groups(self.shapes, self.trainable, scenario.optim, updates, widths)
         self.plan = BatchPlan(
             global_batch_size=scenario.global_batch_size,
             micro_batch_size=scenario.micro_batch_size,
@@ -156,34 +160,37 @@ class Training:
         )
         self.step = 0 if checkpoint is None else checkpoint.step
         self.before_update: Callable[[], None] = lambda: None
-        self.engine: Engine
-        if scenario.stage is None:
-            settings = LocalConfig.model_validate({"param_dtype": scenario.precision})
-            self.engine = LocalEngine(module, groups, settings=settings, optim=scenario.optim, device=CPU)
-        else:
-            from distft.engine.deepspeed_config import ZeroConfig
-            from distft.engine.zero import ZeroEngine
-
-            zero = ZeroConfig.model_validate(
-                {
-                    "zero_stage": scenario.stage,
-                    "param_dtype": scenario.precision,
-                    "activation_checkpointing": scenario.activation_checkpointing,
-                    **scenario.zero,
-                }
-            )
-            self.engine = ZeroEngine(
-                module,
-                groups,
-                settings=zero,
-                optim=scenario.optim,
-                plan=self.plan,
-                collectives=collectives,
-                device=CPU,
-            )
+        self.engine = self._build_engine(module, groups)
         self.engine.load_fragments(source)
         generator = torch.Generator().manual_seed(1)
         self.rows = torch.randint(0, VOCAB_SIZE, (50 * GLOBAL_BATCH_SIZE, SEQ_LEN + 1), generator=generator)
+
+    def _build_engine(self, module: nn.Module, groups: list[ParameterGroup]) -> Engine:
+        scenario = self.scenario
+        shared = {"param_dtype": scenario.precision, "frozen_bits": scenario.frozen_bits}
+        if scenario.stage is None:
+            settings = LocalConfig.model_validate(shared)
+            return LocalEngine(module, groups, settings=settings, optim=scenario.optim, device=CPU)
+        from distft.engine.deepspeed_config import ZeroConfig
+        from distft.engine.zero import ZeroEngine
+
+        zero = ZeroConfig.model_validate(
+            {
+                **shared,
+                "zero_stage": scenario.stage,
+                "activation_checkpointing": scenario.activation_checkpointing,
+                **scenario.zero,
+            }
+        )
+        return ZeroEngine(
+            module,
+            groups,
+            settings=zero,
+            optim=scenario.optim,
+            plan=self.plan,
+            collectives=self.collectives,
+            device=CPU,
+        )
 
     def run(self, to_step: int, *, poison_step: int | None = None) -> list[float]:
         """Train up to step `to_step`; return the losses. At `poison_step` loss and gradients are infinite."""

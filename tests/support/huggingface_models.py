@@ -48,6 +48,21 @@ GPT2: dict[str, Any] = {
 }
 # model_type, and options that differ from LLAMA or GPT2; the widths of experts are multiples of 4, which the
 # product of transformers needs
+MODERNBERT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_SEQ_LEN,
+    "local_attention": 6,
+    "norm_eps": 1e-3,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 700.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+}
 HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
@@ -98,6 +113,21 @@ DISTFT_GPT2: dict[str, Any] = {
     "mlp_bias": True,
 }
 # model_type, and options of `TransformerConfig`
+DISTFT_MODERNBERT: dict[str, Any] = {
+    "attention": "bidirectional",
+    "norm": "layernorm",
+    "norm_bias": False,
+    "embedding_norm": True,
+    "first_attention_norm": False,
+    "mlp": "geglu",
+    "num_layers": 4,
+    "lm_head_transform": True,
+    "lm_head_transform_bias": False,
+    "sliding_window": 7,
+    "global_attention_every": 3,
+    "local_rope_theta": 40.0,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+}
 DISTFT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_untied": ("llama", {"tie_embeddings": False, "num_kv_heads": 2, "norm_eps": 1e-3}),

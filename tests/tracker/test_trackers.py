@@ -17,9 +17,11 @@ from distft.config import parse
 from distft.errors import ConfigError, StorageError
 from distft.tracker import (
     JsonlTracker,
+    MlflowConfig,
     TensorBoardConfig,
     TrackerConfig,
     Trackers,
+    TrackioConfig,
     WandbConfig,
     build_trackers,
     read_lines,
@@ -53,6 +55,9 @@ class Recorder:
     def log(self, metrics: Mapping[str, float | int], *, step: int) -> None:
         self._record("log", dict(metrics), step)
 
+    def show(self, record: Mapping[str, Any], *, step: int) -> None:
+        self._record("show", dict(record), step)
+
     def event(self, kind: str, **fields: Any) -> None:
         self._record("event", kind, fields)
 
@@ -65,6 +70,7 @@ def run(trackers: Trackers, run_dir: Path) -> None:
     trackers.log({"loss": np.float32(0.5), "tokens_seen": np.int64(7)}, step=4)
     trackers.event("save", step=4, url=f"s3://me:{SECRET}@host")
     trackers.log({"loss": 0.25}, step=5)
+    trackers.show({"samples": [{"prompt": f"token={SECRET}", "text": "x"}]}, step=5)
     trackers.finish("completed", step=5)
 
 
@@ -72,14 +78,14 @@ def test_all_trackers_get_the_same_plain_numbers_and_no_secret(tmp_path: Path) -
     one, two = Recorder(), Recorder()
     run(Trackers([one], [two]), tmp_path)
     assert one.calls == two.calls
-    assert [call[0] for call in one.calls] == ["start", "log", "event", "log", "finish"]
+    assert [call[0] for call in one.calls] == ["start", "log", "event", "log", "show", "finish"]
     assert one.calls[0][2]["tokenizer"] == {"vocab_size": 512}
     assert one.calls[1] == ("log", {"loss": 0.5, "tokens_seen": 7}, 4)
     assert type(one.calls[1][1]["tokens_seen"]) is int
     assert SECRET not in repr(one.calls)
 
 
-@pytest.mark.parametrize("fails_at", ["start", "log", "event", "finish"])
+@pytest.mark.parametrize("fails_at", ["start", "log", "event", "show", "finish"])
 def test_a_failing_optional_tracker_warns_once_and_the_run_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fails_at: str
 ) -> None:
@@ -87,7 +93,7 @@ def test_a_failing_optional_tracker_warns_once_and_the_run_continues(
     with caplog.at_level(logging.WARNING):
         run(Trackers([good], [bad, later]), tmp_path)
     assert good.calls == later.calls
-    assert len(good.calls) == 5
+    assert len(good.calls) == 6
     assert bad.calls[-1][0] == fails_at
     assert [record.getMessage() for record in caplog.records] == [
         "Recorder failed and is disabled from here on (OSError: no network)"
@@ -143,7 +149,12 @@ def test_trackers_are_chosen_by_type(tmp_path: Path) -> None:
     config = parse(TrackerConfig, {"type": "tensorboard", "flush_s": 5})
     assert config == TensorBoardConfig(flush_s=5)
     run(build_trackers([config], max_steps=10, show=False), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "metrics.jsonl", "tensorboard"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "evaluations.jsonl",
+        "events.jsonl",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
 
 
 def tensorboard_scalars(run_dir: Path) -> list[tuple[int, float]]:
@@ -166,9 +177,12 @@ def test_tensorboard_shows_the_final_history_after_a_resume(tmp_path: Path) -> N
     ]
 
 
-@pytest.mark.parametrize("config", [TensorBoardConfig(), WandbConfig()])
+@pytest.mark.parametrize(
+    "config", [TensorBoardConfig(), WandbConfig(), MlflowConfig(), TrackioConfig()], ids=lambda c: c.type
+)
 def test_a_missing_package_is_an_error_before_the_run(
-    monkeypatch: pytest.MonkeyPatch, config: TensorBoardConfig | WandbConfig
+    monkeypatch: pytest.MonkeyPatch,
+    config: TensorBoardConfig | WandbConfig | MlflowConfig | TrackioConfig,
 ) -> None:
     monkeypatch.setitem(sys.modules, config.type, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)

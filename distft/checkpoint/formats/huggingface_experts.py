@@ -19,6 +19,11 @@ from distft.model.transformer_config import TransformerConfig
 # Each with the architecture whose attention it has.
 MODELS_WITH_EXPERTS: Mapping[str, str] = {"mixtral": "mistral", "qwen3_moe": "qwen3", "qwen2_moe": "qwen2"}
 _FUSED = ".experts.gate_up_proj"
+_REMEDIES: Mapping[str, str] = {
+    "bias_update_rate": " The router chooses by a bias, which no such model of transformers has here: "
+    "train on without it (init_from with model.experts.bias_update_rate=null and "
+    "allow_model_changes=[experts]), and export that; or convert to deepspeed or universal, which keep it."
+}
 _MATRICES = {  # distft's names, transformers', and Mixtral's
     "gate": ("gate_proj", "w1"),
     "up": ("up_proj", "w3"),
@@ -145,7 +150,7 @@ def unsupported_experts(config: TransformerConfig, architecture: str) -> Iterato
         found = getattr(experts, name)
         if found != value:
             wanted = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-            yield f"model.experts.{name}={found} would have to be {wanted}."
+            yield f"model.experts.{name}={found} would have to be {wanted}.{_REMEDIES.get(name, '')}"
 
 
 def expert_keys(config: TransformerConfig, architecture: str) -> dict[str, Any]:

@@ -117,8 +117,13 @@ class HuggingFaceCheckpoint(ManifestSource):
 
 
 def _require_layers(path: str, spec: HuggingFaceModelSpec) -> None:
-    """Raise `CheckpointError` if config.json has far more layers than the tensors: a list would take long."""
+    """Raise `CheckpointError` if config.json has far more layers than the tensors: a list would take long.
+
+    A file that cannot be read has none.
+    """
     scan = scan_tensors(path)
+    if scan.is_weights_file_unreadable and spec.model.num_blocks > _MOST_MISSING_LAYERS:
+        raise CheckpointError("\n".join(scan.damage))
     if scan.is_weights_file_unreadable:
         return
     found = {m[0] for name in (*scan.locations, *scan.unreadable) if (m := _LAYER.search(name))}

@@ -39,6 +39,7 @@ from distft.checkpoint.formats.huggingface_tensors import (
 )
 from distft.checkpoint.formats.names import CONFIG_FILE
 from distft.checkpoint.fragments import WEIGHT
+from distft.checkpoint.mup import folded
 from distft.checkpoint.rank_file import bytes_of
 from distft.checkpoint.safetensors_header import safetensors_header
 from distft.checkpoint.sources import CheckpointSource
@@ -99,6 +100,7 @@ def write_huggingface(
     Raises `ConfigError` for a model that transformers cannot represent or a target that is not empty, and
     `CheckpointError` for a source that lacks parameters; then nothing is written.
     """
+    source = folded(source)
     model = known_model(source)
     chosen = choose_architecture(model, architecture)
     head, own, notes = choose_head(source, model, chosen)

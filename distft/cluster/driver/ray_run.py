@@ -6,14 +6,13 @@ commit in `run_dir`, as under any other launcher.
 
 import contextlib
 import math
-import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
@@ -21,6 +20,7 @@ from ray.train.torch import TorchConfig
 
 from distft import storage
 from distft.checkpoint.steps import committed_steps
+from distft.cluster.connection import ray_connection
 from distft.cluster.driver.failures import FailureCallback, explain
 from distft.cluster.driver.reservations import stale_reservation_released
 from distft.cluster.driver.resources import (
@@ -33,16 +33,9 @@ from distft.cluster.driver.resources import (
 from distft.cluster.driver.start_timeout import StartTimeout
 from distft.cluster.mailbox import open_mailbox
 from distft.cluster.paths import RunPaths
-from distft.cluster.ray_internals import (
-    make_torch_trainer,
-    set_ray_environment,
-    socket_path_limit,
-    worker_start_environment,
-)
-from distft.cluster.tokens import ensure_token
+from distft.cluster.ray_internals import make_torch_trainer, worker_start_environment
 from distft.cluster.worker import TrainFn, WorkerTask, run_worker
-from distft.config import redact
-from distft.errors import ConfigError, DistftError, Interrupted, LaunchError, StorageError
+from distft.errors import ConfigError, Interrupted, LaunchError, StorageError
 from distft.run.cluster_config import ClusterConfig
 from distft.run.config import RunConfig
 from distft.run.environment import RECORD_COLLECTIVES
@@ -54,71 +47,28 @@ _ELASTIC_START_ATTEMPT_S = 10.0
 _NEVER_S = 1e9
 _ABORT_TIMEOUT_S = 5.0
 _HANG_REPORT_S = 20.0  # the time that ranks need to report a hang and to end
-# Only a configuration and some text pass through the object store; Ray's minimum is 75 MB.
-_OBJECT_STORE_BYTES = 100_000_000
 
 
 def train_on_ray(
     config: RunConfig, paths: RunPaths, environ: MutableMapping[str, str], train: TrainFn | None
 ) -> RunResult:
     """Train a checked configuration; raises the errors of `run_on_ray` that only a cluster can show."""
-    with _ray_connection(config, environ), _storage_marker(config) as marker:
+    with _connection(config, environ), _storage_marker(config) as marker:
         _check_capacity(config.cluster, is_local="RAY_ADDRESS" not in environ)
         return _train(config, paths, train or run_training, marker, environ)
 
 
-@contextlib.contextmanager
-def _ray_connection(config: RunConfig, environ: MutableMapping[str, str]) -> Iterator[None]:
-    """Connect to the cluster, or start a local one; disconnect or stop it when the block ends."""
-    cluster, address = config.cluster, environ.get("RAY_ADDRESS")
-    if address and "://" in address and not address.startswith("ray://"):
-        raise LaunchError(
-            f"RAY_ADDRESS={address} is the URL of a dashboard, which is for `distft submit`. A driver needs "
-            "the address of the cluster itself, such as head:6379, or auto on one of its nodes."
-        )
-    print(f"Connecting to Ray at {address}." if address else "Starting a local Ray for this run.", flush=True)
-    set_ray_environment(
+def _connection(config: RunConfig, environ: MutableMapping[str, str]) -> AbstractContextManager[None]:
+    cluster = config.cluster
+    return ray_connection(
         environ,
+        num_cpus=math.ceil(cluster.max_workers * cluster.cpus_per_worker),
         start_attempt_s=min(
             cluster.start_timeout_s, _ELASTIC_START_ATTEMPT_S if cluster.is_elastic else math.inf
         ),
         # Ranks watch each other and report more; this is for a single rank, and if all ranks hang at once.
         health_check_timeout_s=config.hang_timeout_s + _HANG_REPORT_S,
     )
-    if not address:
-        ensure_token(environ)
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            # "local" starts a new cluster even if one runs on this machine, which the user did not name.
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(cluster.max_workers * cluster.cpus_per_worker)),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        ray.shutdown()  # of what has started
-        raise _connection_error(error, address, environ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _connection_error(error: Exception, address: str | None, environ: Mapping[str, str]) -> DistftError:
-    """The `DistftError` for an error of `ray.init`."""
-    if (limit := socket_path_limit(error)) is not None:
-        name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if environ.get(name)), "TMPDIR")
-        return ConfigError(
-            f"{name}={environ.get(name, '')} is too long for Ray's sockets, whose paths may have {limit} "
-            "bytes: set RAY_TMPDIR to a short directory of your own."
-        )
-    problem = f"connect to the cluster at RAY_ADDRESS={redact(address)}" if address else "start Ray here"
-    return LaunchError(f"Could not {problem}: {redact(str(error))}")
 
 
 @contextlib.contextmanager

@@ -340,6 +340,9 @@ def test_a_config_of_many_layers_with_tensors_of_few_is_refused_before_they_are_
     monkeypatch.delattr("distft.checkpoint.formats.huggingface_source.map_saved_tensors")
     with pytest.raises(CheckpointError, match="describes 2,000 layers, but there are tensors of 2"):
         HuggingFaceCheckpoint.open(str(folder))
+    (folder / "model.safetensors").write_bytes(bytes(64))  # a file that cannot be read says nothing of them
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
+        HuggingFaceCheckpoint.open(str(folder))
 
 
 def test_all_unsupported_features_are_reported_at_once(saved: Path, tmp_path: Path) -> None:

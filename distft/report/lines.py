@@ -1,0 +1,67 @@
+"""Reads a file of JSON lines as it grows, without reading what it has read again."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+_MOST_LINE_BYTES = 1 << 24  # a longer one is no line of distft
+
+
+class GrowingLines:
+    """The objects in a file's lines. A line that is still being written is not read yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_unreadable = 0  # lines that are no JSON object
+        self._records: list[dict[str, Any]] = []
+        self._position = 0
+        self._identity: tuple[int, int] | None = None
+
+    def read(self) -> Sequence[dict[str, Any]]:
+        """All of them, of the file as it is now; none without a file.
+
+        A resume replaces the file by a shorter one, and is then read from its beginning.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            self._restart(None)
+            return self._records
+        with file:
+            found = os.fstat(file.fileno())
+            identity = (found.st_dev, found.st_ino)
+            if identity != self._identity or found.st_size < self._position:
+                self._restart(identity)
+            file.seek(self._position)
+            while (line := file.readline(_MOST_LINE_BYTES)).endswith(b"\n") or len(line) == _MOST_LINE_BYTES:
+                self._position += len(line)
+                self._add(line)
+        return self._records
+
+    def _restart(self, identity: tuple[int, int] | None) -> None:
+        self._records, self._position, self.num_unreadable = [], 0, 0
+        self._identity = identity
+
+    def _add(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # the latter: a line of brackets
+            record = None
+        if isinstance(record, dict):
+            self._records.append(record)
+        elif line.strip():
+            self.num_unreadable += 1
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a finite int or float that a chart can show, and no bool."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e300  # an int may be larger than any float
+
+
+def is_int(value: Any) -> TypeGuard[int]:
+    """Whether it is an int that a chart can show, and no bool."""
+    return isinstance(value, int) and is_number(value)

@@ -1,0 +1,1 @@
+"""Searches over settings of runs: space, configurations of trials, journal and ranking, without Ray."""

@@ -1,0 +1,186 @@
+"""What happened in a search, a line of JSON for each event, and the trials that these lines tell of.
+
+Everything else that a search writes follows from this file and from the runs. A search that goes on reads it,
+so a line counts as soon as it is there, and a torn last line does not.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from distft.errors import ConfigError
+from distft.search.metrics import is_number
+from distft.search.space import Values
+from distft.tracker.jsonl import LineWriter, read_lines
+
+JOURNAL_FILE = "search.jsonl"
+VERSION = 1
+ENDED = ("completed", "stopped", "failed")  # states of trials that are not run again
+RUNNING, WAITING = "running", "waiting"
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """One run of a trial, as far as it is told."""
+
+    run_dir: str
+    history: dict[int, float | None] = field(default_factory=dict)  # by step; None: not finite
+    metrics: dict[str, float | None] = field(default_factory=dict)  # the others', at the end
+    violations: list[str] = field(default_factory=list)
+    is_complete: bool = False
+
+    def value(self, sign: int, *, best: bool) -> float | None:
+        """The last value or the best one; None if there is none."""
+        known = [value for _, value in sorted(self.history.items())]
+        if not known:
+            return None
+        finite = [value for value in known if value is not None]
+        if best:
+            return max(finite, key=lambda value: sign * value, default=None)
+        return known[-1]
+
+
+@dataclass(slots=True)
+class TrialRecord:
+    """One trial, from all that the journal says of it."""
+
+    number: int
+    values: Values  # by dotted key; of a population those of its newest run
+    ranks: int = 1
+    repeat_of: int | None = None  # the trial whose settings it runs again with further seeds
+    state: str = WAITING  # waiting, running, completed, stopped, failed
+    reason: str = ""  # why it failed
+    runs: dict[str, RunRecord] = field(default_factory=dict)  # by name, in the order of their starts
+    step: int = 0  # that it reached; of several runs in all
+    seconds: float = 0.0
+    _segment_s: float = 0.0  # since its last start
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in ENDED
+
+    def values_of_runs(self, sign: int, *, best: bool) -> list[float | None]:
+        """One of each run; the runs of a population follow on each other, so the newest counts."""
+        runs = list(self.runs.values())
+        if self.is_population:
+            runs = runs[-1:]
+        return [run.value(sign, best=best) for run in runs]
+
+    @property
+    def is_population(self) -> bool:
+        return any(name.startswith("fork") for name in self.runs)
+
+    def history(self) -> list[tuple[int, float | None]]:
+        """Step and value; of several runs, or of forks, one after the other."""
+        return [pair for run in self.runs.values() for pair in sorted(run.history.items())]
+
+    @property
+    def violations(self) -> list[str]:
+        return list(dict.fromkeys(text for run in self.runs.values() for text in run.violations))
+
+    def metrics(self) -> dict[str, float | None]:
+        """The mean over runs of each other metric."""
+        names = dict.fromkeys(name for run in self.runs.values() for name in run.metrics)
+        return {name: _mean([run.metrics.get(name) for run in self.runs.values()]) for name in names}
+
+
+def mean_and_spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """The mean, None if a value is missing; and the standard deviation, None of fewer than two."""
+    known = list(values)
+    mean = _mean(known)
+    if mean is None or len(known) < 2:
+        return mean, None
+    return mean, stdev(value for value in known if value is not None)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    finite = [value for value in known if value is not None and math.isfinite(value)]
+    return fmean(finite) if known and len(finite) == len(known) else None
+
+
+class Journal:
+    """The journal of the search in one directory, open for writing, and what it says so far."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / JOURNAL_FILE
+        self.lines = read_journal(directory)
+        self.trials = trials_of(self.lines)
+        self._writer = LineWriter(self.path)
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Write one event, and take it into account. Raises `StorageError` when the disk is full."""
+        line = {"kind": kind, **fields}
+        self._writer.append(line)
+        self.lines.append(line)
+        _apply(self.trials, line)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read_journal(directory: Path) -> list[dict[str, Any]]:
+    """The events so far; none if no search has begun there. Raises `ConfigError` for a newer version's."""
+    lines = read_lines(directory / JOURNAL_FILE)
+    if not lines:
+        return []
+    first = lines[0]
+    if first.get("kind") != "search" or not isinstance(first.get("version"), int):
+        raise ConfigError(f"{directory / JOURNAL_FILE} is no journal of a search: choose another run_dir.")
+    if first["version"] > VERSION:
+        raise ConfigError(
+            f"{directory / JOURNAL_FILE} is of version {first['version']}, and this distft reads up to "
+            f"{VERSION}: upgrade distft."
+        )
+    return lines
+
+
+def trials_of(lines: Iterable[Mapping[str, Any]]) -> dict[int, TrialRecord]:
+    """The trials by number. Lines that say nothing of a trial, or twice the same, change nothing."""
+    trials: dict[int, TrialRecord] = {}
+    for line in lines:
+        _apply(trials, line)
+    return trials
+
+
+def _apply(trials: dict[int, TrialRecord], line: Mapping[str, Any]) -> None:
+    number, kind = line.get("number"), line.get("kind")
+    if not isinstance(number, int):
+        return
+    if kind == "trial":
+        trials.setdefault(
+            number,
+            TrialRecord(number, dict(line["values"]), line.get("ranks", 1), repeat_of=line.get("repeat_of")),
+        )
+        return
+    trial = trials.get(number)
+    if trial is None:
+        return
+    if kind == "start":
+        trial.state, trial.reason, trial._segment_s = RUNNING, "", 0.0
+    elif kind == "fork":
+        trial.values, trial.ranks = dict(line["values"]), line.get("ranks", trial.ranks)
+    elif kind == "result":
+        _apply_result(trial, line)
+    elif kind == "again" and trial.state == "failed":
+        trial.state, trial.reason = WAITING, ""
+    elif kind == "end":
+        trial.state, trial.reason = line["state"], line.get("reason", "")
+        trial.step = max(trial.step, line.get("step", 0))
+
+
+def _apply_result(trial: TrialRecord, line: Mapping[str, Any]) -> None:
+    run = trial.runs.setdefault(line["run"], RunRecord(line["run_dir"]))
+    step, value = line.get("step"), line.get("value")
+    if isinstance(step, int):
+        run.history[step] = value if is_number(value) else None
+    run.metrics |= line.get("metrics", {})
+    run.violations = line.get("violations", [])
+    run.is_complete = line.get("is_complete", False)
+    trial.step = max(trial.step, line.get("total_step", 0))
+    seconds = line.get("seconds", 0.0)
+    trial.seconds += max(seconds - trial._segment_s, 0.0)
+    trial._segment_s = max(trial._segment_s, seconds)

@@ -1,0 +1,108 @@
+"""Metrics to Trackio; the only module that imports trackio, when a run starts."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from distft.errors import ConfigError
+from distft.tracker.evaluation_tables import pictures_of, tables_of
+from distft.tracker.interface import Metrics
+from distft.tracker.named_run import NamedRun, stored_id
+
+
+class TrackioConfig(NamedRun):
+    """Log to Trackio, on this machine or in a Space. Credentials come from Hugging Face's login alone."""
+
+    type: Literal["trackio"] = "trackio"
+    space_id: str | None = None  # a Space of Hugging Face; null: this machine
+
+    def build(self) -> "TrackioTracker":
+        """Raises `ConfigError` if Trackio is not installed."""
+        from importlib.util import find_spec
+
+        if find_spec("trackio") is None:
+            raise ConfigError(
+                "tracker type 'trackio' needs the package trackio: run pip install 'distft[trackio]', or "
+                "remove the tracker."
+            )
+        return TrackioTracker(self)
+
+
+class TrackioTracker:
+    """One Trackio run, continued after a resume: its name is in the run's `trackio/run_name.txt`.
+
+    Trackio finds a run by its name, so the run's id stands behind a name from the settings. It keeps every
+    point. So that steps never go back, steps that a resumed start does again are not logged twice on this
+    machine; in a Space they are.
+    """
+
+    def __init__(self, settings: TrackioConfig) -> None:
+        self._settings = settings
+        self._run: Any = None
+        self._last_step = -1  # that earlier starts have logged
+
+    def start(
+        self,
+        run_id: str,
+        config: Mapping[str, Any],
+        run_dir: Path,
+        *,
+        resume_step: int | None = None,  # noqa: ARG002 - Trackio itself says which steps it has
+    ) -> None:
+        import trackio
+
+        settings = self._settings
+        path = Path(run_dir) / "trackio" / "run_name.txt"
+        is_new = not path.exists()
+        name = stored_id(path, run_id if settings.name is None else f"{settings.name}-{run_id}")
+        if not is_new and settings.space_id is None:
+            found = trackio.SQLiteStorage.get_max_step_for_run(settings.project, name)
+            self._last_step = -1 if found is None else int(found)
+        about = {"notes": settings.notes, "tags": list(settings.tags)}
+        with _silence():
+            self._run = trackio.init(
+                project=settings.project,
+                name=name,
+                group=settings.group,
+                space_id=settings.space_id,
+                config={**config, **{key: value for key, value in about.items() if value}},
+                resume="never" if is_new else "allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def log(self, metrics: Metrics, *, step: int) -> None:
+        if step > self._last_step:
+            self._run.log(dict(metrics), step=step)
+
+    def show(self, record: Mapping[str, Any], *, step: int) -> None:
+        import trackio
+
+        if step <= self._last_step:
+            return
+        shown: dict[str, Any] = {
+            table.name: trackio.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+            for table in tables_of(record)
+        }
+        shown |= {name: trackio.Image(pixels) for name, pixels in pictures_of(record)}
+        if shown:
+            self._run.log(shown, step=step)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Does nothing: Trackio has no place for events, which `events.jsonl` has."""
+
+    def finish(self, status: str) -> None:  # noqa: ARG002
+        import trackio
+
+        with _silence():
+            trackio.finish()  # the run's own method would leave it to be finished again when Python ends
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what Trackio prints, among it a command line for its dashboard."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
