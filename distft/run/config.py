@@ -184,7 +184,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     raw = apply_overrides(load_yaml(path), overrides)
     if SEARCH_SECTION in raw:
         raise ConfigError(
-            f"{path} has a section {SEARCH_SECTION}, so it describes a search: start it with `distft tune {path}`."
+            f"{path} has a section {SEARCH_SECTION}, so it describes a search: start it with "
+            f"`distft tune {path}`."
         )
     return parse_run_config(raw)
 

@@ -139,10 +139,20 @@ def read_journal(directory: Path) -> list[dict[str, Any]]:
 
 
 def trials_of(lines: Iterable[Mapping[str, Any]]) -> dict[int, TrialRecord]:
-    """The trials by number. Lines that say nothing of a trial, or twice the same, change nothing."""
+    """The trials by number. Lines that say nothing of a trial, or twice the same, change nothing.
+
+    Raises `ConfigError` for a line that no search writes.
+    """
     trials: dict[int, TrialRecord] = {}
-    for line in lines:
-        _apply(trials, line)
+    for index, line in enumerate(lines, 1):
+        try:
+            _apply(trials, line)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{JOURNAL_FILE}, line {index}: a {str(line.get('kind'))[:40]!r} without what belongs to it "
+                f"({type(error).__name__}: {str(error)[:80]}). The file is damaged: restore it, or choose "
+                "another run_dir."
+            ) from None
     return trials
 
 

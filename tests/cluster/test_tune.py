@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_a_search_that_is_stopped_and_killed_ends_with_the_table_of_its_runs(
 
     process = start(raw)  # Ctrl-C in its first trial
     wait_until(process, lambda: num_values(directory, 0) > 1)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75, output
     assert "the same command goes on" in output

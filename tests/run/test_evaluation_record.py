@@ -111,7 +111,7 @@ def test_samples_that_cannot_be_are_an_error_before_training(
     raw = _with_samples(data, tmp_path, **changes)
     raw["evaluation"] = {"samples": {"prompts": prompts, "max_new_tokens": 9}}
     if "objective" in changes:
-        raw["model"] = {**raw["model"], "direction": "bidirectional"}
+        raw["model"] = {**raw["model"], "attention": "bidirectional"}
     with pytest.raises(ConfigError, match=message):
         check_run(parse(RunConfig, raw), Topology())
 

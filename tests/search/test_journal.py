@@ -84,6 +84,23 @@ def test_a_file_that_is_no_journal_or_of_a_later_version_is_refused(tmp_path: Pa
         read_journal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"kind": "trial", "number": 0},
+        {"kind": "trial", "number": 0, "values": 3},
+        {"kind": "end", "number": 0},
+        {"kind": "result", "number": 0, "run": "run"},
+        {"kind": "result", "number": 0, "run": "run", "run_dir": "a", "metrics": 1},
+        {"kind": "result", "number": 0, "run": [], "run_dir": "a"},
+        {"kind": "fork", "number": 0},
+    ],
+)
+def test_a_damaged_line_is_told_with_its_number(line: Line) -> None:
+    with pytest.raises(ConfigError, match="line 2: a "):
+        trials_of([trial(0 if line["kind"] != "trial" else 1), line])
+
+
 def search(**changes: Any) -> SearchConfig:
     space = {"rate": {"type": "choice", "values": [1, 2, 3]}}
     return SearchConfig.model_validate({"space": space, "num_trials": 9, **changes})
@@ -211,9 +228,9 @@ def test_a_constraint_holds_for_the_worst_value_of_a_run_and_the_last_of_validat
 
 
 def test_a_metric_that_no_run_reports_is_refused_with_the_names_that_there_are() -> None:
-    series = MetricSeries("validation/acuracy")
+    series = MetricSeries("validation/accuracies")
     series.add({"step": 1, "loss": 1.0, "validation/accuracy": 0.5})
     with pytest.raises(
-        ConfigError, match=r"search.metric=validation/acuracy: no run reports it. Did you mean"
+        ConfigError, match=r"search.metric=validation/accuracies: no run reports it. Did you mean"
     ):
         series.require_known()
