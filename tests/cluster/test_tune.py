@@ -198,9 +198,7 @@ def population_seeds(space: Mapping[str, Any]) -> tuple[int, int]:
     return first, next(seed for seed in range(999) if is_good(seed))
 
 
-def test_a_population_forks_from_one_rank_to_two_on_a_cluster(
-    project: Path, cluster: Mapping[str, str]
-) -> None:
+def test_a_population_forks_from_one_rank_to_two(project: Path, environment: Mapping[str, str]) -> None:
     space = {
         "optim.peak_lr": LogUniformConfig(low=1e-3, high=0.1),
         "ranks": ChoiceConfig(values=[1, 2]),
@@ -226,7 +224,7 @@ def test_a_population_forks_from_one_rank_to_two_on_a_cluster(
         evaluation={"every_steps": 20},
     )
     (project / "population.yaml").write_text(yaml.safe_dump(raw))
-    done = call_python("-m", "distft", "tune", "population.yaml", env=cluster, cwd=project, timeout_s=500)
+    done = call_python("-m", "distft", "tune", "population.yaml", env=environment, cwd=project, timeout_s=500)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = project / "runs/population"
     forks = [line for line in journal(directory) if line["kind"] == "fork"]

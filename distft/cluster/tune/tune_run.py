@@ -334,7 +334,6 @@ def run_on_ray_tune(
     cluster = task.config.cluster
     num_cpus = math.ceil(cluster.cpus_per_worker * most_ranks)
     with (
-        stop_on_signals(stop, show),
         ray_connection(
             environ,
             num_cpus=num_cpus,
@@ -342,6 +341,7 @@ def run_on_ray_tune(
             health_check_timeout_s=_HEALTH_S,
             what="search",
         ),
+        stop_on_signals(stop, show),  # Ray has set a handler of SIGTERM that exits
     ):
         _check_capacity(cluster, most_ranks, is_local="RAY_ADDRESS" not in environ)
         for build in runs:
