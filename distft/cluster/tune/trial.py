@@ -107,12 +107,17 @@ class Trial:
             self._process.stop()
 
     def commit_since(self, step: int) -> tuple[str, int] | None:
-        """The checkpoints of the newest run, and the first commit from `step` on; None if there is none."""
+        """The checkpoints of the newest run, and the first commit from `step` on; None if there is none.
+
+        Of a population, whose runs commit what they report, it waits for that commit.
+        """
         give_up_s = time.monotonic() + _COMMIT_S
         while self._checkpoints:
             found = [one for one in committed_steps(self._checkpoints) if one >= step]
             if found:
                 return self._checkpoints, found[0]
+            if self._task.search.scheduler.type != "population":
+                break
             if time.monotonic() > give_up_s or self._process is None or self._process.exit_code() is not None:
                 break
             time.sleep(_POLL_S)

@@ -95,6 +95,8 @@ class TuneRun:
                     storage_path=scratch,
                     stop=_Stopper(self.stop),
                     verbose=0,
+                    # A run saves when it is stopped; Ray Tune would wait for a checkpoint of its own first.
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=_MOST_LOST_ACTORS),
                     callbacks=[_Events(self)],
                 ),
