@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,12 +76,29 @@ def tune(
         sys.stdout.flush()
 
     found = run_search(config, overrides or (), environ=os.environ, retry_failed=retry_failed, show=show)
+    if found.metric is not None:
+        _write_report(found.directory, show)
     if as_json:
         from distft.search.ranking import search_json
 
         print(json.dumps(search_json(found.rows, found.metric, found.search, found.directory), indent=1))
         return
     print_outcome(found)
+
+
+def _write_report(directory: Path, show: Callable[[str], None]) -> None:
+    """Write the search's report beside its files, or say why there is none: the search itself is done."""
+    from distft.errors import DistftError
+    from distft.report.page import write_report
+
+    path = directory / "report.html"
+    try:
+        for note in write_report([directory], path):
+            show(note)
+    except DistftError as error:
+        show(f"No report was written: {error}")
+    else:
+        show(f"report: {path}")
 
 
 def show_status(arguments: list[str], *, as_json: bool) -> None:

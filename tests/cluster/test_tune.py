@@ -158,6 +158,8 @@ def test_a_search_that_is_stopped_and_killed_ends_with_the_table_of_its_runs(
     starts = [line["number"] for line in journal(directory) if line["kind"] == "start"]
     assert starts.count(1) == 1  # what has ended is not run again
     assert load_yaml(directory / "best.yaml")["optim"]["peak_lr"] == trials[0]["values"]["optim.peak_lr"]
+    assert "report.html" in output
+    assert (directory / "report.html").stat().st_size > 100_000
 
     again = call_python("-m", "distft", "tune", "search.yaml", env=environment, cwd=project)
     assert again.returncode == 0, again.stderr
