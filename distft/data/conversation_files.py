@@ -25,7 +25,7 @@ _MOST_DEPTH = 64  # of objects and arrays in a message or a tool
 class Conversation:
     """One row of a file."""
 
-    line: int  # from 1; of Parquet the row, from 0
+    line: int  # from 1; of Parquet the row
     messages: list[dict[str, Any]]  # with role and content
     tools: list[dict[str, Any]] | None
 
@@ -56,7 +56,7 @@ def _rows(config: ConversationsConfig) -> Iterator[tuple[int, Row | str]]:
     optional = [] if config.tools is None else [config.tools]
     try:
         if config.path.lower().endswith(".parquet"):
-            yield from enumerate(parquet_rows(config.path, [config.messages], optional))
+            yield from enumerate(parquet_rows(config.path, [config.messages], optional), start=1)
         else:
             yield from parse_rows(config.path, [config.messages])
     except FileNotFoundError:
@@ -123,10 +123,12 @@ def checked_message(
     name = message[role]
     known = (roles or {}).get(name, name) if isinstance(name, str) else None
     if known not in ROLES:
-        raise DataError(
-            f"has {role} {_shown(name)}, which is none of {', '.join(ROLES)}: correct it, or say which it "
-            "is in roles, such as {bot: assistant}."
+        advice = (
+            "correct it."
+            if roles is None
+            else "correct it, or say which it is in roles, such as {bot: assistant}."
         )
+        raise DataError(f"has {role} {_shown(name)}, which is none of {', '.join(ROLES)}: {advice}")
     rest = {key: value for key, value in message.items() if key not in {role, content}}
     if problem := _plain_problem(rest):
         raise DataError(problem)

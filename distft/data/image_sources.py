@@ -220,7 +220,7 @@ def _visible(folder: Path) -> list[Path]:
 
 def _parquet_entries(config: ImagesConfig, path: str, classes: NamedClasses) -> Iterator[_Entry]:
     columns = dict.fromkeys(name for name in (config.image, config.label, config.text) if name is not None)
-    for number, row in enumerate(parquet_rows(path, list(columns))):
+    for number, row in enumerate(parquet_rows(path, list(columns)), start=1):
         yield _parquet_entry(config, row, f"{path}:{number}", classes)
 
 

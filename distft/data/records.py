@@ -31,7 +31,7 @@ _MAX_SHOWN = 10  # different problems of a file, and lines of each; the others a
 class Record:
     """The requested columns of one row of a file."""
 
-    line: int  # from 1; of a CSV row that spans several lines, the last; of Parquet the row, from 0
+    line: int  # from 1; of a CSV row that spans several lines, the last; of Parquet the row
     values: dict[str, str]  # by column
 
 
@@ -117,7 +117,7 @@ def parse_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row | s
     Raises `DataError` for a file of another kind, and `OSError`.
     """
     if path.lower().endswith(_PARQUET):
-        yield from enumerate(_parquet_rows(path, columns))
+        yield from enumerate(_parquet_rows(path, columns), start=1)
         return
     kind = PurePosixPath(without_compression(path)).suffix.lower()
     if kind not in _JSON_SUFFIXES and kind not in _DELIMITERS:

@@ -13,6 +13,8 @@ from distft.data.records import RowErrors
 from distft.data.rows import text_problem
 from distft.errors import ConfigError, DataError
 
+_MOST_LINES = 9  # in a message
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatPrompt:
@@ -89,11 +91,12 @@ def chat_of_options(messages: Sequence[str]) -> ChatPrompt:
 
 def require_questions(chats: Sequence[ChatPrompt]) -> None:
     """Raise `DataError` for each that the assistant has answered already."""
-    answered = [chat.where for chat in chats if chat.messages[-1]["role"] == "assistant"]
+    answered = [chat for chat in chats if chat.messages[-1]["role"] == "assistant"]
     if answered:
+        lines = [str(chat.line) for chat in answered[1:]]
+        rest = f" and {len(lines) - _MOST_LINES:,} more" if len(lines) > _MOST_LINES else ""
+        also = f" (Lines {', '.join(lines[:_MOST_LINES])}{rest} too.)" if lines else ""
         raise DataError(
-            "\n".join(
-                f"{where} the last message is the assistant's, so that there is nothing to answer: remove it."
-                for where in answered[:10]
-            )
+            f"{answered[0].where} the last message is the assistant's, so that there is nothing to answer: "
+            f"remove it.{also}"
         )

@@ -164,8 +164,10 @@ def check_phases(inputs: "RunInputs") -> None:
         end += length or 1
         if end > inputs.total_steps:
             with errors.collect():
+                start = end - (length or 1)
+                problem = "has no room: it begins" if start >= inputs.total_steps else "is too long: it ends"
                 raise ConfigError(
-                    f"phases.{index} has no room: it begins at step {end - (length or 1):,} of "
+                    f"phases.{index} {problem} at step {start if start >= inputs.total_steps else end:,} of "
                     f"{inputs.total_steps:,}. Shorten the phases, or train longer."
                 )
             break

@@ -71,8 +71,15 @@ def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             row |= {f"probability of {label}": number for label, number in value.items()}
         else:
-            row[name] = _SEPARATOR.join(value) if isinstance(value, list) else value
+            row[name] = _joined(value) if isinstance(value, list) else value
     return row
+
+
+def _joined(values: list[str]) -> str:
+    """Values in one cell; as JSON if one of them has the mark that separates them."""
+    if any(_SEPARATOR in value for value in values):
+        return json.dumps(values, ensure_ascii=False)
+    return _SEPARATOR.join(values)
 
 
 def _in_cells(prediction: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,8 @@ class PredictionRows:
         """Of each row its line in the file, and its texts; of an image its file, or its row in one."""
         if isinstance(self.data, ImagesConfig):
             is_parquet = self.data.is_parquet
-            return [{"row": i} if is_parquet else {"image": place} for i, place in enumerate(self.places)]
+            numbered = enumerate(self.places, start=1)
+            return [{"row": row} if is_parquet else {"image": place} for row, place in numbered]
         return list(_given(self.data))
 
 

@@ -6,11 +6,14 @@ import torch
 
 from distft.data.tokens import TokensConfig
 from distft.engine.deepspeed_config import ZeroConfig
+from distft.engine.quantized_weights import quantizable_weights
 from distft.errors import ConfigError
 from distft.objective.mixture import Mixture
 from distft.optim.patterns import is_moved_by_rule, matching_names
 from distft.optim.sgd import SgdConfig
 from distft.run.config import RunConfig
+from distft.run.model import build_module
+from distft.run.phases import each_phase
 from distft.run.run_inputs import RunInputs
 from distft.run.training_module import require_kernels
 from distft.topology import BatchPlan
@@ -31,6 +34,7 @@ def remarks(inputs: RunInputs, plan: BatchPlan, *, has_gpu: bool) -> list[str]:
         *_on_start(config, inputs),
         *_on_cluster(config, plan),
         *_on_engine(config, plan),
+        *_on_frozen_bits(config, inputs),
         *_on_machine(config, inputs, has_gpu=has_gpu),
     ]
 
@@ -149,6 +153,15 @@ def _on_machine(config: RunConfig, inputs: RunInputs, *, has_gpu: bool) -> Itera
             yield f"This machine cannot run it: {error}"
         if config.engine.allow_tf32:
             yield "engine.allow_tf32 has no effect on a CPU."
+
+
+def _on_frozen_bits(config: RunConfig, inputs: RunInputs) -> Iterator[str]:
+    bits = config.engine.frozen_bits
+    if bits is None:
+        return
+    names = quantizable_weights(build_module(inputs.model, inputs.heads, config.lora)).keys()
+    if all(names <= phase.trainable for phase in each_phase(inputs)):
+        yield f"engine.frozen_bits={bits} has no effect: no matrix of a block is frozen."
 
 
 def _on_engine(config: RunConfig, plan: BatchPlan) -> Iterator[str]:

@@ -83,8 +83,9 @@ def find_resume_checkpoint(
     found = store.find_latest_valid()
     if found.checkpoint is None and found.damage:
         raise CheckpointError(
-            f"Every checkpoint in {store.root} is damaged, so the run cannot resume. Restore one, choose "
-            "another run_dir, or delete this one to start from the beginning.\n" + "\n".join(found.damage)
+            f"No checkpoint in {store.root} can be used, so the run cannot resume. Mend what is named here, "
+            "restore a checkpoint, or choose another run_dir to start from the beginning.\n"
+            + "\n".join(found.damage)
         )
     if found.checkpoint is None:
         with all_or_none(collectives, ConfigError):

@@ -14,8 +14,9 @@ MAX_TEMPLATE_BYTES = 1 << 20  # the longest in use have 30 KiB
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('the plain template has the roles system, user and assistant') }}
+    {%- if message['role'] not in ['system', 'user', 'assistant'] or message['content'] is not string %}
+        {{- raise_exception('the plain template has the roles system, user and assistant, and no tools: set '
+            'chat.template') }}
     {%- endif %}
     {{- '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}
     {{- (eos_token if message['role'] == 'assistant' else '') + '\\n\\n' }}

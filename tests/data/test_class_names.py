@@ -102,7 +102,7 @@ def test_malformed_names_are_told_and_not_used(
     [
         (
             -1,
-            r"parquet:1: 'label' is -1 \(-1: Hugging Face's unlabelled rows\), and the file's metadata",
+            r"parquet:2: 'label' is -1 \(-1: Hugging Face's unlabelled rows\), and the file's metadata",
         ),
         (2, "'label' is 2, and the file's metadata names the classes 0 to 1: label the row"),
     ],

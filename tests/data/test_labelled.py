@@ -72,7 +72,7 @@ def test_rows_of_a_parquet_file_are_as_those_of_jsonl(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"numbers\.parquet has no column 'txt'; did you mean 'text'"):
         read_records(str(tmp_path / "numbers.parquet"), texts=["txt"])
     pq.write_table(pa.table({"text": ["a", None], "label": [0, 1]}), tmp_path / "null.parquet")
-    with pytest.raises(DataError, match=r"null\.parquet:1: 'text' is null"):
+    with pytest.raises(DataError, match=r"null\.parquet:2: 'text' is null"):
         read_records(str(tmp_path / "null.parquet"), texts=["text"])
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(DataError, match=r"damaged\.parquet is damaged"):

@@ -113,6 +113,7 @@ def test_a_directory_that_cannot_be_made_is_told_before_any_work(
             "sliding_window of the model has no effect on this run: it reaches 23 tokens, and rows have "
             "batch.seq_len=24",
         ),
+        ({"engine": {"type": "local", "frozen_bits": 8}}, "engine.frozen_bits=8 has no effect: no matrix"),
         ({"engine": {"type": "local", "allow_tf32": True}}, "engine.allow_tf32 has no effect on a CPU"),
         ({"engine": {"type": "local", "fp8_min_features": 32}}, "engine.fp8_min_features has no effect"),
     ],

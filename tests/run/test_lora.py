@@ -148,8 +148,9 @@ def test_a_base_that_moved_or_changed_is_told(data: Path, tmp_path: Path, pretra
     ):
         evaluate_checkpoint(str(tmp_path / "b/run"), [], Topology())
     resumed = {**raw, "run_dir": str(tmp_path / "b/run"), "init_from": commit, "train": {"max_steps": 5}}
-    with pytest.raises(CheckpointError, match="for another base than"):
+    with pytest.raises(CheckpointError, match="for another base than") as refused:
         run(Topology(), resumed)
+    assert "damaged" not in str(refused.value)
 
 
 def test_adapters_go_on_in_another_run(data: Path, tmp_path: Path, adapted: Path) -> None:

@@ -254,6 +254,10 @@ def test_a_run_stops_early_and_keeps_its_best_commit(data: Path, tmp_path: Path)
             "phases.1 has no room: it begins at step 12",
         ),
         (
+            {"phases": [{"steps": 13, "trainable": ["norm.*"]}, {}]},
+            "phases.0 is too long: it ends at step 13 of 12",
+        ),
+        (
             {"phases": [{"steps": 2, "trainable": ["head.*"]}, {}]},
             "phases.0.trainable: pattern 'head.*' matches none",
         ),
