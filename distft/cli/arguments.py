@@ -27,10 +27,11 @@ def all_expanded(paths: list[str]) -> list[str]:
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:
-    """Print a line that may contain a path or a URL: without a login in it."""
+    """Print lines that may contain a path, a URL or a name: without a login or control characters."""
     from distft.config import redact_message
+    from distft.config.printable import printable
 
-    print(redact_message(text), file=file or sys.stdout)
+    print(printable(redact_message(text), keep="\n"), file=file or sys.stdout)
 
 
 def print_note(note: str) -> None:

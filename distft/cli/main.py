@@ -93,8 +93,10 @@ def report(error: DistftError, *, rank: int) -> None:
     if rank == 0 or error.exit_code == 1:
         prefix = f"rank {rank}: " if rank else ""
         from distft.config import redact_message
+        from distft.config.printable import printable
 
-        print(f"{prefix}{_kind(error)}{redact_message(str(error))}", file=sys.stderr)
+        message = printable(redact_message(str(error)), keep="\n\t")
+        print(f"{prefix}{_kind(error)}{message}", file=sys.stderr)
 
 
 def _kind(error: DistftError) -> str:

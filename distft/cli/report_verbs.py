@@ -1,7 +1,7 @@
 """The commands that read what runs have written: `runs`, `compare` and `report`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,14 +156,19 @@ def _text(value: Any) -> str:
 
 
 def print_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a table: its head, and a line of texts for each row."""
+    """Print a table: its head, and a line of texts for each row. Control characters in them are escaped."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*map(escape, heads), box=None, pad_edge=False)
+    from distft.config.printable import printable
+
+    def cells(texts: Iterable[str]) -> Iterator[str]:
+        return (escape(printable(text)) for text in texts)
+
+    table = Table(*cells(heads), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*cells(row))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000  # nothing is cut in a file or a pipe

@@ -3,13 +3,13 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distft.cli.arguments import Overrides, expanded, say
+from distft.cli.arguments import Overrides, expanded, print_note, say
 
 if TYPE_CHECKING:
     from distft.cluster.tune.driver import Outcome
@@ -55,7 +55,8 @@ def tune(
     """Search for better settings: each trial is a run with some of them changed. Goes on where it stopped.
 
     Trials run on the Ray cluster at RAY_ADDRESS, or on this machine. `distft tune status DIR` shows the
-    trials of the search in DIR, the run_dir of its configuration, while it runs and later. With --lr-range it
+    trials of the search in DIR, the run_dir of its configuration, while it runs and later. The exit code is 1
+    if no trial is complete and within the constraints. With --lr-range it
     trains once instead, while the learning rate rises, and says which to take.
     """
     if rate_range:
@@ -67,6 +68,12 @@ def tune(
     if config == _STATUS:
         show_status(overrides or [], as_json=as_json)
         return
+    if not _search(config, overrides or (), retry_failed=retry_failed, as_json=as_json):
+        raise typer.Exit(1)
+
+
+def _search(config: str, overrides: Sequence[str], *, retry_failed: bool, as_json: bool) -> bool:
+    """Run the search, and print what it has found; whether there is a best trial."""
     # Ray reads this when it is imported. Hides its long message about a lost worker.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
     from distft.cluster.tune.driver import run_search
@@ -75,15 +82,16 @@ def tune(
         say(text, file=sys.stderr if as_json else None)
         sys.stdout.flush()
 
-    found = run_search(config, overrides or (), environ=os.environ, retry_failed=retry_failed, show=show)
+    found = run_search(config, overrides, environ=os.environ, retry_failed=retry_failed, show=show)
     if found.metric is not None:
         _write_report(found.directory, show)
     if as_json:
         from distft.search.ranking import search_json
 
         print(json.dumps(search_json(found.rows, found.metric, found.search, found.directory), indent=1))
-        return
-    print_outcome(found)
+    else:
+        print_outcome(found)
+    return found.best is not None
 
 
 def _write_report(directory: Path, show: Callable[[str], None]) -> None:
@@ -109,6 +117,8 @@ def show_status(arguments: list[str], *, as_json: bool) -> None:
     if len(arguments) != 1:
         raise ConfigError("distft tune status DIR: give the run_dir of one search.")
     status = read_status(Path(expanded(arguments[0])))
+    for note in status.notes:
+        print_note(note)
     if as_json:
         print(json.dumps(status.content, indent=1))
         return

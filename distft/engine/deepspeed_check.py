@@ -19,11 +19,11 @@ def ignored_deepspeed_keys(settings: ZeroConfig, plan: BatchPlan) -> list[str]:
     Raises one `ConfigError` for the values that DeepSpeed refuses.
     """
     with redirect_stdout(sys.stderr):  # DeepSpeed logs there, and this process may print JSON
-        from deepspeed.runtime.config import DeepSpeedConfig
+        from distft.engine.deepspeed_import import deepspeed
 
     asked = _AskedKeys(deepspeed_config(settings, plan, is_cuda=False, max_grad_norm=None))
     try:
-        DeepSpeedConfig(asked)
+        deepspeed.runtime.config.DeepSpeedConfig(asked)
     except ValidationError as error:
         raise ConfigError("\n".join(_messages(settings, error))) from None
     except Exception as error:  # DeepSpeed's parser asserts, and indexes what it does not find

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
-from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
+
+from distft.engine.deepspeed_import import deepspeed
 
 # A parameter, and the size and strides of the view of it that an operation saved for its backward
 _SavedView: TypeAlias = tuple[nn.Parameter, torch.Size, tuple[int, ...]]
@@ -23,7 +24,7 @@ def gather_by_block(blocks: Iterable[nn.Module]) -> None:
             if layer is not block:
                 layer._forward_hooks.clear()
                 layer._forward_pre_hooks.clear()
-        set_z3_leaf_module(block, True)
+        deepspeed.utils.set_z3_leaf_module(block, True)
 
 
 def free_weights_until_backward(block: nn.Module) -> None:

@@ -6,7 +6,6 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from distft.config.step_function import value_at
 from distft.data.batch import AnyBatch
 from distft.engine import zero_layout
 from distft.engine.deepspeed_config import ZeroConfig, clips_in_kernel, deepspeed_config
+from distft.engine.deepspeed_import import deepspeed
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.moved_parameters import MovedParameters

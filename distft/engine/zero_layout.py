@@ -12,12 +12,11 @@ from importlib import import_module
 from itertools import chain
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
+from distft.engine.deepspeed_import import deepspeed
 from distft.engine.memory import replace_parameters
 from distft.errors import ConfigError
 from distft.optim.segments import MasterSlice
@@ -41,6 +40,7 @@ def skip_jit_builds() -> None:
     compiler for its kernels: 1.5 s.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    compiler = deepspeed.runtime.compiler
     torch_compile, compiler.compile = compiler.compile, lambda: lambda kernel: kernel
     try:
         import_module("deepspeed.runtime.zero.muon.original_muon")

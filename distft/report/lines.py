@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from distft.errors import ConfigError
+
 _MOST_LINE_BYTES = 1 << 24  # a longer one is no line of distft
 
 
@@ -22,13 +24,16 @@ class GrowingLines:
     def read(self) -> Sequence[dict[str, Any]]:
         """All of them, of the file as it is now; none without a file.
 
-        A resume replaces the file by a shorter one, and is then read from its beginning.
+        A resume replaces the file by a shorter one, and is then read from its beginning. Raises `ConfigError`
+        if it is no file, or may not be read.
         """
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
             self._restart(None)
             return self._records
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be read: {error.strerror}.") from None
         with file:
             found = os.fstat(file.fileno())
             identity = (found.st_dev, found.st_ino)

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from distft.config.printable import printable
 from distft.report.lines import is_number
 from distft.report.recorded_run import BEGINS, RecordedRun
 from distft.report.series import time_spent
@@ -61,7 +62,7 @@ class LiveState:
         if stalls_s >= 0.05:
             facts["waited for saves"] = f"{stalls_s:.1f} s"
         facts["last written"] = f"{duration(max(self.now_s - run.written_at, 0.0))} ago"
-        return facts
+        return {printable(name): printable(value) for name, value in facts.items()}
 
     def _last_step(self) -> dict[str, float]:
         assert self.run is not None
@@ -123,11 +124,13 @@ def panel_of(state: LiveState, width: int) -> RenderableType:
         if len(values) > 1 and (metric == "loss" or metric.startswith(VALIDATION)):
             ends = f"{number(values[0])} → {number(values[-1])}"
             bars = sparkline(values, max(width - 8, 10))
-            parts.append(Text(f"\n{metric}  {ends}\n{bars}", no_wrap=True, overflow="crop"))
+            parts.append(Text(f"\n{printable(metric)}  {ends}\n{bars}", no_wrap=True, overflow="crop"))
     events = state.events()
     if events:
         parts.append(Text("\n" + "\n".join(events), style="dim", no_wrap=True, overflow="ellipsis"))
-    return Panel(Group(*parts), title=Text(str(state.directory)), subtitle=Text("q or Ctrl-C: leave"))
+    return Panel(
+        Group(*parts), title=Text(printable(str(state.directory))), subtitle=Text("q or Ctrl-C: leave")
+    )
 
 
 def plain_line(state: LiveState) -> str:
@@ -139,8 +142,7 @@ def _event_line(event: Mapping[str, Any]) -> str:
     seconds = event.get("time")
     when = time.strftime("%H:%M:%S", time.localtime(seconds)) if is_time(seconds) else "--:--:--"
     fields = [f"{k.replace('_', ' ')} {v}" for k, v in event.items() if k not in ("time", "kind", "start_id")]
-    line = f"{when} {event['kind']} {' | '.join(fields)}"
-    return "".join(character if character.isprintable() else " " for character in line)
+    return printable(f"{when} {event['kind']} {' | '.join(fields)}")
 
 
 def is_time(value: Any) -> TypeGuard[float]:

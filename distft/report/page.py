@@ -41,9 +41,11 @@ def content_of(directories: Sequence[str | Path]) -> tuple[Content, list[str]]:
 def write_report(directories: Sequence[str | Path], path: Path) -> list[str]:
     """Write the report of these runs, or of a search; returns notes on what it lacks.
 
-    Raises `ConfigError` as `content_of`, if something else is at `path`, without the library that draws, and
-    for a file of more than `MAX_BYTES`.
+    Raises `ConfigError` as `content_of`, if something else is at `path` or its folder is not there, without
+    the library that draws, and for a file of more than `MAX_BYTES`.
     """
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is no directory: make it, or name a file elsewhere.")
     if path.is_dir() or (path.exists() and _MARK not in _first_bytes(path)):
         raise ConfigError(f"{path} exists, and is no report of distft: name another file.")
     content, notes = content_of(directories)

@@ -55,14 +55,13 @@ class RecordedRun:
         """The run as its files are now. Raises as `read`."""
         path = followed.directory
         if not is_run(path):
-            what = "is no run: it has no" if path.is_dir() else "is no directory, so no run:"
-            raise ConfigError(f"{path} {what} {EVENTS_FILE}. Give the run_dir of a run that has begun.")
+            raise ConfigError(f"{_why_no_run(path)}. Give the run_dir of a run that has begun.")
         config = path / CONFIG_FILE
         metrics, evaluations = (lines.read() for lines in (followed.metrics, followed.evaluations))
         files = [config, *(lines.path for lines in followed.files)]
         return cls(
             directory=path,
-            settings=load_yaml(config) if config.is_file() else {},
+            settings=load_yaml(config) if config.exists() else {},
             metrics=[line for line in metrics if is_int(line.get("step"))],
             events=[line for line in followed.events.read() if isinstance(line.get("kind"), str)],
             evaluations=[line for line in evaluations if is_int(line.get("step"))],
@@ -135,6 +134,14 @@ class RecordedRun:
 def is_run(path: Path) -> bool:
     """Whether a run has begun in this directory."""
     return (path / EVENTS_FILE).is_file()
+
+
+def _why_no_run(path: Path) -> str:
+    if not path.is_dir():
+        return f"{path} is no directory, so no run"
+    if (path / EVENTS_FILE).exists():
+        return f"{path} is no run: its {EVENTS_FILE} is no file"
+    return f"{path} is no run: it has no {EVENTS_FILE}"
 
 
 def find_runs(directory: Path, *, depth: int = 4) -> Iterator[Path]:

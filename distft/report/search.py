@@ -8,8 +8,9 @@ from typing import Any, Literal, Self
 
 from distft.errors import ConfigError
 from distft.report.lines import is_int, is_number
+from distft.search.journal import JOURNAL_FILE
+from distft.search.ranking import SEARCH_FILE, SEARCH_VERSION
 
-SEARCH_FILE = "search.json"
 _MOST_BYTES = 1 << 28
 _MOST_SHOWN = 3  # problems of one file
 _MOST_REASON = 500  # characters
@@ -47,6 +48,12 @@ class RecordedSearch:
         """Raises `ConfigError` for a file that is missing, damaged or of another kind."""
         path = Path(directory) / SEARCH_FILE
         raw = _Reader(_load(path))
+        version = raw.optional("version", SEARCH_VERSION)
+        if version > SEARCH_VERSION:
+            raise ConfigError(
+                f"{path} is of version {version}, and this distft reads up to {SEARCH_VERSION}: upgrade "
+                "distft."
+            )
         metric, direction = raw.text("metric"), raw.text("direction")
         space, trials = raw.value("space", Mapping), raw.value("trials", list)
         if direction and direction not in _DIRECTIONS:
@@ -83,7 +90,7 @@ _DIRECTIONS: Mapping[str, Literal["max", "min"]] = {
 
 def is_search(directory: Path) -> bool:
     """Whether a search has begun in this directory."""
-    return (directory / SEARCH_FILE).is_file()
+    return any((directory / name).exists() for name in (SEARCH_FILE, JOURNAL_FILE))
 
 
 def _load(path: Path) -> Any:
@@ -92,6 +99,10 @@ def _load(path: Path) -> Any:
             raise ConfigError(f"{path} has more than {_MOST_BYTES:,} bytes, so it is no search of distft.")
         return json.loads(path.read_bytes())
     except FileNotFoundError:
+        if (path.parent / JOURNAL_FILE).exists():
+            raise ConfigError(
+                f"{path.parent} is a search without {SEARCH_FILE}: the same `distft tune` command writes it."
+            ) from None
         raise ConfigError(f"{path.parent} is no search: it has no {SEARCH_FILE}.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None

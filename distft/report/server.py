@@ -14,8 +14,8 @@ from distft.errors import ConfigError, DistftError
 from distft.report.html import Content
 from distft.report.page import charts_data, content_of, page_of, require_drawing_library
 from distft.report.recorded_run import FollowedRun
-from distft.report.search import SEARCH_FILE
 from distft.run.paths import CONFIG_FILE
+from distft.search.ranking import SEARCH_FILE
 
 _HOST = "127.0.0.1"
 _SILENCE_S = 300.0  # after which a page is made anew though nothing was written

@@ -1,7 +1,8 @@
 """What happened in a search, a line of JSON for each event, and the trials that these lines tell of.
 
 Everything else that a search writes follows from this file and from the runs. A search that goes on reads it,
-so a line counts as soon as it is there, and a torn last line does not.
+so a line counts as soon as it is there, and a torn last line does not. Damaged lines are left out, and their
+number is told.
 """
 
 import math
@@ -12,13 +13,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 from distft.errors import ConfigError
+from distft.search.journal_lines import ENDED, sound_lines
 from distft.search.metrics import is_number
 from distft.search.space import Values
-from distft.tracker.jsonl import LineWriter, read_lines
+from distft.tracker.jsonl import LineWriter, parse_line
 
 JOURNAL_FILE = "search.jsonl"
 VERSION = 1
-ENDED = ("completed", "stopped", "failed")  # states of trials that are not run again
 RUNNING, WAITING = "running", "waiting"
 
 
@@ -102,12 +103,29 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(finite) if known and len(finite) == len(known) else None
 
 
+@dataclass(frozen=True, slots=True)
+class JournalContent:
+    """What a journal's file says."""
+
+    lines: list[dict[str, Any]]
+    num_damaged: int = 0  # lines that are left out
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the file."""
+        if not self.num_damaged:
+            return []
+        what = "line is" if self.num_damaged == 1 else "lines are"
+        return [f"{JOURNAL_FILE}: {self.num_damaged:,} {what} damaged and left out"]
+
+
 class Journal:
     """The journal of the search in one directory, open for writing, and what it says so far."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / JOURNAL_FILE
-        self.lines = read_journal(directory)
+        content = read_journal(directory)
+        self.lines, self.notes = content.lines, content.notes
         self.trials = trials_of(self.lines)
         self._writer = LineWriter(self.path)
 
@@ -122,37 +140,47 @@ class Journal:
         self._writer.close()
 
 
-def read_journal(directory: Path) -> list[dict[str, Any]]:
-    """The events so far; none if no search has begun there. Raises `ConfigError` for a newer version's."""
-    lines = read_lines(directory / JOURNAL_FILE)
-    if not lines:
-        return []
-    first = lines[0]
-    if first.get("kind") != "search" or not isinstance(first.get("version"), int):
-        raise ConfigError(f"{directory / JOURNAL_FILE} is no journal of a search: choose another run_dir.")
-    if first["version"] > VERSION:
+def read_journal(directory: Path) -> JournalContent:
+    """The events so far; none if no search has begun there. A torn last line may still be written.
+
+    Raises `ConfigError` for a file of a newer version, and one that is no journal or cannot be read.
+    """
+    path = directory / JOURNAL_FILE
+    try:
+        with path.open("rb") as file:
+            written = list(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return JournalContent([])
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    if written and not written[-1].endswith(b"\n"):
+        written.pop()
+    written = [line for line in written if line.strip()]
+    records = [record for line in written if (record := parse_line(line)) is not None]
+    if not written:
+        return JournalContent([])
+    first = records[0] if records else {}
+    version = first.get("version")
+    if first.get("kind") != "search" or not isinstance(version, int):
+        raise ConfigError(f"{path} is no journal of a search: choose another run_dir.")
+    if version > VERSION:
         raise ConfigError(
-            f"{directory / JOURNAL_FILE} is of version {first['version']}, and this distft reads up to "
-            f"{VERSION}: upgrade distft."
+            f"{path} is of version {version}, and this distft reads up to {VERSION}: upgrade distft."
         )
-    return lines
+    lines = sound_lines(records)
+    if not any(line["kind"] == "search" for line in lines):
+        raise ConfigError(
+            f"{path} is damaged: no line has the settings of its search. Restore it, or choose "
+            "another run_dir."
+        )
+    return JournalContent(lines, len(written) - len(lines))
 
 
 def trials_of(lines: Iterable[Mapping[str, Any]]) -> dict[int, TrialRecord]:
-    """The trials by number. Lines that say nothing of a trial, or twice the same, change nothing.
-
-    Raises `ConfigError` for a line that no search writes.
-    """
+    """The trials by number. Lines that say nothing of a trial, or twice the same, change nothing."""
     trials: dict[int, TrialRecord] = {}
-    for index, line in enumerate(lines, 1):
-        try:
-            _apply(trials, line)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"{JOURNAL_FILE}, line {index}: a {str(line.get('kind'))[:40]!r} without what belongs to it "
-                f"({type(error).__name__}: {str(error)[:80]}). The file is damaged: restore it, or choose "
-                "another run_dir."
-            ) from None
+    for line in lines:
+        _apply(trials, line)
     return trials
 
 
@@ -179,7 +207,7 @@ def _apply(trials: dict[int, TrialRecord], line: Mapping[str, Any]) -> None:
         trial.state, trial.reason = WAITING, ""
     elif kind == "end":
         trial.state, trial.reason = line["state"], line.get("reason", "")
-        trial.step = max(trial.step, line.get("step", 0))
+        trial.step = max(trial.step, line.get("step") or 0)
 
 
 def _apply_result(trial: TrialRecord, line: Mapping[str, Any]) -> None:

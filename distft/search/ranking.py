@@ -15,6 +15,7 @@ from distft.search.settings import SearchConfig
 from distft.tracker.jsonl import EVENTS_FILE, read_lines
 
 SEARCH_FILE = "search.json"
+SEARCH_VERSION = 1  # of that file
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def search_json(
     """What `search.json` says: for reports and scripts. Trials in the order of their rank."""
     less = metric is not None and sign_of(metric, search.mode) < 0
     return {
-        "version": 1,
+        "version": SEARCH_VERSION,
         "metric": metric,
         "direction": "min" if less else "max",
         "space": redact({key: one.model_dump(mode="json") for key, one in search.space.items()}),

@@ -12,7 +12,7 @@ from typing import Any
 
 from distft import storage
 from distft.config import redact
-from distft.errors import StorageError
+from distft.errors import ConfigError, StorageError
 from distft.tracker.interface import Metrics, finite_or_none, plain_number
 
 METRICS_FILE = "metrics.jsonl"
@@ -172,11 +172,17 @@ def last_logged_step(run_dir: Path) -> int:
 
 
 def read_lines(path: Path, *, limit: int | None = None) -> list[dict[str, Any]]:
-    """The objects in the first `limit` lines of JSON (None: all), without torn ones; none without a file."""
+    """The objects in the first `limit` lines of JSON (None: all), without torn ones; none without a file.
+
+    Raises `ConfigError` if it is no file, or may not be read.
+    """
     if not path.exists():
         return []
-    with path.open("rb") as file:
-        return [record for line in islice(file, limit) if (record := parse_line(line)) is not None]
+    try:
+        with path.open("rb") as file:
+            return [record for line in islice(file, limit) if (record := parse_line(line)) is not None]
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _unwritable(path: Path, error: OSError) -> StorageError:

@@ -1,5 +1,6 @@
 """Metrics to MLflow; the only module that imports mlflow, when a run starts."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from distft.tracker.named_run import NamedRun, stored_id
 
 _MOST_PARAMS = 100  # in one request
 _MOST_CHARACTERS = 500  # of a value of a setting or a tag
+_REQUEST_S = 5  # until an answer begins
+_MOST_RETRIES = 1  # of a request
 _STATUS = {"completed": "FINISHED", "preempted": "KILLED", "interrupted": "KILLED"}  # others: FAILED
 
 
@@ -123,14 +126,30 @@ class MlflowTracker:
 
 
 def _quiet_client(tracking_uri: str | None) -> Any:
-    """MLflow's client, which sends its makers nothing."""
+    """MLflow's client, which sends its makers nothing, and waits for its server for seconds.
+
+    By itself it tries for four minutes, in which the run would stand still. What the user's environment says
+    of that counts.
+    """
     from mlflow import MlflowClient
-    from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY
+    from mlflow import environment_variables as mlflow_settings
     from mlflow.telemetry import set_telemetry_client
 
-    MLFLOW_DISABLE_TELEMETRY.set(True)
+    mlflow_settings.MLFLOW_DISABLE_TELEMETRY.set(True)
+    for setting, value in (
+        (mlflow_settings.MLFLOW_HTTP_REQUEST_TIMEOUT, _REQUEST_S),
+        (mlflow_settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES, _MOST_RETRIES),
+    ):
+        if not setting.is_set():
+            setting.set(value)
+    logging.getLogger("urllib3.connectionpool").addFilter(_is_no_retry)
     set_telemetry_client()
     return MlflowClient(tracking_uri)
+
+
+def _is_no_retry(record: logging.LogRecord) -> bool:
+    """For a filter of urllib3's log: a request that fails for good is told by `Trackers`, once."""
+    return not str(record.msg).startswith("Retrying")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

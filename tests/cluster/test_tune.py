@@ -24,6 +24,7 @@ from distft.config import load_yaml
 from distft.run.audit import audit_run
 from distft.search.journal import JOURNAL_FILE, trials_of
 from distft.search.space import ChoiceConfig, LogUniformConfig, explored, random_point
+from distft.search.status import read_status
 from distft.topology import Topology
 from distft.tracker import read_lines
 
@@ -135,9 +136,15 @@ def test_a_search_that_is_stopped_and_killed_ends_with_the_table_of_its_runs(
     process = start(raw)  # killed, with all of its processes, in the third one
     wait_until(process, lambda: num_values(directory, 2) > 1)
     kill_all(process)
+    assert list(directory.glob(".ray_*")), "Ray Tune's files are left"
+    assert "1 waiting of 3 trials; stopped: the same `distft tune`" in read_status(directory).summary
+    with (directory / JOURNAL_FILE).open("a") as file:
+        file.write('\n{"kind": "trial", "number": 1000000000, "values": {}}\n')
 
     process = start(raw)
     output = process.communicate(timeout=240)[0]
+    assert "lines are damaged and left out" in output or "line is damaged and left out" in output
+    assert list(directory.glob(".ray_*")) == []
     assert process.returncode == 0, output
     assert "trial 1 failed: Steps" in output
 

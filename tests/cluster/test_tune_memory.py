@@ -124,3 +124,11 @@ def test_the_median_rule_stops_a_trial_below_those_that_ended_before() -> None:
     assert again.on_trial_result(None, good, results([0.9])[0]) == "CONTINUE"
     # An earlier start let it go on.
     assert again.on_trial_result(None, going_on, results([0.1, 0.95])[1]) == "CONTINUE"
+
+
+def test_a_trial_whose_line_is_lost_is_asked_for_again_and_no_number_twice() -> None:
+    values: Values = {"optim.peak_lr": 0.01, "model.num_layers": 1, "optim.weight_decay": 0.0}
+    past = [event for number in (0, 2) for event in (("suggest", number, None), ("end", number, -0.1))]
+    play = Play(search(num_trials=4, sampler={"type": "optuna"}), past, {0: values, 2: values})
+    asked = [play.ask() for _ in range(3)]
+    assert [found and found[1] for found in asked] == [1, 3, None]

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from distft.cli.main import main
-from distft.report.live import LiveState, panel_of, seconds_left, sparkline
+from distft.report.live import LiveState, panel_of, plain_line, seconds_left, sparkline
 from distft.report.recorded_run import RecordedRun
 
 
@@ -62,6 +62,13 @@ def test_a_panel_has_facts_curve_and_events_and_no_control_characters(runs: Path
     assert "[bold]" in shown
     assert "\x1b" not in shown
     assert "\x07" not in shown
+
+
+def test_a_line_has_no_control_characters(tmp_path: Path) -> None:
+    status = "done\x1b]0;x\x07\nstate completed\u202e"
+    run = _write(tmp_path / "run", [], [{"kind": "start"}, {"kind": "finish", "status": status}])
+    shown = plain_line(LiveState(directory=tmp_path, run=run, now_s=2e9))
+    assert shown.startswith(r"state done\x1b]0;x\x07\nstate completed\u202e | ")
 
 
 def test_a_run_that_begins_and_ends_while_it_is_watched(

@@ -120,7 +120,7 @@ def test_time_in_which_no_start_was_there_is_no_work(tmp_path: Path) -> None:
 def test_the_command_writes_the_file_and_tells_what_is_missing(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "new/report.html"
+    output = tmp_path / "report.html"
     assert main(["report", str(runs / "first"), "-o", str(output)]) == 0
     assert output.stat().st_size < MAX_BYTES
     starting = tmp_path / "starting"
@@ -133,5 +133,8 @@ def test_the_command_writes_the_file_and_tells_what_is_missing(
         assert main(["report", str(runs / "first"), "-o", str(path)]) == 2
         assert "exists, and is no report of distft" in capsys.readouterr().err
     assert output.read_text() == "mine"
+    assert main(["report", str(runs / "first"), "-o", str(tmp_path / "none/page.html")]) == 2
+    assert "none is no directory: make it" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "other.html")]) == 2
     assert "is no run" in capsys.readouterr().err

@@ -86,6 +86,39 @@ def test_mistakes_are_told(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "evaluations.jsonl", "config.yaml"])
+def test_a_folder_in_place_of_a_file_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "events.jsonl").write_text('{"kind": "start", "time": 1.0}\n')
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    for command in (
+        ["compare", str(tmp_path), str(tmp_path)],
+        ["report", str(tmp_path), "-o", str(tmp_path / "report.html")],
+        ["watch", str(tmp_path), "--wait", "0"],
+    ):
+        assert main(command) == 2
+        assert f"{name}" in capsys.readouterr().err
+
+
+def test_a_table_has_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a\x1b[2J\u202e"
+    folder.mkdir()
+    finish = {"kind": "finish", "status": "done\x1b]0;x\x07\nstate \x9b2J"}
+    (folder / "events.jsonl").write_text(f'{{"kind": "start"}}\n{json.dumps(finish)}\n')
+    (folder / "config.yaml").write_text('"k\\e[2J": "v\\u202e"')
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "events.jsonl").write_text('{"kind": "start"}\n')
+    assert main(["runs", str(tmp_path)]) == 0
+    assert main(["compare", str(folder), str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert r"done\x1b]0;x\x07\nstate \x9b2J" in shown
+    assert r"k\x1b[2J" in shown
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")
+
+
 def test_a_damaged_run_is_left_out_with_its_reason(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,24 @@ def test_a_file_that_is_no_json_object_is_an_error(
     assert not (search / "report.html").exists()
 
 
+def test_a_search_of_a_newer_version_or_without_its_file_is_told(search: Path) -> None:
+    file = search / "search.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"version": 2}))
+    with pytest.raises(ConfigError, match="is of version 2, and this distft reads up to 1: upgrade distft"):
+        content_of([search])
+    file.write_text(json.dumps(content | {"version": "2"}))
+    with pytest.raises(ConfigError, match="version is no int"):
+        content_of([search])
+    file.unlink()
+    (search / "search.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"without search\.json: the same `distft tune` command writes it"):
+        content_of([search])
+    file.mkdir()
+    with pytest.raises(ConfigError, match=r"search\.json cannot be read: Is a directory"):
+        content_of([search])
+
+
 def test_a_search_that_is_starting_has_a_page(search: Path, runs: Path) -> None:
     file = search / "search.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"trials": []}))

@@ -84,21 +84,60 @@ def test_a_file_that_is_no_journal_or_of_a_later_version_is_refused(tmp_path: Pa
         read_journal(tmp_path)
 
 
+SEARCH: Line = {
+    "kind": "search",
+    "version": 1,
+    "search": {"space": {"optim.peak_lr": [0.1, 0.2]}, "num_trials": 2},
+    "base": {},
+}
+
+
 @pytest.mark.parametrize(
     "line",
     [
-        {"kind": "trial", "number": 0},
-        {"kind": "trial", "number": 0, "values": 3},
+        {"kind": "trial", "number": 1},
+        {"kind": "trial", "number": 1, "values": 3},
+        {"kind": "trial", "number": True, "values": {}},
+        {"kind": "trial", "number": 2, "values": {}},
+        {"kind": "trial", "number": 1_000_000_000, "values": {}},
+        {"kind": "trial", "number": 1_000_001, "values": {}, "repeat_of": 0},
+        {"kind": "trial", "number": 1, "values": {}, "ranks": 0},
+        {"kind": "trial", "number": 1, "values": {}, "repeat_of": "0"},
+        {"kind": "start", "number": 1},
         {"kind": "end", "number": 0},
+        {"kind": "end", "number": 0, "state": "running"},
+        {"kind": "end", "number": 0, "state": ["completed"]},
+        {"kind": "end", "number": 0, "state": "completed", "step": "9"},
         {"kind": "result", "number": 0, "run": "run"},
-        {"kind": "result", "number": 0, "run": "run", "run_dir": "a", "metrics": 1},
         {"kind": "result", "number": 0, "run": [], "run_dir": "a"},
+        result(0, 5, 0.5, metrics=1),
+        result(0, 5, 0.5, metrics={"validation/macro_f1": "x"}),
+        result(0, 5, 0.5, violations="too large"),
+        result(0, 5, 0.5, seconds=-1),
+        result(0, 5, 10**400),
+        result(0, True, 0.5),
+        {**result(0, 5, 0.5), "value": "0.5"},
+        {**result(0, 5, 0.5), "value": float("nan")},
         {"kind": "fork", "number": 0},
+        {"kind": "hello", "number": 0},
+        {"kind": [], "number": 0},
+        {"number": 0},
     ],
 )
-def test_a_damaged_line_is_told_with_its_number(line: Line) -> None:
-    with pytest.raises(ConfigError, match="line 2: a "):
-        trials_of([trial(0 if line["kind"] != "trial" else 1), line])
+def test_a_damaged_line_is_left_out_and_counted(line: Line, tmp_path: Path) -> None:
+    sound = [SEARCH, trial(0, rate=0.1), result(0, 3, 0.5), {**trial(1_000_000), "repeat_of": 0}]
+    written = [*sound[:2], line, *sound[2:]]
+    text = "".join(json.dumps(one) + "\n" for one in written)
+    (tmp_path / JOURNAL_FILE).write_text(text + "{torn}\n" + '{"kind": "start", "numb')
+    content = read_journal(tmp_path)
+    assert (content.lines, content.num_damaged) == (sound, 2)
+    assert content.notes == ["search.jsonl: 2 lines are damaged and left out"]
+
+
+def test_a_journal_whose_settings_are_damaged_is_refused(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL_FILE).write_text('{"kind": "search", "version": 1}\n')
+    with pytest.raises(ConfigError, match="no line has the settings"):
+        read_journal(tmp_path)
 
 
 def search(**changes: Any) -> SearchConfig:

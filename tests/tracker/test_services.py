@@ -100,12 +100,19 @@ def test_mlflow_shows_one_run_whose_steps_never_go_back(tmp_path: Path) -> None:
 def test_a_server_that_is_not_there_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES as RETRIES
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+
+    monkeypatch.delenv(RETRIES.name, raising=False)
+    monkeypatch.setenv(TIMEOUT.name, "3")
     trackers = Trackers([], [MlflowConfig(tracking_uri="http://127.0.0.1:9").build()])
     trackers.start("0123abcd", {}, tmp_path)
     trackers.log({"loss": 1.0}, step=1)
     trackers.finish("completed", step=1)
-    assert "MlflowTracker failed and is disabled from here on" in caplog.text
+    assert RETRIES.get() == 1, "by itself MLflow tries for minutes"
+    assert TIMEOUT.get() == 3, "what the user has set counts"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("MlflowTracker failed and is disabled from here on")
 
 
 @pytest.mark.skipif(find_spec("trackio") is None, reason="needs trackio: pip install 'distft[trackio]'")

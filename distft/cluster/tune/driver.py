@@ -1,20 +1,21 @@
 """Runs a search: checks it before Ray is imported, runs its trials, and writes what it has found."""
 
 import contextlib
-import fcntl
-import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.cluster.paths import RunPaths
+from distft.cluster.tune.scratch import remove_dead_scratch
 from distft.cluster.tune.trial import STOP_FILE, SearchTask
 from distft.config import redact
 from distft.config.yaml_text import to_yaml
 from distft.errors import ConfigError
 from distft.run.config import SEARCH_SECTION, parse_run_config
 from distft.search.journal import VERSION, Journal, TrialRecord, read_journal
+from distft.search.journal_lines import FIRST_REPEAT
+from distft.search.lock import only_search
 from distft.search.ranking import Ranked, best_of, ranked, search_json, write_search_json
 from distft.search.search_file import (
     SearchFile,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from distft.cluster.tune.tune_run import TuneRun
 
 BEST_FILE = "best.yaml"
-_LOCK_FILE = ".lock"
 # Of a search that goes on these may change; all others decide which trials there are, or how they compare.
 _MAY_CHANGE = ("num_trials", "max_concurrent", "value", "repeat_best")
 
@@ -70,10 +70,13 @@ def run_search(
     require_sampler(file.search)
     directory = Path(paths.output_path(file.config.run_dir))
     require_own_directory(directory)
-    if not has_results(read_journal(directory)):
+    if not has_results(read_journal(directory).lines):
         with contextlib.chdir(paths.working_dir):
             check_first_runs(file, directory)
-    with _only_search(directory), contextlib.closing(open_journal(file, directory)) as journal:
+    with only_search(directory), contextlib.closing(open_journal(file, directory)) as journal:
+        for note in journal.notes:
+            show(f"note: {note}")
+        remove_dead_scratch(directory)
         (directory / STOP_FILE).unlink(missing_ok=True)
         if retry_failed:
             for trial in journal.trials.values():
@@ -169,7 +172,7 @@ class _Search:
             return again
         for row in self.outcome().rows[: search.repeat_best.count]:
             if row.trial.state == "completed" and row.is_feasible:
-                number = _FIRST_REPEAT + row.trial.number
+                number = FIRST_REPEAT + row.trial.number
                 fields = {"values": row.trial.values, "ranks": row.trial.ranks, "repeat_of": row.trial.number}
                 self._journal.append("trial", number=number, **fields)
         return {number: trial for number, trial in trials.items() if trial.repeat_of is not None}
@@ -187,9 +190,6 @@ class _Search:
         write_search_json(
             self._directory, search_json(found.rows, found.metric, found.search, self._directory)
         )
-
-
-_FIRST_REPEAT = 1_000_000  # added to the number of a trial, it is that of its repetition
 
 
 def outcome_of(
@@ -291,24 +291,6 @@ def _require_same(
             f"{directory} has trials of another search. Restore the old values, or choose another run_dir."
         )
         raise ConfigError("\n".join(changes))
-
-
-@contextlib.contextmanager
-def _only_search(directory: Path) -> Iterator[None]:
-    """Raise `ConfigError` if another process runs the search in this directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"Another `distft tune` runs the search in {directory}: wait for it, or choose another "
-                "run_dir."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _changed(task: SearchTask, *, search: SearchConfig, members: Sequence[Member]) -> SearchTask:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from itertools import count
 from typing import Any
 
 from ray import tune
@@ -57,7 +58,7 @@ class RecordedSampler(Searcher):  # type: ignore[misc]  # Ray has no types
         elif len(self._known) >= self._num_trials:
             return Searcher.FINISHED
         else:
-            number = len(self._known)
+            number = next(one for one in count() if one not in self._known)  # a damaged line leaves a gap
             drawn = self._inner.suggest(str(number))
             self._known[number] = {key: _value(one, drawn[key]) for key, one in self._space.items()}
             self._on_suggestion(number, self._known[number])

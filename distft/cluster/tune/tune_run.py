@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import signal
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -28,6 +27,7 @@ from distft.cluster.tune.actor import REPORT, STEP, VALUE, TrialActor, read_tria
 from distft.cluster.tune.run_process import wait_for_trials
 from distft.cluster.tune.samplers import RecordedSampler
 from distft.cluster.tune.schedulers import build_scheduler
+from distft.cluster.tune.scratch import EXPERIMENT, scratch_directory
 from distft.cluster.tune.trial import STOP_FILE, SearchTask
 from distft.errors import ConfigError, LaunchError, Preempted
 from distft.run.cluster_config import ClusterConfig
@@ -76,7 +76,7 @@ class TuneRun:
         search, directory = self.task.search, self.task.directory
         for logger in ("ray.tune", "ray.train", "ray"):
             logging.getLogger(logger).setLevel(logging.CRITICAL)
-        with tempfile.TemporaryDirectory(prefix=".ray_", dir=directory) as scratch:
+        with scratch_directory(directory) as scratch:
             tuner = tune.Tuner(
                 tune.with_resources(
                     tune.with_parameters(TrialActor, task=self.task), self._resources_of_config
@@ -91,7 +91,7 @@ class TuneRun:
                     trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
                 run_config=tune.RunConfig(
-                    name="search",
+                    name=EXPERIMENT,
                     storage_path=scratch,
                     stop=_Stopper(self.stop),
                     verbose=0,
