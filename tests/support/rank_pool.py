@@ -16,13 +16,13 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, get_context, parent_process
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NoReturn
 
 from distft.topology import Topology
@@ -30,6 +30,7 @@ from support.ports import free_port
 
 _TESTS = Path(__file__).parents[1]
 _MAX_OUTPUT_LINES = 40  # of a rank's output, in the message about its failure
+_SETTLE_S = 0.1  # until the death of a rank, whose peer has raised, shows
 _GRACE_S = 0.3  # for the peers of a failed rank to return or raise
 
 
@@ -182,22 +183,36 @@ class Ranks:
             one for rank in pending for one in (self._connections[rank], self._processes[rank].sentinel)
         ]
         ready = connection.wait(sources, timeout=timeout_s)
-        done = [r for r in pending if self._connections[r] in ready or self._processes[r].sentinel in ready]
+        messages = {rank: self._message(rank) for rank in pending if self._is_in(rank, ready)}
+        if not self._failures and any(one is not None and not one[0] for one in messages.values()):
+            # A process that is killed closes its sockets before its pipe: a peer may raise in between.
+            sleep(_SETTLE_S)
+            ready = connection.wait(sources, timeout=0)
+            others = [rank for rank in pending if rank not in messages and self._is_in(rank, ready)]
+            messages |= {rank: self._message(rank) for rank in others}
         # Ranks that died without a message first: their death is why the peers raised.
-        for rank in sorted(done, key=lambda rank: self._connections[rank].poll()):
-            self._record(rank)
+        for rank in sorted(messages, key=lambda rank: messages[rank] is not None):
+            self._record(rank, messages[rank])
 
-    def _record(self, rank: int) -> None:
+    def _is_in(self, rank: int, ready: Collection[Any]) -> bool:
+        return self._connections[rank] in ready or self._processes[rank].sentinel in ready
+
+    def _message(self, rank: int) -> tuple[bool, Any] | None:
+        """Whether the rank has returned, and what or why not; None if it died without a word."""
         try:
-            has_returned, content = pickle.loads(self._connections[rank].recv_bytes())
+            message: tuple[bool, Any] = pickle.loads(self._connections[rank].recv_bytes())
         except (EOFError, ConnectionError):
+            return None
+        return message
+
+    def _record(self, rank: int, message: tuple[bool, Any] | None) -> None:
+        if message is None:
             self._processes[rank].join()
             self._failures[rank] = _describe_exit(self._processes[rank].exitcode) + self._last_output(rank)
-            return
-        if has_returned:
-            self._results[rank] = pickle.loads(content)
+        elif message[0]:
+            self._results[rank] = pickle.loads(message[1])
         else:
-            self._failures[rank] = f"raised:\n{content}" + self._last_output(rank)
+            self._failures[rank] = f"raised:\n{message[1]}" + self._last_output(rank)
 
     def _stop_pending(self, timeout_s: float) -> None:
         pending = self._pending
