@@ -271,11 +271,11 @@ def test_many_faults_are_counted(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"image": [None], "label": ["a"]}, ":0: 'image' is null, and must be the bytes of an image file"),
-        ({"image": [b"x"], "label": [None]}, ":0: 'label' is null: every image needs a label"),
-        ({"image": [b"x"], "label": [" "]}, ":0: 'label' is empty"),
-        ({"image": [b"x"], "label": [1.5]}, ":0: 'label' is 1.5, but must be a string or a whole number"),
-        ({"image": [b"x"], "label": ["a"]}, ":0: is no image of a kind"),
+        ({"image": [None], "label": ["a"]}, ":1: 'image' is null, and must be the bytes of an image file"),
+        ({"image": [b"x"], "label": [None]}, ":1: 'label' is null: every image needs a label"),
+        ({"image": [b"x"], "label": [" "]}, ":1: 'label' is empty"),
+        ({"image": [b"x"], "label": [1.5]}, ":1: 'label' is 1.5, but must be a string or a whole number"),
+        ({"image": [b"x"], "label": ["a"]}, ":1: is no image of a kind"),
         ({"picture": [b"x"], "label": ["a"]}, "has no column 'image'"),
         ({"image": [b"x"]}, "has no column 'label'"),
         ({"image": [], "label": []}, "has no images"),

@@ -92,7 +92,7 @@ def test_folders_and_parquet_get_the_labels_that_evaluate_counts(
     assert main([*arguments, "--image-column", "picture"]) == 0
     rows = [line.split(",")[:2] for line in parquet.read_text().splitlines()[1:]]
     in_order = [by_name[name] for name in sorted(by_name)]
-    assert rows == [[str(number), row["label"]] for number, row in enumerate(in_order)]
+    assert rows == [[str(number), row["label"]] for number, row in enumerate(in_order, start=1)]
     for row, expected in zip(flat, in_order, strict=True):
         assert row["probability"] == pytest.approx(expected["probability"], abs=1e-6)
     one = tmp_path / "one.jsonl"
