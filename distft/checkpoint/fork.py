@@ -27,10 +27,10 @@ def fork_commit(source_root: str, step: int, target_root: str) -> str:
         storage.exists(storage.join(target_root, name, MANIFEST)) for name in storage.list_names(target_root)
     ):
         raise CheckpointError(f"{target_root} has checkpoints of a run: a fork needs a new directory.")
-    for file in source.manifest.files:
+    for number, file in enumerate(source.manifest.files):
         below = file.name.removeprefix(SIBLING_PREFIX)
         own = storage.join(target_root if file.name.startswith(SIBLING_PREFIX) else target, below)
-        _link_or_copy(source.file_path(source.manifest.files.index(file)), own)
+        _link_or_copy(source.file_path(number), own)
     record = source.manifest.tokenizer
     if record is not None and record.file is not None:
         for name in storage.list_names(source.path):

@@ -56,10 +56,14 @@ class RowErrors:
             raise DataError("\n".join(messages))
 
     def _message(self, problem: str, lines: list[int]) -> str:
-        shown = lines[1:_MAX_SHOWN]
-        rest = f" and {len(lines) - _MAX_SHOWN:,} more" if len(lines) > _MAX_SHOWN else ""
-        also = f" (Lines {', '.join(map(str, shown))}{rest} too.)" if shown else ""
-        return f"{self.path}:{lines[0]}: {problem}{also}"
+        return f"{self.path}:{lines[0]}: {problem}{other_lines(lines)}"
+
+
+def other_lines(lines: Sequence[int]) -> str:
+    """What follows a message about the first of these lines: the others, if there are any."""
+    shown = lines[1:_MAX_SHOWN]
+    rest = f" and {len(lines) - _MAX_SHOWN:,} more" if len(lines) > _MAX_SHOWN else ""
+    return f" (Lines {', '.join(map(str, shown))}{rest} too.)" if shown else ""
 
 
 def read_records(

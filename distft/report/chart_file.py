@@ -7,6 +7,7 @@ from typing import Any
 from distft import storage
 from distft.errors import ConfigError
 from distft.report.chart import Chart
+from distft.report.output_file import drawing_library, require_free_or_own
 
 _MARK = "<!-- A chart of distft -->"
 _SUFFIXES = (".html", ".svg")
@@ -16,17 +17,14 @@ def require_chart_file(path: Path) -> None:
     """Raise `ConfigError` for a name without a chart's ending, and if something else is at `path`."""
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"{path}: a chart is written as {' or '.join(_SUFFIXES)}: name such a file.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} is no directory: make it, or name a file elsewhere.")
-    if path.is_dir() or (path.exists() and _MARK.encode() not in path.read_bytes()[-200:]):
-        raise ConfigError(f"{path} exists, and is no chart of distft: name another file.")
-    _library()
+    require_free_or_own(path, _MARK, "chart", is_mark_last=True)
+    drawing_library("chart")
 
 
 def write_chart(chart: Chart, path: Path) -> None:
     """Write the chart in the format of the name's ending. Raises what `require_chart_file` does."""
     require_chart_file(path)
-    library = _library()
+    library = drawing_library("chart")
     spec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
         "title": chart.title,
@@ -38,16 +36,6 @@ def write_chart(chart: Chart, path: Path) -> None:
     else:
         text = library.vegalite_to_html(spec, bundle=True)
     storage.commit_bytes(path, f"{text}\n{_MARK}\n".encode())
-
-
-def _library() -> Any:
-    try:
-        import vl_convert
-    except ImportError:
-        raise ConfigError(
-            "A chart needs vl-convert-python, which draws it: pip install 'distft[report]'."
-        ) from None
-    return vl_convert
 
 
 def curves(

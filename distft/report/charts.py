@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.report.chart import Chart
-from distft.report.lines import is_number
 from distft.report.recorded_run import RecordedRun
 from distft.report.series import Row, curve_rows, pauses, places_of, time_spent
+from distft.report.values import is_number
 from distft.search.metrics import VALIDATION
 
 # Metrics of training steps, in the order of the page: title, unit of the axis, factor of the values.

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distft.report.lines import is_int, is_number
 from distft.report.recorded_run import RecordedRun
+from distft.report.values import is_int, is_number
 
 _MOST_LABELS = 60
 _MOST_MISTAKES = 50

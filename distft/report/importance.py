@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distft.report.lines import is_number
+from distft.report.values import is_number
 
 LEAST_TRIALS = 6  # with a value: of fewer, chance explains too much
 

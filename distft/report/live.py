@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from distft.config.printable import printable
-from distft.report.lines import is_number
-from distft.report.recorded_run import BEGINS, RecordedRun
+from distft.report.recorded_run import RecordedRun
 from distft.report.series import time_spent
+from distft.report.values import is_number
 from distft.search.metrics import VALIDATION
 from distft.tracker import LEDGER_EVENT
+from distft.tracker.jsonl import BEGINS
 from distft.tracker.number_format import duration, number
 
 _BARS = "▁▂▃▄▅▆▇█"

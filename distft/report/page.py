@@ -13,13 +13,14 @@ from typing import Any
 from distft import storage
 from distft.errors import ConfigError
 from distft.report.html import Content
+from distft.report.output_file import drawing_library, require_free_or_own
 from distft.report.recorded_run import RecordedRun, is_run
 from distft.report.run_page import notes_on, runs_page
 from distft.report.search import RecordedSearch, is_search
 from distft.report.search_page import notes_on_search, search_page
 
 MAX_BYTES = 5_000_000
-_MARK = b"<!-- A report of distft"
+_MARK = "<!-- A report of distft"
 
 
 def content_of(directories: Sequence[str | Path]) -> tuple[Content, list[str]]:
@@ -44,10 +45,7 @@ def write_report(directories: Sequence[str | Path], path: Path) -> list[str]:
     Raises `ConfigError` as `content_of`, if something else is at `path` or its folder is not there, without
     the library that draws, and for a file of more than `MAX_BYTES`.
     """
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} is no directory: make it, or name a file elsewhere.")
-    if path.is_dir() or (path.exists() and _MARK not in _first_bytes(path)):
-        raise ConfigError(f"{path} exists, and is no report of distft: name another file.")
+    require_free_or_own(path, _MARK, "report", is_mark_last=False)
     content, notes = content_of(directories)
     data = page_of(content)
     if len(data) > MAX_BYTES:
@@ -57,11 +55,6 @@ def write_report(directories: Sequence[str | Path], path: Path) -> list[str]:
         )
     storage.commit_bytes(path, data)
     return notes
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(200)
 
 
 def page_of(content: Content, *, version: str | None = None) -> bytes:
@@ -94,14 +87,7 @@ def require_drawing_library() -> None:
 @functools.cache  # to bundle it takes a second
 def _drawing_library() -> str:
     """Vega, Vega-Lite and vega-embed in one script (0.9 MB), which sets `window.vegaEmbed`."""
-    try:
-        from vl_convert import javascript_bundle
-    except ImportError:
-        raise ConfigError(
-            "A report needs vl-convert-python, which brings the library that draws its charts: "
-            "pip install 'distft[report]'."
-        ) from None
-    bundle = javascript_bundle("window.vegaEmbed = vegaEmbed")
+    bundle: str = drawing_library("report").javascript_bundle("window.vegaEmbed = vegaEmbed")
     return bundle.replace("</script", "<\\/script")
 
 

@@ -9,12 +9,13 @@ from typing import Any, Self
 
 from distft.config import load_yaml
 from distft.errors import ConfigError
-from distft.report.lines import GrowingLines, is_int, is_number
+from distft.report.values import is_int, is_number
 from distft.run.paths import CONFIG_FILE
 from distft.search.metrics import main_metric, sign_of
 from distft.tracker import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE
+from distft.tracker.growing_lines import GrowingLines
+from distft.tracker.jsonl import BEGINS, status_of_last_start
 
-BEGINS, _ENDS = ("start", "resume"), "finish"  # kinds of events
 _DEFAULT_SILENCE_S = 300.0  # hang_timeout_s, unless the settings have another
 _MOST_STEPS = 1e15
 
@@ -97,11 +98,8 @@ class RecordedRun:
 
         Without a word since then it is `running`, or `silent` if nothing was written for `hang_timeout_s`.
         """
-        for event in reversed(self.events):
-            if event["kind"] == _ENDS:
-                return str(event.get("status", "ended"))
-            if event["kind"] in BEGINS:
-                break
+        if (status := status_of_last_start(self.events)) is not None:
+            return status
         silence_s = self.settings.get("hang_timeout_s", _DEFAULT_SILENCE_S)
         elapsed_s = (time.time() if now_s is None else now_s) - self.written_at
         return "running" if isinstance(silence_s, int | float) and elapsed_s < silence_s else "silent"

@@ -12,8 +12,9 @@ from distft.report.comparison import Row, differing_settings, flatten, results
 from distft.report.confusion import confusion_chart
 from distft.report.evaluations import MOST_SAMPLES, ShownClassifier, classifiers_of, samples_of
 from distft.report.html import Content, cards, figures, folded, paragraph, section, table, text_of
-from distft.report.lines import is_number
-from distft.report.recorded_run import BEGINS, RecordedRun
+from distft.report.recorded_run import RecordedRun
+from distft.report.values import is_number
+from distft.tracker.jsonl import BEGINS
 from distft.tracker.number_format import duration, number
 
 _PLACE_SELECT = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from distft.errors import ConfigError
-from distft.report.lines import is_int, is_number
+from distft.report.values import is_int, is_number
 from distft.search.journal import JOURNAL_FILE
 from distft.search.ranking import SEARCH_FILE, SEARCH_VERSION
 

@@ -9,8 +9,8 @@ from typing import Any
 from distft.report.chart import Chart
 from distft.report.html import text_of
 from distft.report.importance import LEAST_TRIALS, importances
-from distft.report.lines import is_number
 from distft.report.search import RecordedSearch, Trial
+from distft.report.values import is_number
 from distft.tracker.number_format import number
 
 _WIDE_RANGE = 30.0  # between the smallest and the largest value: from there on an axis is logarithmic

@@ -4,8 +4,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from distft.report.lines import is_number
-from distft.report.recorded_run import BEGINS, RecordedRun
+from distft.report.recorded_run import RecordedRun
+from distft.report.values import is_number
+from distft.tracker.jsonl import BEGINS
 
 MAX_POINTS = 800  # of a curve; more than a screen has pixels for would only make the file larger
 

@@ -9,11 +9,9 @@ from typing import Any
 from distft import storage
 from distft.data.conversation_files import ROLES, checked_message, checked_tools, read_conversations
 from distft.data.conversations import ConversationsConfig
-from distft.data.records import RowErrors
+from distft.data.records import RowErrors, other_lines
 from distft.data.rows import text_problem
 from distft.errors import ConfigError, DataError
-
-_MOST_LINES = 9  # in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +91,7 @@ def require_questions(chats: Sequence[ChatPrompt]) -> None:
     """Raise `DataError` for each that the assistant has answered already."""
     answered = [chat for chat in chats if chat.messages[-1]["role"] == "assistant"]
     if answered:
-        lines = [str(chat.line) for chat in answered[1:]]
-        rest = f" and {len(lines) - _MOST_LINES:,} more" if len(lines) > _MOST_LINES else ""
-        also = f" (Lines {', '.join(lines[:_MOST_LINES])}{rest} too.)" if lines else ""
         raise DataError(
             f"{answered[0].where} the last message is the assistant's, so that there is nothing to answer: "
-            f"remove it.{also}"
+            f"remove it.{other_lines([chat.line for chat in answered])}"
         )

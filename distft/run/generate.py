@@ -17,8 +17,7 @@ from distft.run.chat_prompts import ChatPrompt, require_questions
 from distft.run.data_context import chat_of, tokenizer_notes
 from distft.run.engines import choose_device
 from distft.run.pretrained import TrainedModel, load_model, open_model
-from distft.run.text_stream import Stops, TextStream
-from distft.tokenizer import Tokenizer
+from distft.run.text_stream import Stops, TextStream, start_of_nothing
 from distft.tokenizer.template_files import read_template
 from distft.topology import Topology
 
@@ -108,15 +107,15 @@ def encode_prompts(
     if any(map(text_problem, prompts)):
         raise ConfigError("a prompt has a lone surrogate, half a character: correct it.")
     is_source = _reads_sources(trained)
-    start, start_of_nothing = document_start(trained), _start_of_nothing(trained.tokenizer)
+    start, nothing = document_start(trained), start_of_nothing(trained.tokenizer)
     end = source_end(trained) if is_source else []
     if not start and "" in prompts:
         on_note(
             "a prompt is empty, and the model has not learned how a document begins: its text goes on behind "
-            f"token {start_of_nothing[0]}."
+            f"token {nothing[0]}."
         )
     encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
-    starts = [start if start or ids else start_of_nothing for ids in encoded]
+    starts = [start if start or ids else nothing for ids in encoded]
     eos = trained.tokenizer.eos_id
     return EncodedPrompts(
         rows=[[*begin, *ids, *end] for begin, ids in zip(starts, encoded, strict=True)],
@@ -324,11 +323,3 @@ def source_end(trained: TrainedModel) -> list[int]:
     objective, eos_id = trained.config.objective, trained.tokenizer.eos_id
     is_part = isinstance(objective, PrefixLM) and objective.prefix == "random"
     return [] if is_part or eos_id is None else [eos_id]
-
-
-def _start_of_nothing(tokenizer: Tokenizer) -> list[int]:
-    """A token to continue where there is no text: the end of another document, if the tokenizer has one."""
-    for token in (tokenizer.eos_id, tokenizer.bos_id):
-        if token is not None:
-            return [token]
-    return tokenizer.encode("\n")[-1:] or [0]

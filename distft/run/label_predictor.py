@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from distft import storage
-from distft.checkpoint.steps import absolute
 from distft.collectives import Collectives
 from distft.data.batch import Batch
 from distft.data.sampler import Indices
@@ -18,7 +17,7 @@ from distft.model.with_heads import ModelWithHeads
 from distft.objective.row_objective import RowObjective
 from distft.run.combination import combined
 from distft.run.ensemble import find_weights, label_order
-from distft.run.prediction_rows import PredictionRows, PredictOptions
+from distft.run.prediction_rows import PredictionRows, PredictOptions, model_identity
 from distft.run.pretrained import TrainedModel, load_model
 
 _BLOCK_ROWS = 2048
@@ -36,10 +35,7 @@ class _Member:
         """What its predictions depend on."""
         trained, tokenizer = self.trained, self.trained.own_tokenizer
         return {
-            "model": absolute(trained.source.path),
-            "run_id": trained.source.manifest.run_id,
-            "step": trained.source.manifest.progress.step,
-            "param_dtype": trained.config.engine.param_dtype,
+            **model_identity(trained),
             "objective": self.rows.objective.model_dump(mode="json"),
             "seq_len": trained.config.batch.seq_len,
             "tokenizer": None if tokenizer is None else tokenizer.fingerprint,

@@ -11,7 +11,8 @@ from distft.errors import ConfigError, DivergedError, Preempted
 from distft.run.config import SEARCH_SECTION, RunConfig, parse_run_config
 from distft.run.paths import CONFIG_FILE
 from distft.topology import Topology
-from distft.tracker import METRICS_FILE, read_lines
+from distft.tracker import METRICS_FILE
+from distft.tracker.growing_lines import GrowingLines
 from distft.train.services import StopReason
 
 _SMOOTHED_SHARE = 0.02  # of all steps: the standard deviation of the window that smooths losses
@@ -53,7 +54,7 @@ def run_lr_range(
         config_path, overrides, lowest=lowest, highest=highest, steps=steps, directory=directory
     )
     _require_own_directory(config)
-    metrics = Path(config.run_dir) / METRICS_FILE
+    metrics = GrowingLines(Path(config.run_dir) / METRICS_FILE)
     diverged = _has_diverged(_losses(metrics))
     if not diverged:
         diverged = _train(config, topology or Topology(), metrics)
@@ -66,7 +67,7 @@ def run_lr_range(
     )
 
 
-def _train(config: RunConfig, topology: Topology, metrics: Path) -> bool:
+def _train(config: RunConfig, topology: Topology, metrics: GrowingLines) -> bool:
     """Train to the end of the range; returns whether the loss diverged before, which ends the run."""
     from distft.run.train import run_training  # torch, which a wrong setting need not wait for
 
@@ -150,12 +151,12 @@ def _require_own_directory(config: RunConfig) -> None:
     )
 
 
-def _lines(metrics: Path) -> list[dict[str, Any]]:
-    lines = {line["step"]: line for line in read_lines(metrics) if "loss" in line and "lr" in line}
+def _lines(metrics: GrowingLines) -> list[dict[str, Any]]:
+    lines = {line["step"]: line for line in metrics.read() if "loss" in line and "lr" in line}
     return [lines[step] for step in sorted(lines)]  # of steps that were done again, the last one
 
 
-def _losses(metrics: Path) -> list[float]:
+def _losses(metrics: GrowingLines) -> list[float]:
     return [_loss(line) for line in _lines(metrics)]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
+from distft.checkpoint.steps import absolute
 from distft.config import parse
 from distft.data.image_rows import ImageRows
 from distft.data.image_sources import read_images
@@ -44,6 +45,17 @@ class PredictOptions:
     others: Sequence[str] = ()  # further classifiers of the same labels, which predict together
     combine: Combine = "mean"  # how they do
     generation: GenerationOptions | None = None  # of a language model; None: GREEDY
+
+
+def model_identity(trained: TrainedModel) -> dict[str, Any]:
+    """What a model's predictions depend on, beside the rows."""
+    manifest = trained.source.manifest
+    return {
+        "model": absolute(trained.source.path),
+        "run_id": manifest.run_id,
+        "step": manifest.progress.step,
+        "param_dtype": trained.config.engine.param_dtype,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from distft.model.generation import sample
 from distft.objective.interface import Model
 from distft.run.run_inputs import RunInputs
 from distft.run.samples_config import SamplesConfig
+from distft.run.text_stream import Stops, start_of_nothing
 from distft.tokenizer import Tokenizer
 
 
@@ -68,10 +69,19 @@ def generate_samples(
             ids_PT[torch.arange(len(rows)), lengths_P + offset] = token_P
     finally:
         module.train(was_training)
+    eos_id = tokenizer.eos_id
+    prompts = [tokenizer.encode(prompt) for prompt in settings.prompts]
+    stops = Stops(tokenizer, prompts, ends=() if eos_id is None else (eos_id,))
+    new = [ids[len(row) :][: settings.max_new_tokens] for row, ids in zip(rows, ids_PT.tolist(), strict=True)]
     return [
-        {"prompt": prompt, "text": _text(tokenizer, row, ids[len(row) :][: settings.max_new_tokens])}
-        for prompt, row, ids in zip(settings.prompts, rows, ids_PT.tolist(), strict=True)
+        {"prompt": prompt, "text": stops.cut(number, _up_to(ids, eos_id))}
+        for number, (prompt, ids) in enumerate(zip(settings.prompts, new, strict=True))
     ]
+
+
+def _up_to(ids: list[int], end: int | None) -> list[int]:
+    """The first ids, with the first `end` as the last one."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def _next_logits(model: Model, ids_PT: Tensor, last_P: Tensor) -> Tensor:
@@ -93,8 +103,7 @@ def _rows(
 ) -> list[list[int]]:
     """What the model reads of each prompt; a text that is empty begins behind the end of another."""
     rows = [[*(document_start or ()), *tokenizer.encode(prompt)] for prompt in settings.prompts]
-    ends = [token for token in (tokenizer.eos_id, tokenizer.bos_id) if token is not None]
-    return [row or (ends or tokenizer.encode("\n") or [0])[:1] for row in rows]
+    return [row or start_of_nothing(tokenizer) for row in rows]
 
 
 def _padded(rows: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, Tensor]:
@@ -104,12 +113,3 @@ def _padded(rows: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor,
     for number, row in enumerate(rows):
         ids_PT[number, : len(row)] = torch.tensor(row)
     return ids_PT, lengths_P
-
-
-def _text(tokenizer: Tokenizer, row: Sequence[int], new: Sequence[int]) -> str:
-    """What the new tokens add to the row's text, up to the end of the document."""
-    new = list(new)
-    if tokenizer.eos_id in new:
-        new = new[: new.index(tokenizer.eos_id)]
-    before, whole = tokenizer.decode(list(row)), tokenizer.decode([*row, *new])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)

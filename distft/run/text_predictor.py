@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from distft.checkpoint.steps import absolute
 from distft.collectives import Collectives
 from distft.config import parse
 from distft.data.completion import CompletionConfig
@@ -23,7 +22,7 @@ from distft.run.generate import (
     load_generator,
 )
 from distft.run.prediction_files import MESSAGES
-from distft.run.prediction_rows import GREEDY, Predicting, PredictOptions
+from distft.run.prediction_rows import GREEDY, Predicting, PredictOptions, model_identity
 from distft.run.pretrained import TrainedModel
 from distft.storage import checksum_of_bytes
 
@@ -73,12 +72,8 @@ class TextPredictor:
         self.summary = f"{rows_path}: {self.num_rows:,} prompts"
 
     def identity(self, collectives: Collectives, device: torch.device) -> dict[str, Any]:  # noqa: ARG002
-        trained, manifest = self._trained, self._trained.source.manifest
         return {
-            "model": absolute(trained.source.path),
-            "run_id": manifest.run_id,
-            "step": manifest.progress.step,
-            "param_dtype": trained.config.engine.param_dtype,
+            **model_identity(self._trained),
             "rows": checksum_of_bytes(repr((self._prompts.rows, self._given)).encode()),
             "generation": repr(self._options),
             "ends": sorted(self._prompts.ends),

@@ -7,6 +7,14 @@ from distft.tokenizer import Tokenizer
 _CONTEXT = 8  # tokens before the first new one, so that a space between them is not lost
 
 
+def start_of_nothing(tokenizer: Tokenizer) -> list[int]:
+    """A token to continue where there is no text: the end of another document, if the tokenizer has one."""
+    for token in (tokenizer.eos_id, tokenizer.bos_id):
+        if token is not None:
+            return [token]
+    return tokenizer.encode("\n")[-1:] or [0]
+
+
 class TextStream:
     """Turns new tokens into pieces of text, which together are the text of all."""
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from distft.errors import ConfigError
 from distft.search.journal_lines import ENDED, sound_lines
-from distft.search.metrics import is_number
+from distft.search.metrics import final_value, is_number
+from distft.search.settings import SearchConfig
 from distft.search.space import Values
 from distft.tracker.jsonl import LineWriter, parse_line
 
@@ -35,13 +36,7 @@ class RunRecord:
 
     def value(self, sign: int, *, best: bool) -> float | None:
         """The last value or the best one; None if there is none."""
-        known = [value for _, value in sorted(self.history.items())]
-        if not known:
-            return None
-        finite = [value for value in known if value is not None]
-        if best:
-            return max(finite, key=lambda value: sign * value, default=None)
-        return known[-1]
+        return final_value([value for _, value in sorted(self.history.items())], sign, best=best)
 
 
 @dataclass(slots=True)
@@ -101,6 +96,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
     known = list(values)
     finite = [value for value in known if value is not None and math.isfinite(value)]
     return fmean(finite) if known and len(finite) == len(known) else None
+
+
+def metric_of(lines: Iterable[Mapping[str, Any]], search: SearchConfig) -> str | None:
+    """The metric that a search compares: the one that its trials have reported, else that of its settings."""
+    return next((line["metric"] for line in lines if line.get("metric")), search.metric)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from distft.config import parse
 from distft.errors import ConfigError
+from distft.search.metrics import is_number
 from distft.search.settings import SearchConfig
 
 ENDED = ("completed", "stopped", "failed")  # states of trials that are not run again
@@ -70,13 +71,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
+    return is_number(value) and 0 <= value < _MOST
 
 
 def _is_value(value: Any) -> bool:
     """A finite number, or null, as which NaN is written."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (is_number and abs(value) < _LARGEST)
+    return value is None or (is_number(value) and abs(value) < _LARGEST)
 
 
 def _is_text(value: Any) -> bool:

@@ -20,7 +20,7 @@ def only_search(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         give_up_s = time.monotonic() + _LOCK_S
-        while not _is_locked(descriptor, fcntl.LOCK_EX):
+        while not took_lock(descriptor, fcntl.LOCK_EX):
             if time.monotonic() > give_up_s:
                 raise ConfigError(
                     f"Another `distft tune` runs the search in {directory}: wait for it, or choose another "
@@ -41,12 +41,13 @@ def is_being_run(directory: Path) -> bool:
     except OSError:
         return True
     try:
-        return not _is_locked(descriptor, fcntl.LOCK_SH)
+        return not took_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
 
-def _is_locked(descriptor: int, kind: int) -> bool:
+def took_lock(descriptor: int, kind: int) -> bool:
+    """Whether this process has the lock of an open file now, without waiting for it."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError:

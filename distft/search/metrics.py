@@ -1,14 +1,12 @@
 """Which metric of a run a search compares, whether less of it is better, and its values so far."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from distft.errors import ConfigError, suggest_name
 from distft.search.settings import ConstraintConfig
-from distft.tracker.jsonl import parse_line
 from distft.train.early_stopping import is_less_better
 
 VALIDATION = "validation/"  # begins the names of metrics of held-out data
@@ -56,29 +54,13 @@ def sign_of(metric: str, mode: str = "auto") -> int:
     return -1 if less else 1
 
 
-class MetricsFollower:
-    """Reads the lines that a run appends to its metrics.jsonl, which a resume replaces."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._inode, self._offset = 0, 0
-
-    def new_lines(self) -> Iterator[dict[str, Any]]:
-        """Lines since the last call; all of them again after the file was replaced. Torn ones come later."""
-        try:
-            with self._path.open("rb") as file:
-                found = self._path.stat()
-                if found.st_ino != self._inode or found.st_size < self._offset:
-                    self._inode, self._offset = found.st_ino, 0
-                file.seek(self._offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._offset += len(line)
-                    if (record := parse_line(line)) is not None:
-                        yield record
-        except FileNotFoundError:
-            return
+def final_value(values: Sequence[float | None], sign: int, *, best: bool) -> float | None:
+    """What a run counts for: its last value, or the best finite one; None: it is not finite, or not there."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if best:
+        return max(finite, key=lambda value: sign * value, default=None)
+    last = values[-1] if values else None
+    return last if last is not None and math.isfinite(last) else None
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from distft.search.settings import (
     HyperbandConfig,
     PopulationConfig,
     SearchConfig,
+    is_below,
 )
 from distft.search.space import Values, grid_points, random_point
 from distft.tracker.jsonl import EVENTS_FILE
@@ -41,9 +42,7 @@ class SearchFile:
     @property
     def counts_best(self) -> bool:
         """Whether the best value of a run counts, in place of its last one."""
-        if self.search.value == "auto":
-            return self.config.train.early_stopping is not None
-        return self.search.value == "best"
+        return self.search.counts_best(stops_early=self.config.train.early_stopping is not None)
 
 
 def load_search(path: str | Path, overrides: Sequence[str] = ()) -> SearchFile:
@@ -124,7 +123,7 @@ def _problems(search: SearchConfig, config: RunConfig) -> Iterator[str]:
             "batch.global_batch_size",
         )
         for key in search.space:
-            if any(key == one or key.startswith(f"{one}.") for one in fixed):
+            if any(is_below(key, one) for one in fixed):
                 yield (
                     f"search.space: {key} cannot change in the middle of a run, as a population's trials do: "
                     "vary settings of optim, or choose another scheduler."

@@ -234,6 +234,10 @@ class SearchConfig(Settings):
         """How many trials there are, without those of `repeat_best`."""
         return self.num_trials or self.grid_size
 
+    def counts_best(self, *, stops_early: bool) -> bool:
+        """Whether the best value of a run counts, in place of its last one."""
+        return stops_early if self.value == "auto" else self.value == "best"
+
     @property
     def num_runs(self) -> int:
         """Of a trial."""

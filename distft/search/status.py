@@ -8,7 +8,15 @@ from typing import Any
 
 from distft.config import parse
 from distft.errors import ConfigError
-from distft.search.journal import JOURNAL_FILE, RUNNING, WAITING, TrialRecord, read_journal, trials_of
+from distft.search.journal import (
+    JOURNAL_FILE,
+    RUNNING,
+    WAITING,
+    TrialRecord,
+    metric_of,
+    read_journal,
+    trials_of,
+)
 from distft.search.lock import is_being_run
 from distft.search.ranking import ranked, search_json, table
 from distft.search.settings import SearchConfig
@@ -47,8 +55,8 @@ def read_status(directory: Path) -> Status:
                 trial.state = WAITING  # for the same command
     train = settings["base"].get("train")
     stopping = train.get("early_stopping") if isinstance(train, Mapping) else None
-    best = search.value == "best" or (search.value == "auto" and stopping is not None)
-    metric = next((line["metric"] for line in lines if line.get("metric")), search.metric)
+    metric = metric_of(lines, search)
+    best = search.counts_best(stops_early=stopping is not None)
     rows = ranked(list(trials.values()), metric, search, best=best)
     summary = f"{directory}: {_counts(trials.values(), search.num_points)}"
     is_over = len(rows) >= search.num_points and all(trial.has_ended for trial in trials.values())

@@ -3,8 +3,11 @@
 import math
 import operator
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+
+from distft.errors import ConfigError
 
 Metrics = Mapping[str, float | int]
 HANG_EVENT = "hang"  # the kind of event that names a rank that hangs
@@ -36,6 +39,15 @@ class Tracker(Protocol):
 
     def finish(self, status: str) -> None:
         """End with status `completed`, `preempted` or `failed`; flushes everything logged so far."""
+
+
+def require_package(package: str, install: str) -> None:
+    """Raise `ConfigError` if the package of a service, whose `type` has its name, is not installed."""
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"tracker type {package!r} needs the package {package}: run pip install {install}, or remove the "
+            "tracker."
+        )
 
 
 def plain_number(value: Any) -> float | int:

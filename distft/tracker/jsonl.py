@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from distft.tracker.interface import Metrics, finite_or_none, plain_number
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+BEGINS = ("start", "resume")  # kinds of events
 _LOCK_S = 5.0  # for a lock that is held for milliseconds
 
 
@@ -169,6 +170,16 @@ def last_logged_step(run_dir: Path) -> int:
     """The last step in the run's `metrics.jsonl`; 0 without one."""
     steps = (record.get("step") for record in read_lines(run_dir / METRICS_FILE))
     return max((step for step in steps if isinstance(step, int)), default=0)
+
+
+def status_of_last_start(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """What `finish` said of a run's last start; None: it goes on, or ended without a word."""
+    for event in reversed(events):
+        if event.get("kind") == "finish":
+            return str(event.get("status", "ended"))
+        if event.get("kind") in BEGINS:
+            break
+    return None
 
 
 def read_lines(path: Path, *, limit: int | None = None) -> list[dict[str, Any]]:

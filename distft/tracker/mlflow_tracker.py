@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from distft.errors import ConfigError
 from distft.tracker.evaluation_tables import pictures_of, tables_of
-from distft.tracker.interface import Metrics
+from distft.tracker.interface import Metrics, require_package
 from distft.tracker.named_run import NamedRun, stored_id
 
 _MOST_PARAMS = 100  # in one request
@@ -26,13 +25,7 @@ class MlflowConfig(NamedRun):
 
     def build(self) -> "MlflowTracker":
         """Raises `ConfigError` if MLflow is not installed."""
-        from importlib.util import find_spec
-
-        if find_spec("mlflow") is None:
-            raise ConfigError(
-                "tracker type 'mlflow' needs the package mlflow: run pip install 'distft[mlflow]', or remove "
-                "the tracker."
-            )
+        require_package("mlflow", "'distft[mlflow]'")
         return MlflowTracker(self)
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distft.config import Settings
-from distft.errors import ConfigError
 from distft.tracker.evaluation_tables import pictures_of, tables_of
-from distft.tracker.interface import Metrics
+from distft.tracker.interface import Metrics, require_package
 
 
 class TensorBoardConfig(Settings):
@@ -19,13 +18,7 @@ class TensorBoardConfig(Settings):
 
     def build(self) -> "TensorBoardTracker":
         """Raises `ConfigError` if TensorBoard is not installed."""
-        from importlib.util import find_spec
-
-        if find_spec("tensorboard") is None:
-            raise ConfigError(
-                "tracker type 'tensorboard' needs the package tensorboard: "
-                "run pip install 'distft[tensorboard]', or remove the tracker."
-            )
+        require_package("tensorboard", "'distft[tensorboard]'")
         return TensorBoardTracker(self)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from distft.errors import ConfigError
 from distft.tracker.evaluation_tables import pictures_of, tables_of
-from distft.tracker.interface import Metrics
+from distft.tracker.interface import Metrics, require_package
 from distft.tracker.named_run import NamedRun, stored_id
 
 
@@ -20,13 +19,7 @@ class TrackioConfig(NamedRun):
 
     def build(self) -> "TrackioTracker":
         """Raises `ConfigError` if Trackio is not installed."""
-        from importlib.util import find_spec
-
-        if find_spec("trackio") is None:
-            raise ConfigError(
-                "tracker type 'trackio' needs the package trackio: run pip install 'distft[trackio]', or "
-                "remove the tracker."
-            )
+        require_package("trackio", "'distft[trackio]'")
         return TrackioTracker(self)
 
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from distft.errors import ConfigError
 from distft.tracker.evaluation_tables import pictures_of, tables_of
-from distft.tracker.interface import Metrics
+from distft.tracker.interface import Metrics, require_package
 from distft.tracker.named_run import NamedRun, stored_id
 
 RUN_ID_FILE = "run_id.txt"
@@ -21,12 +20,7 @@ class WandbConfig(NamedRun):
 
     def build(self) -> "WandbTracker":
         """Raises `ConfigError` if wandb is not installed."""
-        from importlib.util import find_spec
-
-        if find_spec("wandb") is None:
-            raise ConfigError(
-                "tracker type 'wandb' needs the package wandb: run pip install wandb, or remove the tracker."
-            )
+        require_package("wandb", "wandb")
         return WandbTracker(self)
 
 

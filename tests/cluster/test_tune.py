@@ -152,16 +152,8 @@ def test_a_search_that_is_stopped_and_killed_ends_with_the_table_of_its_runs(
     assert [trial["state"] for trial in trials] == ["completed", "completed", "failed"]
     assert "gradients that are not finite" in trials[2]["reason"]
     by_number = {trial["number"]: trial for trial in trials}
-    for number in (0, 2):  # as the same settings, trained at once in one process
-        settings = load_yaml(directory / f"trials/{number:05d}/trial.yaml")
-        plain = {**settings, "run_dir": str(project / f"runs/plain_{number}")}
-        for key in ("tokenizer", "data"):
-            plain[key] = _absolute(project, plain[key])
-        run(Topology(), plain)
-        expected = logged(project / f"runs/plain_{number}", "validation/accuracy")
-        assert by_number[number]["history"] == [[step, value] for step, value in expected.items()]
-        assert by_number[number]["step"] == 400
-        assert audit_run(str(directory / f"trials/{number:05d}"))[0].is_exact
+    for number in (0, 2):
+        _require_values_of_a_plain_run(project, directory, by_number[number])
     starts = [line["number"] for line in journal(directory) if line["kind"] == "start"]
     assert starts.count(1) == 1  # what has ended is not run again
     assert load_yaml(directory / "best.yaml")["optim"]["peak_lr"] == trials[0]["values"]["optim.peak_lr"]
@@ -187,6 +179,20 @@ def test_a_search_that_is_stopped_and_killed_ends_with_the_table_of_its_runs(
     assert changed.returncode == 2
     assert "search.mode was 'auto' and is now 'min'" in changed.stderr
     assert "batch.seq_len was 64 and is now 32" in changed.stderr
+
+
+def _require_values_of_a_plain_run(project: Path, directory: Path, found: Mapping[str, Any]) -> None:
+    """The trial has the values that its settings give when they are trained at once, in one process."""
+    number = found["number"]
+    settings = load_yaml(directory / f"trials/{number:05d}/trial.yaml")
+    plain = {**settings, "run_dir": str(project / f"runs/plain_{number}")}
+    for key in ("tokenizer", "data"):
+        plain[key] = _absolute(project, plain[key])
+    run(Topology(), plain)
+    expected = logged(project / f"runs/plain_{number}", "validation/accuracy")
+    assert found["history"] == [[step, value] for step, value in expected.items()]
+    assert found["step"] == 400
+    assert audit_run(str(directory / f"trials/{number:05d}"))[0].is_exact
 
 
 def _absolute(project: Path, value: Any) -> Any:

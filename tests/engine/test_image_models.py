@@ -11,7 +11,7 @@ from support.engine_scenarios import (
     VOCAB_SIZE,
     Scenario,
     Training,
-    collectives_for,
+    train_all,
 )
 from support.rank_pool import run_ranks
 
@@ -107,22 +107,13 @@ def _scenarios(stages: list[int]) -> list[Scenario]:
     ]
 
 
-def _train_all(topology: Topology, scenarios: list[Scenario]) -> list[tuple[list[float], dict[Any, Any]]]:
-    results = []
-    for scenario in scenarios:
-        training = ImageTraining(scenario, topology, collectives_for(scenario, topology))
-        results.append((training.run(NUM_STEPS), training.whole_state()))
-        training.engine.close()
-    return results
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("world_size", "stages"), [(1, [2]), (2, [0, 1, 3]), (4, [2, 3])], ids=["1", "2", "4"]
 )
 def test_zero_computes_what_the_local_engine_computes(world_size: int, stages: list[int]) -> None:
     scenarios = _scenarios(stages)
-    by_rank = run_ranks(_train_all, world_size, scenarios, timeout_s=240)
+    by_rank = run_ranks(train_all, world_size, scenarios, NUM_STEPS, ImageTraining, timeout_s=240)
     for number, scenario in enumerate(scenarios):
         # In one micro-batch: of several, contrastive losses are those of the whole batch too.
         alone = ImageTraining(

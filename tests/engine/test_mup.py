@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.engine_scenarios import Scenario, run_alone, train_all
 from support.rank_pool import run_ranks
 from torch import Tensor
 from torch.nn import functional
 
 from distft.data.targets import NEXT_TOKEN
 from distft.model.transformer_config import TransformerConfig
-from distft.topology import Topology
 
 NUM_STEPS = 5
 RATIO = 3  # width 24 over 8; heads are wider, too: 12 over 4
@@ -108,22 +107,13 @@ def test_at_the_base_width_it_is_the_standard_parametrization_bit_for_bit(optimi
     assert all(torch.equal(values, state[key]) for key, values in mup.whole_state().items())
 
 
-def _train_all(topology: Topology, scenarios: list[Scenario]) -> list[tuple[list[float], dict[Any, Tensor]]]:
-    results = []
-    for scenario in scenarios:
-        training = Training(scenario, topology, collectives_for(scenario, topology))
-        results.append((training.run(NUM_STEPS), training.whole_state()))
-        training.engine.close()
-    return results
-
-
 @pytest.mark.ranks
 def test_every_zero_stage_computes_what_the_local_engine_computes() -> None:
     local = _scenario(_model(**BASE), max_grad_norm=0.5, lr_scales={"*blocks.1.*": 0.5})
     expected = run_alone(local, NUM_STEPS)
     state = expected.whole_state()
     scenarios = [replace(local, stage=stage, micro_batch_size=2) for stage in (0, 1, 2, 3)]
-    for results in run_ranks(_train_all, 2, scenarios, timeout_s=240):
+    for results in run_ranks(train_all, 2, scenarios, NUM_STEPS, timeout_s=240):
         for losses, found in results:
             assert losses == pytest.approx(expected.losses, abs=2e-6)
             for key, values in found.items():

@@ -9,16 +9,14 @@ from support.engine_scenarios import (
     SEQ_LEN,
     VOCAB_SIZE,
     Scenario,
-    Training,
-    collectives_for,
     run_alone,
+    train_all,
 )
 from support.rank_pool import run_ranks
 
 from distft.config import parse
 from distft.model.config import ModelConfig
 from distft.model.settings import AnyModelConfig
-from distft.topology import Topology
 
 NUM_STEPS = 4
 MODELS: list[dict[str, Any]] = [
@@ -97,15 +95,6 @@ def _scenarios(stages: dict[int | None, tuple[str, ...]]) -> list[Scenario]:
     ]
 
 
-def _train_all(topology: Topology, scenarios: list[Scenario]) -> list[tuple[list[float], dict[Any, Any]]]:
-    results = []
-    for scenario in scenarios:
-        training = Training(scenario, topology, collectives_for(scenario, topology))
-        results.append((training.run(NUM_STEPS), training.whole_state()))
-        training.engine.close()
-    return results
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("world_size", "stages"),
@@ -116,7 +105,7 @@ def test_zero_computes_what_the_local_engine_computes(
     world_size: int, stages: dict[int | None, tuple[str, ...]]
 ) -> None:
     scenarios = _scenarios(stages)
-    by_rank = run_ranks(_train_all, world_size, scenarios, timeout_s=240)
+    by_rank = run_ranks(train_all, world_size, scenarios, NUM_STEPS, timeout_s=240)
     for number, scenario in enumerate(scenarios):
         alone = run_alone(Scenario(other_model=scenario.model, trainable=scenario.trainable), NUM_STEPS)
         for results in by_rank:

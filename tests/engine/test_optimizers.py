@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.engine_scenarios import Scenario, Training, collectives_for, run_alone
+from support.engine_scenarios import Scenario, Training, collectives_for, run_alone, train_all
 from support.rank_pool import run_ranks
-from torch import Tensor, nn
+from torch import nn
 
 from distft.checkpoint.committed import Checkpoint
 from distft.collectives import SingleProcess
@@ -153,15 +153,6 @@ def test_the_local_engine_equals_plain_torch_with_a_group_for_each_parameter(nam
         torch.testing.assert_close(param.detach(), params[key].detach(), atol=1e-6, rtol=1e-6, msg=key)
 
 
-def _train_all(topology: Topology, scenarios: list[Scenario]) -> list[tuple[list[float], dict[Any, Tensor]]]:
-    results = []
-    for scenario in scenarios:
-        training = Training(scenario, topology, collectives_for(scenario, topology))
-        results.append((training.run(NUM_STEPS), training.whole_state()))
-        training.engine.close()
-    return results
-
-
 OFFLOAD = {"offload_optimizer": "cpu"}
 
 
@@ -177,7 +168,7 @@ def test_stages_and_ranks_change_nothing(world_size: int) -> None:
         scenarios += [
             _scenario(name, stage=stage, zero=OFFLOAD) for name in ("lion", "muon") for stage in (1, 3)
         ]
-    by_rank = run_ranks(_train_all, world_size, scenarios, timeout_s=240)
+    by_rank = run_ranks(train_all, world_size, scenarios, NUM_STEPS, timeout_s=240)
     expected = {str(OPTIMIZERS[name]): run_alone(_scenario(name), NUM_STEPS) for name in OPTIMIZERS}
     states = {key: training.whole_state() for key, training in expected.items()}
     for results in by_rank:

@@ -3,13 +3,18 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.predictions import (
+    BLOCK_ROWS,
+    interrupt_in_the_third_block,
+    json_lines,
+    predict_in_small_blocks,
+)
 from support.rank_pool import run_ranks
 from support.small_runs import fine_tuning, pretraining, run
 
@@ -33,22 +38,13 @@ def classifier(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_predictor, "_BLOCK_ROWS", 4)
-
-
-def _predict(topology: Topology, *arguments: str) -> int:
-    label_predictor._BLOCK_ROWS = 4
-    return predict_file(arguments[0], arguments[1], arguments[2], topology)
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    monkeypatch.setattr(label_predictor, "_BLOCK_ROWS", BLOCK_ROWS)
 
 
 def test_the_labels_are_those_that_evaluate_counts(data: Path, classifier: Path, tmp_path: Path) -> None:
     output = tmp_path / "predictions.jsonl"
     assert main(["predict", str(classifier), str(data / "test.jsonl"), "-o", str(output)]) == 0
-    rows, predictions = _json_lines(data / "test.jsonl"), _json_lines(output)
+    rows, predictions = json_lines(data / "test.jsonl"), json_lines(output)
     assert [found["text"] for found in predictions] == [row["text"] for row in rows]
     assert [found["line"] for found in predictions] == list(range(1, len(rows) + 1))
     for found in predictions:
@@ -68,35 +64,20 @@ def test_ranks_write_the_same_file_and_go_on_where_an_interruption_left(
 ) -> None:
     rows = str(data / "test.jsonl")
     predict_file(str(classifier), rows, str(tmp_path / "one.jsonl"), Topology())
-    run_ranks(_predict, 3, str(classifier), rows, str(tmp_path / "three.jsonl"))
+    run_ranks(predict_in_small_blocks, 3, str(classifier), rows, str(tmp_path / "three.jsonl"))
     assert (tmp_path / "three.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
-    predictions = label_predictor.LabelPredictor.predictions
-    done = []
-
-    def fail_in_the_third_block(self: Any, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(start)
-        return predictions(self, start, stop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(label_predictor.LabelPredictor, "predictions", fail_in_the_third_block)
-        with pytest.raises(KeyboardInterrupt):
-            predict_file(str(classifier), rows, str(tmp_path / "cut.jsonl"), Topology())
-    parts = tmp_path / "cut.jsonl.parts"
-    assert len(list(parts.glob("rows_*"))) == 2
-    assert not (tmp_path / "cut.jsonl").exists()
-    run_ranks(_predict, 2, str(classifier), rows, str(tmp_path / "cut.jsonl"))
+    interrupt_in_the_third_block(str(classifier), rows, tmp_path / "cut.jsonl", monkeypatch)
+    run_ranks(predict_in_small_blocks, 2, str(classifier), rows, str(tmp_path / "cut.jsonl"))
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-    assert not parts.exists()
+    assert not (tmp_path / "cut.jsonl.parts").exists()
 
 
 def test_csv_and_parquet_have_the_same_in_columns(data: Path, classifier: Path, tmp_path: Path) -> None:
     rows = str(data / "test.jsonl")
     for suffix in ("jsonl", "csv", "tsv", "parquet"):
         predict_file(str(classifier), rows, str(tmp_path / f"p.{suffix}"), Topology())
-    expected = _json_lines(tmp_path / "p.jsonl")
+    expected = json_lines(tmp_path / "p.jsonl")
     assert pq.read_table(tmp_path / "p.parquet").to_pylist() == expected
     for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
         with (tmp_path / f"p.{suffix}").open(newline="") as file:
@@ -122,7 +103,7 @@ def test_a_regression_predicts_numbers_in_the_units_of_the_data(data: Path, tmp_
     )
     mean_error = run(Topology(), raw).metrics["validation/mean_absolute_error"]
     predict_file(str(tmp_path / "run"), str(numbers), str(tmp_path / "p.jsonl"), Topology())
-    found = [row["number"] for row in _json_lines(tmp_path / "p.jsonl")]
+    found = [row["number"] for row in json_lines(tmp_path / "p.jsonl")]
     errors = [abs(number - 1000 - len(text)) for number, text in zip(found, texts, strict=True)]
     assert sum(errors) / len(errors) == pytest.approx(mean_error, rel=1e-6)
 
@@ -210,7 +191,7 @@ def _predict_texts(topology: Topology, *arguments: str) -> int:
 
 @pytest.mark.ranks
 def test_a_language_model_writes_a_text_for_each_row(data: Path, pretrained: Path, tmp_path: Path) -> None:
-    rows = _json_lines(data / "test.jsonl")[:5]
+    rows = json_lines(data / "test.jsonl")[:5]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     paths = [str(pretrained), str(tmp_path / "rows.jsonl")]
@@ -223,14 +204,12 @@ def test_a_language_model_writes_a_text_for_each_row(data: Path, pretrained: Pat
     assert [row["text"] + row["generated"] for row in found] == expected
     command[2] = str(tmp_path / "rows.parquet")
     assert main([*command, "-o", str(tmp_path / "parquet.jsonl")]) == 0
-    assert [r["generated"] for r in _json_lines(tmp_path / "parquet.jsonl")] == [
-        r["generated"] for r in found
-    ]
+    assert [r["generated"] for r in json_lines(tmp_path / "parquet.jsonl")] == [r["generated"] for r in found]
     # Drawn texts are the same on any ranks, and in other words than greedy ones.
     assert _predict_texts(Topology(), *paths, str(tmp_path / "one.jsonl")) == len(rows)
     run_ranks(_predict_texts, 2, *paths, str(tmp_path / "two.jsonl"))
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
-    drawn = [row["generated"] for row in _json_lines(tmp_path / "one.jsonl")]
+    drawn = [row["generated"] for row in json_lines(tmp_path / "one.jsonl")]
     assert drawn != [row["generated"] for row in found]
 
 

@@ -1,16 +1,19 @@
 """`distft predict` for models of images: folders and Parquet files, on any ranks, after an interruption."""
 
 import io
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from support.predictions import (
+    BLOCK_ROWS,
+    interrupt_in_the_third_block,
+    json_lines,
+    predict_in_small_blocks,
+)
 from support.rank_pool import run_ranks
 from support.small_runs import run
 
@@ -65,16 +68,12 @@ def classifier(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_folders_and_parquet_get_the_labels_that_evaluate_counts(
     digits: Path, classifier: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "classes.jsonl"
     assert main(["predict", str(classifier), str(digits / "classes"), "-o", str(output)]) == 0
-    found = _json_lines(output)
+    found = json_lines(output)
     truth = [Path(row["image"]).parent.name for row in found]
     assert len(found) == SHOWN
     share = sum(row["label"] == label for row, label in zip(found, truth, strict=True)) / SHOWN
@@ -85,7 +84,7 @@ def test_folders_and_parquet_get_the_labels_that_evaluate_counts(
 
     by_name = {Path(row.pop("image")).name: row for row in found}
     predict_file(str(classifier), str(digits / "flat"), str(tmp_path / "flat.jsonl"), Topology())
-    flat = _json_lines(tmp_path / "flat.jsonl")
+    flat = json_lines(tmp_path / "flat.jsonl")
     assert [Path(row["image"]).name for row in flat] == sorted(by_name)
     parquet = tmp_path / "parquet.csv"
     arguments = ["predict", str(classifier), str(digits / "digits.parquet"), "-o", str(parquet)]
@@ -97,37 +96,20 @@ def test_folders_and_parquet_get_the_labels_that_evaluate_counts(
         assert row["probability"] == pytest.approx(expected["probability"], abs=1e-6)
     one = tmp_path / "one.jsonl"
     assert main(["predict", str(classifier), str(digits / "flat" / "03.png"), "-o", str(one)]) == 0
-    assert [row["label"] for row in _json_lines(one)] == [by_name["03.png"]["label"]]
-
-
-def _predict(topology: Topology, *arguments: str) -> int:
-    label_predictor._BLOCK_ROWS = 4
-    return predict_file(arguments[0], arguments[1], arguments[2], topology)
+    assert [row["label"] for row in json_lines(one)] == [by_name["03.png"]["label"]]
 
 
 @pytest.mark.ranks
 def test_ranks_go_on_where_an_interruption_left(
     digits: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(label_predictor, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(label_predictor, "_BLOCK_ROWS", BLOCK_ROWS)
     model, rows, output = str(classifier), str(digits / "classes"), str(tmp_path / "cut.jsonl")
     predict_file(model, rows, str(tmp_path / "one.jsonl"), Topology())
-    predictions, done = label_predictor.LabelPredictor.predictions, []
-
-    def fail_in_the_third_block(self: Any, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(start)
-        return predictions(self, start, stop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(label_predictor.LabelPredictor, "predictions", fail_in_the_third_block)
-        with pytest.raises(KeyboardInterrupt):
-            predict_file(model, rows, output, Topology())
-    assert len(list((tmp_path / "cut.jsonl.parts").glob("rows_*"))) == 2
+    interrupt_in_the_third_block(model, rows, Path(output), monkeypatch)
     with pytest.raises(ConfigError, match="another model, other data or other settings"):
         predict_file(model, str(digits / "flat"), output, Topology())
-    run_ranks(_predict, 2, model, rows, output)
+    run_ranks(predict_in_small_blocks, 2, model, rows, output)
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
@@ -138,7 +120,7 @@ def test_an_ensemble_of_image_classifiers_predicts_together(
     predict_file(str(classifier), rows, str(tmp_path / "one.jsonl"), Topology())
     both = PredictOptions(others=[str(classifier)])
     predict_file(str(classifier), rows, str(tmp_path / "both.jsonl"), Topology(), both)
-    for found, expected in zip(*map(_json_lines, tmp_path.glob("*.jsonl")), strict=True):
+    for found, expected in zip(*map(json_lines, tmp_path.glob("*.jsonl")), strict=True):
         assert found["image"] == expected["image"]
         assert found["probability"] == pytest.approx(expected["probability"], abs=1e-9)
 

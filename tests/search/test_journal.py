@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from distft.errors import ConfigError
 from distft.search.journal import JOURNAL_FILE, Journal, mean_and_spread, read_journal, trials_of
-from distft.search.metrics import MetricSeries, MetricsFollower, main_metric
+from distft.search.metrics import MetricSeries, main_metric
 from distft.search.ranking import best_of, ranked
 from distft.search.settings import ConstraintConfig, SearchConfig
+from distft.tracker.growing_lines import GrowingLines
 
 Line = dict[str, Any]
 
@@ -213,10 +214,10 @@ def test_a_mean_of_which_a_part_is_missing_is_missing() -> None:
 
 def test_lines_of_a_run_count_once_however_the_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    follower, series = MetricsFollower(path), MetricSeries("validation/loss")
+    follower, series = GrowingLines(path), MetricSeries("validation/loss")
 
     def read() -> list[tuple[int, float]]:
-        for line in follower.new_lines():
+        for line in follower.read_new():
             series.add(line)
         return series.history
 

@@ -293,3 +293,15 @@ def run_alone(scenario: Scenario, to_step: int, **options: Any) -> Training:
     training = Training(scenario, Topology(), SingleProcess())
     training.losses = training.run(to_step, **options)  # type: ignore[attr-defined]
     return training
+
+
+def train_all(
+    topology: Topology, scenarios: list[Scenario], num_steps: int, kind: type[Training] = Training
+) -> list[tuple[list[float], dict[tuple[str, str], Tensor]]]:
+    """Losses of `num_steps` steps and the whole state behind them, by scenario. All ranks call it."""
+    results = []
+    for scenario in scenarios:
+        training = kind(scenario, topology, collectives_for(scenario, topology))
+        results.append((training.run(num_steps), training.whole_state()))
+        training.engine.close()
+    return results

@@ -13,7 +13,7 @@ from distft.config import redact
 from distft.config.yaml_text import to_yaml
 from distft.errors import ConfigError
 from distft.run.config import SEARCH_SECTION, parse_run_config
-from distft.search.journal import VERSION, Journal, TrialRecord, read_journal
+from distft.search.journal import VERSION, Journal, TrialRecord, metric_of, read_journal
 from distft.search.journal_lines import FIRST_REPEAT
 from distft.search.lock import only_search
 from distft.search.ranking import Ranked, best_of, ranked, search_json, write_search_json
@@ -181,7 +181,7 @@ class _Search:
         found = outcome_of(self._journal.lines, self._journal.trials, self._file, self._directory)
         if with_best_file and found.best is not None:
             found.best_file = self._directory / BEST_FILE
-            write_private(found.best_file, best_yaml(self._file, self._directory, found.best))
+            write_private(found.best_file, best_yaml(self._file, found.best))
         return found
 
     def write(self) -> None:
@@ -199,18 +199,17 @@ def outcome_of(
     directory: Path,
 ) -> Outcome:
     """What a journal says of a search."""
-    metric = next((line["metric"] for line in lines if line.get("metric")), file.search.metric)
+    metric = metric_of(lines, file.search)
     rows = ranked(list(trials.values()), metric, file.search, best=file.counts_best)
     return Outcome(directory, file.search, metric, rows, best_of(rows))
 
 
-def best_yaml(file: SearchFile, directory: Path, best: Ranked) -> str:
+def best_yaml(file: SearchFile, best: Ranked) -> str:
     """A configuration of one run with the settings of a trial, in a folder of its own."""
     settings = {
         **with_values(file.base, best.trial.values),
         "run_dir": str(Path(file.config.run_dir) / "best"),
     }
-    del directory
     launcher = "" if best.trial.ranks == 1 else f"torchrun --nproc-per-node {best.trial.ranks} -m "
     lines = [
         f"# Trial {best.trial.number} of the search in {file.config.run_dir}, the best of "

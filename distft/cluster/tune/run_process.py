@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distft.errors import LaunchError, Preempted
+from distft.search.lock import took_lock
 
 LOG_FILE = "output.log"  # of a run, beside its other files: what its processes printed
 _LOCK_FILE = ".running"  # in a trial's folder; locked as long as a process of the trial lives
@@ -128,12 +129,10 @@ def _locked(directory: Path, timeout_s: float) -> int:
 
 def _try_lock(directory: Path) -> int | None:
     descriptor = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if took_lock(descriptor, fcntl.LOCK_EX):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _command(config_path: Path, ranks: int) -> list[str]:

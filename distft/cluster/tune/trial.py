@@ -14,7 +14,7 @@ from distft.cluster.tune.run_process import Launch, RunProcess
 from distft.config.yaml_text import to_yaml
 from distft.errors import ConfigError, DistftError, LaunchError
 from distft.run.config import RunConfig
-from distft.search.metrics import VALIDATION, MetricSeries, MetricsFollower, sign_of
+from distft.search.metrics import VALIDATION, MetricSeries, final_value, sign_of
 from distft.search.search_file import ranks_of
 from distft.search.settings import SearchConfig
 from distft.search.space import Values
@@ -26,7 +26,8 @@ from distft.search.trial_runs import (
     trial_dir,
     write_private,
 )
-from distft.tracker.jsonl import EVENTS_FILE, METRICS_FILE, EventLog, read_lines
+from distft.tracker.growing_lines import GrowingLines
+from distft.tracker.jsonl import EVENTS_FILE, METRICS_FILE, EventLog, read_lines, status_of_last_start
 
 STOP_FILE = ".stop"  # in the search's directory: all trials save and end
 CONFIG_NAME = "trial.yaml"  # of a run of a trial: what it is started with
@@ -171,7 +172,7 @@ class Trial:
         self._run_dir, self._checkpoints = run_dir, checkpoints_of(settings)
         stopping = (settings.get("train") or {}).get("early_stopping")
         series = MetricSeries(search.metric, stopping, search.metrics, search.constraints)
-        follower = MetricsFollower(run_dir / METRICS_FILE)
+        lines = GrowingLines(run_dir / METRICS_FILE)
         is_checked = False
         if not has_completed(run_dir):
             self._start(settings, run_dir)
@@ -181,7 +182,7 @@ class Trial:
             if is_stopped and not has_ended:
                 self.stop()
                 continue
-            for line in follower.new_lines():
+            for line in lines.read_new():
                 is_new = series.add(line)
                 if not is_checked and _knows_names(series, settings):
                     is_checked = True
@@ -218,10 +219,8 @@ class Trial:
     def _final_of(self, series: MetricSeries) -> float:
         sign = sign_of(series.metric or "", self._task.search.mode)
         values = [value for _, value in series.history]
-        finite = [value for value in values if math.isfinite(value)]
-        if self._task.counts_best and finite:
-            return max(finite, key=lambda value: sign * value)
-        return values[-1]
+        found = final_value(values, sign, best=self._task.counts_best)
+        return math.nan if found is None else found
 
     def _report(
         self, name: str, run_dir: Path, series: MetricSeries, *, has_value: bool = False, **fields: Any
@@ -257,12 +256,7 @@ class Trial:
 
 def has_completed(run_dir: Path) -> bool:
     """Whether the last start of a run has trained to its end."""
-    for event in reversed(read_lines(run_dir / EVENTS_FILE)):
-        if event.get("kind") == "finish":
-            return bool(event.get("status") == "completed")
-        if event.get("kind") in {"start", "resume"}:
-            return False
-    return False
+    return status_of_last_start(read_lines(run_dir / EVENTS_FILE)) == "completed"
 
 
 def _knows_names(series: MetricSeries, settings: Mapping[str, Any]) -> bool:

@@ -1,12 +1,12 @@
 """Reads a file of JSON lines as it grows, without reading what it has read again."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from distft.errors import ConfigError
+from distft.tracker.jsonl import parse_line
 
 _MOST_LINE_BYTES = 1 << 24  # a longer one is no line of distft
 
@@ -18,6 +18,7 @@ class GrowingLines:
         self.path = path
         self.num_unreadable = 0  # lines that are no JSON object
         self._records: list[dict[str, Any]] = []
+        self._num_taken = 0  # by `read_new`
         self._position = 0
         self._identity: tuple[int, int] | None = None
 
@@ -45,28 +46,20 @@ class GrowingLines:
                 self._add(line)
         return self._records
 
+    def read_new(self) -> Sequence[dict[str, Any]]:
+        """Those since the last call; all of them again after the file was replaced."""
+        records = self.read()
+        new = records[self._num_taken :]
+        self._num_taken = len(records)
+        return new
+
     def _restart(self, identity: tuple[int, int] | None) -> None:
-        self._records, self._position, self.num_unreadable = [], 0, 0
+        self._records, self._num_taken, self._position, self.num_unreadable = [], 0, 0, 0
         self._identity = identity
 
     def _add(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # the latter: a line of brackets
-            record = None
-        if isinstance(record, dict):
+        record = parse_line(line)
+        if record is not None:
             self._records.append(record)
         elif line.strip():
             self.num_unreadable += 1
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a finite int or float that a chart can show, and no bool."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) < 1e300  # an int may be larger than any float
-
-
-def is_int(value: Any) -> TypeGuard[int]:
-    """Whether it is an int that a chart can show, and no bool."""
-    return isinstance(value, int) and is_number(value)
