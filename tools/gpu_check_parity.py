@@ -31,6 +31,11 @@ _SDPA_BACKENDS = {
 }
 # Settings of other models than the small Transformer; `None` leaves one out.
 _NO_HEADS = {"num_heads": None, "num_kv_heads": None, "d_ff": None, "attention_kernel": None}
+_IMAGES = {
+    "image_size": 8,
+    "num_channels": 1,
+    **dict.fromkeys(("max_seq_len", "num_kv_heads", "pad_vocab_to", "d_ff", "attention_kernel")),
+}
 _MODELS: Mapping[str, Mapping[str, Any]] = {
     "transformer": {},
     "experts": {"experts": {"num_experts": 4, "experts_per_token": 2, "bias_update_rate": 1e-3}},
@@ -44,6 +49,37 @@ _MODELS: Mapping[str, Mapping[str, Any]] = {
     "post-norm": {"norm": "layernorm", "norm_position": "post", "positions": "learned", "mlp": "gelu_exact"},
     **{name: {"type": name, **_NO_HEADS} for name in ("deep_averaging", "rnn", "lstm", "gru")},
     "cnn": {"type": "cnn", "kernel_sizes": (2, 3, 4, 5), **_NO_HEADS},
+    "encoder-decoder": {
+        "type": "encoder_decoder",
+        "num_layers": None,
+        "num_kv_heads": None,
+        "attention_kernel": None,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+    },
+    "ViT": {"type": "vit", "patch_size": 2, **_IMAGES},
+    "image CNN": {
+        "type": "image_cnn",
+        "num_filters": (32, 64),
+        **_IMAGES,
+        **dict.fromkeys(("d_model", "num_layers", "num_heads")),
+    },
+    "muP": {"parametrization": "mup", "init_std": None, "mup_base_d_model": 64, "mup_base_head_dim": 32},
+}
+_CLASSES_OF_IMAGES = {
+    "tokenizer": None,
+    "data": {"type": "images", "source": "digits", "augment": {"shift": 1}},
+    "objective": {"type": "classification"},
+}
+_LORA = {"lora": {"rank": 8}, "trainable": ("@lora",)}
+# Sections of the run's settings other than `model`.
+_SECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "encoder-decoder": {"objective": {"type": "span_corruption"}},
+    "ViT": _CLASSES_OF_IMAGES,
+    "image CNN": _CLASSES_OF_IMAGES,
+    "LoRA": _LORA,
+    "LoRA over 8 bits": {**_LORA, "engine": {"frozen_bits": 8}},
+    "LoRA over 4 bits": {**_LORA, "engine": {"frozen_bits": 4}},
 }
 # torch's messages if a backend does not take these inputs, on a GPU and on a CPU
 _NO_KERNEL = ("No available kernel", "No viable backend")
@@ -61,12 +97,17 @@ class Variant:
     engine: Mapping[str, Any] = field(default_factory=dict)
     attention_kernel: str = "auto"
     sdpa_backend: str | None = None  # the only one that torch may use
-    model: str = "transformer"  # key of `_MODELS`
+    model: str = "transformer"  # key of `_MODELS` or of `_SECTIONS`
 
     @property
     def engine_settings(self) -> dict[str, Any]:
         param_dtype = {"tf32": "fp32", "fp8": "bf16"}.get(self.precision, self.precision)
-        return {"type": "local", "param_dtype": param_dtype, "compile": False, **self.engine}
+        of_model = _SECTIONS.get(self.model, {}).get("engine", {})
+        return {"type": "local", "param_dtype": param_dtype, "compile": False, **of_model, **self.engine}
+
+    @property
+    def reads_images(self) -> bool:
+        return self.model in {"ViT", "image CNN"}
 
     @property
     def tolerance(self) -> float:
@@ -160,14 +201,21 @@ def _kernels() -> Iterator[Variant]:
 
 
 def _models() -> Iterator[Variant]:
-    for model in _MODELS:
+    for model in dict.fromkeys((*_MODELS, *_SECTIONS)):
         if model == "transformer":
             continue
         for precision, packed in (("fp32", False), ("fp32", True), ("bf16", True)):
             name = f"{model} {precision} {'packed' if packed else 'plain'}"
-            yield Variant(name=name, precision=precision, packed=packed, model=model)
+            variant = Variant(name=name, precision=precision, packed=packed, model=model)
+            if not (packed and variant.reads_images):
+                yield variant
+        if variant.reads_images:
+            yield Variant(name=f"{model} bf16 plain", precision="bf16", model=model)
         zero = {"type": "zero", "zero_stage": 3}
         yield Variant(name=f"{model} fp32 zero 3", model=model, engine=zero)
+    yield Variant(
+        name="muP bf16 flex packed", precision="bf16", packed=True, model="muP", attention_kernel="flex"
+    )
 
 
 def _memory_savers() -> Iterator[Variant]:
@@ -199,6 +247,8 @@ def _compiled() -> Iterator[Variant]:
     yield Variant(name="local fp8 rowwise eager", precision="fp8", engine=rowwise)
     engine = {**zero, **tensorwise, "zero_stage": 1}
     yield Variant(name="zero 1 fp8 tensorwise compiled", precision="fp8", engine=engine)
+    for model in ("LoRA", "LoRA over 8 bits", "LoRA over 4 bits"):
+        yield Variant(name=f"{model} bf16 compiled", precision="bf16", model=model, engine=compiled)
     yield Variant(name="local fp32 compiled dropout", dropout=0.1, engine=compiled)
     yield Variant(name="zero 2 bf16 compiled", precision="bf16", engine={**zero, "zero_stage": 2})
 
@@ -290,17 +340,20 @@ def _config(session: Session, variant: Variant, device: str) -> RunConfig:
         **small_model(session),
         "attention_kernel": variant.attention_kernel,
         "dropout": variant.dropout,
-        **_MODELS[variant.model],
+        **_MODELS.get(variant.model, {}),
     }
     model = {name: value for name, value in model.items() if value is not None}
+    sections = {k: v for k, v in _SECTIONS.get(variant.model, {}).items() if k != "engine"}
+    global_batch_size, micro_batch_size, seq_len = small_batch(session)
     return run_config(
         session.data,
         session.work_dir / "parity",
         device,
         model=model,
-        batch=small_batch(session),
+        batch=(global_batch_size, micro_batch_size, 1 if variant.reads_images else seq_len),
         engine=variant.engine_settings,
         packed=variant.packed,
+        **sections,
     )
 
 

@@ -79,7 +79,7 @@ def _documents(num_bytes: int) -> list[str]:
 
 
 def run_config(
-    data: Data,
+    tokens: Data,
     run_dir: Path,
     device: str,
     *,
@@ -99,11 +99,11 @@ def run_config(
     raw: dict[str, Any] = {
         "run_dir": str(run_dir),
         "device": device,
-        "tokenizer": data.tokenizer,
+        "tokenizer": tokens.tokenizer,
         "model": sizes,
         "data": {
             "type": "tokens",
-            "sources": [{"path": data.shards}],
+            "sources": [{"path": tokens.shards}],
             "documents": "separate" if packed else "joined",
         },
         "batch": {
