@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from distft.config import load_yaml
@@ -63,6 +64,15 @@ def test_a_shipped_configuration_parses_and_its_model_builds_on_the_meta_device(
     assert sum(n for name, n in numels.items() if not is_adapter(name)) == num_parameters(model, heads)
     assert select_trainable((name for name, _ in module.named_parameters()), config.trainable)
     assert config.batch.seq_len <= model.longest_row
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_editors_accept_a_shipped_configuration(path: Path) -> None:
+    schema = json.loads((ROOT / "configs" / "schema.json").read_text())
+    raw = load_yaml(path)
+    jsonschema.validate(raw, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**raw, "serach": {}}, schema)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -19,9 +19,9 @@ config_app = typer.Typer(
 def schema() -> None:
     """Print the JSON schema, which editors use to complete and check the YAML."""
     from distft.config import json_schema
-    from distft.run.config import RunConfig
+    from distft.search.search_file import FileSettings
 
-    print(json.dumps(json_schema(RunConfig), indent=2))
+    print(json.dumps(json_schema(FileSettings), indent=2))
 
 
 @config_app.command("show")

@@ -40,7 +40,7 @@ class Component:
     `type: Literal["..."]`. In YAML, `type: cosine` picks a member. `type: my_package.module:Class` imports a
     subclass of `Settings` and passes it the other keys; it needs the members' methods, such as `build`. That
     runs code, so it needs the validation context of `trusting(True)`; otherwise such a type is an error.
-    `default` is the type of settings that name none.
+    `default` is the type of settings that name none, unless one other type alone has all of them.
     """
 
     def __init__(self, default: str | None = None) -> None:
@@ -62,7 +62,9 @@ class Component:
         def tag_of(value: Any) -> str | None:
             if isinstance(value, Settings):
                 return classes.get(type(value), EXTERNAL_TAG)
-            name = value.get("type", self.default) if isinstance(value, Mapping) else None
+            if not isinstance(value, Mapping):
+                return None
+            name = value.get("type", self._default_of(value, members))
             if isinstance(name, str):
                 return name if name in members or ":" not in name else EXTERNAL_TAG
             return None
@@ -85,14 +87,23 @@ class Component:
             serialization=core_schema.wrap_serializer_function_ser_schema(dump),
         )
 
+    def _default_of(self, value: Mapping[str, Any], members: Mapping[str, type[Settings]]) -> str | None:
+        """The default, unless all settings are those of one other member: then its type was forgotten."""
+        fitting = _fitting(value, members)
+        return None if len(fitting) == 1 and fitting != [self.default] else self.default
+
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         choices = schema["schema"]["choices"]
+        tags = [tag for tag in choices if tag != EXTERNAL_TAG]
+        # A class of several types is one member: each of two would be valid, and one alone may be.
+        refs = {tag: handler(choices[tag]) for tag in tags}
+        optional = refs.get(self.default)
         members = [
-            _requiring_type(handler(choices[tag]), optional=tag == self.default)
-            for tag in choices
-            if tag != EXTERNAL_TAG
+            _requiring_type(ref, optional=ref == optional)
+            for number, ref in enumerate(refs.values())
+            if ref not in list(refs.values())[:number]
         ]
         external = {
             "type": "object",
@@ -162,15 +173,18 @@ def _public_names(owner: Any) -> list[str]:
     return [name for name in vars(owner) if not name.startswith("_")]
 
 
+def _fitting(value: Mapping[str, Any], members: Mapping[str, type[Settings]]) -> list[str]:
+    """The types that have all settings of `value`."""
+    return [tag for tag, member in members.items() if value and value.keys() <= member.model_fields.keys()]
+
+
 def _type_problem(value: Any, members: Mapping[str, type[Settings]]) -> str:
     known = list(members)
     choices = f"{', '.join(known)}, or {EXTERNAL_TAG}"
     if not isinstance(value, Mapping):
         return f"it must be a mapping with a type ({choices})"
     if "type" not in value:
-        fitting = [
-            tag for tag, member in members.items() if value and value.keys() <= member.model_fields.keys()
-        ]
+        fitting = _fitting(value, members)
         hint = f" Its settings are those of type {fitting[0]}." if len(fitting) == 1 else ""
         return f"type is missing.{hint} Choose one: {choices}"
     if not isinstance(value["type"], str):

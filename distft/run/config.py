@@ -49,7 +49,7 @@ _Data: TypeAlias = (
 )
 DataConfig = Annotated[_Data, Component()]
 ValidationConfig = Annotated[_Data | SplitConfig, Component()]
-EngineConfig = Annotated[LocalConfig | ZeroConfig, Component()]
+EngineConfig = Annotated[LocalConfig | ZeroConfig, Component(default="local")]
 SEARCH_SECTION = "search"  # of the configuration of a search, beside the settings of its runs
 
 
@@ -192,21 +192,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 def parse_run_config(raw: Mapping[str, Any]) -> RunConfig:
     """As `load_run_config`, from the content of the user's file."""
-    completed = _complete_engine(_complete_from_checkpoint(dict(raw)))
-    config: RunConfig = parse(RunConfig, completed, trust=True)
+    config: RunConfig = parse(RunConfig, _complete_from_checkpoint(dict(raw)), trust=True)
     return config
-
-
-def _complete_engine(raw: dict[str, Any]) -> dict[str, Any]:
-    """`engine.compile=true` alone changes the default engine, which is `local`."""
-    engine = raw.get("engine")
-    if (
-        not isinstance(engine, Mapping)
-        or "type" in engine
-        or not engine.keys() <= LocalConfig.model_fields.keys()
-    ):
-        return raw
-    return {**raw, "engine": {"type": "local", **engine}}
 
 
 def _complete_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:

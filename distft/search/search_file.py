@@ -26,6 +26,12 @@ from distft.search.space import Values, grid_points, random_point
 from distft.tracker.jsonl import EVENTS_FILE
 
 
+class FileSettings(RunConfig):
+    """All settings that a configuration file may have, for editors: those of a run, and of a search."""
+
+    search: SearchConfig | None = None  # what distft tune varies; other commands refuse it
+
+
 @dataclass(frozen=True, slots=True)
 class SearchFile:
     """A search as the user's file and overrides describe it."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from distft.config import Settings
 from distft.search.space import ChoiceConfig, Distribution, DistributionConfig, IntUniformConfig
@@ -117,10 +117,20 @@ class RepeatConfig(Settings):
     seeds: tuple[int, ...] = Field(min_length=1)
 
 
+def _choice_of_list(given: Any) -> Any:
+    return {"type": "choice", "values": given} if isinstance(given, list) else given
+
+
+_Varied = Annotated[
+    DistributionConfig,
+    BeforeValidator(_choice_of_list, json_schema_input_type=DistributionConfig | list[Any]),
+]
+
+
 class SearchConfig(Settings):
     """What `distft tune` does with the rest of the configuration."""
 
-    space: dict[str, DistributionConfig]  # dotted key of a setting, or `ranks`: a list, or a distribution
+    space: dict[str, _Varied]  # dotted key of a setting, or `ranks`: a list, or a distribution
     sampler: SamplerConfig = RandomConfig()
     scheduler: SchedulerConfig = NoSchedulerConfig()
     metric: str | None = None  # as in metrics.jsonl; null: of early stopping, else accuracy, else loss
@@ -134,16 +144,6 @@ class SearchConfig(Settings):
     seeds: tuple[int, ...] = ()  # a trial is a run for each of them, and its value the mean
     folds: int | None = Field(None, ge=2, le=1000)  # a trial is a run for each fold, and its value the mean
     repeat_best: RepeatConfig | None = None
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def _lists_are_choices(cls, space: Any) -> Any:
-        if not isinstance(space, dict):
-            return space
-        return {
-            key: {"type": "choice", "values": value} if isinstance(value, list) else value
-            for key, value in space.items()
-        }
 
     @model_validator(mode="after")
     def _check(self) -> Self:
