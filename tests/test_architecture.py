@@ -78,13 +78,17 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
                 base = ".".join([*package[: len(package) - node.level + 1], base]).rstrip(".")
             for alias in node.names:
                 yield f"{base}.{alias.name}", node.lineno
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {
-            "importlib.import_module",
-            "__import__",
-        }:
+        elif isinstance(node, ast.Call) and _called(node) in {"import_module", "__import__"}:
             for argument in node.args[:1]:
                 if isinstance(argument, ast.Constant):
                     yield str(argument.value), node.lineno
+
+
+def _called(call: ast.Call) -> str:
+    """The last name of what is called."""
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr
+    return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
 def import_problem(path: Path, name: str) -> str:

@@ -1,5 +1,6 @@
 """The public surface: configuration keys, the JSON schema for editors, commands and their exit codes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -76,21 +77,63 @@ HEAVY = {
 }
 
 
-def _imported_by(*arguments: str, entry: str = "distft.cli.main") -> tuple[int, set[str]]:
-    """Exit code of a command, and the heavy packages that its process imported."""
-    code = (
-        f"import sys; from {entry} import main; code = main({list(arguments)}); "
-        f"print(code, *sorted({HEAVY | {'numpy'}} & set(sys.modules)), file=sys.__stdout__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    exit_code, *imported = done.stdout.splitlines()[-1].split()
-    return int(exit_code), set(imported)
+# Runs each command line, a JSON list on a line of the input, in a process of its own, which begins with the
+# modules of the command line alone. Answers with its exit code and all modules that it has imported.
+_COMMANDS = """
+import importlib, json, os, sys
+main = importlib.import_module(sys.argv[1]).main
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        print(main(json.loads(line)), *sys.modules, file=answers, flush=True)
+        os._exit(0)
+    if os.waitpid(process, 0)[1] != 0:
+        print("died", file=answers, flush=True)
+"""
+
+
+class _Commands:
+    """Processes of commands. They share the start of Python, which takes longer than a mistake."""
+
+    def __init__(self, entry: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _COMMANDS, entry],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, set[str]]:
+        """Exit code of a command, and the heavy packages that its process imported."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        code, *imported = self._process.stdout.readline().split()
+        return int(code), (HEAVY | {"numpy"}) & set(imported)
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[_Commands]:
+    running = _Commands("distft.cli.main")
+    yield running
+    running.close()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["submit", "--help"]])
-def test_help_imports_no_heavy_package(arguments: list[str]) -> None:
-    assert _imported_by(*arguments) == (0, set())
+def test_help_imports_no_heavy_package(commands: _Commands, arguments: list[str]) -> None:
+    assert commands.run(*arguments) == (0, set())
+
+
+def test_the_modules_of_a_command_are_seen(commands: _Commands) -> None:
+    code, imported = commands.run("config", "check", str(ROOT / "configs" / "digits_cnn.yaml"))
+    assert code == 0
+    assert "torch" in imported
 
 
 # A command with a mistake that must be told at once, for every command that distft has. `{shakespeare}` is a
@@ -141,7 +184,9 @@ _WITHOUT_MISTAKES = {"config schema"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_before_heavy_packages_are_imported(tmp_path: Path, mistake: str) -> None:
+def test_a_mistake_is_told_before_heavy_packages_are_imported(
+    commands: _Commands, tmp_path: Path, mistake: str
+) -> None:
     (tmp_path / "exists").mkdir()
     (tmp_path / "exists/manifest.json").touch()
     names = {
@@ -149,20 +194,21 @@ def test_a_mistake_is_told_before_heavy_packages_are_imported(tmp_path: Path, mi
         "nowhere": str(tmp_path / "nowhere"),
         "exists": str(tmp_path / "exists"),
     }
-    code, imported = _imported_by(*(word.format(**names) for word in mistake.split()))
+    code, imported = commands.run(*(word.format(**names) for word in mistake.split()))
     assert code == 2
     assert not imported & HEAVY
 
 
 def test_a_driver_on_ray_tells_a_mistake_before_it_imports_ray() -> None:
     config = str(ROOT / "configs" / "shakespeare_char.yaml")
-    code, imported = _imported_by(config, "train.max_step=5", entry="distft.cli.ray_driver")
+    with contextlib.closing(_Commands("distft.cli.ray_driver")) as driver:
+        code, imported = driver.run(config, "train.max_step=5")
     assert code == 2
     assert not imported & HEAVY
 
 
-def test_the_schema_is_printed_without_heavy_packages() -> None:
-    code, imported = _imported_by("config", "schema")
+def test_the_schema_is_printed_without_heavy_packages(commands: _Commands) -> None:
+    code, imported = commands.run("config", "schema")
     assert code == 0
     assert not imported & HEAVY
 

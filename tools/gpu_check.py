@@ -24,6 +24,7 @@ from gpu_check_summary import summarise
 
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMIT_FILE = _ROOT / ".wheels" / "commit.txt"  # by gpu_check.sh: the GPU's machine may have no .git
+_REFERENCES = _ROOT / ".wheels" / "references"  # by gpu_check.sh --references, or absent
 _KERNELS_FILE = "kernels.jsonl"
 _DRY_LIMIT_S = 1200.0  # a dry run takes a minute, but on a machine as busy as it may be
 _MAX_LOG_BYTES = 8_000_000  # of a machine's 16 MiB for a file
@@ -76,6 +77,8 @@ def check(
         tempfile.TemporaryDirectory(prefix="gpu_check_") as work_dir,
         (out / "rows.jsonl").open("w", buffering=1) as file,
     ):
+        if _REFERENCES.exists() and not dry:
+            shutil.copytree(_REFERENCES, work_dir, dirs_exist_ok=True)
 
         def emit(row: JsonRow) -> None:
             rows.append(row)

@@ -2,6 +2,7 @@
 # Everything that the GPU check needs, on a GPU machine without a network.
 #
 #   bash tools/gpu_check.sh                            where packages can be downloaded: fills .wheels/
+#   bash tools/gpu_check.sh --references               also computes the losses to compare with, which takes minutes
 #   bash tools/gpu_check.sh --install --out DIR ...    on the GPU machine: installs them, then runs the check
 #
 # The GPU machine has Python 3.12 with torch 2.11, triton, transformers, numpy and most pure-Python packages.
@@ -19,7 +20,7 @@ fetch() {
   local python=${PYTHON:-.venv/bin/python} platforms=() version
   for version in 2_28 2_27 2_24 2_17; do platforms+=(--platform "manylinux_${version}_x86_64"); done
   mkdir -p "$WHEELS"
-  rm -f "$WHEELS"/*
+  rm -f "$WHEELS"/*.whl
   # shellcheck disable=SC2086  # one word for each package
   "$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --constraint constraints.txt \
     --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
@@ -44,8 +45,14 @@ install_and_check() {
   exec python3 tools/gpu_check.py "$@"
 }
 
+references() {
+  fetch
+  "${PYTHON:-.venv/bin/python}" tools/gpu_check_references.py "$WHEELS/references"
+}
+
 case ${1:-} in
+  --references) references ;;
   --install) shift; install_and_check "$@" ;;
   "") fetch ;;
-  *) echo "usage: $0 [--install --out DIR [options of gpu_check.py]]" >&2; exit 2 ;;
+  *) echo "usage: $0 [--references | --install --out DIR [options of gpu_check.py]]" >&2; exit 2 ;;
 esac

@@ -1,5 +1,6 @@
 """Phases `parity` and `parity-compiled` of `gpu_check.py`: losses on the GPU equal those of a CPU in fp32."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,8 +121,7 @@ class Variant:
 
 def parity_cases(session: Session) -> list[Case]:
     """Everything that runs without a compiler of its own, the plainest first."""
-    variants = [*_precisions(), *_zero_stages(), *_kernels(), *_memory_savers()]
-    return [_case(session, variant) for variant in variants]
+    return [_case(session, variant) for variant in _all_of_transformer()]
 
 
 def model_parity_cases(session: Session) -> list[Case]:
@@ -149,6 +149,10 @@ def check_settings(session: Session, variant: Variant) -> Row:
 
 def _case(session: Session, variant: Variant, limit_s: float = 45) -> Case:
     return Case(variant.name, partial(compare, session, variant), limit_s, variant.labels)
+
+
+def _all_of_transformer() -> list[Variant]:
+    return [*_precisions(), *_zero_stages(), *_kernels(), *_memory_savers()]
 
 
 def _precisions() -> Iterator[Variant]:
@@ -292,16 +296,34 @@ def require_equal(losses: Sequence[float], expected: Sequence[float], tolerance:
 def reference_losses(
     session: Session, *, packed: bool, dropout: float, model: str = "transformer"
 ) -> list[float]:
-    """Losses of the local engine on the CPU in fp32. Kept in a file for later processes."""
+    """Losses of the local engine on the CPU in fp32. Kept in a file, which may be of another machine."""
     name = f"{model}_{'packed' if packed else 'plain'}_{dropout:g}"
-    path = session.work_dir / f"reference_{name}.json"
-    if path.exists():
-        losses: list[float] = json.loads(path.read_text())
-        return losses
     plain = Variant(name=f"reference {name}", packed=packed, dropout=dropout, model=model)
+    path = session.work_dir / f"reference_{name}.json"
+    fingerprint = _fingerprint(_config(session, plain, "cpu"))
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["fingerprint"] == fingerprint:
+            losses: list[float] = kept["losses"]
+            return losses
     losses = train(session, plain, device="cpu", num_steps=num_steps(session))
-    path.write_text(json.dumps(losses))
+    path.write_text(json.dumps({"fingerprint": fingerprint, "losses": losses}))
     return losses
+
+
+def write_references(session: Session) -> None:
+    """The references of all cases, and the data that they read."""
+    variants = (*_all_of_transformer(), *_models(), *_compiled())
+    for model, packed, dropout in dict.fromkeys((v.model, v.packed, v.dropout) for v in variants):
+        losses = reference_losses(session, packed=packed, dropout=dropout, model=model)
+        print(f"{model} {'packed' if packed else 'plain'} {dropout:g}: {losses[0]:.4f} to {losses[-1]:.4f}")
+
+
+def _fingerprint(config: RunConfig) -> str:
+    """Of the settings that the losses depend on; not of the paths, which may be those of another machine."""
+    settings = config.model_dump(mode="json", exclude={"run_dir", "tokenizer", "checkpoint", "device"})
+    settings["data"].pop("sources", None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def num_steps(session: Session) -> int:
