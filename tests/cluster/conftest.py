@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,9 +10,9 @@ import pytest
 import yaml
 from support.ports import free_port
 from support.small_runs import make_text_data, pretraining
+from support.two_nodes import two_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +45,5 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def cluster(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The environment of a driver on a cluster of two nodes; its entry `dashboard` is the dashboard's URL."""
     port = free_port()
-    command = [sys.executable, str(HERE / "two_nodes.py"), str(port)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-    ) as nodes:
-        assert nodes.stdin is not None
-        assert nodes.stdout is not None
-        address = nodes.stdout.readline().strip()
-        assert address, "the cluster did not start"
-        try:
-            yield {**environment, "RAY_ADDRESS": address, "dashboard": f"http://127.0.0.1:{port}"}
-        finally:
-            nodes.stdin.close()
-            nodes.wait(timeout=60)
+    with two_nodes(environment, port) as (address, _):
+        yield {**environment, "RAY_ADDRESS": address, "dashboard": f"http://127.0.0.1:{port}"}

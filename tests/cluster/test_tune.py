@@ -16,7 +16,9 @@ import psutil
 import pytest
 import yaml
 from support.commands import call_python
+from support.ports import free_port
 from support.small_runs import events, logged, run
+from support.two_nodes import two_nodes
 
 from distft.checkpoint.committed import Checkpoint
 from distft.cluster.tune.run_process import failure_reason
@@ -61,19 +63,17 @@ def configuration(run_dir: str, search: Mapping[str, Any], **changes: Any) -> di
 
 
 @pytest.fixture
-def start(
-    project: Path, environment: Mapping[str, str]
-) -> Iterator[Callable[[dict[str, Any]], "subprocess.Popen[str]"]]:
+def start(project: Path, environment: Mapping[str, str]) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """Starts `distft tune` in a session of its own, which is killed at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start_search(raw: dict[str, Any]) -> "subprocess.Popen[str]":
+    def start_search(raw: dict[str, Any], **variables: str) -> "subprocess.Popen[str]":
         (project / "search.yaml").write_text(yaml.safe_dump(raw))
         command = [sys.executable, "-m", "distft", "tune", "search.yaml"]
         process = subprocess.Popen(
             command,
             cwd=project,
-            env=dict(environment),
+            env={**environment, **variables},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -117,7 +117,7 @@ def num_values(directory: Path, number: int) -> int:
 
 
 def test_a_search_that_is_stopped_and_killed_ends_with_the_table_of_its_runs(
-    project: Path, environment: Mapping[str, str], start: Callable[[dict[str, Any]], "subprocess.Popen[str]"]
+    project: Path, environment: Mapping[str, str], start: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     rates = [0.01, DIVERGES, 0.05]
     search = {"space": {"optim.peak_lr": rates}, "sampler": {"type": "grid"}, "max_concurrent": 1}
@@ -181,17 +181,39 @@ def test_a_search_that_is_stopped_and_killed_ends_with_the_table_of_its_runs(
     assert "batch.seq_len was 64 and is now 32" in changed.stderr
 
 
-def _require_values_of_a_plain_run(project: Path, directory: Path, found: Mapping[str, Any]) -> None:
+def test_a_trial_whose_node_is_lost_goes_on_elsewhere_and_no_value_counts_twice(
+    project: Path, environment: Mapping[str, str], start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    search = {"space": {"optim.peak_lr": [0.01, 0.05]}, "sampler": {"type": "grid"}}
+    train = {"max_steps": 1600, "log_every_steps": 200}
+    raw = configuration("runs/lost", search, train=train)
+    directory = project / "runs/lost"
+    with two_nodes(environment, free_port()) as (address, kill_second_node):
+        process = start(raw, RAY_ADDRESS=address)
+        wait_until(process, lambda: min(num_values(directory, number) for number in (0, 1)) > 2)
+        assert max(num_values(directory, number) for number in (0, 1)) < 30, "both trials are still running"
+        kill_second_node()
+        output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    starts = [line["number"] for line in journal(directory) if line["kind"] == "start"]
+    assert sorted(starts) in ([0, 0, 1], [0, 1, 1])
+    for trial in json.loads((directory / "search.json").read_text())["trials"]:
+        _require_values_of_a_plain_run(project, directory, trial, last_step=1600)
+
+
+def _require_values_of_a_plain_run(
+    project: Path, directory: Path, found: Mapping[str, Any], last_step: int = 400
+) -> None:
     """The trial has the values that its settings give when they are trained at once, in one process."""
     number = found["number"]
     settings = load_yaml(directory / f"trials/{number:05d}/trial.yaml")
-    plain = {**settings, "run_dir": str(project / f"runs/plain_{number}")}
+    plain = {**settings, "run_dir": str(directory / f"plain_{number}")}
     for key in ("tokenizer", "data"):
         plain[key] = _absolute(project, plain[key])
     run(Topology(), plain)
-    expected = logged(project / f"runs/plain_{number}", "validation/accuracy")
+    expected = logged(directory / f"plain_{number}", "validation/accuracy")
     assert found["history"] == [[step, value] for step, value in expected.items()]
-    assert found["step"] == 400
+    assert found["step"] == last_step
     assert audit_run(str(directory / f"trials/{number:05d}"))[0].is_exact
 
 
