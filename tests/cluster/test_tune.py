@@ -160,25 +160,7 @@ def test_a_search_that_is_stopped_and_killed_ends_with_the_table_of_its_runs(
     assert "report.html" in output
     assert (directory / "report.html").stat().st_size > 100_000
 
-    again = call_python("-m", "distft", "tune", "search.yaml", env=environment, cwd=project)
-    assert again.returncode == 0, again.stderr
-    assert "All trials of this search have ended" in again.stdout
-    assert json.loads((directory / "search.json").read_text())["trials"] == trials
-    status = call_python("-m", "distft", "tune", "status", "runs/killed", env=environment, cwd=project)
-    assert "2 completed, 1 failed of 3 trials" in status.stdout
-    changed = call_python(
-        "-m",
-        "distft",
-        "tune",
-        "search.yaml",
-        "search.mode=min",
-        "batch.seq_len=32",
-        env=environment,
-        cwd=project,
-    )
-    assert changed.returncode == 2
-    assert "search.mode was 'auto' and is now 'min'" in changed.stderr
-    assert "batch.seq_len was 64 and is now 32" in changed.stderr
+    _require_that_it_is_over(project, environment, directory, trials)
 
 
 def test_a_trial_whose_node_is_lost_goes_on_elsewhere_and_no_value_counts_twice(
@@ -199,6 +181,31 @@ def test_a_trial_whose_node_is_lost_goes_on_elsewhere_and_no_value_counts_twice(
     assert sorted(starts) in ([0, 0, 1], [0, 1, 1])
     for trial in json.loads((directory / "search.json").read_text())["trials"]:
         _require_values_of_a_plain_run(project, directory, trial, last_step=1600)
+
+
+def _require_that_it_is_over(
+    project: Path, environment: Mapping[str, str], directory: Path, trials: list[dict[str, Any]]
+) -> None:
+    """The same command changes nothing, the status tells the table, and other settings are refused."""
+    again = call_python("-m", "distft", "tune", "search.yaml", env=environment, cwd=project)
+    assert again.returncode == 0, again.stderr
+    assert "All trials of this search have ended" in again.stdout
+    assert json.loads((directory / "search.json").read_text())["trials"] == trials
+    status = call_python("-m", "distft", "tune", "status", "runs/killed", env=environment, cwd=project)
+    assert "2 completed, 1 failed of 3 trials" in status.stdout
+    changed = call_python(
+        "-m",
+        "distft",
+        "tune",
+        "search.yaml",
+        "search.mode=min",
+        "batch.seq_len=32",
+        env=environment,
+        cwd=project,
+    )
+    assert changed.returncode == 2
+    assert "search.mode was 'auto' and is now 'min'" in changed.stderr
+    assert "batch.seq_len was 64 and is now 32" in changed.stderr
 
 
 def _require_values_of_a_plain_run(
