@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from distft.config import apply_overrides, load_yaml, parse
@@ -163,9 +164,16 @@ def with_values(base: Mapping[str, Any], values: Values) -> dict[str, Any]:
 
 
 def fixed_points(search: SearchConfig) -> list[Values] | None:
-    """The settings of every trial; None if they depend on results."""
+    """The settings of every trial; None if they depend on results.
+
+    A scheduler that judges a trial by those before it gets a grid in an order drawn once for all: in its own,
+    neighbours are alike, and where they get better and better, each of them is kept.
+    """
     if isinstance(search.sampler, GridConfig):
-        return grid_points(search.grid)
+        points = grid_points(search.grid)
+        if search.scheduler.type in {"asha", "median"}:
+            Random("order of a grid").shuffle(points)
+        return points
     if search.sampler.type == "random":
         return [random_point(search.space, search.sampler.seed, i) for i in range(search.num_points)]
     return None

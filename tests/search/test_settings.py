@@ -136,6 +136,20 @@ def test_overrides_reach_the_search_and_its_runs(tmp_path: Path) -> None:
     assert found.config.train.num_epochs == 2
 
 
+def test_a_grid_is_shuffled_for_a_scheduler_that_judges_a_trial_by_those_before(tmp_path: Path) -> None:
+    rates = [0.001 * (1 + number) for number in range(12)]
+    search = {"space": {"optim.peak_lr": rates}, "sampler": {"type": "grid"}}
+    plain = fixed_points(load_search(write(tmp_path, search)).search)
+    assert plain == [{"optim.peak_lr": rate} for rate in rates]
+    judged = {**search, "scheduler": {"type": "asha", "grace_steps": 1}}
+    path = write(tmp_path, judged, evaluation={"every_steps": 1})
+    shuffled = fixed_points(load_search(path).search)
+    assert shuffled is not None
+    assert shuffled != plain
+    assert sorted(point["optim.peak_lr"] for point in shuffled) == rates
+    assert fixed_points(load_search(path).search) == shuffled
+
+
 def test_each_run_of_a_search_is_a_configuration_with_a_directory_of_its_own(tmp_path: Path) -> None:
     space = {**RATE, "model.dropout": {"type": "uniform", "low": 0.0, "high": 0.5}}
     path = write(tmp_path, {"space": space, "num_trials": 4, "seeds": [3, 4], "folds": 2})
