@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from distft.run.config import RunConfig
 from distft.search.search_file import fold_settings, with_values
 from distft.search.settings import PopulationConfig, SearchConfig
 from distft.search.space import Values
+from distft.tracker.named_run import NamedRun
 
 TRIALS_DIR = "trials"
 _KEEP_ALL = 1_000_000  # commits; another trial of a population may go on from any of them
@@ -86,10 +87,23 @@ def run_settings(
     if config.checkpoint.directory is not None:
         own = storage.join(config.checkpoint.directory, *run_dir.parts[-2:])
         changes.append(f"checkpoint.directory={json.dumps(own)}")
+    changes += _tracker_changes(config, run_dir)
     if isinstance(search.scheduler, PopulationConfig):
         changes.append(f"checkpoint.every_steps={search.scheduler.interval_steps}")
         changes.append(f"checkpoint.keep_last={_KEEP_ALL}")
     return apply_overrides(raw, changes)
+
+
+def _tracker_changes(config: RunConfig, run_dir: Path) -> Iterator[str]:
+    """In a service, a run is called after its trial, and all of a search are one group."""
+    own = "/".join(part for part in run_dir.parts[-2:] if part != TRIALS_DIR)
+    for number, tracker in enumerate(config.trackers):
+        if not isinstance(tracker, NamedRun):
+            continue
+        if tracker.name is not None:
+            yield f"trackers.{number}.name={json.dumps(f'{tracker.name} {own}')}"
+        if tracker.group is None:
+            yield f"trackers.{number}.group={json.dumps(Path(config.run_dir).name)}"
 
 
 def checkpoints_of(settings: Mapping[str, Any]) -> str:

@@ -136,6 +136,26 @@ def test_overrides_reach_the_search_and_its_runs(tmp_path: Path) -> None:
     assert found.config.train.num_epochs == 2
 
 
+def test_the_runs_of_a_search_have_names_of_their_own_in_a_service_and_are_one_group(tmp_path: Path) -> None:
+    trackers = [
+        {"type": "wandb", "name": "mine", "mode": "offline"},
+        {"type": "tensorboard"},
+        {"type": "mlflow", "group": "own"},
+    ]
+    path = write(
+        tmp_path, {"space": RATE, "num_trials": 1, "seeds": [3]}, trackers=trackers, run_dir="runs/found"
+    )
+    file = load_search(path)
+    run_dir = run_dir_of(Path("runs/found"), 7, "seed_3")
+    raw = run_settings(
+        file.base, file.config, file.search, values={}, member=members(file.search)[0], run_dir=run_dir
+    )
+    wandb, tensorboard, mlflow = parse_run_config(raw).trackers
+    assert (wandb.name, wandb.group) == ("mine 00007/seed_3", "found")
+    assert tensorboard.type == "tensorboard"
+    assert (mlflow.name, mlflow.group) == (None, "own")
+
+
 def test_a_grid_is_shuffled_for_a_scheduler_that_judges_a_trial_by_those_before(tmp_path: Path) -> None:
     rates = [0.001 * (1 + number) for number in range(12)]
     search = {"space": {"optim.peak_lr": rates}, "sampler": {"type": "grid"}}
