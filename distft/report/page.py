@@ -28,15 +28,26 @@ def content_of(directories: Sequence[str | Path]) -> tuple[Content, list[str]]:
 
     Raises `ConfigError` for directories that are neither, or damaged.
     """
-    paths = [Path(directory) for directory in directories]
+    paths, repeated = _different(directories)
     searches = [path for path in paths if is_search(path) and not is_run(path)]
     if not searches:
         runs = [RecordedRun.read(path) for path in paths]
-        return runs_page(runs), [note for run in runs for note in notes_on(run)]
+        return runs_page(runs), [*repeated, *(note for run in runs for note in notes_on(run))]
     if len(paths) > 1:
         raise ConfigError(f"{searches[0]} is a search, which has a report of its own: give it alone.")
     search = RecordedSearch.read(searches[0])
     return search_page(search), notes_on_search(search)
+
+
+def _different(directories: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """Each directory once, and a note on every further time that it was given."""
+    found: dict[Path, Path] = {}
+    notes = []
+    for path in map(Path, directories):
+        if path.resolve() in found:
+            notes.append(f"{path} was given twice, and is shown once.")
+        found.setdefault(path.resolve(), path)
+    return list(found.values()), notes
 
 
 def write_report(directories: Sequence[str | Path], path: Path) -> list[str]:

@@ -117,6 +117,13 @@ def test_time_in_which_no_start_was_there_is_no_work(tmp_path: Path) -> None:
     assert time_spent(run) == {**spent, "other": pytest.approx(25.0)}
 
 
+def test_a_run_that_is_given_twice_is_shown_once(runs: Path) -> None:
+    first = runs / "first"
+    content, notes = content_of([first, first / "."])
+    assert notes[0] == f"{first} was given twice, and is shown once."
+    assert content.body == content_of([first])[0].body
+
+
 def test_the_command_writes_the_file_and_tells_what_is_missing(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
