@@ -22,6 +22,9 @@ _GRADUAL = [  # the head first, then block after block from the top
     {"steps": 40, "trainable": [HEAD, "@last_blocks:4"]},
     {"trainable": ["*", "!@embeddings"]},
 ]
+_LISA = [
+    {"trainable": ["*", "!@embeddings"], "random_blocks": {"num_blocks": 2, "every_steps": 40}},
+]
 METHODS: dict[str, list[str]] = {
     "full": ["trainable=['*']"],
     "all but embeddings": ["trainable=['*', '!@embeddings']"],
@@ -29,9 +32,7 @@ METHODS: dict[str, list[str]] = {
     "the last two blocks": [f"trainable=['@last_blocks:2', '{HEAD}']"],
     "gradual": [f"phases={json.dumps(_GRADUAL)}"],
     "layer-wise rates": ["trainable=['*']", "optim.layer_decay=0.8"],
-    "LISA, two blocks": [
-        f"phases={json.dumps([{'trainable': [HEAD], 'random_blocks': {'num_blocks': 2, 'every_steps': 40}}])}"
-    ],
+    "LISA, two blocks": [f"phases={json.dumps(_LISA)}"],
     "LoRA, rank 8": [f"trainable=['@lora', '{HEAD}']", "lora={rank: 8, alpha: 16}", "optim.peak_lr=1e-3"],
     "DoRA, rank 8": [
         f"trainable=['@lora', '{HEAD}']",
