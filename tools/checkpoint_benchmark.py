@@ -82,6 +82,9 @@ class RandomCheckpoint:
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         return self.manifest.parameters[parameter].shape
 
+    def dtype(self, parameter: str, state: str) -> torch.dtype:  # noqa: ARG002
+        return torch.float32
+
     def updates(self, parameter: str) -> int:
         return self.manifest.parameters[parameter].updates
 

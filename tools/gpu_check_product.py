@@ -148,6 +148,9 @@ class QuickWeights:
         repeats = -(-(stop - start) // len(self._block))
         return self._block.repeat(repeats)[: stop - start]
 
+    def dtype(self, parameter: str, state: str) -> torch.dtype:  # noqa: ARG002
+        return torch.float32
+
     def updates(self, parameter: str) -> int:  # noqa: ARG002
         return 0
 

@@ -114,6 +114,9 @@ class InitialMagnitudes:
         norms: Tensor = torch.linalg.vector_norm(rows.float().view(-1, num_inputs), dim=1)
         return norms
 
+    def dtype(self, parameter: str, state: str) -> torch.dtype:  # noqa: ARG002
+        return torch.float32
+
     def updates(self, parameter: str) -> int:  # noqa: ARG002
         return 0
 

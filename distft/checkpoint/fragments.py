@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-WEIGHT = "weight"  # of a trainable parameter the optimizer's fp32 value, of a frozen one the model's
+WEIGHT = "weight"  # of a trainable parameter the optimizer's fp32 value, of a frozen one what it came as
 EMA = "ema"  # exponential moving average of the weight, fp32
 
 # Further states have the names that the optimizer gives them, such as exp_avg. Only `WEIGHT` is special here.

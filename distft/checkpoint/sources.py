@@ -28,6 +28,9 @@ class StateSource(Protocol):
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened state: 1-D, on the CPU, in the stored dtype."""
 
+    def dtype(self, parameter: str, state: str) -> torch.dtype:
+        """Of what `read` returns."""
+
     def updates(self, parameter: str) -> int:
         """Number of optimizer updates that the parameter has had."""
 
@@ -62,6 +65,10 @@ class ManifestSource(ABC):
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         record = self.manifest.parameters.get(parameter)
         return None if record is None else record.shape
+
+    def dtype(self, parameter: str, state: str) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.manifest.parameters[parameter].states[state].dtype)
+        return found
 
     def updates(self, parameter: str) -> int:
         record = self.manifest.parameters.get(parameter)
@@ -101,6 +108,9 @@ class InitialSource:
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:  # noqa: ARG002
         return self._fragment(parameter, self._shapes[parameter], start, stop)
 
+    def dtype(self, parameter: str, state: str) -> torch.dtype:  # noqa: ARG002
+        return torch.float32
+
     def updates(self, parameter: str) -> int:  # noqa: ARG002
         return 0
 
@@ -126,6 +136,9 @@ class WeightsOnly:
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
         return self._source.read(parameter, state, start, stop)
 
+    def dtype(self, parameter: str, state: str) -> torch.dtype:
+        return self._source.dtype(parameter, state)
+
     def updates(self, parameter: str) -> int:  # noqa: ARG002
         return 0
 
@@ -147,11 +160,17 @@ class FirstOf:
         source = self._source_of(parameter)
         return None if source is None else source.shape(parameter)
 
+    def dtype(self, parameter: str, state: str) -> torch.dtype:
+        return self._require(parameter).dtype(parameter, state)
+
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
+        return self._require(parameter).read(parameter, state, start, stop)
+
+    def _require(self, parameter: str) -> StateSource:
         source = self._source_of(parameter)
         if source is None:
             raise CheckpointError(f"{parameter!r} is in none of {len(self._sources)} sources.")
-        return source.read(parameter, state, start, stop)
+        return source
 
     def updates(self, parameter: str) -> int:
         source = self._source_of(parameter)

@@ -114,7 +114,7 @@ def deepspeed_config(
             "immediate_grad_update": True,
         }
     if settings.param_dtype == "fp16":
-        config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # ZeroEngine.set_loss_scale overrides it
+        config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # ZeroEngine has its own, or overrides it
     if settings.zero_stage > 0:  # stage 0 can only accumulate in the model's own dtype
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     extra = {key: value for key, value in settings.deepspeed.items() if key != "zero_optimization"}

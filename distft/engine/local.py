@@ -14,6 +14,7 @@ from distft.data.batch import AnyBatch
 from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.moved_parameters import MovedParameters
+from distft.engine.original_weights import OriginalWeights
 from distft.engine.quantized_weights import QuantizedWeights
 from distft.engine.settings import LocalConfig
 from distft.engine.weight_average import WeightAverage, replaced_values
@@ -46,6 +47,7 @@ class LocalEngine:
         self._dtype = DTYPES[settings.param_dtype]
         self._loss_scale: Tensor | None = None  # fp16 only
         self._moved = MovedParameters(module, device)
+        self._originals = OriginalWeights()
         self._quantized = QuantizedWeights(module, settings.frozen_bits, device, self._dtype)
         allocate(module, device, self._dtype)
         self._params = dict(module.named_parameters())
@@ -143,8 +145,8 @@ class LocalEngine:
         yield from self._moved.fragments()
         for name, param in self._params.items():
             if name not in self._masters and name not in self._moved.values:
-                yield Fragment(name, WEIGHT, 0, param.detach().view(-1))
-        yield from self._quantized.fragments()
+                yield self._originals.held(name, 0, param.detach().view(-1))
+        yield from self._quantized.fragments(self._originals)
         for own, moments, _ in self._optimizer.states():
             yield Fragment(own.parameter, WEIGHT, 0, own.values)
             for moment, values in moments.items():
@@ -156,6 +158,7 @@ class LocalEngine:
         return {own.parameter: int(updates) for own, _, updates in self._optimizer.states()}
 
     def load_fragments(self, source: StateSource) -> None:
+        self._originals.load(source)
         self._moved.load(source)
         self._quantized.load(source)
         for name, param in self._params.items():

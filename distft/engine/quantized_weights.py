@@ -1,13 +1,13 @@
 """Frozen weights of linear layers in 8 or 4 bits, whole on every rank; checkpoints have them as they came."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from distft.checkpoint.fragments import WEIGHT, Fragment, UnloadedFragment, even_slice
+from distft.checkpoint.fragments import WEIGHT, Fragment, even_slice
 from distft.checkpoint.sources import StateSource, read_state
+from distft.engine.original_weights import OriginalWeights
 from distft.model.layers import Linear
 from distft.model.lora import LoraLinear
 from distft.model.quantized import QuantizedMatrix
@@ -32,7 +32,6 @@ class QuantizedWeights:
         """`module` is on the meta device, with `requires_grad` set; `dtype` is what other weights have."""
         self._dtype = dtype
         self._matrices: dict[str, QuantizedMatrix] = {}
-        self._source: StateSource | None = None
         if bits is None:
             return
         for name, layer in quantizable_weights(module).items():
@@ -43,18 +42,12 @@ class QuantizedWeights:
 
     def load(self, source: StateSource) -> None:
         """Read each weight and round it; only one of them is in memory whole at a time."""
-        self._source = source
         for name, matrix in self._matrices.items():
-            matrix.set(self._read(name, 0, matrix.shape.numel()).view(matrix.shape))
+            values = torch.empty(matrix.shape.numel(), dtype=self._dtype)
+            read_state(source, name, WEIGHT, values, 0)
+            matrix.set(values.view(matrix.shape))
 
-    def fragments(self, rank: int = 0, world_size: int = 1) -> Iterator[Fragment]:
-        """This rank's even slices of the weights as they came, which are read where they came from."""
+    def fragments(self, originals: OriginalWeights, rank: int = 0, world_size: int = 1) -> Iterator[Fragment]:
+        """This rank's even slices of the weights as they came."""
         for name, matrix in self._matrices.items():
-            start, stop = even_slice(matrix.shape.numel(), rank, world_size)
-            yield UnloadedFragment(name, start, stop, self._dtype, partial(self._read, name, start, stop))
-
-    def _read(self, name: str, start: int, stop: int) -> Tensor:
-        assert self._source is not None
-        values = torch.empty(stop - start, dtype=self._dtype)
-        read_state(self._source, name, WEIGHT, values, start)
-        return values
+            yield originals.unloaded(name, *even_slice(matrix.shape.numel(), rank, world_size))

@@ -4,7 +4,7 @@ tests/engine/test_state_bytes.py compares it with what engines really allocate. 
 copies come on top; they depend on the batch, the compiler and the machine.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -185,15 +185,16 @@ def _average_bytes(optim: OptimizerSettings) -> int:
 def checkpoint_bytes(
     shapes: Mapping[str, tuple[int, ...]],
     groups: Sequence[ParameterGroup],
-    engine: EngineSettings,
     optim: OptimizerSettings,
+    original_bytes: Callable[[str], int],
 ) -> tuple[int, int]:
     """Bytes of a commit's trainable parameters, and of the frozen weights that all commits of a run share.
 
-    Headers, manifest and tokenizer come on top.
+    `original_bytes`: of an element of a frozen parameter, by name. Headers, manifest and tokenizer come on
+    top.
     """
     numel = {name: prod(shape) for name, shape in shapes.items()}
     trainable = [_GroupSizes(group, [numel.pop(name) for name in group.names]) for group in groups]
     num_moved = sum(numel.pop(name) for name in shapes if is_moved_by_rule(name))
     own = sum((_FP32 + group.moment_bytes + _average_bytes(optim)) * group.total for group in trainable)
-    return own + _FP32 * num_moved, _BYTES[engine.param_dtype] * sum(numel.values())
+    return own + _FP32 * num_moved, sum(size * original_bytes(name) for name, size in numel.items())

@@ -21,6 +21,7 @@ from distft.engine.interface import DTYPES, GroupLr, LossTermsFn, UpdateResult
 from distft.engine.memory import allocate
 from distft.engine.moved_parameters import MovedParameters
 from distft.engine.node import read_in_shares, read_once_per_node
+from distft.engine.original_weights import OriginalWeights
 from distft.engine.quantized_weights import QuantizedWeights
 from distft.engine.shared_matrices import SharedMatrices
 from distft.engine.stage3_blocks import free_weights_until_backward, gather_by_block
@@ -64,13 +65,14 @@ class ZeroEngine:
         self._max_grad_norm = optim.max_grad_norm
         self._ema_decay = optim.ema_decay
         self._average: WeightAverage | None = None
-        self._loss_scale = 1.0
+        self._loss_scale = torch.ones((), device=device)
         self._clips_in_kernel = clips_in_kernel(settings)
         config = deepspeed_config(
             settings, plan, is_cuda=device.type == "cuda", max_grad_norm=optim.max_grad_norm
         )
         dtype = DTYPES[settings.param_dtype]
         self._moved = MovedParameters(module, device)
+        self._originals = OriginalWeights()
         self._quantized = QuantizedWeights(module, settings.frozen_bits, device, dtype)
         if self._stage == 3:
             zero_layout.allocate_stage3(module, config, device, dtype)
@@ -131,20 +133,21 @@ class ZeroEngine:
             zero_layout.clear_gradients(self._engine, self._stage, self._head_params)
         # ZeRO averages gradients over ranks; the Engine contract is that they add.
         factor = float(self._collectives.dp_world_size)
-        if self._stage == 0:  # there DeepSpeed divides by the loss scale, but does not multiply by it
-            factor *= self._loss_scale
+        # DeepSpeed multiplies by the loss scale that it has been told, at the other stages than 0.
+        scale = self._loss_scale if self._clips_in_kernel or self._stage == 0 else 1.0
         for index, batch in enumerate(micro_batches):
             # DeepSpeed reduces gradients over ranks in the backward of the last micro-batch.
             self._engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
             terms = loss_terms(self.model, batch.to(self.device))
-            self._engine.backward(terms.sum() * factor, scale_wrt_gas=False)
+            self._engine.backward(terms.sum() * factor * scale, scale_wrt_gas=False)
             total = terms.detach() if total is None else total + terms.detach()
         assert total is not None
         return total
 
     def set_loss_scale(self, scale: Tensor) -> None:
-        self._loss_scale = float(scale)  # DeepSpeed keeps it on the host, as it does the overflow
-        zero_layout.set_loss_scale(self._engine, self._stage, self._loss_scale)
+        self._loss_scale = scale
+        if not self._clips_in_kernel:  # DeepSpeed divides by it, on the host, where it waits anyway
+            zero_layout.set_loss_scale(self._engine, self._stage, float(scale))
 
     def step(self, group_lr: GroupLr) -> UpdateResult:
         self._optimizer.set_lr(group_lr)
@@ -156,13 +159,16 @@ class ZeroEngine:
     def _update_by_wrapper(self) -> UpdateResult:
         """DeepSpeed clips and skips, which waits for the device."""
         self._engine.step()
-        grad_norm = zero_layout.last_grad_norm(self._engine)
-        grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.device)
+        grad_norm = self._on_device(zero_layout.last_grad_norm(self._engine))
         if self._stage == 0:  # unlike at the other stages, DeepSpeed reports the norm of the scaled gradients
             grad_norm = grad_norm / self._loss_scale
-        return UpdateResult(
-            grad_norm, torch.tensor(float(self._engine.optimizer.overflow), device=self.device)
-        )
+        return UpdateResult(grad_norm, self._on_device(float(self._engine.optimizer.overflow)))
+
+    def _on_device(self, number: Any) -> Tensor:
+        """A tensor or a number of Python in fp32. `torch.tensor(number, device=...)` would wait for a GPU."""
+        if isinstance(number, Tensor):
+            return number.to(device=self.device, dtype=torch.float32)
+        return torch.full((), float(number), device=self.device)
 
     def _update_by_kernel(self) -> UpdateResult:
         """The optimizer's kernel clips and skips: no pass over the gradients, and nothing waits."""
@@ -175,7 +181,7 @@ class ZeroEngine:
         is_skipped = set_clip_and_skip(
             self._optimizer.kernel,
             grad_norm,
-            loss_scale=None,  # DeepSpeed divides by it
+            loss_scale=self._loss_scale,
             max_grad_norm=self._max_grad_norm,
         )
         self._engine.step()
@@ -235,7 +241,7 @@ class ZeroEngine:
             yield Fragment(whole.parameter, whole.state, whole.start + begin, whole.values[begin:end])
         ranks = self._collectives.dp_rank, self._collectives.dp_world_size
         yield from self._moved.fragments(*ranks)
-        yield from self._quantized.fragments(*ranks)
+        yield from self._quantized.fragments(self._originals, *ranks)
         for name, param in self._params.items():
             if param.requires_grad or name in self._moved.values:
                 continue
@@ -244,7 +250,7 @@ class ZeroEngine:
             else:
                 start, stop = self._even_slice(param.numel())
                 values = param.detach().view(-1)[start:stop]
-            yield Fragment(name, WEIGHT, start, values)
+            yield self._originals.held(name, start, values)
 
     def _even_slice(self, numel: int) -> tuple[int, int]:
         return even_slice(numel, self._collectives.dp_rank, self._collectives.dp_world_size)
@@ -255,6 +261,7 @@ class ZeroEngine:
         return {name: n for counts in self._collectives.all_gather(local) for name, n in counts.items()}
 
     def load_fragments(self, source: StateSource) -> None:
+        self._originals.load(source)
         self._moved.load(source)
         with all_or_none(self._collectives, CheckpointError):
             self._quantized.load(source)

@@ -179,11 +179,12 @@ def allocate_stage3(
 def update_without_waiting(engine: Any) -> None:
     """Stages 1 and 2: have DeepSpeed's step take the gradients as they are.
 
-    In bf16 at stage 1 it would decide on the host about clipping and overflow, whatever its configuration.
+    In fp16, and in bf16 at stage 1, it would look for overflow on the host, whatever its configuration.
     """
     optimizer = engine.optimizer
     if not _is_bf16_stage1(optimizer):
-        return  # the configuration turns it off
+        optimizer.check_grad_overflow = False
+        return  # the configuration turns the norm off
 
     def step() -> None:
         for partition, gradient in zip(

@@ -119,7 +119,7 @@ def _largest_state(inputs: RunInputs, world_size: int) -> tuple[StateBytes, int,
         state = state_bytes(
             inputs.shapes, groups, config.engine, config.optim, world_size, quantizable=quantizable
         )
-        own, shared = checkpoint_bytes(inputs.shapes, groups, config.engine, config.optim)
+        own, shared = checkpoint_bytes(inputs.shapes, groups, config.optim, inputs.original_bytes)
         refers = inputs.init_from is not None and config.lora is not None and not config.lora.copies_base
         found.append((state, own, 0 if refers else shared))
     return max(found, key=lambda entry: entry[0].total)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.sources import CheckpointSource
 from distft.data.dataset import Labels
 from distft.data.feed import AnyFeed, StreamFeed
@@ -14,6 +15,8 @@ from distft.objective.mixture import Mixture
 from distft.run.config import RunConfig
 from distft.run.step_flops import StepFlops
 from distft.tokenizer import Tokenizer
+
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +51,12 @@ class RunInputs:
         """Whether training drops anything of the model or its adapters, or adds noise."""
         lora = self.config.lora
         return self.model.has_dropout or self.model.has_noise or (lora is not None and lora.dropout > 0)
+
+    def original_bytes(self, name: str) -> int:
+        """Of an element of a weight as it came, which a frozen one keeps in checkpoints."""
+        source = self.init_from
+        is_there = source is not None and source.has(name, WEIGHT)
+        return source.dtype(name, WEIGHT).itemsize if source is not None and is_there else _FP32_BYTES
 
     @property
     def training_flops(self) -> dict[str, Flops]:
