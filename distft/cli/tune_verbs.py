@@ -131,7 +131,7 @@ def print_outcome(found: "Outcome") -> None:
     from distft.search.ranking import num_trained_steps, table
 
     print_rows(table(found.rows, found.metric, found.search))
-    say(f"{num_trained_steps([row.trial for row in found.rows]):,} steps were trained in all.")
+    say(f"{num_trained_steps(found.trials):,} steps were trained in all.")
     for row in found.rows:
         if row.trial.state == "failed":
             say(f"trial {row.trial.number} failed: {row.trial.reason}")

@@ -25,6 +25,7 @@ from distft.cluster.tune.run_process import failure_reason
 from distft.config import load_yaml
 from distft.run.audit import audit_run
 from distft.search.journal import JOURNAL_FILE, trials_of
+from distft.search.journal_lines import FIRST_REPEAT
 from distft.search.space import ChoiceConfig, LogUniformConfig, explored, random_point
 from distft.search.status import read_status
 from distft.topology import Topology
@@ -181,6 +182,39 @@ def test_a_trial_whose_node_is_lost_goes_on_elsewhere_and_no_value_counts_twice(
     assert sorted(starts) in ([0, 0, 1], [0, 1, 1])
     for trial in json.loads((directory / "search.json").read_text())["trials"]:
         _require_values_of_a_plain_run(project, directory, trial, last_step=1600)
+
+
+def test_hyperband_pauses_trials_and_goes_on_with_the_better_ones(
+    project: Path, environment: Mapping[str, str], start: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    # Four evaluations a trial: brackets of three whole trials, and of three of which one goes on after two.
+    rates = [0.02, 0.03, 0.04, 1e-6, 1e-5, 0.05]
+    search = {
+        "space": {"optim.peak_lr": rates},
+        "sampler": {"type": "grid"},
+        "scheduler": {"type": "hyperband", "reduction_factor": 2},
+        "repeat_best": {"count": 1, "seeds": [5]},
+    }
+    directory = project / "runs/paused"
+    train = {"max_steps": 200, "log_every_steps": 50}
+    process = start(configuration("runs/paused", search, train=train))
+    output = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, output
+    trials = {t["number"]: t for t in json.loads((directory / "search.json").read_text())["trials"]}
+    states = [trials[number]["state"] for number in range(len(rates))]
+    assert states == ["completed", "completed", "completed", "stopped", "completed", "completed"]
+    assert trials[3]["step"] == 100
+    starts = [line["number"] for line in journal(directory) if line["kind"] == "start"]
+    assert starts.count(4) + starts.count(5) > 2, "at least one was paused, and went on from its checkpoint"
+    for number in (3, 4):
+        assert audit_run(str(directory / f"trials/{number:05d}"))[0].is_exact
+    for number, trial in trials.items():
+        steps = [step for step, _ in trial["history"]]
+        assert steps == [50, 100, 150, 200][: trial["step"] // 50], number
+    best = max(trials.values(), key=lambda trial: trial["num_runs"])
+    assert best["num_runs"] == 2
+    again = logged(directory / f"trials/{FIRST_REPEAT + best['number']:07d}/seed_5", "validation/accuracy")
+    assert best["metric"] == pytest.approx((best["history"][-1][1] + again[200]) / 2)
 
 
 def _require_that_it_is_over(

@@ -57,7 +57,7 @@ def test_the_exit_code_says_whether_there_is_a_best_trial(
     trial = TrialRecord(0, {}, state=state)
     row = Ranked(trial, 0.5, None, 1, ())
     search = SearchConfig.model_validate(SEARCH["search"])
-    found = driver.Outcome(tmp_path, search, None, [row], best_of([row]))
+    found = driver.Outcome(tmp_path, search, None, [row], best_of([row]), [row.trial])
     monkeypatch.setattr(driver, "run_search", lambda *_, **__: found)
     assert main(["tune", "search.yaml"]) == exit_code
     assert main(["tune", "search.yaml", "--json"]) == exit_code

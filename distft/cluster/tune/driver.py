@@ -47,6 +47,7 @@ class Outcome:
     metric: str | None
     rows: list[Ranked]  # the best first
     best: Ranked | None
+    trials: list[TrialRecord]  # those that repeat the best included
     best_file: Path | None = field(default=None)  # the configuration of the best trial
 
 
@@ -200,8 +201,9 @@ def outcome_of(
 ) -> Outcome:
     """What a journal says of a search."""
     metric = metric_of(lines, file.search)
-    rows = ranked(list(trials.values()), metric, file.search, best=file.counts_best)
-    return Outcome(directory, file.search, metric, rows, best_of(rows))
+    all_trials = list(trials.values())
+    rows = ranked(all_trials, metric, file.search, best=file.counts_best)
+    return Outcome(directory, file.search, metric, rows, best_of(rows), all_trials)
 
 
 def best_yaml(file: SearchFile, best: Ranked) -> str:

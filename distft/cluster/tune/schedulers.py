@@ -25,6 +25,7 @@ from distft.search.settings import (
 )
 from distft.search.space import explored
 
+_NUM_EVALUATIONS = "num_evaluations"  # of a result
 _NO_LAST_STEP = 1 << 40  # a run ends by itself, and a scheduler stops none at its end
 Results = Sequence[Mapping[str, Any]]  # STEP and VALUE, in order
 ResourcesOf = Callable[[Mapping[str, Any]], PlacementGroupFactory]
@@ -34,6 +35,7 @@ def build_scheduler(
     search: SearchConfig,
     max_steps: int | None,
     *,
+    every_steps: int = 1,
     past: Mapping[int, Results],
     ended: Iterable[int],
     resources_of: ResourcesOf,
@@ -41,7 +43,7 @@ def build_scheduler(
 ) -> Any:
     """The scheduler of a search that has `past` results by trial; those of `ended` trials do not come again.
 
-    `max_steps` of a run; None: its length is given in epochs. `on_fork` gets the number of a trial of a
+    `max_steps` of a run; None: its length is given in epochs. `every_steps` there is a result. `on_fork` gets the number of a trial of a
     population, that of its new parent, and its new settings.
     """
     config = search.scheduler
@@ -58,12 +60,7 @@ def build_scheduler(
             grace_period=config.grace_steps, min_samples_required=config.min_trials, **options
         )
     elif isinstance(config, HyperbandConfig):
-        return HyperBandScheduler(
-            max_t=max_steps or _NO_LAST_STEP,
-            reduction_factor=config.reduction_factor,
-            stop_last_trials=False,  # those that are left train to their end
-            **options,
-        )
+        return _Hyperband(max_steps or _NO_LAST_STEP, every_steps, config.reduction_factor)
     elif isinstance(config, PopulationConfig):
         return _Population(
             search,
@@ -109,6 +106,29 @@ class _Remembering:
 class _Asha(_Remembering, ASHAScheduler):  # type: ignore[misc]  # Ray has no types
     def take(self, trial: Any, result: dict[str, Any]) -> None:
         ASHAScheduler.on_trial_result(self, None, trial, result)
+
+
+class _Hyperband(HyperBandScheduler):  # type: ignore[misc]
+    """Its unit of time is an evaluation.
+
+    Its first bracket, whose trials all train to their end, has log(time of a trial) of them, and the second
+    one more: in steps, small searches would fill no other.
+    """
+
+    def __init__(self, max_steps: int, every_steps: int, reduction_factor: float) -> None:
+        super().__init__(
+            time_attr=_NUM_EVALUATIONS,
+            max_t=max(1, max_steps // every_steps),
+            reduction_factor=reduction_factor,
+            stop_last_trials=False,  # those that are left train to their end
+            metric=VALUE,
+            mode="max",
+        )
+        self._every_steps = every_steps
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        timed = {**result, _NUM_EVALUATIONS: result[STEP] / self._every_steps}
+        return str(super().on_trial_result(controller, trial, timed))
 
 
 class _Median(_Remembering, MedianStoppingRule):  # type: ignore[misc]

@@ -145,6 +145,7 @@ class TuneRun:
         return build_scheduler(
             self.task.search,
             self.task.config.train.max_steps,
+            every_steps=self.task.config.evaluation.every_steps or 1,
             past=past,
             ended=ended,
             resources_of=self._resources_of_config,
