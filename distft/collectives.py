@@ -49,8 +49,10 @@ class Collectives(Protocol):
     def differentiable_sum(self, value: Tensor) -> Tensor:
         """As `all_reduce_sum`, with a gradient, for a loss that is the sum of the ranks' losses."""
 
-    def differentiable_gather(self, rows: Tensor) -> Tensor:
+    def differentiable_gather(self, rows: Tensor, row_counts: Sequence[int] | None = None) -> Tensor:
         """The rows [N, ...] of all ranks in rank order, [sum of N, ...], with a gradient; N may differ.
+
+        `row_counts` are the N of all ranks; None: the ranks exchange them first, by `all_gather`.
 
         For a loss that is the sum of the ranks' losses: a row's gradient is the sum of its gradients in all
         ranks' losses. Averaging them instead, as many libraries do, shrinks it by the number of ranks.
@@ -88,7 +90,7 @@ class SingleProcess:
     def differentiable_sum(self, value: Tensor) -> Tensor:
         return value
 
-    def differentiable_gather(self, rows: Tensor) -> Tensor:
+    def differentiable_gather(self, rows: Tensor, row_counts: Sequence[int] | None = None) -> Tensor:  # noqa: ARG002
         return rows
 
     def with_new_group(self) -> "SingleProcess":
@@ -103,7 +105,8 @@ class ProcessGroup:
 
     def __init__(self, topology: Topology, device: torch.device, timeout_s: float) -> None:
         timeout = timedelta(seconds=timeout_s)
-        if not dist.is_initialized():
+        has_group = dist.is_initialized()  # Ray makes one
+        if not has_group:
             backend = "nccl" if device.type == "cuda" else "gloo"
             # Named, NCCL connects the ranks now and not in the first collective, and barriers need not guess.
             device_id = device if device.type == "cuda" else None
@@ -137,6 +140,8 @@ class ProcessGroup:
         # gloo ignores the timeout of init_process_group, but not that of new_group.
         self._timeout = timeout
         self._object_group = dist.new_group(backend="gloo", timeout=timeout)
+        if has_group:  # its backend is of one kind of device, and ranks of others would wait for these
+            require_same_device(self.all_gather(device.type))
 
     def all_gather(self, value: T) -> list[T]:
         gathered: list[T | None] = [None] * self.world_size
@@ -161,8 +166,9 @@ class ProcessGroup:
     def differentiable_sum(self, value: Tensor) -> Tensor:
         return _DifferentiableSum.apply(value)  # type: ignore[no-any-return, no-untyped-call]
 
-    def differentiable_gather(self, rows: Tensor) -> Tensor:
-        return _DifferentiableGather.apply(rows, self.rank, self.world_size)  # type: ignore[no-any-return, no-untyped-call]
+    def differentiable_gather(self, rows: Tensor, row_counts: Sequence[int] | None = None) -> Tensor:
+        counts = self.all_gather(len(rows)) if row_counts is None else row_counts
+        return _DifferentiableGather.apply(rows, self.rank, counts)  # type: ignore[no-any-return, no-untyped-call]
 
     def with_new_group(self) -> "ProcessGroup":
         other = copy(self)
@@ -207,11 +213,7 @@ class _DifferentiableSum(torch.autograd.Function):
 
 class _DifferentiableGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, rank: int, world_size: int) -> Tensor:
-        sizes = torch.zeros(world_size, dtype=torch.int64, device=rows.device)
-        sizes[rank] = len(rows)
-        dist.all_reduce(sizes)
-        num_rows = sizes.tolist()
+    def forward(ctx: Any, rows: Tensor, rank: int, num_rows: Sequence[int]) -> Tensor:
         padded = rows.new_zeros(max(num_rows), *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in num_rows]
@@ -229,7 +231,7 @@ class _DifferentiableGather(torch.autograd.Function):
 def require_same_device(kinds: Sequence[str]) -> None:
     """Raise `ConfigError` if the ranks chose different kinds of device; `kinds` by rank."""
     if len(set(kinds)) > 1:
-        usual = max(set(kinds), key=list(kinds).count)
+        usual = max(dict.fromkeys(kinds), key=list(kinds).count)
         odd = ", ".join(f"rank {rank} ({kind})" for rank, kind in enumerate(kinds) if kind != usual)
         raise ConfigError(
             f"Ranks chose different devices: {odd}, the others {usual}. torch finds no CUDA device on some "

@@ -2,6 +2,8 @@
 
 python tools/tfidf_floor.py data/trec/train.jsonl data/trec/test.jsonl
 python tools/tfidf_floor.py data/trec/train.jsonl data/trec/test.jsonl --trials 16  # a search
+python tools/tfidf_floor.py data/trec/train.jsonl data/trec/test.jsonl --label fine_label \
+  --label-separator : --threshold 0.3  # several labels a row, a regression for each
 
 A search draws settings at random, chooses by accuracy on folds of the training rows, and reads the test rows
 once, for the best settings.
@@ -10,6 +12,7 @@ once, for the best settings.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -17,7 +20,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from distft.data.records import read_records
 from distft.errors import DistftError
@@ -33,7 +38,7 @@ SPACE: Space = {  # five settings
 }
 
 
-def main() -> int:
+def main(raw: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Accuracy and macro-F1 of TF-IDF and logistic regression.")
     parser.add_argument("train", help="JSONL or CSV")
     parser.add_argument("test", help="JSONL or CSV")
@@ -44,13 +49,27 @@ def main() -> int:
         "--folds", type=int, default=5, help="of the training rows, by which a search chooses"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the search")
-    arguments = parser.parse_args()
+    parser.add_argument("--label-separator", help="between the labels of a row that has several")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="with it: the least probability of a label"
+    )
+    arguments = parser.parse_args(raw)
+    if arguments.trials and arguments.label_separator is not None:
+        parser.error("--trials searches for settings of one label a row: leave --label-separator out")
     try:
         train_texts, train_labels = _columns(arguments.train, arguments.text, arguments.label)
         test_texts, test_labels = _columns(arguments.test, arguments.text, arguments.label)
     except DistftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    if arguments.label_separator is not None:
+        train_sets, test_sets = (
+            [label.split(arguments.label_separator) for label in labels]
+            for labels in (train_labels, test_labels)
+        )
+        figures = _of_several(train_texts, train_sets, test_texts, test_sets, arguments.threshold)
+        print(json.dumps({"num_train": len(train_texts), "num_test": len(test_texts), **figures}))
+        return 0
     values, found = DEFAULT, dict[str, Any]()
     if arguments.trials:
         values, found = _search(
@@ -71,7 +90,28 @@ def main() -> int:
     return 0
 
 
-def _model(values: Values) -> Any:
+def _of_several(
+    train_texts: Sequence[str],
+    train_sets: Sequence[Sequence[str]],
+    test_texts: Sequence[str],
+    test_sets: Sequence[Sequence[str]],
+    threshold: float,
+) -> dict[str, Any]:
+    """Figures of a logistic regression for each label that occurs in training."""
+    labels = MultiLabelBinarizer().fit([*train_sets, *test_sets])
+    model = _model(DEFAULT, several=True)
+    num_known = len({label for labels_of_row in train_sets for label in labels_of_row})
+    train_labels, test_labels = labels.transform(train_sets), labels.transform(test_sets)
+    predictions = model.fit(train_texts, train_labels).predict_proba(test_texts) >= threshold
+    return {
+        "num_labels": num_known,
+        "exact_match": round(float(accuracy_score(test_labels, predictions)), 4),
+        "micro_f1": round(float(f1_score(test_labels, predictions, average="micro")), 4),
+    }
+
+
+def _model(values: Values, *, several: bool = False) -> Any:
+    classifier = LogisticRegression(C=values["c"], max_iter=1000)
     return make_pipeline(
         TfidfVectorizer(
             ngram_range=(1, values["ngrams"]),
@@ -80,7 +120,7 @@ def _model(values: Values) -> Any:
             lowercase=values["lowercase"],
             token_pattern=r"\w+|[^\w\s]",
         ),
-        LogisticRegression(C=values["c"], max_iter=1000),
+        OneVsRestClassifier(classifier) if several else classifier,
     )
 
 

@@ -1,5 +1,6 @@
 """The weighted mean of several checkpoints' weights, as a checkpoint source."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.manifest import ParameterRecord, Progress, StateRecord
 from distft.checkpoint.sources import CheckpointSource, ManifestSource
+from distft.checkpoint.steps import absolute
 from distft.config import redact
 from distft.errors import ConfigError
 
@@ -91,12 +93,18 @@ def _problems(sources: Sequence[CheckpointSource], weights: Sequence[float]) -> 
         problems.append(
             f"{len(weights)} weights were given for {len(sources)} checkpoints: give one for each."
         )
-    elif not sum(weights) > 0:
+    elif not 0 < sum(weights) < math.inf:
         problems.append(
-            f"The weights {list(weights)} add up to {sum(weights)}, and must add up to more than 0."
+            f"The weights {list(weights)} add up to {sum(weights)}, and must add up to a number above 0."
         )
     if not sources:
         return problems
+    paths = [absolute(source.path) for source in sources]
+    problems += [
+        f"{redact(path)} is named {paths.count(path)} times: name it once, and weigh it by --weight."
+        for path in dict.fromkeys(paths)
+        if paths.count(path) > 1
+    ]
     last = {name: record.shape for name, record in sources[-1].manifest.parameters.items()}
     for source in sources[:-1]:
         shapes = {name: record.shape for name, record in source.manifest.parameters.items()}

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Rows = Annotated[
     str,
     typer.Argument(
-        help="A .jsonl, .csv or .tsv file of texts; for a model of images a folder, a .parquet file or one "
-        "image.",
+        help="A .jsonl, .csv, .tsv or .parquet file of texts; for a model of images a folder, a .parquet "
+        "file or one image.",
         callback=expanded,
     ),
 ]

@@ -8,7 +8,7 @@ import collections.abc
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -27,6 +27,8 @@ class Location:
 
     keys: list[str | int] = field(default_factory=list)  # from the top; an int is a list index
     known_names: list[str] = field(default_factory=list)  # valid in place of the last key, if it is a setting
+    # The setting there of which the last key is a value, and its values: `causal` is one of `attention`
+    valued: tuple[str, Sequence[Any]] | None = None
     union_keys: tuple[str | int, ...] | None = None  # of the innermost union without a `type` to decide
     tag: str | None = None  # the `type` of the settings that the last key is in, if a union selected them
     other_tags: list[str] = field(default_factory=list)  # the types that have the last key as a setting
@@ -54,6 +56,8 @@ def locate(
             fields = {info.alias or name: info for name, info in annotation.model_fields.items()}
             location.keys.append(key)
             location.known_names = list(fields)
+            known = ((name, _literals(info.annotation)) for name, info in fields.items())
+            location.valued = next(((name, values) for name, values in known if key in values), None)
             annotation = _field_annotation(fields[key]) if key in fields else Any
             raw = _value_at(raw, key)
         elif origin in _UNIONS:
@@ -114,6 +118,14 @@ def _unwrap(annotation: Any) -> Any:
             annotation = members[0]
         else:
             return annotation
+
+
+def _literals(annotation: Any) -> Sequence[Any]:
+    """The values of a `Literal`, or of a union with one; empty for others."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    members = get_args(annotation) if get_origin(annotation) in _UNIONS else ()
+    return [value for member in members for value in _literals(member)]
 
 
 def _field_annotation(info: FieldInfo) -> Any:

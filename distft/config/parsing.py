@@ -35,7 +35,7 @@ def parse(annotation: Any, raw: Any, *, where: str = "", trust: bool = False) ->
     Raises one `ConfigError` with a line for each problem.
     """
     trust = trust or isinstance(raw, Settings)  # whose classes are already imported
-    prefix: list[str | int] = list(split_key(where)) if where else []
+    prefix = _names(where)
     data = raw.model_dump(mode="json") if isinstance(raw, Settings) else raw
     require_bounded(data, where)
     try:
@@ -55,6 +55,14 @@ def parse(annotation: Any, raw: Any, *, where: str = "", trust: bool = False) ->
     if len(details) > _MOST_PROBLEMS:
         lines.append(f"There are {len(details) - _MOST_PROBLEMS:,} more problems.")
     raise ConfigError("\n".join(lines))
+
+
+def _names(where: str) -> list[str | int]:
+    """The names in a dotted key; a text that is none, such as a path with two dots, is one name."""
+    try:
+        return [*split_key(where)] if where else []
+    except ValueError:
+        return [where]
 
 
 def dump_yaml(settings: Settings, *, redacted: bool = False) -> str:
@@ -105,16 +113,8 @@ def _describe(
     keys = [*prefix, *location.keys]
     key = join_key(keys)
     key_and_value = f"{key}{_equals_value(keys, value)}"
-    if kind == "extra_forbidden" and location.other_tags:
-        section, types = join_key(keys[:-1]), " or ".join(location.other_tags)
-        remedy = (
-            f"type {types}, and {section}.type is {location.tag}. Leave it out; to drop all settings of "
-            f"another type, set the section as a whole: {section}={{type: {location.tag}}}"
-        )
-        return _Problem(location, f"{key_and_value} is a setting of ", remedy)
     if kind == "extra_forbidden":
-        suggestion = suggest_name(str(keys[-1]), location.known_names).strip()
-        return _Problem(location, f"{key_and_value} is not a setting. ", suggestion)
+        return _unknown_setting(location, keys, key_and_value)
     if kind == "missing":
         is_item = isinstance(keys[-1], int)
         return _Problem(
@@ -125,6 +125,24 @@ def _describe(
     if not key_and_value and kind not in {"value_error", "assertion_error"}:
         return _Problem(location, "The configuration ", reason_of(detail))
     return _Problem(location, f"{key_and_value}: " if key_and_value else "", reason_of(detail))
+
+
+def _unknown_setting(location: Location, keys: list[str | int], key_and_value: str) -> _Problem:
+    section = join_key(keys[:-1])
+    if location.other_tags:
+        types = " or ".join(location.other_tags)
+        remedy = (
+            f"type {types}, and {section}.type is {location.tag}. Leave it out; to drop all settings of "
+            f"another type, set the section as a whole: {section}={{type: {location.tag}}}"
+        )
+        return _Problem(location, f"{key_and_value} is a setting of ", remedy)
+    if location.valued is not None:
+        name, values = location.valued
+        setting, known = join_key([*keys[:-1], name]), ", ".join(map(str, values))
+        remedy = f"{keys[-1]} is a value of {name}: set {setting} to one of {known}"
+    else:
+        remedy = suggest_name(str(keys[-1]), location.known_names).strip()
+    return _Problem(location, f"{key_and_value} is not a setting. ", remedy)
 
 
 def _equals_value(keys: list[str | int], value: Any) -> str:

@@ -27,6 +27,9 @@ _MODEL_INPUTS = (
 )
 
 
+_PREPARED = ("dropout_keys", "counted_pairs", "counted_local_pairs", "counted_tokens")  # by `Batch.for_step`
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """B rows of T tokens with their targets, which are tensors by name.
@@ -276,11 +279,13 @@ def merge_batches(batches: Sequence[Batch], row_positions: Sequence[Indices]) ->
 
     Shorter rows are padded on the right; `lengths` excludes the padding. A field or a target that some
     batches lack gets, for their rows, the value that its absence means. Targets are [B, T] or [B].
+
+    Raises `ValueError` for sequences of several rows, for rows with images beside rows without, and for
+    batches that `for_step` or `without_targets` has prepared: they are merged before that.
     """
     if len(batches) == 1:
         return batches[0]
-    if any(batch.rows_per_sequence != 1 for batch in batches):
-        raise ValueError("sequences of several rows cannot be merged")
+    _require_mergeable(batches)
     order = torch.from_numpy(np.argsort(np.concatenate(row_positions), kind="stable"))
     width = max(batch.input_ids.shape[1] for batch in batches)
 
@@ -318,8 +323,25 @@ def merge_batches(batches: Sequence[Batch], row_positions: Sequence[Indices]) ->
         lengths=concatenate([_lengths(batch) for batch in batches], 0)
         if is_padded
         else concatenate_optional("lengths", _lengths),
+        images=None if batches[0].images is None else torch.cat([_images(batch) for batch in batches])[order],
+        is_captioned=batches[0].is_captioned,
         num_target_bytes=sum(batch.num_target_bytes for batch in batches),
     )
+
+
+def _require_mergeable(batches: Sequence[Batch]) -> None:
+    if any(batch.rows_per_sequence != 1 for batch in batches):
+        raise ValueError("sequences of several rows cannot be merged")
+    if len({(batch.images is None, batch.is_captioned) for batch in batches}) > 1:
+        raise ValueError("rows with and without images, or their texts, cannot be merged")
+    prepared = [name for name in _PREPARED if any(getattr(batch, name) is not None for batch in batches)]
+    if prepared:
+        raise ValueError(f"batches are merged before they have {', '.join(prepared)}")
+
+
+def _images(batch: Batch) -> Tensor:
+    assert batch.images is not None  # `_require_mergeable`
+    return batch.images
 
 
 def _no_targets(batch: Batch, like: Tensor) -> Tensor:

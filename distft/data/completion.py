@@ -105,8 +105,8 @@ class CompletionConfig(Settings):
         from distft.data.records import RowErrors, read_records
 
         texts = list(dict.fromkeys([*self._prompt_columns(), self.completion]))
-        records = read_records(self.path, texts=texts, max_rows=self.max_rows)
         errors = RowErrors(self.path)
+        records = read_records(self.path, texts=texts, max_rows=self.max_rows, errors=errors)
         table = self._encode_records(records, context, errors)
         errors.raise_if_any()
         check_vocabulary(self.path, table.rows.max_value, context)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args
 
-from distft.data.compressed import read_error
+from distft.data.compressed import read_error, without_compression
 from distft.data.conversations import Role
-from distft.data.parquet_rows import parquet_rows
+from distft.data.parquet_rows import parquet_columns, parquet_rows
 from distft.data.records import RowErrors, missing_file, parse_rows
 from distft.data.rows import Row, missing_column, text_problem
 from distft.errors import DataError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from distft.data.conversations import ConversationsConfig
 
 ROLES = get_args(Role)
+# Rows of ShareGPT are read without settings: conversations of from and value.
+_COLUMN, _SHARE_GPT_COLUMN = "messages", "conversations"
+_SHARE_GPT_ROLES = {"human": "user", "gpt": "assistant"}
 _MOST_DEPTH = 64  # of objects and arrays in a message or a tool
 
 
@@ -28,6 +32,15 @@ class Conversation:
     line: int  # from 1; of Parquet the row
     messages: list[dict[str, Any]]  # with role and content
     tools: list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class MessageNames:
+    """The keys of a message in a file, and its names of roles where these differ; None: there are none."""
+
+    role: str = "role"
+    content: str = "content"
+    roles: Mapping[str, str] | None = None
 
 
 def read_conversations(
@@ -41,50 +54,66 @@ def read_conversations(
     for number, (line, row) in enumerate(_rows(config)):
         if config.max_rows is not None and number >= config.max_rows:
             return
+        if isinstance(row, str):
+            errors.add(line, row)
+            continue
+        tools = None
+        messages, problems = _messages(config, row, needs_answer)
         try:
-            if isinstance(row, str):
-                raise DataError(row)
-            messages = _messages(config, row, needs_answer)
             tools = None if config.tools is None else checked_tools(row.get(config.tools), config.tools)
-        except DataError as problem:
-            errors.add(line, str(problem))
-        else:
+        except DataError as error:
+            problems.append(str(error))
+        for problem in problems:
+            errors.add(line, problem)
+        if not problems:
             yield Conversation(line, messages, tools)
 
 
 def _rows(config: ConversationsConfig) -> Iterator[tuple[int, Row | str]]:
     optional = [] if config.tools is None else [config.tools]
+    path, kind = config.path, PurePosixPath(without_compression(config.path)).suffix.lower()
     try:
-        if config.path.lower().endswith(".parquet"):
-            yield from enumerate(parquet_rows(config.path, [config.messages], optional), start=1)
+        if kind == ".parquet":
+            is_share_gpt = _is_share_gpt(config, parquet_columns(path))
+            column = _SHARE_GPT_COLUMN if is_share_gpt else config.messages
+            yield from enumerate(parquet_rows(path, [column], optional), start=1)
         else:
-            yield from parse_rows(config.path, [config.messages])
+            others = [] if kind in {".csv", ".tsv"} else [_SHARE_GPT_COLUMN]
+            yield from parse_rows(path, [config.messages, *others])
     except FileNotFoundError:
-        raise missing_file(config.path) from None
+        raise missing_file(path) from None
     except OSError as error:
-        raise read_error(config.path, error) from error
+        raise read_error(path, error) from error
 
 
-def _messages(config: ConversationsConfig, row: Row, needs_answer: bool) -> list[dict[str, Any]]:
-    if config.messages not in row:
-        raise DataError(missing_column(config.messages, row))
-    messages = _parsed(row[config.messages])
+def _is_share_gpt(config: ConversationsConfig, columns: Collection[str]) -> bool:
+    """Whether a row with these columns is as in the files of ShareGPT, and the settings say nothing else."""
+    return config.messages == _COLUMN and _COLUMN not in columns and _SHARE_GPT_COLUMN in columns
+
+
+def _messages(
+    config: ConversationsConfig, row: Row, needs_answer: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The messages of a row, and what is wrong with them."""
+    column, names = config.messages, MessageNames(config.role, config.content, config.roles)
+    if _is_share_gpt(config, row):
+        column = _SHARE_GPT_COLUMN
+    if column not in row:
+        return [], [missing_column(column, row)]
+    messages = _parsed(row[column])
     if not messages or not isinstance(messages, list):
-        raise DataError(
-            f"{config.messages!r} must be an array of messages, objects with {config.role} and "
-            f"{config.content}."
-        )
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        try:
-            checked.append(checked_message(message, config.role, config.content, config.roles))
-        except DataError as error:
-            raise DataError(f"message {number} {error}") from None
-    if needs_answer and all(message["role"] != "assistant" for message in checked):
-        raise DataError(
+        return [], [
+            f"{column!r} must be an array of messages, objects with {names.role} and {names.content}."
+        ]
+    first = messages[0]
+    if column != config.messages and isinstance(first, dict) and "from" in first and names.role not in first:
+        names = MessageNames("from", "value", {**_SHARE_GPT_ROLES, **config.roles})
+    checked, problems = checked_messages(messages, names)
+    if needs_answer and not problems and all(message["role"] != "assistant" for message in checked):
+        problems = [
             "has no message of the assistant: there is no answer to learn. Add one, or remove the row."
-        )
-    return checked
+        ]
+    return checked, problems
 
 
 def checked_tools(value: Any, name: str) -> list[dict[str, Any]] | None:
@@ -109,37 +138,55 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def checked_message(
-    message: Any, role: str = "role", content: str = "content", roles: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """The message with `role` and `content`, whose keys may be others. Raises `DataError` for a bad one.
+def checked_messages(
+    messages: Sequence[Any], names: MessageNames = MessageNames(), *, of: str = ""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The good messages, with `role` and `content`, and what is wrong with others.
 
-    `roles` are other names of roles. The message of the error goes on behind the message's number.
+    A problem begins with the message's number, and `of` behind that.
     """
+    checked, problems = [], []
+    for number, message in enumerate(messages, start=1):
+        own = list(_message_problems(message, names))
+        problems += [f"message {number}{of} {problem}" for problem in own]
+        if not own:
+            rest = {key: value for key, value in message.items() if key not in {names.role, names.content}}
+            known = (names.roles or {}).get(message[names.role], message[names.role])
+            checked.append({"role": known, "content": message.get(names.content), **rest})
+    return checked, problems
+
+
+def _message_problems(message: Any, names: MessageNames) -> Iterator[str]:
     if not isinstance(message, dict):
-        raise DataError(f"is {_kind(message)}, but must be an object with {role} and {content}.")
-    if role not in message:
-        raise DataError(missing_column(role, message).replace("column", "key"))
-    name = message[role]
-    known = (roles or {}).get(name, name) if isinstance(name, str) else None
-    if known not in ROLES:
-        advice = (
-            "correct it."
-            if roles is None
-            else "correct it, or say which it is in roles, such as {bot: assistant}."
-        )
-        raise DataError(f"has {role} {_shown(name)}, which is none of {', '.join(ROLES)}: {advice}")
-    rest = {key: value for key, value in message.items() if key not in {role, content}}
+        yield f"is {_kind(message)}, but must be an object with {names.role} and {names.content}."
+        return
+    known = None
+    if names.role not in message:
+        yield missing_column(names.role, message).replace("column", "key")
+    else:
+        name = message[names.role]
+        known = (names.roles or {}).get(name, name) if isinstance(name, str) else None
+        if known not in ROLES:
+            advice = (
+                "correct it."
+                if names.roles is None
+                else "correct it, or say which it is in roles, such as {bot: assistant}."
+            )
+            yield f"has {names.role} {_shown(name)}, which is none of {', '.join(ROLES)}: {advice}"
+    rest = {key: value for key, value in message.items() if key not in {names.role, names.content}}
     if problem := _plain_problem(rest):
-        raise DataError(problem)
-    text = message.get(content)
-    calls_tools = bool(rest.get("tool_calls"))
-    if not (text is None and calls_tools):
-        if problem := _content_problem(text):
-            raise DataError(f"has {content} that {problem}")
-        if known == "assistant" and not calls_tools and not _has_text(text):
-            raise DataError("is an answer without text: write it, or remove the row.")
-    return {"role": known, "content": text, **rest}
+        yield problem
+    text = message.get(names.content)
+    calls = rest.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        yield f"has tool_calls {_shown(calls)}, but they must be an array of objects."
+    calls_tools = bool(calls)
+    if text is None and calls_tools:
+        return
+    if problem := _content_problem(text):
+        yield f"has {names.content} that {problem}"
+    elif known == "assistant" and not calls_tools and not _has_text(text):
+        yield "is an answer without text: write it, or remove the row."
 
 
 def _content_problem(content: Any) -> str | None:

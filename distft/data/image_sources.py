@@ -69,36 +69,43 @@ class _Entry:
     data: bytes
     label: str = ""
     text: str = ""
-    problem: str | None = None
+    problems: tuple[str, ...] = ()
 
 
 def read_images(
-    config: ImagesConfig, shape: tuple[int, int, int], *, ignores_classes: bool = False
+    config: ImagesConfig,
+    shape: tuple[int, int, int],
+    *,
+    ignores_classes: bool = False,
+    problems: Problems | None = None,
 ) -> ImageTable:
     """All images, of `shape` (channels, height, width).
 
     `ignores_classes` reads the images of a folder and of its subfolders alike, or one image file; `label` is
-    null then. Raises `DataError` with every problem and its file.
+    null then. Raises `DataError` with every problem and its file. With `problems`, those of single images go
+    there instead, unless no image is good: so a caller can tell them together with its own.
     """
     if config.source is not None:
         return _digits(config, shape)
     assert config.path is not None
-    problems = Problems(config.path)
+    found_problems = Problems(config.path) if problems is None else problems
     images, entries = [], []
     try:
         found_entries, notes = _entries(config, config.path, ignores_classes=ignores_classes)
         for number, entry in enumerate(found_entries):
             if config.max_rows is not None and number >= config.max_rows:
                 break
-            found = entry.problem or decode(entry.data, shape)
-            if isinstance(found, str):
-                problems.add(entry.where, found)
-            else:
+            found = decode(entry.data, shape) if entry.data or not entry.problems else ""
+            of_image = [found] if isinstance(found, str) and found else []
+            for problem in (*entry.problems, *of_image):
+                found_problems.add(entry.where, problem)
+            if not isinstance(found, str) and not entry.problems:
                 images.append(found)
                 entries.append(entry)
     except OSError as error:
         raise read_error(config.path, error) from error
-    problems.raise_if_any()
+    if problems is None or not images:
+        found_problems.raise_if_any()
     if not images:
         raise DataError(f"{config.path} has no images: put some there, or set another data.path.")
     return ImageTable(
@@ -155,17 +162,15 @@ def _folder_entries(folder: Path, *, labelled: bool) -> Iterator[_Entry]:
                 "a folder of images has a subfolder for each class, and this file is in none: move it, or "
                 "set label=null for images without classes."
             )
-            yield _Entry(_shown(child), b"", problem=problem)
+            yield _Entry(_shown(child), b"", problems=(problem,))
             continue
         if not _is_utf_8(child.name):  # a checkpoint could not name the class
-            yield _Entry(
-                _shown(child), b"", problem="the name of this class is not UTF-8: rename the folder."
-            )
+            problem = "the name of this class is not UTF-8: rename the folder."
+            yield _Entry(_shown(child), b"", problems=(problem,))
             continue
         if not any(_visible(child)):
-            yield _Entry(
-                _shown(child), b"", problem="the folder of this class has no images: add some, or remove it."
-            )
+            problem = "the folder of this class has no images: add some, or remove it."
+            yield _Entry(_shown(child), b"", problems=(problem,))
         yield from _files(child, child.name)
 
 
@@ -184,7 +189,7 @@ def _file_entry(file: Path, label: str) -> _Entry:
     elif file.stat().st_size > MAX_ROW_BYTES:
         problem = f"has more than {MAX_ROW_BYTES:,} bytes. Remove or convert it."
     if problem is not None:
-        return _Entry(_shown(file), b"", problem=problem)
+        return _Entry(_shown(file), b"", problems=(problem,))
     return _Entry(_shown(file), file.read_bytes(), label, label)
 
 
@@ -225,29 +230,31 @@ def _parquet_entries(config: ImagesConfig, path: str, classes: NamedClasses) -> 
 
 
 def _parquet_entry(config: ImagesConfig, row: dict[str, Any], where: str, classes: NamedClasses) -> _Entry:
-    data = _image_bytes(row[config.image])
+    data, problems = _image_bytes(row[config.image]), []
     if isinstance(data, str):
-        return _Entry(where, b"", problem=f"{config.image!r} {data}")
+        problems.append(f"{config.image!r} {data}")
+        data = b""
     found = {config.label: "", config.text: ""}
-    for column in (config.label, config.text):
-        if column is None:
-            continue
+    for column in dict.fromkeys(name for name in (config.label, config.text) if name is not None):
         try:
-            value = classes.label(column, row[column])
+            found[column] = _text_of(classes.label(column, row[column]), is_label=column == config.label)
         except ValueError as error:
-            return _Entry(where, b"", problem=f"{column!r} {error}")
-        if column == config.label and (value is None or (isinstance(value, str) and not value.strip())):
-            problem = (
-                f"{column!r} is {'null' if value is None else 'empty'}: every image needs a label. Label it, "
-                "remove it, or set label=null for all."
-            )
-            return _Entry(where, b"", problem=problem)
-        if column == config.label and isinstance(value, int):
-            value = str(value)
-        if bad := text_problem(value, "a string or a whole number" if column == config.label else "a string"):
-            return _Entry(where, b"", problem=f"{column!r} {bad}")
-        found[column] = str(value)
-    return _Entry(where, data, found[config.label], found[config.text])
+            problems.append(f"{column!r} {error}")
+    return _Entry(where, data, found[config.label], found[config.text], tuple(problems))
+
+
+def _text_of(value: object, *, is_label: bool) -> str:
+    """Raises `ValueError` for what is no text; a label may be a whole number."""
+    if is_label and (value is None or (isinstance(value, str) and not value.strip())):
+        raise ValueError(
+            f"is {'null' if value is None else 'empty'}: every image needs a label. Label it, remove it, or "
+            "set label=null for all."
+        )
+    if is_label and isinstance(value, int):
+        return str(value)
+    if problem := text_problem(value, "a string or a whole number" if is_label else "a string"):
+        raise ValueError(problem)
+    return str(value)
 
 
 def _image_bytes(value: object) -> bytes | str:

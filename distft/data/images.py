@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from distft.data.batch import RaggedArray
     from distft.data.feed import Feed
     from distft.data.image_rows import ImageRows
-    from distft.data.image_sources import ImageTable
+    from distft.data.image_sources import ImageTable, Problems
     from distft.data.labelled_rows import LabelNames, RowTargets
 
 _MOST_VIEWS = 16
@@ -132,14 +132,23 @@ class ImagesConfig(Settings):
         Raises `DataError` with every problem and its file, `ConfigError` if the model does not read these.
         """
         from distft.data.image_rows import ImageRows, describe
-        from distft.data.image_sources import read_images
+        from distft.data.image_sources import Problems, read_images
 
         self._check_model(context)
         assert context.image_shape is not None
-        table = read_images(self, context.image_shape)
+        problems = Problems(self.name)
+        table = read_images(self, context.image_shape, problems=problems)
         names = None if self.label is None else self._label_names(table, context)
-        targets = self._targets(table, names)
-        texts = None if self.text is None else self._encode_texts(table, context)
+        targets = self._targets(table, names, problems)
+        texts = None if self.text is None else self._encode_texts(table, context, problems)
+        problems.raise_if_any()
+        if names is not None and context.label_names is None and len(names.names) < 2:
+            raise DataError(
+                f"{self.name} has only one class, {names.names[0]!r}, of {len(table.labels):,} images: a "
+                "classification needs two or more."
+            )
+        if texts is not None:
+            check_vocabulary(self.name, texts.max_value, context)
         summary = describe(self.name, table, None if names is None else names.names)
         rows = ImageRows(
             table.images,
@@ -179,38 +188,28 @@ class ImagesConfig(Settings):
         if context.label_names is not None:
             assert isinstance(context.label_names, tuple)  # of this stream
             return LabelNames(context.label_names)
-        names = LabelNames.from_labels(table.labels)
-        if len(names.names) < 2:
-            raise DataError(
-                f"{self.name} has only one class, {names.names[0]!r}, of {len(table.labels):,} images: a "
-                "classification needs two or more."
-            )
-        return names
+        return LabelNames.from_labels(table.labels)
 
-    def _targets(self, table: ImageTable, names: LabelNames | None) -> RowTargets:
+    def _targets(self, table: ImageTable, names: LabelNames | None, problems: Problems) -> RowTargets:
         import numpy as np
 
-        from distft.data.image_sources import Problems
         from distft.data.labelled_rows import RowTargets
-        from distft.data.targets import LABEL, ROW
+        from distft.data.targets import IGNORE_INDEX, LABEL, ROW
 
         if names is None:
             return RowTargets(ROW, np.zeros(len(table.images), np.int64))
         known = {name: number for number, name in enumerate(names.names)}
-        problems = Problems(self.name)
         for where, label in zip(table.places, table.labels, strict=True):
             if label not in known:
                 problems.add(where, names.unknown_label_message(label))
-        problems.raise_if_any()
-        return RowTargets(LABEL, np.array([known[label] for label in table.labels], np.int64))
+        ids = [known.get(label, IGNORE_INDEX) for label in table.labels]
+        return RowTargets(LABEL, np.array(ids, np.int64))
 
-    def _encode_texts(self, table: ImageTable, context: DataContext) -> RaggedArray:
+    def _encode_texts(self, table: ImageTable, context: DataContext, problems: Problems) -> RaggedArray:
         """A row of at most `seq_len` tokens for each image's text."""
         from distft.data.batch import RaggedArray
-        from distft.data.image_sources import Problems
 
         template = context.template or TextTemplate()
-        problems = Problems(self.name)
         encoded: dict[str, Sequence[int]] = {}
         for where, text in zip(table.places, table.texts, strict=True):
             if text not in encoded:
@@ -218,7 +217,4 @@ class ImagesConfig(Settings):
                 if not ids:
                     problems.add(where, f"its text {text[:60]!r} encodes to no tokens.")
                 encoded[text] = template.row(ids, context.seq_len)
-        problems.raise_if_any()
-        rows = RaggedArray([encoded[text] for text in table.texts])
-        check_vocabulary(self.name, rows.max_value, context)
-        return rows
+        return RaggedArray([encoded[text] for text in table.texts])

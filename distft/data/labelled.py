@@ -115,11 +115,12 @@ class LabelledConfig(Settings):
         from distft.data.labelled_rows import LABEL_IDS, SECOND_STARTS, describe
         from distft.data.records import RowErrors
 
-        records = self._read()
         errors = RowErrors(self.path)
+        records = self._read(errors)
         label_ids, facts, label_lines = self._encode_labels(records, context, errors)
         rows, second_starts, text_lengths, max_tokens = self._encode_records(records, context, errors)
         errors.raise_if_any()
+        self._check_label_names(facts["label_names"], len(records), context)
         check_vocabulary(self.path, rows.max_value, context)
         facts["summary"] = describe(
             self.path, label_lines, text_lengths, max_tokens=max_tokens, seq_len=context.seq_len
@@ -127,7 +128,7 @@ class LabelledConfig(Settings):
         columns = {LABEL_IDS: label_ids, SECOND_STARTS: second_starts}
         return EncodedTable(rows=rows, columns=columns, facts=facts)
 
-    def _read(self) -> list[Record]:
+    def _read(self, errors: RowErrors) -> list[Record]:
         from distft.data.records import read_records
 
         labels = [] if self.label is None else [self.label]
@@ -139,6 +140,7 @@ class LabelledConfig(Settings):
             numbers=labels if self._kind == NUMBER else [],
             separator=self.label_separator,
             max_rows=self.max_rows,
+            errors=errors,
         )
 
     def _encode_labels(
@@ -160,8 +162,8 @@ class LabelledConfig(Settings):
                         record.line,
                         f"{self.label!r} is {number:g}, which float32 cannot hold: use another unit.",
                     )
-            errors.raise_if_any()
-            return np.array(numbers, np.float64).view(np.int64), facts, describe_numbers(numbers)
+            known = [number for number in numbers if abs(number) <= _MOST_NUMBER]
+            return np.array(numbers, np.float64).view(np.int64), facts, describe_numbers(known or [0.0])
         names = self._label_names(records, context)
         facts["label_names"] = names.names
         if self._kind == LABEL:
@@ -184,19 +186,22 @@ class LabelledConfig(Settings):
             assert isinstance(context.label_names, tuple)  # of this stream
             return LabelNames(context.label_names)
         if self._kind == LABELS:
-            names = LabelNames.from_labels(
+            return LabelNames.from_labels(
                 label for record in records for label in json.loads(record.values[self.label])
             )
-            if not names.names:
-                raise DataError(f"{self.path}: no row has a label in {self.label!r}: all lists are empty.")
-            return names
-        names = LabelNames.from_labels(record.values[self.label] for record in records)
-        if len(names.names) < 2:
+        return LabelNames.from_labels(record.values[self.label] for record in records)
+
+    def _check_label_names(self, names: Sequence[str] | None, num_rows: int, context: DataContext) -> None:
+        """Raise `DataError` for too few labels in training data."""
+        if names is None or context.label_names is not None:
+            return
+        if not names:
+            raise DataError(f"{self.path}: no row has a label in {self.label!r}: all lists are empty.")
+        if self._kind == LABEL and len(names) < 2:
             raise DataError(
-                f"{self.path}: column {self.label!r} has only one label, {names.names[0]!r}, "
-                f"in {len(records):,} rows: a classification needs two or more."
+                f"{self.path}: column {self.label!r} has only one label, {names[0]!r}, in {num_rows:,} rows: "
+                "a classification needs two or more."
             )
-        return names
 
     def _encode_records(
         self, records: Sequence[Record], context: DataContext, errors: RowErrors

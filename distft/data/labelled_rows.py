@@ -38,11 +38,13 @@ class LabelNames:
         return cls(tuple(sorted(unique)))
 
     def ids(self, records: Sequence[Record], column: str, errors: RowErrors) -> Indices:
-        """The class id of each record; adds one error for each unknown label, at its first line."""
+        """The class id of each record; adds an error for each record with an unknown label."""
         known = {name: i for i, name in enumerate(self.names)}
+        messages: dict[str, str] = {}
         for record in records:
-            self._check(record.values[column], record.line, known, errors)
-        return np.array([known[record.values[column]] for record in records], np.int64)
+            self._check(record.values[column], record.line, known, messages, errors)
+        ids = [known.get(record.values[column], IGNORE_INDEX) for record in records]
+        return np.array(ids, np.int64)
 
     def sets(
         self, records: Sequence[Record], column: str, errors: RowErrors
@@ -50,19 +52,23 @@ class LabelNames:
         """Of each record the number of its set of classes, and these sets; errors as `ids` adds them."""
         known = {name: i for i, name in enumerate(self.names)}
         numbers: dict[tuple[int, ...], int] = {}
+        messages: dict[str, str] = {}
         of_records = []
         for record in records:
             labels = json.loads(record.values[column])
             for label in labels:
-                self._check(label, record.line, known, errors)
-            classes = tuple(sorted(known[label] for label in labels))
+                self._check(label, record.line, known, messages, errors)
+            classes = tuple(sorted(known.get(label, IGNORE_INDEX) for label in labels))
             of_records.append(numbers.setdefault(classes, len(numbers)))
         return np.array(of_records, np.int64), [list(classes) for classes in numbers]
 
-    def _check(self, label: str, line: int, known: dict[str, int], errors: RowErrors) -> None:
+    def _check(
+        self, label: str, line: int, known: dict[str, int], messages: dict[str, str], errors: RowErrors
+    ) -> None:
         if label not in known:
-            known[label] = IGNORE_INDEX
-            errors.add(line, self.unknown_label_message(label))
+            if label not in messages:  # a search for a similar name in each of many rows takes long
+                messages[label] = self.unknown_label_message(label)
+            errors.add(line, messages[label])
 
     def unknown_label_message(self, label: str) -> str:
         """The message for a label that is none of the names."""

@@ -106,14 +106,17 @@ class PairsConfig(Settings):
         from distft.data.records import RowErrors, read_records
 
         scores = [] if self.score is None else [self.score]
-        records = read_records(self.path, texts=self.columns, numbers=scores, max_rows=self.max_rows)
+        errors = RowErrors(self.path)
+        records = read_records(
+            self.path, texts=self.columns, numbers=scores, max_rows=self.max_rows, errors=errors
+        )
         kept = [record for record in records if self._is_similar(record)]
         if not kept:
+            errors.raise_if_any()
             raise DataError(
                 f"{self.path}: none of its {len(records):,} rows has a {self.score!r} of {self.min_score:g} "
                 "or more: lower min_score."
             )
-        errors = RowErrors(self.path)
         rows, lengths = self._encode_records(kept, context, errors)
         errors.raise_if_any()
         check_vocabulary(self.path, rows.max_value, context)

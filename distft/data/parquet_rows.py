@@ -26,6 +26,13 @@ def parquet_rows(path: str, columns: Sequence[str], optional: Sequence[str] = ()
             yield from batch.to_pylist()
 
 
+def parquet_columns(path: str) -> Sequence[str]:
+    """Names of the file's columns. Raises `DataError` and `OSError` as the rows do."""
+    with _opened(path) as file:
+        names: list[str] = file.schema_arrow.names
+        return names
+
+
 def parquet_metadata(path: str) -> Mapping[bytes, bytes]:
     """What its writer has noted about the file's columns. Raises `DataError` and `OSError` as the rows do."""
     with _opened(path) as file:

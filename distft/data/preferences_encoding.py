@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distft.data.batch import RaggedArray
 from distft.data.compressed import read_error
-from distft.data.conversation_files import checked_message
+from distft.data.conversation_files import checked_messages
 from distft.data.encoded_once import EncodedTable
 from distft.data.preferences_rows import PROMPT_LENGTHS
 from distft.data.records import Record, RowErrors, missing_file, parse_rows, read_records
@@ -123,7 +124,8 @@ def _table(
 
 
 def _pairs_of_texts(config: PreferencesConfig, context: DataContext, errors: RowErrors) -> Iterator[Pair]:
-    for record in read_records(config.path, texts=config.columns, max_rows=config.max_rows):
+    records = read_records(config.path, texts=config.columns, max_rows=config.max_rows, errors=errors)
+    for record in records:
         pair = _pair_of_texts(config, record, context, errors)
         if pair is not None:
             yield pair
@@ -153,8 +155,10 @@ def _pair_of_texts(
         num_prompt = max(_num_equal(prompt, joint), 1)
         if num_prompt >= len(joint):
             errors.add(record.line, f"{name!r} encodes to no tokens behind its prompt.")
-            return None
-        sides.append(Side(joint, num_prompt))
+        else:
+            sides.append(Side(joint, num_prompt))
+    if len(sides) < 2:
+        return None
     if sides[0].tokens == sides[1].tokens:
         errors.add(record.line, f"{config.chosen!r} and {config.rejected!r} {_EQUAL}")
         return None
@@ -165,8 +169,11 @@ def _pairs_of_messages(config: PreferencesConfig, chat: Chat, errors: RowErrors)
     for number, (line, row) in enumerate(_rows(config)):
         if config.max_rows is not None and number >= config.max_rows:
             return
+        found = _messages_of(config, row, partial(errors.add, line))
+        if found is None:
+            continue
+        prompt, *answers = found
         try:
-            prompt, *answers = _messages_of(config, row)
             encoded = [chat.completion(prompt, answer) for answer in answers]
             sides = [Side([*before, *after], len(before)) for before, after in encoded]
             if not all(before and after for before, after in encoded):
@@ -187,42 +194,51 @@ def _rows(config: PreferencesConfig) -> Iterator[tuple[int, Row | str]]:
         raise read_error(config.path, error) from error
 
 
-def _messages_of(config: PreferencesConfig, row: Row | str) -> tuple[Messages, Messages, Messages]:
-    """The messages of the prompt and of the two answers. Raises `DataError`.
+def _messages_of(
+    config: PreferencesConfig, row: Row | str, add_problem: Callable[[str], None]
+) -> tuple[Messages, Messages, Messages] | None:
+    """The messages of the prompt and of the two answers; None after their problems were added.
 
     Without a column of prompts, the prompt is what both conversations begin with.
     """
     if isinstance(row, str):
-        raise DataError(row)
-    chosen, rejected = (_checked(row, name) for name in (config.chosen, config.rejected))
-    if config.prompt is None:
-        num_prompt = _num_equal(chosen, rejected)
-        prompt, chosen, rejected = chosen[:num_prompt], chosen[num_prompt:], rejected[num_prompt:]
-    else:
-        prompt = _checked(row, config.prompt)
-    if chosen == rejected:
-        raise DataError(f"{config.chosen!r} and {config.rejected!r} {_EQUAL}")
-    if not prompt:
-        raise DataError("has no prompt: the two conversations begin with different messages.")
-    for name, answer in ((config.chosen, chosen), (config.rejected, rejected)):
-        if not answer or answer[0]["role"] != "assistant":
-            raise DataError(f"{name!r} must go on behind the prompt with a message of the assistant.")
-    return prompt, chosen, rejected
+        add_problem(row)
+        return None
+    problems: list[str] = []
+    found: dict[str, Messages] = {}
+    for column in config.columns:
+        found[column], own = _checked(row, column)
+        problems += own
+    if not problems:
+        chosen, rejected = found[config.chosen], found[config.rejected]
+        num_prompt = _num_equal(chosen, rejected) if config.prompt is None else 0
+        prompt = chosen[:num_prompt] if config.prompt is None else found[config.prompt]
+        answers = {config.chosen: chosen[num_prompt:], config.rejected: rejected[num_prompt:]}
+        if chosen == rejected:
+            problems.append(f"{config.chosen!r} and {config.rejected!r} {_EQUAL}")
+        elif not prompt:
+            problems.append("has no prompt: the two conversations begin with different messages.")
+        else:
+            problems += [
+                f"{name!r} must go on behind the prompt with a message of the assistant."
+                for name, answer in answers.items()
+                if not answer or answer[0]["role"] != "assistant"
+            ]
+        if not problems:
+            return prompt, answers[config.chosen], answers[config.rejected]
+    for problem in problems:
+        add_problem(problem)
+    return None
 
 
-def _checked(row: Mapping[str, Any], column: str) -> Messages:
+def _checked(row: Mapping[str, Any], column: str) -> tuple[Messages, list[str]]:
+    """The messages in a column, and what is wrong with them."""
     if column not in row:
-        raise DataError(missing_column(column, row))
+        return [], [missing_column(column, row)]
     messages = row[column]
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{column!r} must be an array of messages, objects with role and content.")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        try:
-            checked.append(checked_message(message))
-        except DataError as problem:
-            raise DataError(f"message {number} of {column!r} {problem}") from None
-    return checked
+        return [], [f"{column!r} must be an array of messages, objects with role and content."]
+    return checked_messages(messages, of=f" of {column!r}")
 
 
 def _num_equal(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -6,11 +6,11 @@ What a row and a text are is the rule of `distft.data.rows`, for corpora and lab
 import difflib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
 
 import fsspec
 
@@ -50,8 +50,9 @@ class RowErrors:
     def raise_if_any(self) -> None:
         """Raise `DataError` with the first problems, each with its lines, and the number of others."""
         if self.lines:
-            messages = [self._message(*item) for item in list(self.lines.items())[:_MAX_SHOWN]]
-            if num_others := sum(len(lines) for lines in list(self.lines.values())[_MAX_SHOWN:]):
+            in_order = sorted(self.lines.items(), key=lambda item: item[1][0])
+            messages = [self._message(*item) for item in in_order[:_MAX_SHOWN]]
+            if num_others := sum(len(lines) for _, lines in in_order[_MAX_SHOWN:]):
                 messages.append(f"... and {num_others:,} more in {self.path}.")
             raise DataError("\n".join(messages))
 
@@ -75,6 +76,7 @@ def read_records(
     separator: str = ",",
     numbers: Sequence[str] = (),
     max_rows: int | None = None,
+    errors: RowErrors | None = None,
 ) -> list[Record]:
     """Read the columns `texts`, `labels`, `label_lists` and `numbers` of the first `max_rows` rows of a file.
 
@@ -85,31 +87,32 @@ def read_records(
     reads it, and is finite. Blank lines are not rows.
 
     Raises `DataError` with file and line: a file that is missing, empty, damaged or of another kind, bad
-    JSON or CSV, a missing column, a value of the wrong type.
+    JSON or CSV, a missing column, a value of the wrong type. With `errors`, those of rows go there instead,
+    unless no row is good: so a caller can tell them together with its own.
     """
-    errors = RowErrors(path)
+    found_errors = RowErrors(path) if errors is None else errors
     records: list[Record] = []
-    columns = [*texts, *labels, *label_lists, *numbers]
+    readers: dict[str, Callable[[str, object], str]] = {
+        **dict.fromkeys(texts, _text),
+        **dict.fromkeys(labels, _label),
+        **dict.fromkeys(label_lists, partial(_label_list, separator=separator)),
+        **dict.fromkeys(numbers, _number),
+    }
     try:
-        for line, row in parse_rows(path, columns):
-            if max_rows is not None and len(records) + errors.num_errors >= max_rows:
+        for number, (line, row) in enumerate(parse_rows(path, list(readers))):
+            if max_rows is not None and number >= max_rows:
                 break
-            if isinstance(row, str):
-                errors.add(line, row)
-                continue
-            values = _select_columns(row, texts, labels, numbers)
-            if isinstance(values, dict) and label_lists:
-                lists = _select_label_lists(row, label_lists, separator)
-                values = values | lists if isinstance(lists, dict) else lists
-            if isinstance(values, str):
-                errors.add(line, values)
-            else:
+            values, problems = ({}, [row]) if isinstance(row, str) else _read_columns(row, readers)
+            for problem in problems:
+                found_errors.add(line, problem)
+            if not problems:
                 records.append(Record(line, values))
     except FileNotFoundError:
         raise missing_file(path) from None
     except OSError as error:
         raise read_error(path, error) from error
-    errors.raise_if_any()
+    if errors is None or not records:
+        found_errors.raise_if_any()
     if not records:
         raise DataError(f"{path} has no rows.")
     return records
@@ -172,69 +175,67 @@ def _check_regular(path: str) -> None:
         raise DataError(f"{path} is {what}, not a file: name a file.")
 
 
-def _select_columns(
-    row: dict[str, Any], texts: Sequence[str], labels: Sequence[str], numbers: Sequence[str]
-) -> dict[str, str] | str:
-    """The requested values of a row, or a message about the first bad one."""
-    values = {}
-    for column in (*texts, *labels, *numbers):
+def _read_columns(
+    row: Row, readers: Mapping[str, Callable[[str, object], str]]
+) -> tuple[dict[str, str], list[str]]:
+    """The values of the columns that have readers, and messages about all that are bad."""
+    values, problems = {}, []
+    for column, read in readers.items():
         if column not in row:
-            return missing_column(column, row)
-        value = row[column]
-        if column in numbers:
-            if not _is_number(value):
-                return f"{column!r} is {json.dumps(value)[:60]}, but must be a finite number."
-            values[column] = str(value)
+            problems.append(missing_column(column, row))
             continue
-        if column in labels:
-            value = _label(column, value)
-            if isinstance(value, _Problem):
-                return str(value)
-        elif problem := text_problem(value):
-            return f"{column!r} {problem}"
-        values[column] = value
-    return values
+        try:
+            values[column] = read(column, row[column])
+        except ValueError as error:
+            problems += str(error).splitlines()
+    return values, problems
 
 
-class _Problem(str):
-    """A message about a bad value."""
+def _text(column: str, value: object) -> str:
+    if problem := text_problem(value):
+        raise ValueError(f"{column!r} {problem}")
+    return str(value)
 
 
 def _label(column: str, value: object) -> str:
-    """A label as text, or a `_Problem`."""
+    """A label as text. Raises `ValueError` for another value."""
     if isinstance(value, int):
         value = json.dumps(value)
     if value is None or (isinstance(value, str) and not value.strip()):
-        return _Problem(
+        raise ValueError(
             f"{column!r} is {'null' if value is None else 'empty'}: every row needs a label. Label it, "
             "remove it, or put unlabelled rows into a stream of their own, with label=null."
         )
     if problem := text_problem(value, "a string or a whole number"):
-        return _Problem(f"{column!r} {problem}")
+        raise ValueError(f"{column!r} {problem}")
     return str(value)
 
 
-def _select_label_lists(row: dict[str, Any], columns: Sequence[str], separator: str) -> dict[str, str] | str:
-    """The distinct labels in each column, as a JSON array, or a message; an empty list or string has none."""
-    lists = {}
-    for column in columns:
-        if column not in row:
-            return missing_column(column, row)
-        value = row[column]
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(separator)] if value.strip() else []
-        if not isinstance(value, list):
-            return (
-                f"{column!r} is {json.dumps(value)[:60]}, but must be a list of labels (labels=several): an "
-                "empty list for a row of no class; unlabelled rows belong into a stream of their own, with "
-                "label=null."
-            )
-        labels = [_label(column, item) for item in value]
-        problem = next((label for label in labels if isinstance(label, _Problem)), None)
-        if problem is not None:
-            return str(problem)
-        lists[column] = json.dumps(list(dict.fromkeys(labels)))
-    return lists
+def _label_list(column: str, value: object, separator: str) -> str:
+    """The distinct labels, as a JSON array; an empty list or string has none. Raises `ValueError`."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(separator)] if value.strip() else []
+    if not isinstance(value, list):
+        raise ValueError(
+            f"{column!r} is {json.dumps(value)[:60]}, but must be a list of labels (labels=several): an "
+            "empty list for a row of no class; unlabelled rows belong into a stream of their own, with "
+            "label=null."
+        )
+    labels, problems = [], []
+    for item in value:
+        try:
+            labels.append(_label(column, item))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return json.dumps(list(dict.fromkeys(labels)))
+
+
+def _number(column: str, value: object) -> str:
+    if not _is_number(value):
+        raise ValueError(f"{column!r} is {json.dumps(value)[:60]}, but must be a finite number.")
+    return str(value)
 
 
 def _is_number(value: object) -> bool:

@@ -107,7 +107,7 @@ def parse_json_row(line: bytes, columns: Collection[str]) -> Row | str | None:
             return "is a JSON array of all rows. " + _ONE_LINE_EACH
         return f"is {_shown(row)}, not an object with named columns."
     if isinstance(row, _DoubledRow) and (twice := sorted(set(row.doubled).intersection(columns))):
-        return f"has the key {twice[0]!r} twice: keep one."
+        return f"has the key {' and '.join(map(repr, twice))} twice: keep one."
     return row
 
 
@@ -169,11 +169,11 @@ def csv_rows(
     try:
         reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
         header = next((cells for cells in reader if cells), [])
-        if header and (missing := [name for name in columns if name not in header]):
-            yield reader.line_num, missing_column(missing[0], header)
-            return
-        if twice := [name for name in columns if header.count(name) > 1]:
-            yield 1, f"the header names the column {twice[0]!r} twice: keep one."
+        problems = [missing_column(name, header) for name in columns if header and name not in header]
+        twice = " and ".join(repr(name) for name in columns if header.count(name) > 1)
+        problems += [f"the header names the column {twice} twice: keep one."] if twice else []
+        if problems:
+            yield from ((reader.line_num, problem) for problem in problems)
             return
         for cells in reader:
             if undecodable:

@@ -32,12 +32,14 @@ def read_sentences(
     token_column: int,
     label_column: int,
     max_rows: int | None = None,
+    errors: RowErrors | None = None,
 ) -> list[Sentence]:
     """The first `max_rows` sentences of a file.
 
     JSONL has a list of words in `tokens` and, unless `labels` is None, one as long there. A file whose name
     ends in .conll, .iob, .iob2, .bio, .txt or .tsv has a word a line, its columns apart by tabs or by spaces,
-    and an empty line behind each sentence. Raises one `DataError` with file and line of every problem.
+    and an empty line behind each sentence. Raises one `DataError` with file and line of every problem; with
+    `errors`, those of sentences go there instead, unless none is good.
     """
     kind = PurePosixPath(without_compression(path)).suffix.lower()
     if kind not in _JSON_SUFFIXES | _COLUMN_SUFFIXES:
@@ -45,7 +47,8 @@ def read_sentences(
             f"{path}: unknown file type: the name must end in .jsonl, {', '.join(sorted(_COLUMN_SUFFIXES))}, "
             "or one of these with .gz or .zst."
         )
-    errors, found = RowErrors(path), []
+    found_errors, found = RowErrors(path) if errors is None else errors, []
+    num_bad = 0
     try:
         with open_lines(path) as lines:
             if kind in _JSON_SUFFIXES:
@@ -53,17 +56,20 @@ def read_sentences(
             else:
                 items = _column_sentences(lines, token_column, None if labels is None else label_column)
             for line, item in items:
-                if isinstance(item, str):
-                    errors.add(line, item)
-                else:
+                if isinstance(item, Sentence):
                     found.append(item)
-                if max_rows is not None and len(found) + errors.num_errors >= max_rows:
+                else:
+                    num_bad += 1
+                    for problem in item:
+                        found_errors.add(line, problem)
+                if max_rows is not None and len(found) + num_bad >= max_rows:
                     break
     except FileNotFoundError:
         raise missing_file(path) from None
     except OSError as error:
         raise read_error(path, error) from error
-    errors.raise_if_any()
+    if errors is None or not found:
+        found_errors.raise_if_any()
     if not found:
         raise DataError(f"{path} has no sentences.")
     return found
@@ -71,51 +77,54 @@ def read_sentences(
 
 def _json_sentences(
     lines: Iterable[bytes], tokens: str, labels: str | None
-) -> Iterator[tuple[int, Sentence | str]]:
+) -> Iterator[tuple[int, Sentence | list[str]]]:
+    """Of each line a sentence, or all that is wrong with it."""
     columns = [tokens, *([] if labels is None else [labels])]
     for line, row in json_rows(lines, columns):
         if isinstance(row, str):
-            yield line, row
+            yield line, [row]
             continue
-        lists = [_strings(row, column) for column in columns]
-        problem = next((found for found in lists if isinstance(found, str)), None)
-        words, own = lists[0], lists[1] if labels is not None else []
-        if problem is None and labels is not None and len(words) != len(own):
-            problem = f"{len(words):,} {tokens!r} and {len(own):,} {labels!r}: each word needs one label."
-        yield line, problem or Sentence(line, words, own)
+        problems = [problem for column in columns for problem in _list_problems(row, column)]
+        if problems:
+            yield line, problems
+            continue
+        words, own = row[tokens], [] if labels is None else row[labels]
+        if labels is not None and len(words) != len(own):
+            problems = [f"{len(words):,} {tokens!r} and {len(own):,} {labels!r}: each word needs one label."]
+        yield line, problems or Sentence(line, words, own)
 
 
-def _strings(row: dict[str, Any], column: str) -> list[str] | str:
-    """A list of texts that are not empty, or a message about what it is instead."""
+def _list_problems(row: dict[str, Any], column: str) -> Iterator[str]:
+    """What keeps a column from being a list of texts that are not empty."""
+    value = row.get(column)
     if column not in row:
-        return missing_column(column, row)
-    value = row[column]
-    if not isinstance(value, list):
-        return f"{column!r} must be a list of strings, with one for each word."
-    if not value:
-        return f"{column!r} is empty: a sentence needs words. Remove the line."
-    for place, item in enumerate(value, start=1):
-        if problem := text_problem(item):
-            return f"{column!r}: entry {place} {problem}"
-        if not item.strip():
-            return f"{column!r}: entry {place} is empty."
-    return value
+        yield missing_column(column, row)
+    elif not isinstance(value, list):
+        yield f"{column!r} must be a list of strings, with one for each word."
+    elif not value:
+        yield f"{column!r} is empty: a sentence needs words. Remove the line."
+    else:
+        for place, item in enumerate(value, start=1):
+            if problem := text_problem(item):
+                yield f"{column!r}: entry {place} {problem}"
+            elif not item.strip():
+                yield f"{column!r}: entry {place} is empty."
 
 
 def _column_sentences(
     lines: Iterable[bytes], token_column: int, label_column: int | None
-) -> Iterator[tuple[int, Sentence | str]]:
+) -> Iterator[tuple[int, Sentence | list[str]]]:
     words: list[str] = []
     labels: list[str] = []
     first = 0
     for number, raw in enumerate([*lines, b""], start=1):
         if number == 1 and (wrong := encoding_problem(raw)):
-            yield 1, wrong
+            yield 1, [wrong]
             return
         try:
             cells = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").strip("\ufeff")
         except UnicodeDecodeError as error:
-            yield number, not_utf8(error)
+            yield number, [not_utf8(error)]
             continue
         columns = cells.split("\t") if "\t" in cells else cells.split()
         if not "".join(columns).strip() or columns[0] == _DOCUMENT_START:
@@ -125,7 +134,7 @@ def _column_sentences(
             continue
         picked = _pick(columns, token_column, label_column)
         if isinstance(picked, str):
-            yield number, picked
+            yield number, [picked]
             continue
         first = first if words else number
         words.append(picked[0])

@@ -79,8 +79,11 @@ class TokenLabelsConfig(Settings):
         rows = TokenLabelRows(table.rows, pad_id=context.pad_id or 0, summary=table.facts["summary"])
         return rows, None if names is None else tuple(names)
 
-    def read(self) -> list[Sentence]:
-        """The file's sentences. Raises `DataError` with file and line of every problem."""
+    def read(self, errors: RowErrors | None = None) -> list[Sentence]:
+        """The file's sentences. Raises `DataError` with file and line of every problem.
+
+        With `errors`, those of sentences go there instead.
+        """
         from distft.data.sentences import read_sentences
 
         return read_sentences(
@@ -90,6 +93,7 @@ class TokenLabelsConfig(Settings):
             token_column=self.token_column,
             label_column=self.label_column,
             max_rows=self.max_rows,
+            errors=errors,
         )
 
     def _encode(self, context: DataContext) -> EncodedTable:
@@ -99,7 +103,8 @@ class TokenLabelsConfig(Settings):
         from distft.data.records import RowErrors
         from distft.data.token_label_rows import describe
 
-        sentences, errors = self.read(), RowErrors(self.path)
+        errors = RowErrors(self.path)
+        sentences = self.read(errors)
         names = None if self.labels is None else self._label_names(sentences, context)
         words = _Words(context, sentences, errors)
         known = {} if names is None else {name: number for number, name in enumerate(names)}
@@ -117,6 +122,10 @@ class TokenLabelsConfig(Settings):
             num_words += len(sentence.words)
             num_kept += len(firsts)
         errors.raise_if_any()
+        if names is not None and context.label_names is None and len(names) < 2:
+            raise DataError(
+                f"{self.path}: all words have the label {names[0]!r}: token labels need two or more."
+            )
         check_vocabulary(self.path, max_id, context)
         summary = describe(self.path, sentences, names, num_cut=num_words - num_kept, seq_len=context.seq_len)
         return EncodedTable(
@@ -129,12 +138,7 @@ class TokenLabelsConfig(Settings):
         if context.label_names is not None:
             assert isinstance(context.label_names, tuple)  # of this stream
             return context.label_names
-        names = LabelNames.from_labels(label for sentence in sentences for label in sentence.labels).names
-        if len(names) < 2:
-            raise DataError(
-                f"{self.path}: all words have the label {names[0]!r}: token labels need two or more."
-            )
-        return names
+        return LabelNames.from_labels(label for sentence in sentences for label in sentence.labels).names
 
 
 class _Words:
@@ -164,7 +168,7 @@ class _Words:
             if len(ids) + max(len(own), 1) > self._max_tokens:
                 break
             firsts.append(len(self._template.before) + len(ids))
-            ids += own
+            ids += own or [0]  # after the error above the row has no use
         return [*self._template.before, *ids, *self._template.behind], firsts
 
     def _pieces(self, words: Sequence[str], space: str) -> list[list[int]]:

@@ -64,6 +64,11 @@ class ModelConfig(Settings, ABC):
         """Whether training drops anything."""
 
     @property
+    def attention_dropout(self) -> float:
+        """The share of attention weights that training drops, for which all of them are in memory."""
+        return 0.0
+
+    @property
     def has_noise(self) -> bool:
         """Whether training adds noise to the embeddings of tokens."""
         return False

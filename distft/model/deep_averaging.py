@@ -24,6 +24,7 @@ class DeepAveragingModel(ModelWithHeads):
 
     def make_backbone(self) -> None:
         config = self.config
+        self.runs_layers_on_rows = config.is_causal  # else on documents, of which a row may have several
         self.blocks = nn.ModuleList(
             Linear(width, config.d_hidden, bias=True) for width in config.input_widths()
         )

@@ -79,6 +79,10 @@ class EncoderDecoderConfig(TokenModelConfig):
         return self
 
     @property
+    def attention_dropout(self) -> float:
+        return self.dropout
+
+    @property
     def is_causal(self) -> bool:
         return False
 

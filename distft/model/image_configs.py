@@ -96,6 +96,10 @@ class VisionTransformerConfig(ImageModelConfig):
         return self
 
     @property
+    def attention_dropout(self) -> float:
+        return self.dropout
+
+    @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 

@@ -74,6 +74,10 @@ class ImageTextConfig(ModelConfig):
         return self.image.has_dropout or self.text.has_dropout
 
     @property
+    def attention_dropout(self) -> float:
+        return max(self.image.attention_dropout, self.text.attention_dropout)
+
+    @property
     def has_noise(self) -> bool:
         return self.text.has_noise
 

@@ -77,6 +77,11 @@ def add_adapters(model: ModelWithHeads, config: LoraConfig) -> None:
     Heads have none: they train in full. Raises one `ConfigError` with each pattern that matches no layer.
     """
     layers = dict(_linear_layers(model))
+    if not layers:
+        raise ConfigError(
+            "lora: the model has no linear layer beside its heads, so that nothing can have an adapter: "
+            "leave lora out, and name what trains in trainable."
+        )
     others = [name for name, module in model.named_modules() if name and not isinstance(module, Linear)]
     selected: set[str] = set()
     problems = []
@@ -85,6 +90,12 @@ def add_adapters(model: ModelWithHeads, config: LoraConfig) -> None:
         if not matches:
             problems.append(_no_match_message(pattern, layers, [*model.heads], others))
         selected = selected - matches if pattern.startswith("!") else selected | matches
+    models = [module for module in model.modules() if isinstance(module, ModelWithHeads)]
+    if config.dropout and not all(own.runs_layers_on_rows for own in models):
+        problems.append(
+            f"lora.dropout={config.dropout:g} with model.type=deep_averaging and direction=bidirectional: "
+            "its layers get whole documents, and no positions of rows. Set lora.dropout=0."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     if not selected:
@@ -126,4 +137,4 @@ def _no_match_message(
         dict.fromkeys(".".join("*" if part.isdigit() else part for part in n.split(".")) for n in layers)
     )
     shown = ", ".join(kinds[:_MOST_LISTED]) + (", ..." if len(kinds) > _MOST_LISTED else "")
-    return f"lora.targets: {pattern!r} matches no linear layer; there are {shown or 'none'}.{reason}"
+    return f"lora.targets: {pattern!r} matches no linear layer; there are {shown}.{reason}"

@@ -218,6 +218,10 @@ class TransformerConfig(TokenModelConfig):
         return self.sliding_window - 1 if self.is_causal else self.sliding_window // 2
 
     @property
+    def attention_dropout(self) -> float:
+        return self.dropout
+
+    @property
     def is_causal(self) -> bool:
         return self.attention == "causal"
 

@@ -112,6 +112,7 @@ class ModelWithHeads(nn.Module, ABC):
 
     __call__: Callable[..., dict[str, Tensor]]
     adapter_keys: Sequence[RowKeys] = ()  # of adapters with dropout (`distft.model.lora`)
+    runs_layers_on_rows = True  # whether linear layers get positions row by row, which that dropout needs
 
     def __init__(self, config: ModelConfig, heads: Heads = LANGUAGE_MODEL) -> None:
         super().__init__()

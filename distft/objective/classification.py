@@ -188,11 +188,11 @@ class Classification(RowObjective):
 
         by_class = sums["by_class"].tolist()
         confusion = sums["confusion"].tolist() if "confusion" in sums else None
-        return report_lines(by_class, confusion, _names(label_names, len(by_class[0])))
+        return report_lines(by_class, confusion, class_names(label_names, len(by_class[0])))
 
     def findings(self, sums: Mapping[str, Tensor], label_names: Labels) -> Mapping[str, ClassifierFindings]:
         num_correct, num_rows, _ = sums["by_class"].sum(dim=1).tolist()
-        names = _names(label_names, sums["by_class"].shape[1])
+        names = class_names(label_names, sums["by_class"].shape[1])
         is_shown = "confusion" in sums and len(names) <= MOST_LABELS
         found = ClassifierFindings(
             labels=names if is_shown else (),
@@ -204,7 +204,8 @@ class Classification(RowObjective):
         return {"": found}
 
 
-def _names(label_names: Labels, num_classes: int) -> tuple[str, ...]:
+def class_names(label_names: Labels, num_classes: int) -> tuple[str, ...]:
+    """Those of the data; their numbers if it has none."""
     return label_names if isinstance(label_names, tuple) else tuple(map(str, range(num_classes)))
 
 

@@ -1,11 +1,11 @@
 """A classifier's confusion matrix and figures by class, as lines of text."""
 
-import math
 from collections.abc import Iterator, Sequence
+
+from distft.objective.intervals import macro_f1_interval, share_line, wilson_interval
 
 _MOST_CLASSES = 30  # of the matrix, which a terminal is wide enough for
 _MOST_CHARACTERS = 16  # of a label in a table
-_Z = 1.959964  # of a two-sided interval of 95 %
 
 
 def report_lines(
@@ -15,37 +15,38 @@ def report_lines(
 
     `confusion[i][j]` rows of label i were predicted to be label j.
     """
-    num_correct, num_rows = sum(by_class[0]), sum(by_class[1])
-    low, high = wilson_interval(num_correct, num_rows)
-    lines = [
-        f"{num_correct:,} of {num_rows:,} rows are right; 95 % interval of the accuracy (Wilson): "
-        f"{low:.4f} to {high:.4f}",
-        "",
-        *_by_class(by_class, names),
-    ]
+    lines = [share_line(sum(by_class[0]), sum(by_class[1]), "rows", "accuracy")]
+    if confusion is not None:
+        low, high = macro_f1_interval(confusion)
+        lines.append(f"95 % interval of macro_f1 (resampled rows): {low:.4f} to {high:.4f}")
+    lines += ["", *class_table(by_class, names)]
     if confusion is None or len(names) > _MOST_CLASSES:
         return lines
     return [*lines, "", *_matrix(confusion, names)]
 
 
-def wilson_interval(num_correct: int, num_rows: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which holds for few rows and shares near 0 and 1, too."""
-    if not num_rows:
-        return 0.0, 1.0
-    share, squared = num_correct / num_rows, _Z**2 / num_rows
-    middle = (share + squared / 2) / (1 + squared)
-    half = _Z / (1 + squared) * math.sqrt(share * (1 - share) / num_rows + squared / (4 * num_rows))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+def class_table(by_class: Sequence[Sequence[int]], names: Sequence[str], unit: str = "rows") -> Iterator[str]:
+    """Precision, recall and F1 by class, the former with Wilson's intervals; `by_class` as above.
 
-
-def _by_class(by_class: Sequence[Sequence[int]], names: Sequence[str]) -> Iterator[str]:
+    `unit` is what is counted.
+    """
     shown = [_shortened(name) for name in names]
     width = max(map(len, [*shown, "label"]))
-    yield f"{'label':<{width}}  {'precision':>9}  {'recall':>6}  {'f1':>6}  {'rows':>7}"
+    between = f"{'95 % interval':>16}"
+    yield f"{'label':<{width}}  {'precision':>9}  {between}  {'recall':>6}  {between}  {'f1':>6}  {unit:>8}"
     for name, correct, labelled, predicted in zip(shown, *by_class, strict=True):
-        figures = [(correct, predicted), (correct, labelled), (2 * correct, labelled + predicted)]
-        precision, recall, f1 = (f"{part / whole:.4f}" if whole else "-" for part, whole in figures)
-        yield f"{name:<{width}}  {precision:>9}  {recall:>6}  {f1:>6}  {labelled:>7,}"
+        precision, recall = _share(correct, predicted, 9), _share(correct, labelled, 6)
+        both = labelled + predicted
+        f1 = f"{2 * correct / both:.4f}" if both else "-"
+        yield f"{name:<{width}}  {precision}  {recall}  {f1:>6}  {labelled:>8,}"
+
+
+def _share(part: int, whole: int, width: int) -> str:
+    """With its interval; neither is defined of nothing."""
+    if not whole:
+        return f"{'-':>{width}}  {'-':>16}"
+    low, high = wilson_interval(part, whole)
+    return f"{part / whole:>{width}.4f}  {low:.4f} to {high:.4f}"
 
 
 def _matrix(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Iterator[str]:

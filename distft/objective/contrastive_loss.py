@@ -98,15 +98,16 @@ def losses_and_gradients(
     [n, K]; n differs between ranks. Each rank computes the losses of its own sequences, of all candidates
     (Gao et al. 2021, arXiv:2101.06983, over ranks).
     """
-    rank = torch.full_like(own_hashes[:, :1], collectives.dp_rank)
-    known = collectives.differentiable_gather(torch.cat([own_hashes, rank], dim=1))
-    hashes, is_own = known[:, :-1], known[:, -1] == collectives.dp_rank
+    row_counts = collectives.all_gather(len(own_hashes))  # by the hosts: no device is waited for
+    first = sum(row_counts[: collectives.dp_rank])
+    own_queries = torch.arange(first, first + len(own_hashes), device=own_hashes.device)
+    hashes = collectives.differentiable_gather(own_hashes, row_counts)
     with torch.enable_grad():
         own = own_vectors.detach().requires_grad_()
-        gathered = collectives.differentiable_gather(own)
+        gathered = collectives.differentiable_gather(own, row_counts)
         vectors = gathered.detach().requires_grad_()
         losses, gradient = [own.new_zeros(0)], torch.zeros_like(vectors)
-        for queries in torch.split(torch.nonzero(is_own).flatten(), _QUERIES_AT_A_TIME):
+        for queries in torch.split(own_queries, _QUERIES_AT_A_TIME):
             if len(queries):
                 of_chunk = loss.of(vectors, hashes, queries)
                 gradient += torch.autograd.grad(of_chunk.sum(), vectors)[0]

@@ -112,14 +112,14 @@ class Mixture(Objective):
             part = self.part(name)
             if isinstance(part, UnlabelledObjective):
                 with errors.collect(), _naming(name):
-                    part.require_head(self._classifiers(), heads)
+                    part.require_head(dict.fromkeys(self._classifiers().values()), heads)
         errors.raise_if_any()
         return heads
 
     def _classifiers(self) -> dict[str, str]:
-        """The parts that give each row one label, by their heads."""
+        """The heads of the parts that give each row one label, by part."""
         parts = {name: self.part(name) for name in self.parts}
-        return {part.head_name: name for name, part in parts.items() if isinstance(part, Classification)}
+        return {name: part.head_name for name, part in parts.items() if isinstance(part, Classification)}
 
     def heads_of_part(self, name: str, label_names: Labels) -> list[str]:
         """The heads that rows of this part's stream go through."""
@@ -131,11 +131,10 @@ class Mixture(Objective):
     def describe(self) -> Iterator[str]:
         """A line for each part."""
         for name, part in self.parts.items():
-            weight = part.weight
-            if isinstance(weight, tuple):
-                shown = ", ".join(f"{value:g} in step {step:,}" for step, value in weight)
+            if isinstance(part.weight, tuple):
+                shown = ", ".join(f"{value:g} in step {step:,}" for step, value in part.weight)
             else:
-                shown = f"{weight:g}"
+                shown = f"{part.weight:g}"
             yield f"{name}: {part.objective.type}, weight {shown}"
 
     def check_model(self, model: ModelConfig) -> None:
@@ -182,11 +181,13 @@ class Mixture(Objective):
         return [name for name in self.parts if name not in unlabelled] if unlabelled else None
 
     def resolved(self, model: ModelConfig, train: AnyFeed | None) -> Self:
-        streams = getattr(train, "streams", {})
-        parts = {
-            name: part.model_copy(update={"objective": part.objective.resolved(model, streams.get(name))})
-            for name, part in self.parts.items()
-        }
+        streams, parts = getattr(train, "streams", {}), {}
+        for name, part in self.parts.items():
+            own = part.objective.resolved(model, streams.get(name))
+            if isinstance(own, UnlabelledObjective):
+                labelled = [name for name, head in self._classifiers().items() if head == own.head]
+                own = own.with_labelled([streams[name] for name in labelled if name in streams])
+            parts[name] = part.model_copy(update={"objective": own})
         return self.model_copy(update={"parts": parts})
 
     def term_weights(self, step: int) -> Mapping[str, float]:
@@ -215,14 +216,13 @@ class Mixture(Objective):
         for name, stream in feed.streams.items():
             with errors.collect(), _naming(name):
                 own_context = replace(context, label_names=stream.label_names)
-                own_seed = stream_seed(seed, name)
-                of_part = self.part(name).transform_feed(stream, own_context, own_seed)
+                part = self.part(name)
+                of_part = part.transform_feed(stream, own_context, stream_seed(seed, name))
                 assert isinstance(of_part, Feed)
                 transformed[name] = of_part
-                part = self.part(name)
                 labels = context.label_names if isinstance(context.label_names, Mapping) else {}
                 if isinstance(part, UnlabelledObjective):
-                    owner = self._classifiers().get(part.head, "")
+                    owner, *_ = [n for n, head in self._classifiers().items() if head == part.head] or [""]
                     part.require_classes(len(labels.get(owner, ())) or None)
         errors.raise_if_any()
         return feed.with_streams(transformed)

@@ -11,7 +11,7 @@ from distft.data.dataset import ClassNames, Labels, TransformContext
 from distft.data.targets import IGNORE_INDEX, LABELS
 from distft.errors import ConfigError
 from distft.model.heads import Heads
-from distft.objective.classification import macro_f1
+from distft.objective.classification import class_names, macro_f1
 from distft.objective.interface import Model, ObjectiveContext, only_batch
 from distft.objective.row_objective import RowObjective, require_targets
 
@@ -98,3 +98,11 @@ class MultiLabel(RowObjective):
             "micro_f1": float(2 * correct.sum() / (labelled.sum() + predicted.sum()).clamp_min(1)),
             "macro_f1": macro_f1(correct, labelled, predicted),
         }
+
+    def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:
+        from distft.objective.classification_report import class_table
+        from distft.objective.intervals import share_line
+
+        by_class = sums["by_class"].tolist()
+        exact = share_line(float(sums["num_exact"]), float(sums["num_rows"]), "rows", "exact_match")
+        return [exact, "", *class_table(by_class, class_names(label_names, len(by_class[0])))]

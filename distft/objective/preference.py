@@ -57,6 +57,8 @@ class Preference(Objective):
     sft_on_prompt: bool = False  # the prompt's tokens are targets of `sft`, too, as in TRL's ORPO
     # A checkpoint of any format, for dpo and ipo, with the run's model; null: init_from.
     reference: PathText | None = None
+    # Runs with the same reference, rows and precision share there what it gives them; null: each computes it.
+    reference_dir: PathText | None = None
     # Share of the positions whose logits are computed, for counts of FLOPs; null: that of the training data.
     answer_share: float | None = Field(None, gt=0, le=1)
 
@@ -67,6 +69,8 @@ class Preference(Objective):
             problems.append(f"label_smoothing is of loss=dpo, and loss={self.loss} has none: leave it out")
         if self.reference is not None and self.loss == "orpo":
             problems.append("loss=orpo compares with no reference: leave reference out")
+        if self.reference_dir is not None and self.loss == "orpo":
+            problems.append("loss=orpo compares with no reference: leave reference_dir out")
         if self.sft_on_prompt and not self._sft_weight:
             problems.append("sft_on_prompt needs the term sft: set sft_weight, or leave it out")
         if problems:
@@ -178,6 +182,13 @@ class Preference(Objective):
         terms = {name: totals[name] / max(counts[name], 1) for name in weights}
         loss = sum(weight * terms[name] for name, weight in weights.items())
         return {"loss": loss, **self.term_metrics(terms, 0), **_means(totals)}
+
+    def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:  # noqa: ARG002
+        """The 95 % intervals of both accuracies."""
+        from distft.objective.intervals import share_line
+
+        names = ("accuracy", "log_probabilities/accuracy")
+        return [share_line(float(sums[name]), float(sums[_PAIRS]), "pairs", name) for name in names]
 
     def _with_sft_targets(self, batch: Batch) -> Batch:
         """With the targets of the term `sft`, and those of all tokens whose log-probability is needed."""

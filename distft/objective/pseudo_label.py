@@ -22,8 +22,11 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
     from torch import Tensor
 
     from distft.data.batch import AnyBatch
+    from distft.data.dataset import TransformContext
+    from distft.data.feed import Feed
 
 PSEUDO_LABEL = "pseudo_label"  # name of the targets [B]: the predicted class, if it is confident
+_MOST_SHOWN = 20  # class shares in the log
 _LEAST_MEAN = 1e-6  # of a class's predictions, by which others are divided
 _MEAN, _CONFIDENT = "mean_prediction", "confident_share"  # [K] each, in the objective's state
 
@@ -35,7 +38,8 @@ class PseudoLabel(UnlabelledObjective):
     threshold: StepFunction = 0.95  # least confidence; points [[step, confidence], ...] to anneal it
     per_class: bool = False  # lower it for classes that are seldom confident (arXiv:2110.08263)
     align: bool = False  # pull the mean prediction to `class_shares` (arXiv:1911.09785)
-    class_shares: tuple[float, ...] | None = None  # of the classes in the head's order; null: all equal
+    # In the head's order of classes; labelled: as among the rows whose labels train the head.
+    class_shares: tuple[float, ...] | Literal["labelled"] | None = "labelled"  # null: all classes alike
     momentum: float = Field(0.99, ge=0, lt=1)  # of the running means for per_class and align, a step
     weak: View = View()  # the view that is labelled
     strong: View = View(rate=0.2)  # the view that learns
@@ -44,9 +48,9 @@ class PseudoLabel(UnlabelledObjective):
     def _check(self) -> Self:
         if any(not 0 <= value <= 1 for value in values_of(self.threshold)):
             raise ValueError("threshold must be from 0 to 1")
-        if self.class_shares is not None and min(self.class_shares, default=0) <= 0:
+        if isinstance(self.class_shares, tuple) and min(self.class_shares, default=0) <= 0:
             raise ValueError("class_shares must be above 0")
-        if self.class_shares is not None and not self.align:
+        if isinstance(self.class_shares, tuple) and not self.align:
             raise ValueError("class_shares have an effect with align: true only")
         return self
 
@@ -58,8 +62,21 @@ class PseudoLabel(UnlabelledObjective):
     def confident_target(self) -> str | None:
         return PSEUDO_LABEL
 
+    def with_labelled(self, feeds: Sequence[Feed]) -> Self:
+        known = [feed for feed in feeds if feed.label_names is not None]
+        if self.class_shares != "labelled" or (self.align and not known):
+            return self
+        return self.model_copy(update={"class_shares": _shares(known) if self.align else None})
+
+    def notes(self, context: TransformContext) -> Sequence[str]:  # noqa: ARG002
+        if not isinstance(self.class_shares, tuple):
+            return ()
+        shown = ", ".join(f"{share:.3g}" for share in self.class_shares[:_MOST_SHOWN])
+        more = ", ..." if len(self.class_shares) > _MOST_SHOWN else ""
+        return (f"predictions are aligned with the class shares {shown}{more}",)
+
     def require_classes(self, num_classes: int | None) -> None:
-        given = len(self.class_shares or ())
+        given = len(self.class_shares) if isinstance(self.class_shares, tuple) else 0
         if given and num_classes is not None and given != num_classes:
             raise ConfigError(
                 f"class_shares has {given} numbers, but head {self.head!r} has {num_classes} classes."
@@ -94,6 +111,7 @@ class PseudoLabel(UnlabelledObjective):
     def _aligned(self, p_BK: Tensor, real_B: Tensor, context: ObjectiveContext) -> Tensor:
         mean_K = context.state[_MEAN]
         self._update_mean(mean_K, p_BK * real_B[:, None], real_B, context)
+        assert self.class_shares != "labelled"  # `with_labelled` has counted
         shares_K = p_BK.new_tensor(self.class_shares or [1.0] * p_BK.shape[1])
         aligned_BK = p_BK * (shares_K / mean_K.clamp_min(_LEAST_MEAN))
         return aligned_BK / aligned_BK.sum(dim=1, keepdim=True)
@@ -129,6 +147,21 @@ class PseudoLabel(UnlabelledObjective):
         batch = only_batch(batch)
         logits, labels = self.logits(model, batch, 1), batch.targets[PSEUDO_LABEL]
         return {ROW: cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")}
+
+
+def _shares(feeds: Sequence[Feed]) -> tuple[float, ...]:
+    """Of each class among all rows; a class without a row counts as if it had one.
+
+    Raises `ConfigError` for labels that are not counted.
+    """
+    counts = [0] * max(len(feed.label_names or ()) for feed in feeds)
+    for feed in feeds:
+        if feed.label_counts is None:
+            raise ConfigError("class_shares=labelled needs labels that are counted: give the shares.")
+        for label, count in enumerate(feed.label_counts):
+            counts[label] += count
+    counts = [max(count, 1) for count in counts]
+    return tuple(count / sum(counts) for count in counts)
 
 
 def class_factors(confident_share_K: Tensor) -> Tensor:

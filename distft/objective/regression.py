@@ -136,3 +136,14 @@ class Regression(RowObjective):
             "pearson": pearson(predictions, numbers),
             "spearman": spearman(predictions, numbers),
         }
+
+    def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:  # noqa: ARG002
+        """The 95 % intervals of the correlations."""
+        from distft.objective.intervals import correlation_interval
+
+        found, lines = self.metrics(sums), []
+        for name, method in (("pearson", "Fisher"), ("spearman", "Bonett and Wright")):
+            interval = correlation_interval(found[name], len(sums["numbers"]), is_of_ranks=name == "spearman")
+            if interval is not None:
+                lines.append(f"95 % interval of {name} ({method}): {interval[0]:.4f} to {interval[1]:.4f}")
+        return lines

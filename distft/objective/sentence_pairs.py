@@ -174,6 +174,12 @@ class SentencePairs(PooledObjective):
             **{f"{MASKED_TOKEN}/{key}": value for key, value in of_tokens.items()},
         }
 
+    def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:  # noqa: ARG002
+        from distft.objective.intervals import share_line
+
+        _, num_correct, num_pairs = sums["pairs"].tolist()
+        return [share_line(num_correct, num_pairs, "pairs", "accuracy")]
+
     def _forward(
         self, model: Model, rows: Batch, loss_fn: FusedLinearCrossEntropy | LossAndNumCorrect
     ) -> Mapping[str, Tensor]:

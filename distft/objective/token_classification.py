@@ -171,18 +171,19 @@ class TokenClassification(Objective):
         return metrics
 
     def report(self, sums: Mapping[str, Tensor], label_names: Labels) -> Sequence[str]:
-        """Precision, recall and F1 by type of entity, else by label."""
+        """Precision, recall and F1 by type of entity, else by label, with 95 % intervals."""
+        from distft.objective.classification import class_names
+        from distft.objective.classification_report import class_table
+        from distft.objective.intervals import share_line
+
+        by_class = sums["by_class"].tolist()
+        accuracy = share_line(sum(by_class[0]), sum(by_class[1]), "words", "accuracy")
         if "entities" in sums:
-            names, (right, real, found) = entity_types(self.labels or ()), sums["entities"].tolist()
+            names, of_classes, unit = entity_types(self.labels or ()), sums["entities"].tolist(), "entities"
         else:
-            right, real, found = sums["by_class"].tolist()
-            names = list(label_names) if isinstance(label_names, tuple) else [*map(str, range(len(real)))]
-        width = max(map(len, [*names, "label"]))
-        lines = [f"{'label':<{width}}  precision  recall      f1    number"]
-        for name, *counts in zip(names, right, found, real, strict=True):
-            precision, recall, f1 = precision_recall_f1(*counts)
-            lines.append(f"{name:<{width}}  {precision:>9.4f}  {recall:>6.4f}  {f1:>6.4f}  {counts[2]:>8,}")
-        return lines
+            names = list(class_names(label_names, len(by_class[0])))
+            of_classes, unit = by_class, "words"
+        return [accuracy, "", *class_table(of_classes, names, unit)]
 
 
 def _by_row(values_BT: Tensor, counts_BT: Tensor) -> list[list[int]]:

@@ -6,7 +6,7 @@ Shape letters: B rows of one view, K classes.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a configuration is checked without torch, which takes 2 s t
     from torch import Tensor
 
     from distft.data.batch import AnyBatch, Batch
-    from distft.data.feed import Transform
+    from distft.data.feed import Feed, Transform
     from distft.data.token_dropout import TokenDropout
 
 # Name of the targets [B, K]: probabilities, or IGNORE_INDEX in a row that is left out.
@@ -94,6 +94,10 @@ class UnlabelledObjective(Objective):
         raise ConfigError(
             f"head={self.head!r} {what}. It must be that of a part with type=classification, and {known}."
         )
+
+    def with_labelled(self, feeds: Sequence[Feed]) -> Self:  # noqa: ARG002
+        """As `resolved`, for settings whose default depends on the rows whose labels train the head."""
+        return self
 
     def require_classes(self, num_classes: int | None) -> None:
         """Raise `ConfigError` if the settings do not fit the head's number of classes; None: unknown."""

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from distft import storage
-from distft.data.conversation_files import ROLES, checked_message, checked_tools, read_conversations
+from distft.data.conversation_files import ROLES, checked_messages, checked_tools, read_conversations
 from distft.data.conversations import ConversationsConfig
 from distft.data.records import RowErrors, other_lines
 from distft.data.rows import text_problem
@@ -24,22 +24,26 @@ class ChatPrompt:
     where: str = "-m:"  # for errors
 
 
-def read_chats(path: str, data: ConversationsConfig | None = None) -> list[ChatPrompt]:
+def read_chats(
+    path: str, data: ConversationsConfig | None = None, errors: RowErrors | None = None
+) -> list[ChatPrompt]:
     """The conversations of a file, whose columns and roles have the names that `data` says.
 
     A .json file has one, as an array of messages or an object with `messages` and perhaps `tools`; files of
-    rows are as those of `data.type=conversations`. Raises `DataError`.
+    rows are as those of `data.type=conversations`. Raises `DataError`. With `errors`, those of rows go there
+    instead, unless no row is good.
     """
     if PurePath(path).suffix.lower() == ".json":
         return [_of_json(path)]
-    errors = RowErrors(path)
+    found_errors = RowErrors(path) if errors is None else errors
     names = ConversationsConfig(path=path) if data is None else data
     config = names.model_copy(update={"path": path, "max_rows": None})
     found = [
         ChatPrompt(messages=row.messages, tools=row.tools, line=row.line, where=f"{path}:{row.line}:")
-        for row in read_conversations(config, errors, needs_answer=False)
+        for row in read_conversations(config, found_errors, needs_answer=False)
     ]
-    errors.raise_if_any()
+    if errors is None or not found:
+        found_errors.raise_if_any()
     if not found:
         raise DataError(f"{path} has no conversations.")
     return found
@@ -56,12 +60,8 @@ def _of_json(path: str) -> ChatPrompt:
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{path} must be an array of messages, or an object with such an array in messages.")
-    checked, problems = [], []
-    for number, message in enumerate(messages, start=1):
-        try:
-            checked.append(checked_message(message))
-        except DataError as error:
-            problems.append(f"{path}: message {number} {error}")
+    checked, of_messages = checked_messages(messages)
+    problems = [f"{path}: {problem}" for problem in of_messages]
     try:
         tools = checked_tools(row.get("tools"), "tools")
     except DataError as error:
@@ -87,11 +87,13 @@ def chat_of_options(messages: Sequence[str]) -> ChatPrompt:
     return ChatPrompt(messages=found)
 
 
-def require_questions(chats: Sequence[ChatPrompt]) -> None:
-    """Raise `DataError` for each that the assistant has answered already."""
+def require_questions(chats: Sequence[ChatPrompt], errors: RowErrors | None = None) -> None:
+    """Raise `DataError` for each that the assistant has answered already; with `errors` it goes there."""
+    problem = "the last message is the assistant's, so that there is nothing to answer: remove it."
     answered = [chat for chat in chats if chat.messages[-1]["role"] == "assistant"]
-    if answered:
-        raise DataError(
-            f"{answered[0].where} the last message is the assistant's, so that there is nothing to answer: "
-            f"remove it.{other_lines([chat.line for chat in answered])}"
-        )
+    for chat in answered if errors is not None else ():
+        assert errors is not None
+        errors.add(chat.line, problem)
+    if answered and errors is None:
+        others = other_lines([chat.line for chat in answered])
+        raise DataError(f"{answered[0].where} {problem}{others}")

@@ -192,20 +192,29 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 def parse_run_config(raw: Mapping[str, Any]) -> RunConfig:
     """As `load_run_config`, from the content of the user's file."""
-    config: RunConfig = parse(RunConfig, _complete_from_checkpoint(dict(raw)), trust=True)
+    completed, unread = _complete_from_checkpoint(dict(raw))
+    try:
+        config: RunConfig = parse(RunConfig, completed, trust=True)
+    except ConfigError as error:
+        if unread is None:
+            raise
+        raise ConfigError(
+            f"{error}\nWhat model and lora leave out is that of init_from, which cannot be read: {unread}"
+        ) from unread
     return config
 
 
-def _complete_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
+def _complete_from_checkpoint(raw: dict[str, Any]) -> tuple[dict[str, Any], DistftError | None]:
+    """`raw` with what `model` and `lora` leave out, and why `init_from` does not give it."""
     model, lora, init_from = raw.get("model"), raw.get("lora"), raw.get("init_from")
     is_model_open = isinstance(model, Mapping) and not is_complete(model)
     is_lora_open = isinstance(lora, Mapping) and "rank" not in lora
     if not isinstance(init_from, str) or not (is_model_open or is_lora_open):
-        return raw
+        return raw, None
     try:
         saved = open_source(init_from, weights_only=True).manifest.config
-    except DistftError:
-        return raw  # `read_inputs` reports it
+    except DistftError as error:
+        return raw, error
     completed = dict(raw)
     of_model, of_lora = saved.get("model"), saved.get("lora")
     if is_model_open and isinstance(of_model, Mapping):
@@ -215,4 +224,4 @@ def _complete_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
     if is_lora_open and isinstance(of_lora, Mapping):
         assert isinstance(lora, Mapping)
         completed["lora"] = {**of_lora, **lora}
-    return completed
+    return completed, None

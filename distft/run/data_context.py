@@ -1,6 +1,7 @@
 """What a run's data is built from: the sizes of its model, its tokenizer, and whether they fit together."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from distft import storage
 from distft.checkpoint.sources import CheckpointSource
@@ -15,6 +16,9 @@ from distft.run.paths import data_of_streams
 from distft.tokenizer import Tokenizer
 from distft.tokenizer.chat import Chat
 from distft.tokenizer.template_files import read_template
+
+if TYPE_CHECKING:
+    from distft.data.feed import Feed
 
 
 def tokenizer_notes(tokenizer: Tokenizer, source: CheckpointSource | None) -> list[str]:
@@ -31,6 +35,21 @@ def tokenizer_notes(tokenizer: Tokenizer, source: CheckpointSource | None) -> li
         num_equal = sum(one == other for one, other in zip(own, tokenizer.piece_texts, strict=False))
         note += f" {num_equal:,} of its {len(own):,} ids have the same text in both."
     return [note]
+
+
+def split_notes(config: RunConfig, train: "Feed", source: CheckpointSource) -> list[str]:
+    """A note if `train`, what a split leaves of the data, is not what trained the checkpoint."""
+    saved, fingerprint = source.manifest.config, source.manifest.data_fingerprint
+    reads_alike = (
+        saved.get("batch", {}).get("seq_len") == config.batch.seq_len
+        and saved.get("tokenizer") == config.tokenizer
+    )
+    if fingerprint in {None, train.fingerprint} or not reads_alike:
+        return []
+    return [
+        "the split is not that of the run, or its data have changed since: rows that are measured here may "
+        f"have trained the model. Measure others: set validation.type={config.data.type} and validation.path."
+    ]
 
 
 def require_inputs_of_model(config: RunConfig, model: ModelConfig) -> None:

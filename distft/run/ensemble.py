@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from distft.checkpoint.steps import absolute
 from distft.collectives import Collectives
 from distft.data.batch import AnyBatch
 from distft.data.dataset import ClassNames
@@ -73,7 +74,13 @@ def open_members(
     for member in members:
         for note in member.notes:
             on_note(f"{member.source.path}: {note}" if len(members) > 1 else note)
-    problems = []
+    named = [absolute(member.source.path) for member in members]
+    problems = [
+        f"{members[named.index(path)].source.path} is named {named.count(path)} times, so that it would "
+        "count as often: name each member once."
+        for path in dict.fromkeys(named)
+        if named.count(path) > 1
+    ]
     for member in members:
         objective: Any = member.config.objective
         if not isinstance(objective, Classification):

@@ -7,7 +7,7 @@ from pathlib import PurePath
 import torch
 
 from distft import storage
-from distft.data.records import read_records
+from distft.data.records import RowErrors, read_records
 from distft.data.rows import text_problem
 from distft.errors import ConfigError, DataError, ErrorCollector
 from distft.model.generation import generate
@@ -132,9 +132,13 @@ def encode_chats(
     chats: Sequence[ChatPrompt],
     *,
     template: str | None = None,
+    errors: RowErrors | None = None,
     on_note: Callable[[str], None],
 ) -> EncodedPrompts:
-    """Raises `ConfigError` for a model that cannot answer, and `DataError` for what the template refuses."""
+    """Raises `ConfigError` for a model that cannot answer, and `DataError` for what the template refuses.
+
+    `errors` has those of the chats' file, which are told together with these.
+    """
     if _reads_sources(trained):
         raise ConfigError(f"{trained.source.path} has an encoder, which reads sources, and no conversations.")
     tokenizer = trained.tokenizer
@@ -143,14 +147,18 @@ def encode_chats(
     elif not tokenizer.chat_templates:
         on_note("the model has no chat template, so that it reads messages as a plain text. Name one.")
     chat = chat_of(tokenizer, trained.config.chat)
-    errors, rows = ErrorCollector(), []
+    collected, rows = ErrorCollector(), []
     for prompt in chats:
-        with errors.collect():
+        with collected.collect():
             try:
                 rows.append(chat.prompt(prompt.messages, prompt.tools))
             except DataError as error:
-                raise DataError(f"{prompt.where} {error}") from None
-    errors.raise_if_any()
+                if errors is None:
+                    raise DataError(f"{prompt.where} {error}") from None
+                errors.add(prompt.line, str(error))
+    collected.raise_if_any()
+    if errors is not None:
+        errors.raise_if_any()
     return EncodedPrompts(
         rows=rows,
         before=rows,

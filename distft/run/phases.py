@@ -216,7 +216,8 @@ def describe_phases(inputs: "RunInputs") -> list[str]:
 
 
 def _is_same(one: "RunInputs", other: "RunInputs") -> bool:
-    return one.trainable == other.trainable and one.config == other.config
+    same_patterns = {"trainable": other.config.trainable}  # others may select the same parameters
+    return one.trainable == other.trainable and one.config.model_copy(update=same_patterns) == other.config
 
 
 def _check_phase(inputs: "RunInputs", own: "RunInputs", index: int, length: int | None) -> None:

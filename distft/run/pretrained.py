@@ -27,7 +27,7 @@ from distft.model.heads import Heads
 from distft.model.with_heads import ModelWithHeads
 from distft.objective.interface import Objective, ObjectiveContext
 from distft.run.config import RunConfig
-from distft.run.data_context import data_context, require_inputs_of_model, tokenizer_notes
+from distft.run.data_context import data_context, require_inputs_of_model, split_notes, tokenizer_notes
 from distft.run.engines import choose_device
 from distft.run.model import build_module, parameter_shapes, require_parameters, saved_label_names
 from distft.run.reference import Computation, ReferenceValues, reference_identity
@@ -370,7 +370,9 @@ def evaluate_model(
     context = data_context(trained.own_tokenizer, config.model, config, trained.label_names)
     feed: AnyFeed
     if isinstance(config.validation, SplitConfig):
-        _, feed = config.validation.split(config.data.build(context))
+        train, feed = config.validation.split(config.data.build(context))
+        for note in split_notes(config, train, trained.source):
+            on_note(note)
     else:
         feed = config.validation.build_for_evaluation(context)
     feed = config.objective.transform_feed(feed, context, config.seed)

@@ -4,9 +4,11 @@ Training then holds one model, at any number of ranks. Blocks of rows are files 
 interrupted computation goes on where it was. Rank 0 alone reads and writes them.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,17 @@ class ReferenceValues:
                     if stores and collectives.rank == 0:
                         blocks.write(start, ({"values": row} for row in found[start].tolist()))
         return found
+
+    def keep(self, rows: SequenceDataset, found: Mapping[int, Values]) -> None:
+        """Write the blocks in `found`. Raises `ConfigError` on all ranks if others' are there."""
+        collectives, (blocks, _) = self.context.collectives, self._blocks(rows)
+        with all_or_none(collectives, ConfigError):
+            if collectives.rank == 0:
+                blocks.open()
+        with all_or_none(collectives, StorageError):
+            for start, values in found.items() if collectives.rank == 0 else ():
+                if not blocks.has(start, len(values)):
+                    blocks.write(start, ({"values": row} for row in values.tolist()))
 
     @torch.no_grad()
     def _compute(self, rows: SequenceDataset, start: int, stop: int, computation: Computation) -> Values:
@@ -222,6 +235,13 @@ def with_reference(
     feeds = {"train": inputs.train, "validation": inputs.validation}
     given = {use: feed for use, feed in feeds.items() if isinstance(feed, Feed)}
     found = {use: values.stored(feed.datasets[0], refuses_others=True) for use, feed in given.items()}
+    shared = _shared(values, inputs, device)
+    if shared is not None:
+        for use, feed in given.items():
+            of_others = shared.stored(feed.datasets[0], refuses_others=False)
+            values.keep(feed.datasets[0], of_others)
+            shared.keep(feed.datasets[0], {})  # so that what is wrong with the directory is told now
+            found[use] = of_others | found[use]
     lacking = [use for use, feed in given.items() if not values.is_complete(feed.datasets[0], found[use])]
     if lacking:
         require_undamaged_reference(source, collectives)
@@ -234,8 +254,26 @@ def with_reference(
                 found[use] = values.complete(rows, found[use], computation, stores=True)
         finally:
             engine.close()
+    if shared is not None:
+        for use, feed in given.items():
+            shared.keep(feed.datasets[0], found[use])
     added: dict[str, Any] = {use: values.added(feed, found[use]) for use, feed in given.items()}
     return replace(inputs, **added)
+
+
+def _shared(values: ReferenceValues, inputs: RunInputs, device: torch.device) -> ReferenceValues | None:
+    """The values below `objective.reference_dir`, of all runs that compute alike; None without one."""
+    directory, engine = getattr(inputs.config.objective, "reference_dir", None), inputs.config.engine
+    if directory is None:
+        return None
+    precision = engine.model_dump(
+        include={"param_dtype", "frozen_bits", "fp8", "fp8_min_features", "allow_tf32"}
+    )
+    quantized = None if engine.frozen_bits is None else sorted(set(inputs.shapes) - set(inputs.trainable))
+    identity = {**values.identity, **precision, "frozen": quantized, "device": device.type}
+    text = json.dumps(identity, sort_keys=True)
+    name = blake2b(text.encode(), digest_size=8).hexdigest()
+    return replace(values, root=storage.join(directory, name), identity=identity)
 
 
 def _starts(num_sequences: int) -> range:

@@ -15,7 +15,7 @@ from distft.run.config import RunConfig
 from distft.run.model import build_module
 from distft.run.phases import each_phase
 from distft.run.run_inputs import RunInputs
-from distft.run.training_module import require_kernels
+from distft.run.training_module import cost_of_attention_dropout, require_kernels
 from distft.topology import BatchPlan
 
 _MOST_EPOCHS = 1000
@@ -146,6 +146,9 @@ def _on_machine(config: RunConfig, inputs: RunInputs, *, has_gpu: bool) -> Itera
     """What this machine cannot do, which may not be the one that the run is for."""
     if config.device == "cuda" and not has_gpu:
         yield "device=cuda: this machine has no GPU that torch finds, so the run cannot start here."
+    if config.device == "cuda" or (config.device == "auto" and has_gpu):
+        costs = [cost_of_attention_dropout(phase.model) for phase in each_phase(inputs)]
+        yield from dict.fromkeys(cost for cost in costs if cost is not None)
     if config.device == "cpu" or not has_gpu:
         try:
             require_kernels(inputs.model, torch.device("cpu"))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
 from distft.checkpoint.committed import Checkpoint
 from distft.checkpoint.damage import require_undamaged
@@ -213,18 +213,20 @@ def _shown_labels(label_names: Labels) -> str:
 def _with_new_defaults(saved: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """`saved` with the defaults of settings that did not exist when it was written.
 
-    A section is read by the class that it has in `config`. Names in `saved` are imported only if `config`,
+    Each section is read as the field of `RunConfig` reads it. Names in `saved` are imported only if `config`,
     which the user gave, has them too.
     """
-    completed = {"phases": [], "lora": None, **saved}
-    for section in ("data", "objective", "model", *_SECTIONS_TO_COMPARE):
-        now, before = getattr(config, section), saved.get(section)
-        if isinstance(now, Settings) and isinstance(before, Mapping):
-            given = set(_external_types(now.model_dump(mode="json")))
-            context = trusting(given.issuperset(_external_types(before)))
-            with contextlib.suppress(ValidationError):  # another type, or a setting that no longer exists
-                read = type(now).model_validate(before, context=context)
-                completed[section] = read.model_dump(mode="json")
+    now = redact(config.model_dump(mode="json"))  # as `saved` was written
+    completed = dict(saved)
+    for name in [name for name in now if name not in saved or saved[name] != now[name]]:
+        given = {name: saved[name]} if name in saved else {}
+        trust = set(_external_types(now[name])).issuperset(_external_types(given))
+        # Of the section alone: what `RunConfig` checks of several together may be stricter by now.
+        field = RunConfig.model_fields[name]
+        definition: dict[str, Any] = {name: (field.annotation, field)}
+        section = create_model(name, __base__=Settings, **definition)
+        with contextlib.suppress(ValidationError):  # a setting that no longer exists
+            completed |= section.model_validate(given, context=trusting(trust)).model_dump(mode="json")
     return completed
 
 

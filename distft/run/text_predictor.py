@@ -9,6 +9,8 @@ from distft.collectives import Collectives
 from distft.config import parse
 from distft.data.completion import CompletionConfig
 from distft.data.conversations import ConversationsConfig
+from distft.data.preferences import PreferencesConfig
+from distft.data.records import RowErrors
 from distft.errors import ConfigError, ErrorCollector
 from distft.model.heads import LanguageModelHead
 from distft.model.with_heads import ModelWithHeads
@@ -58,15 +60,17 @@ class TextPredictor:
         self._device = torch.device("cpu")
         self._prompts: EncodedPrompts
         self._given: Sequence[dict[str, Any]]
-        if isinstance(trained.config.data, ConversationsConfig):
+        data = trained.config.data
+        if isinstance(data, ConversationsConfig | PreferencesConfig) and data.reads_chats:
             if options.text is not None:
                 raise ConfigError("--text-column: the model answers conversations. Leave it out.")
-            chats = read_chats(rows_path, trained.config.data)
-            require_questions(chats)
+            errors = RowErrors(rows_path)
+            chats = read_chats(rows_path, _chat_columns(data, rows_path), errors)
+            require_questions(chats, errors)
             self._given = [{"line": chat.line, MESSAGES: list(chat.messages)} for chat in chats]
-            self._prompts = encode_chats(trained, chats, on_note=on_note)
+            self._prompts = encode_chats(trained, chats, errors=errors, on_note=on_note)
         else:
-            self._given, texts = _read_texts(trained.config.data, rows_path, options)
+            self._given, texts = read_texts(data, rows_path, options)
             self._prompts = encode_prompts(trained, texts, on_note=on_note)
         self.num_rows, self.block_rows = len(self._given), _BLOCK_ROWS
         self.summary = f"{rows_path}: {self.num_rows:,} prompts"
@@ -114,9 +118,18 @@ def _require_no_other_options(options: PredictOptions) -> None:
     errors.raise_if_any()
 
 
-def _read_texts(data: Any, rows_path: str, options: PredictOptions) -> tuple[list[dict[str, Any]], list[str]]:
-    """Of each row what identifies it, and the prompt: by the template of the training data if it has one."""
+def _chat_columns(data: ConversationsConfig | PreferencesConfig, rows_path: str) -> ConversationsConfig:
+    """What the file calls its messages: as the training data does."""
+    if isinstance(data, ConversationsConfig):
+        return data
+    return ConversationsConfig(path=rows_path, messages=data.prompt or "messages")
+
+
+def read_texts(data: Any, rows_path: str, options: PredictOptions) -> tuple[list[dict[str, Any]], list[str]]:
+    """Of each row what identifies it, and the prompt: as `data`, the training data, has it."""
     known = data if isinstance(data, CompletionConfig) else CompletionConfig(path=rows_path)
+    if isinstance(data, PreferencesConfig) and data.prompt is not None:
+        known = known.model_copy(update={"prompt": data.prompt})
     changes: dict[str, Any] = {"path": rows_path, "max_rows": None}
     if options.text is not None:
         template = known.template

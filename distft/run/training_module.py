@@ -1,7 +1,9 @@
 """The model that a run trains, on the meta device: what is frozen, recomputed, compiled and in FP8."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -18,6 +20,8 @@ from distft.objective.interface import ObjectiveContext
 from distft.run.model import build_module, prepare_for_engine
 from distft.run.run_inputs import RunInputs
 from distft.topology import BatchPlan
+
+_log = logging.getLogger(__name__)
 
 
 def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.device) -> ModelWithHeads:
@@ -37,6 +41,8 @@ def build_training_module(inputs: RunInputs, plan: BatchPlan, device: torch.devi
         if settings.compile is True and missing is not None:
             raise ConfigError(f"engine.compile=true needs {missing}: install it, or set engine.compile=auto.")
     errors.raise_if_any()
+    if device.type == "cuda" and (cost := cost_of_attention_dropout(inputs.model)) is not None:
+        _warn(cost)
     module = build_module(inputs.model, inputs.heads, inputs.config.lora)
     for name, param in module.named_parameters():
         param.requires_grad_(name in inputs.trainable)
@@ -54,6 +60,23 @@ def require_kernels(model: ModelConfig, device: torch.device) -> None:
     """Raise `ConfigError` if `model` names a kernel that cannot run on `device`."""
     if isinstance(model, TransformerConfig):
         require_attention_kernel(model, device)
+
+
+def cost_of_attention_dropout(model: ModelConfig) -> str | None:
+    """What dropout in attention costs on a GPU; None if the model has none."""
+    if not model.attention_dropout:
+        return None
+    return (
+        f"model.dropout={model.attention_dropout:g} drops attention weights, too, which no fast kernel does: "
+        "on a GPU each layer writes the T x T weights of every row and head, 4 bytes each. Set "
+        "model.dropout=0 for speed and memory."
+    )
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once in a process."""
+    _log.warning(text)
 
 
 def build_objective_context(

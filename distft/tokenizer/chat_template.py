@@ -68,7 +68,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._renderer.render(variables)
+            text, spans = self._renderer.render(variables)
         except (DataError, KeyboardInterrupt, SystemExit):
             raise
         except jinja2.UndefinedError as error:
@@ -78,6 +78,14 @@ class ChatTemplate:
             raise DataError(f"the chat template refuses it: {_reason(error)}.") from None
         except Exception as error:  # a template makes Python raise anything
             raise DataError(f"the chat template fails: {type(error).__name__}: {_reason(error)}.") from None
+        for number, message in enumerate(given, start=1):
+            content = message.get("content")
+            if isinstance(content, list) and str(content) in text:
+                raise DataError(
+                    f"the chat template knows no arrays of texts, and writes that of message {number} with "
+                    "its brackets: make it one text."
+                )
+        return text, spans
 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from distft.tracker.evaluation_tables import pictures_of, tables_of
 from distft.tracker.interface import Metrics, require_package
+from distft.tracker.logged_steps import unsent
 from distft.tracker.named_run import NamedRun, stored_id
 
 _MOST_PARAMS = 100  # in one request
@@ -69,8 +70,7 @@ class MlflowTracker:
         now_ms = int(time.time() * 1000)
         new = [
             Metric(name, float(value), now_ms, step)
-            for name, value in metrics.items()
-            if step > self._known.get(name, -1)
+            for name, value in unsent(metrics, step, self._known).items()
         ]
         if new:
             self._client.log_batch(self._run_id, metrics=new)

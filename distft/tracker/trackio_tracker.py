@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from distft.tracker.evaluation_tables import pictures_of, tables_of
 from distft.tracker.interface import Metrics, require_package
+from distft.tracker.logged_steps import LoggedSteps, unsent
 from distft.tracker.named_run import NamedRun, stored_id
 
 
@@ -27,14 +28,15 @@ class TrackioTracker:
     """One Trackio run, continued after a resume: its name is in the run's `trackio/run_name.txt`.
 
     Trackio finds a run by its name, so the run's id stands behind a name from the settings. It keeps every
-    point. So that steps never go back, steps that a resumed start does again are not logged twice on this
-    machine; in a Space they are.
+    point. So that steps never go back, steps that a resumed start does again are not logged twice. What is on
+    this machine says itself which it has; of a Space, the run's `trackio/logged_steps.json` does.
     """
 
     def __init__(self, settings: TrackioConfig) -> None:
         self._settings = settings
         self._run: Any = None
-        self._last_step = -1  # that earlier starts have logged
+        self._known: dict[str, int] = {}  # the last step of each name that earlier starts have logged here
+        self._logged: LoggedSteps | None = None  # to a Space
 
     def start(
         self,
@@ -42,17 +44,20 @@ class TrackioTracker:
         config: Mapping[str, Any],
         run_dir: Path,
         *,
-        resume_step: int | None = None,  # noqa: ARG002 - Trackio itself says which steps it has
+        resume_step: int | None = None,  # noqa: ARG002 - see the class
     ) -> None:
         import trackio
 
-        settings = self._settings
-        path = Path(run_dir) / "trackio" / "run_name.txt"
+        settings, directory = self._settings, Path(run_dir) / "trackio"
+        path = directory / "run_name.txt"
         is_new = not path.exists()
         name = stored_id(path, run_id if settings.name is None else f"{settings.name}-{run_id}")
-        if not is_new and settings.space_id is None:
-            found = trackio.SQLiteStorage.get_max_step_for_run(settings.project, name)
-            self._last_step = -1 if found is None else int(found)
+        if settings.space_id is not None:
+            self._logged = LoggedSteps(directory / "logged_steps.json", f"{settings.space_id}/{name}")
+        elif not is_new:
+            lines = trackio.SQLiteStorage.get_logs(settings.project, name)
+            in_order = sorted(lines, key=lambda line: line["step"])
+            self._known = {key: line["step"] for line in in_order for key in line}
         about = {"notes": settings.notes, "tags": list(settings.tags)}
         with _silence():
             self._run = trackio.init(
@@ -68,21 +73,17 @@ class TrackioTracker:
             )
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        if step > self._last_step:
-            self._run.log(dict(metrics), step=step)
+        self._log_new(metrics, step)
 
     def show(self, record: Mapping[str, Any], *, step: int) -> None:
         import trackio
 
-        if step <= self._last_step:
-            return
         shown: dict[str, Any] = {
             table.name: trackio.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
             for table in tables_of(record)
         }
         shown |= {name: trackio.Image(pixels) for name, pixels in pictures_of(record)}
-        if shown:
-            self._run.log(shown, step=step)
+        self._log_new(shown, step)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Does nothing: Trackio has no place for events, which `events.jsonl` has."""
@@ -92,6 +93,11 @@ class TrackioTracker:
 
         with _silence():
             trackio.finish()  # the run's own method would leave it to be finished again when Python ends
+
+    def _log_new(self, values: Mapping[str, Any], step: int) -> None:
+        new = unsent(values, step, self._known) if self._logged is None else self._logged.new_of(values, step)
+        if new:
+            self._run.log(new, step=step)
 
 
 @contextlib.contextmanager

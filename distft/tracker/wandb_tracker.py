@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from distft.tracker.evaluation_tables import pictures_of, tables_of
 from distft.tracker.interface import Metrics, require_package
+from distft.tracker.logged_steps import LoggedSteps
 from distft.tracker.named_run import NamedRun, stored_id
 
 RUN_ID_FILE = "run_id.txt"
+_LOGGED_STEPS_FILE = "logged_steps.json"
 
 
 class WandbConfig(NamedRun):
@@ -25,11 +27,16 @@ class WandbConfig(NamedRun):
 
 
 class WandbTracker:
-    """One wandb run, continued after a resume: its id is in `wandb/run_id.txt` of the run's directory."""
+    """One wandb run, continued after a resume: its id is in `wandb/run_id.txt` of the run's directory.
+
+    wandb keeps every point. So that steps never go back, the steps that a resumed start does again are not
+    logged twice: wandb has what was first computed of them, `metrics.jsonl` what counts.
+    """
 
     def __init__(self, settings: WandbConfig) -> None:
         self._settings = settings
         self._run: Any = None
+        self._logged: LoggedSteps | None = None  # None: wandb is disabled, and has nothing
 
     def start(
         self,
@@ -37,11 +44,12 @@ class WandbTracker:
         config: Mapping[str, Any],
         run_dir: Path,
         *,
-        resume_step: int | None = None,  # noqa: ARG002 - wandb keeps the points of both attempts, see `log`
+        resume_step: int | None = None,  # noqa: ARG002 - a file says which steps wandb has
     ) -> None:
         import wandb
 
-        settings = self._settings
+        settings, directory = self._settings, Path(run_dir) / "wandb"
+        service_run_id = stored_id(directory / RUN_ID_FILE)
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
@@ -52,17 +60,18 @@ class WandbTracker:
             mode=settings.mode,
             config=dict(config),
             dir=str(run_dir),
-            id=stored_id(Path(run_dir) / "wandb" / RUN_ID_FILE),
+            id=service_run_id,
             resume="allow",
             # The console, the command line and the git remote may contain secrets that are not masked.
             settings=wandb.Settings(console="off", x_disable_meta=True, disable_git=True, save_code=False),
         )
+        if not self._run.disabled:
+            self._logged = LoggedSteps(directory / _LOGGED_STEPS_FILE, service_run_id)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        # Not wandb's own step, which must never decrease: after a resume, `step` does.
-        self._run.log({**metrics, "step": step})
+        self._log_new(metrics, step)
 
     def show(self, record: Mapping[str, Any], *, step: int) -> None:
         import wandb
@@ -72,8 +81,7 @@ class WandbTracker:
             for table in tables_of(record)
         }
         shown |= {name: wandb.Image(pixels) for name, pixels in pictures_of(record)}
-        if shown:
-            self._run.log({**shown, "step": step})
+        self._log_new(shown, step)
 
     def event(self, kind: str, **fields: Any) -> None:
         self._run.summary[f"last_{kind}"] = {key: str(value) for key, value in fields.items()}
@@ -81,3 +89,7 @@ class WandbTracker:
     def finish(self, status: str) -> None:
         self._run.summary["status"] = status
         self._run.finish(exit_code=1 if status == "failed" else 0)
+
+    def _log_new(self, values: Mapping[str, Any], step: int) -> None:
+        if self._logged is not None and (new := self._logged.new_of(values, step)):
+            self._run.log({**new, "step": step})  # wandb's own step counts calls

@@ -93,13 +93,15 @@ class Trainer:
         with batches:
             self._throughput.restart()
             while not self._is_phase_over:
-                signals = self._run_step(batches)
+                result = self._run_step(batches)
                 if self._schedule.is_evaluation_due(self.step):
                     self._evaluate()
+                if self._early_stopping.is_run_stalled:  # since nothing was learnt, perhaps
+                    self._check_skipped_steps(result)
                 if self._is_save_due:
                     self._save()
                 if not self._is_run_over:
-                    self._stop_if_signalled(signals)
+                    self._stop_if_signalled(result.signals)
         self._wait_for_saves()
         return self._current_progress()
 
@@ -121,8 +123,8 @@ class Trainer:
         for step in range(self.step, self._schedule.last_step):
             yield from self._plan.micro_batches(step, self._collectives.dp_rank)
 
-    def _run_step(self, batches: Prefetcher) -> DeferredRead:
-        """Returns the sums over ranks of `_local_signals`."""
+    def _run_step(self, batches: Prefetcher) -> StepResult:
+        """Its `signals` are the sums over ranks of `_local_signals`."""
         micro_batches = self._plan.micro_batches(self.step, self._collectives.dp_rank)
         lr = self._schedule.lr_at(self.step)
         if self._schedule.ema_decay_at is not None:
@@ -157,7 +159,7 @@ class Trainer:
             self._check_skipped_steps(result)
         if self._schedule.is_log_due(self.step):
             self._services.log(self._metrics(result, lr), self.step)
-        return result.signals
+        return result
 
     def _prepare(self, batch: AnyBatch) -> AnyBatch:
         """In the prefetching thread."""
@@ -182,22 +184,22 @@ class Trainer:
     def _check_skipped_steps(self, result: StepResult) -> None:
         """Raise `DivergedError` if too many steps updated nothing, so that no failure counts as completed."""
         in_a_row, skipped = self._progress.skipped_in_a_row, self._progress.skipped_steps
-        is_last = self._schedule.is_last(self.step)
+        is_over = self._is_run_over
         remedy = advice(
             loss=float(result.loss),
             num_updates=self.step - skipped - self._progress.steps_without_targets,
             loss_scale=None if self._loss_scale is None else float(self._loss_scale.scale),
         )
-        if in_a_row >= self._schedule.max_skipped_in_a_row or (is_last and in_a_row >= _MAX_SKIPPED_AT_END):
+        if in_a_row >= self._schedule.max_skipped_in_a_row or (is_over and in_a_row >= _MAX_SKIPPED_AT_END):
             limit = f"the limit is train.max_skipped_in_a_row={self._schedule.max_skipped_in_a_row}"
             at_end = f"at the end of the run it is {_MAX_SKIPPED_AT_END - 1}"
             raise DivergedError(
                 f"Steps {self.step - in_a_row + 1} to {self.step} all had gradients that are not finite, so "
                 f"the weights are still those of step {self.step - in_a_row} ({limit}; {at_end}). {remedy}"
             )
-        if is_last and skipped > self._schedule.max_skipped_share * self._schedule.total_steps:
+        if is_over and skipped > self._schedule.max_skipped_share * self.step:
             raise DivergedError(
-                f"{skipped} of {self._schedule.total_steps} steps had gradients that are not finite and "
+                f"{skipped} of {self.step} steps had gradients that are not finite and "
                 f"updated nothing, more than train.max_skipped_share={self._schedule.max_skipped_share}. "
                 f"{remedy}"
             )
@@ -211,7 +213,7 @@ class Trainer:
             "epoch": self.step * self._plan.global_batch_size / self._feed.num_sequences,
             "skipped_steps": self._progress.skipped_steps,
             **self._optional_metrics(),
-            "peak_memory_bytes": peak_memory_bytes(self._engine.device),
+            "peak_memory_bytes": max(self._collectives.all_gather(peak_memory_bytes(self._engine.device))),
             **self._throughput.read(),
         }
         if self._loss_scale is not None:

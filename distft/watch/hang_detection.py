@@ -14,7 +14,7 @@ _PHASES_IN_STEP: frozenset[Phase] = frozenset({"data", "forward", "backward and 
 # The start and the end of the first line about a hung rank; distft.cluster.driver.failures matches them.
 HUNG_RANK = re.compile(r"rank \d+ \(")
 STACK_FOLLOWS = "; its Python stack was:"
-Reason = Literal["silent", "unreachable", "behind"]
+Reason = Literal["silent", "unreachable", "behind", "device"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +59,8 @@ def find_hang(
     - "behind": a rank's heartbeats go on, but it does not reach the phase in which the others wait. Only an
       observer that sees all ranks reports this, for phases of a step, and after every rank's first step,
       which may take any time.
+    - "device": the same of a single rank, whose GPU does not finish what its host has enqueued. Its host may
+      stand still: in a debugger, or to compile.
     """
     running = {rank: seen for rank, seen in last_seen.items() if not seen.has_ended}
     own = running.pop(observer, None)
@@ -69,6 +71,9 @@ def find_hang(
         return Hang(reason="silent", ranks=silent)
     if own is None or not sees_all:
         return None
+    if len(last_seen) == 1:
+        stands_still = own.heartbeat.device and _stands_still_in_step(own, hang_timeout_s)
+        return Hang(reason="device", ranks=(observer,)) if stands_still else None
     behind = _ranks_behind({**running, observer: own}, hang_timeout_s)
     return Hang(reason="behind", ranks=behind) if behind and observer not in behind else None
 
@@ -82,13 +87,17 @@ def _ranks_behind(running: Mapping[int, LastSeen], hang_timeout_s: float) -> tup
         for rank, seen in running.items()
         if seen.heartbeat.position == last and not seen.heartbeat.is_waiting
     }
-    is_certain = all(
-        seen.unmoved_s >= hang_timeout_s
+    is_certain = all(_stands_still_in_step(seen, hang_timeout_s) for seen in behind.values())
+    return tuple(sorted(behind)) if is_certain and len(behind) < len(running) else ()
+
+
+def _stands_still_in_step(seen: LastSeen, hang_timeout_s: float) -> bool:
+    return (
+        seen.heartbeat.work.num_steps > 0
+        and seen.unmoved_s >= hang_timeout_s
         and seen.silent_s <= hang_timeout_s / 3  # else it may soon be silent, a more exact finding
         and seen.heartbeat.phase in _PHASES_IN_STEP
-        for seen in behind.values()
     )
-    return tuple(sorted(behind)) if is_certain and len(behind) < len(running) else ()
 
 
 def describe_hang(hang: Hang, last_seen: Mapping[int, LastSeen], processes: Mapping[int, str]) -> str:
@@ -117,6 +126,8 @@ def describe_hang_event(event: Mapping[str, Any], process: str) -> str:
     """The event as a message: one line, then the stack. `process`: host and pid."""
     if event["reason"] == "behind":
         symptom = f"stands still for {event['unmoved_s']:.1f} s while the other ranks wait for it"
+    elif event["reason"] == "device":
+        symptom = f"stands still for {event['unmoved_s']:.1f} s"
     else:
         symptom = f"has not answered for {event['silent_s']:.1f} s"
     store = ", or the store that it or its launcher serves" if event["reason"] == "unreachable" else ""

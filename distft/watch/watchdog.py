@@ -10,11 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from torch._C._distributed_c10d import HashStore
+
 from distft.collectives import Collectives
 from distft.errors import DistftError, TrainingError
 from distft.tracker import HANG_EVENT, EventLog
 from distft.watch.cpu_wait import CpuWaits, counted_s
-from distft.watch.device_clock import DeviceClock
+from distft.watch.device_clock import CudaClock, DeviceClock
 from distft.watch.hang_detection import Hang, LastSeen, describe_hang, find_hang, hang_event
 from distft.watch.heartbeat import HeartbeatRecorder
 from distft.watch.heartbeat_exchange import HangReport, HeartbeatExchange
@@ -33,7 +35,8 @@ class Watchdog:
 
     A hang ends the run on every rank. A rank of the same launcher kills the hung process, which frees the
     ranks that wait for it in a collective, and their blocks raise `TrainingError`. A rank that stays blocked
-    ends its own process with exit code 1, so that the launcher can restart all ranks.
+    ends its own process with exit code 1, so that the launcher can restart all ranks. A single rank watches
+    its GPU, if it has one.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class Watchdog:
         interval_steps: int,
         clock: DeviceClock | None = None,
     ) -> None:
-        """Called by all ranks together. With `heartbeat_s=0` or a single rank it watches nothing.
+        """Called by all ranks together. With `heartbeat_s=0`, or a single rank on a CPU, it watches nothing.
 
         `clock` is that of the rank's device; None: of the CPU.
         """
         store = collectives.store() if heartbeat_s > 0 else None
+        if heartbeat_s > 0 and store is None and isinstance(clock, CudaClock):
+            store = HashStore()  # in this process, which is the only one
         self.heartbeat = HeartbeatRecorder(None if store is None else clock)
         self._begun_at = time.time()
         self._rank = collectives.rank

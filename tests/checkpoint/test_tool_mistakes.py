@@ -170,6 +170,14 @@ def test_average_prints_its_sources_and_keeps_the_only_configuration(
         f"step and configuration of {commit}, as distft\n"
     )
     assert main(["generate", str(tmp_path / "mean"), "--max-new-tokens", "2"]) == 0
+    for wrong, problem in (
+        ((copied_run, f"{copied_run}/"), "is named 2 times: name it once, and weigh it by --weight"),
+        ((*sources, "--weight", "inf", "--weight", 1), "must add up to a number above 0"),
+        ((*sources, "--weight", "nan", "--weight", 1), "must add up to a number above 0"),
+    ):
+        assert cli("average", *wrong, "-o", tmp_path / "none") == 2
+        assert problem in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -202,14 +210,14 @@ def test_a_target_within_the_source_run_is_refused(
     copied_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commits = copied_run / "checkpoints"
-    newest = commits / "step_00000004"
+    older, newest = commits / "step_00000002", commits / "step_00000004"
     before = sorted(copied_run.rglob("*"))
     for source, target, refused_for in (
         (copied_run, copied_run / "sub", copied_run),
         (commits, commits / "sub", commits),
         (newest, commits / "step_00000009", commits),
     ):
-        for arguments in (("reshard", source, target), ("average", newest, source, "-o", target)):
+        for arguments in (("reshard", source, target), ("average", older, source, "-o", target)):
             assert cli(*arguments) == 2
             message = f"{target} lies in the source {refused_for}, which must not change"
             assert message in capsys.readouterr().err

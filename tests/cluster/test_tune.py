@@ -185,7 +185,7 @@ def test_a_trial_whose_node_is_lost_goes_on_elsewhere_and_no_value_counts_twice(
 
 
 def test_hyperband_pauses_trials_and_goes_on_with_the_better_ones(
-    project: Path, environment: Mapping[str, str], start: Callable[..., "subprocess.Popen[str]"]
+    project: Path, start: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     # Four evaluations a trial: brackets of three whole trials, and of three of which one goes on after two.
     rates = [0.02, 0.03, 0.04, 1e-6, 1e-5, 0.05]

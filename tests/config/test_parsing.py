@@ -144,6 +144,29 @@ def test_where_is_prefixed_to_every_key() -> None:
     ]
 
 
+def test_a_path_with_two_dots_may_be_where_it_was_read() -> None:
+    assert problems({"max_steps": "x"}, where="../runs/a: train") == [
+        "\"../runs/a: train\".max_steps='x': must be an integer."
+    ]
+
+
+def test_a_value_in_the_place_of_its_setting_is_told_which_setting_has_it() -> None:
+    class Model(Settings):
+        attention: Literal["causal", "bidirectional"] = "causal"
+        norm: Literal["pre", "post"] | None = None
+
+    for name, setting, known in (
+        ("causal", "attention", "causal, bidirectional"),
+        ("post", "norm", "pre, post"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse(Model, {name: True}, where="model")
+        assert str(caught.value) == (
+            f"model.{name}=true is not a setting. {name} is a value of {setting}: set model.{setting} to one "
+            f"of {known}."
+        )
+
+
 def test_an_unknown_type_suggests_a_known_one() -> None:
     (problem,) = problems({"optim": {"schedule": {"type": "cosin"}}})
     assert problem.startswith("optim.schedule: type 'cosin' is unknown. Did you mean 'cosine'?")

@@ -192,6 +192,32 @@ def test_other_names_of_columns_keys_and_roles(tmp_path: Path) -> None:
     assert found.targets[NEXT_TOKEN].tolist() == expected.targets[NEXT_TOKEN].tolist()
 
 
+def test_files_of_share_gpt_need_no_settings(tmp_path: Path) -> None:
+    """Rows of either kind in one file, other names of roles, and what ShareGPT itself calls no role."""
+    share = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    plain = [{"role": "system", "content": "s"}, *messages_of([("q", "a")])]
+    rows = [{"messages": plain}, {"conversations": share, "id": "x"}, {"conversations": plain}]
+    feed = ConversationsConfig(path=write(tmp_path / "a.jsonl", rows)).build_for_evaluation(CONTEXT)
+    batch = feed.batch(0, 3)
+    assert batch.input_ids[0].tolist() == batch.input_ids[1].tolist() == batch.input_ids[2].tolist()
+    parquet = str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[1:2]), parquet)
+    found = ConversationsConfig(path=parquet).build_for_evaluation(CONTEXT).batch(0, 1)
+    assert found.input_ids.tolist() == batch.input_ids[:1].tolist()
+    calls = [{"conversations": [*share, {"from": "function_call", "value": "f"}]}]
+    path = write(tmp_path / "b.jsonl", [*calls, {"conversations": share[:2]}])
+    with pytest.raises(DataError) as caught:
+        ConversationsConfig(path=path).build(CONTEXT)
+    assert f'{path}:1: message 4 has from "function_call", which is none of system' in str(caught.value)
+    assert f"{path}:2: has no message of the assistant" in str(caught.value)
+    named = ConversationsConfig(path=path, roles={"function_call": "assistant"}, max_rows=1)
+    assert named.build(replace(CONTEXT, seq_len=40)).num_sequences == 1
+    twice = tmp_path / "c.jsonl"
+    twice.write_text('{"conversations": [], "conversations": []}\n')
+    with pytest.raises(DataError, match="has the key 'conversations' twice"):
+        ConversationsConfig(path=str(twice)).build(CONTEXT)
+
+
 def test_parquet_and_csv_have_the_rows_of_jsonl(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     rows = [
@@ -252,6 +278,10 @@ PROBLEMS: dict[str, tuple[Any, str]] = {
         "the chat template refuses it: no",
     ),
     "tools of a wrong type": ({"messages": GOOD, "tools": {"a": 1}}, "'tools' must be an array of objects"),
+    "calls of tools of a wrong type": (
+        {"messages": [GOOD[0], {"role": "assistant", "content": None, "tool_calls": "f"}]},
+        'message 2 has tool_calls "f", but they must be an array of objects',
+    ),
     "no JSON": ("{", "is not JSON"),
 }
 

@@ -1,7 +1,9 @@
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +132,62 @@ def test_merging_keeps_a_field_that_one_batch_lacks() -> None:
     assert merged.position_ids[:, :2].tolist() == [[0, 1], [0, 1]]
     assert merged.document_ids is not None
     assert merged.document_ids.tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
+BATCH = Batch(
+    input_ids=torch.tensor([[1, 2]]),
+    targets={LABEL: torch.tensor([5])},
+    num_targets={LABEL: 1},
+    sequence_numbers=torch.tensor([0]),
+)
+# For each field a value of one batch, and what it is for the row after merging; ValueError: it is refused.
+FIELDS: dict[str, tuple[Any, Any]] = {
+    "input_ids": (torch.tensor([[7, 8]]), [7, 8]),
+    "targets": ({LABEL: torch.tensor([6])}, None),  # as in the tests above, with `num_targets`
+    "num_targets": ({LABEL: 3}, {LABEL: 4}),
+    "rows_per_sequence": (2, ValueError),
+    "sequence_numbers": (torch.tensor([9]), 9),
+    "position_ids": (torch.tensor([[0, 0]]), [0, 0]),
+    "document_ids": (torch.tensor([[0, 1]]), [0, 1]),
+    "is_prefix": (torch.tensor([[True, False]]), [True, False]),
+    "segment_ids": (torch.tensor([[0, 1]]), [0, 1]),
+    "lengths": (torch.tensor([1]), 1),
+    "images": (torch.full((1, 1, 1, 1), 9, dtype=torch.uint8), [[[9]]]),
+    "is_captioned": (True, ValueError),
+    "num_target_bytes": (4, 4),
+    "dropout_keys": (torch.tensor([3]), ValueError),
+    "counted_pairs": (3, ValueError),
+    "counted_local_pairs": (3, ValueError),
+    "counted_tokens": (3, ValueError),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Batch)])
+def test_merging_keeps_each_field_or_refuses_it(name: str) -> None:
+    value, expected = FIELDS[name]
+    positions = [np.array([1]), np.array([0])]
+    like = {"images": torch.zeros_like(value)} if name == "images" else {}
+    batches = [replace(BATCH, **like), replace(BATCH, **{name: value})]
+    if expected is ValueError:
+        with pytest.raises(ValueError, match="merged"):
+            merge_batches(batches, positions)
+        return
+    found = getattr(merge_batches(batches, positions), name)
+    if name == "targets":
+        assert found[LABEL].tolist() == [6, 5]
+    else:
+        assert (found[0].tolist() if isinstance(found, torch.Tensor) else found) == expected
+
+
+def test_rows_of_images_are_merged_with_such_rows_alone() -> None:
+    images = replace(BATCH, images=torch.zeros(1, 3, 2, 2, dtype=torch.uint8), is_captioned=True)
+    positions = [np.array([0]), np.array([1])]
+    merged = merge_batches([images, images], positions)
+    assert merged.images is not None
+    assert (merged.images.shape, merged.is_captioned) == ((2, 3, 2, 2), True)
+    for other in (BATCH, replace(images, is_captioned=False)):
+        with pytest.raises(ValueError, match="images"):
+            merge_batches([images, other], positions)
 
 
 def test_a_transform_draws_anew_in_each_epoch_and_the_same_in_every_cut() -> None:

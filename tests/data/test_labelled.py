@@ -94,8 +94,9 @@ def test_one_error_names_file_and_line_of_every_unusable_label_and_text(tmp_path
     lines = str(raised.value).splitlines()
     assert lines[0].startswith(f"{path}:2: label 'HUMAN' is not one of the 2")
     assert "Did you mean 'HUM'?" in lines[0]
-    assert lines[1].startswith(f"{path}:4: label 'LOC'")
-    assert lines[2] == f"{path}:3: 'text' encodes to no tokens."
+    assert lines[0].endswith("(Lines 5 too.)")
+    assert lines[1] == f"{path}:3: 'text' encodes to no tokens."
+    assert lines[2].startswith(f"{path}:4: label 'LOC'")
     assert len(lines) == 3
 
 

@@ -28,7 +28,13 @@ from distft.train.step import StepResult
 
 NUM_STEPS = 4
 PARTS: list[dict[str, Any]] = [
-    {"type": "pseudo_label", "threshold": [[0, 0.3], [3, 0.36]], "per_class": True, "align": True},
+    {
+        "type": "pseudo_label",
+        "threshold": [[0, 0.3], [3, 0.36]],
+        "per_class": True,
+        "align": True,
+        "class_shares": None,
+    },
     {"type": "mean_teacher", "loss": "mse"},
     {"type": "consistency", "min_confidence": 0.34, "temperature": 0.5},
     {"type": "entropy"},
@@ -178,7 +184,7 @@ def test_cuts_do_not_change_a_step() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("world_size", "stages"), [(2, (1, 2)), (4, (3,))])
+@pytest.mark.parametrize(("world_size", "stages"), [(2, (0, 1, 2)), (4, (3,))])
 def test_ranks_and_engines_train_the_same(world_size: int, stages: tuple[int, ...]) -> None:
     cases = [case for stage in stages for case in cases_of(stage=stage)]
     expected = at_once() * len(stages)

@@ -121,19 +121,6 @@ def test_patterns_select_linear_layers(targets: list[str], expected: str) -> Non
     assert "blocks.0.attn.q.weight" in dict(model.named_parameters())
 
 
-OTHERS: dict[str, dict[str, Any]] = {
-    "encoder_decoder": {
-        "vocab_size": 11,
-        "max_seq_len": 8,
-        "d_model": 8,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-    },
-    "vit": {"image_size": 8, "patch_size": 4, "d_model": 8, "num_layers": 1, "num_heads": 2},
-    "lstm": {"vocab_size": 11, "max_seq_len": 8, "d_model": 8, "num_layers": 1},
-}
-
-
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [

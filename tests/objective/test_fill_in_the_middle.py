@@ -1,11 +1,13 @@
 """Fill in the middle: moved documents can be put together again, and all else stays as it was."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from context_losses import ORDERS, MiddleTargets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.token_rows import (
@@ -18,6 +20,7 @@ from support.token_rows import (
     documents,
     feed,
     packed,
+    transform_context,
 )
 
 from distft.config import parse
@@ -122,3 +125,36 @@ def test_bad_settings_tokenizers_and_data_are_clear_errors() -> None:
         )
     with pytest.raises(ConfigError, match=r"prompts with completions"):
         moved(completions(documents([12, 7, 9]), prompt_length=4), 16)
+
+
+@pytest.mark.parametrize("mode", ["separate", "joined"])
+def test_a_comparison_of_contexts_has_the_tokens_of_the_middles_as_targets_in_every_order(mode: Any) -> None:
+    own = feed(packed(texts([9, 20, 3, 14, 30, 1, 25]), 24, mode))
+    context = transform_context(own, data_context(24, pieces=PIECES))
+    mover = parse(ObjectiveConfig, {"type": "causal_lm", "fim": {}}).fim.mover(
+        context, context.rows(np.zeros(1, np.int64))
+    )
+    found = {
+        order: own.with_transforms(MiddleTargets(mover=mover, order=order)).batch(0, 9) for order in ORDERS
+    }
+    plain, psm = own.batch(0, 9), own.with_transforms(replace(mover, rate=1.0, spm_rate=0.0)).batch(0, 9)
+    assert torch.equal(found["text_before_alone"].input_ids, plain.input_ids)
+    assert torch.equal(found["psm"].input_ids, psm.input_ids)
+    of_orders = [batch.targets[NEXT_TOKEN] for batch in found.values()]
+    for labels in zip(*of_orders, strict=True):
+        one, *others = [row[row != IGNORE_INDEX].tolist() for row in labels]
+        assert all(other == one for other in others)
+    for batch in found.values():
+        labels = batch.targets[NEXT_TOKEN]
+        is_target = labels[:, :-1] != IGNORE_INDEX
+        assert torch.equal(labels[:, :-1][is_target], batch.input_ids[:, 1:][is_target])
+        assert batch.num_targets == {NEXT_TOKEN: int((labels != IGNORE_INDEX).sum())}
+    behind = num_texts = 0
+    for ids in psm.input_ids.tolist():
+        is_middle = False
+        for token in ids:
+            is_middle = token == MIDDLE or (is_middle and token != EOS)
+            num_texts += token == MIDDLE
+            behind += is_middle and token != MIDDLE
+    # A middle that begins its text, and so its row or document, has one target less.
+    assert 0 < behind - num_texts <= found["psm"].num_targets[NEXT_TOKEN] <= behind + len(psm.input_ids)

@@ -248,6 +248,7 @@ def test_log_probabilities_and_their_gradients_are_those_of_torch(
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is of loss=dpo, and loss=ipo has none"),
         ({"label_smoothing": 0.5}, "less than 0.5"),
         ({"loss": "orpo", "reference": "runs/base"}, "loss=orpo compares with no reference"),
+        ({"loss": "orpo", "reference_dir": "shared"}, "no reference: leave reference_dir out"),
         ({"sft_on_prompt": True}, "sft_on_prompt needs the term sft"),
         ({"beta": 0}, "greater than 0"),
     ],

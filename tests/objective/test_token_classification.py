@@ -207,9 +207,11 @@ def test_labels_that_mark_no_entities_have_figures_by_label() -> None:
     sums = objective.evaluate(model, batch, CONTEXT)
     assert set(objective.metrics(sums)) == {"loss", "accuracy", "macro_f1"}
     lines = objective.report(sums, ("NOUN", "VERB"))
-    assert [line.split() for line in lines[1:]] == [
-        ["NOUN", "0.5000", "1.0000", "0.6667", "1"],
-        ["VERB", "1.0000", "0.5000", "0.6667", "2"],
+    assert lines[0] == "2 of 3 words are right; 95 % interval of the accuracy (Wilson): 0.2077 to 0.9385"
+    assert lines[2].split()[-1] == "words"
+    assert [line.replace(" to ", "-").split() for line in lines[3:]] == [
+        ["NOUN", "0.5000", "0.0945-0.9055", "1.0000", "0.2065-1.0000", "0.6667", "1"],
+        ["VERB", "1.0000", "0.2065-1.0000", "0.5000", "0.0945-0.9055", "0.6667", "2"],
     ]
     assert objective.predictions([0, 1], None) == {"labels": ["NOUN", "VERB"]}
     assert precision_recall_f1(0, 0, 0) == (0.0, 0.0, 0.0)

@@ -4,17 +4,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from support.tiny_models import SIZES
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from distft.collectives import SingleProcess
 from distft.config import parse
-from distft.data.batch import Batch
+from distft.data.batch import Batch, RaggedArray
+from distft.data.feed import Feed, StreamFeed
+from distft.data.labelled_rows import LabelledRows
+from distft.data.mixture import Interleaving
 from distft.data.targets import IGNORE_INDEX, ROW
 from distft.errors import ConfigError
 from distft.model.heads import ClassificationHead
+from distft.model.transformer_config import TransformerConfig
 from distft.objective.interface import ObjectiveContext
 from distft.objective.mixture import Mixture, SingleObjective
 from distft.objective.pseudo_label import PSEUDO_LABEL, class_factors
@@ -44,6 +50,8 @@ def batch_of(tokens: Sequence[int], num_views: int = 2, *, counts: bool = True) 
 
 
 def objective_of(**settings: Any) -> UnlabelledObjective:
+    if settings.get("align"):
+        settings = {"class_shares": None, **settings}
     raw = {
         "topic": {"objective": {"type": "classification"}},
         "rows": {"objective": settings | {"head": "topic"}},
@@ -128,6 +136,35 @@ def test_alignment_divides_by_the_running_mean_prediction() -> None:
     confidence, label = (aligned / aligned.sum(1, keepdim=True)).max(1)
     assert found.targets[PSEUDO_LABEL].tolist() == label.where(confidence >= 0.5, IGNORE_INDEX).tolist()
     assert context.state["mean_prediction"].tolist() == pytest.approx(mean.tolist(), abs=1e-6)
+
+
+def labelled(*labels: int) -> Feed:
+    rows = LabelledRows(RaggedArray([[1]] * len(labels)), np.array(labels))
+    names = tuple("abcd"[:NUM_CLASSES])
+    return Feed.for_training(rows, seed=0, shuffle=True, label_names=names, label_counts=rows.label_counts)
+
+
+def test_class_shares_are_those_of_all_rows_whose_labels_train_the_head() -> None:
+    """A class without a row, here the last two, counts as if it had one."""
+    head = {"type": "classification", "head": "both"}
+    part = {"type": "pseudo_label", "head": "both", "align": True}
+    objectives = {"one": head, "two": head, "other": {"type": "classification"}, "rows": part}
+    raw = {name: {"objective": objective} for name, objective in objectives.items()}
+    mixture: Mixture = parse(ObjectiveConfig, {"type": "mixture", "parts": raw})
+    streams = {
+        "one": labelled(0, 1, 0),
+        "two": labelled(1, 0),
+        "other": labelled(2, 2, 2),
+        "rows": labelled(3),
+    }
+    feed = StreamFeed(streams, Interleaving((1.0,) * 4))
+    resolved = mixture.resolved(TransformerConfig(**SIZES), feed).part("rows")
+    assert resolved.model_dump()["class_shares"] == (3 / 7, 2 / 7, 1 / 7, 1 / 7)
+    for settings, expected in (({"align": False}, None), ({"class_shares": None}, None)):
+        raw["rows"] = {"objective": part | settings}
+        mixture = parse(ObjectiveConfig, {"type": "mixture", "parts": raw})
+        resolved = mixture.resolved(TransformerConfig(**SIZES), feed).part("rows")
+        assert resolved.model_dump()["class_shares"] is expected
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.small_runs import fine_tuning, pretraining, run
@@ -23,6 +24,7 @@ from distft.run.check import check_run, describe_run
 from distft.run.config import RunConfig
 from distft.run.plan import num_kept_commits, show_bytes
 from distft.run.resume import changed_settings, require_resumable
+from distft.run.training_module import build_training_module
 from distft.topology import Topology
 
 
@@ -113,6 +115,12 @@ def test_a_directory_that_cannot_be_made_is_told_before_any_work(
             "sliding_window of the model has no effect on this run: it reaches 23 tokens, and rows have "
             "batch.seq_len=24",
         ),
+        (
+            {"device": "cuda", "model": {"max_seq_len": 24, "d_model": 16, "num_layers": 1, "num_heads": 2,
+                                         "dropout": 0.1}},
+            "model.dropout=0.1 drops attention weights, too, which no fast kernel does: on a GPU each layer",
+        ),
+        ({"device": "cuda", "phases": [{"steps": 2}, {"dropout": 0.3}]}, "model.dropout=0.3 drops attention"),
         ({"engine": {"type": "local", "frozen_bits": 8}}, "engine.frozen_bits=8 has no effect: no matrix"),
         ({"engine": {"type": "local", "allow_tf32": True}}, "engine.allow_tf32 has no effect on a CPU"),
         ({"engine": {"type": "local", "fp8_min_features": 32}}, "engine.fp8_min_features has no effect"),
@@ -132,6 +140,18 @@ def test_ordinary_runs_give_no_remark(data: Path, pretrained: Path, tmp_path: Pa
     with_window["model"]["sliding_window"] = 23
     assert checked(with_window).remarks == []
     assert checked(fine_tuning(data, tmp_path / "run", pretrained)).remarks == []
+
+
+def test_a_run_on_a_gpu_tells_once_what_dropout_in_attention_costs(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = pretraining(data, tmp_path, engine={"type": "local", "compile": False})
+    raw["model"]["dropout"] = 0.25
+    plan, inputs = check_run(parse(RunConfig, raw), Topology())
+    for kind, num_warnings in (("cpu", 0), ("cuda", 1), ("cuda", 1)):
+        build_training_module(inputs, plan, torch.device(kind))
+        assert sum("drops attention weights" in text for text in caplog.messages) == num_warnings
+    assert checked(raw).remarks == []  # device: cpu
 
 
 def test_workers_that_differ_from_the_ranks_of_the_check_are_told(data: Path, tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def test_members_that_hold_out_other_rows_are_refused(
         evaluate_ensemble(folds, ["validation.fold=0"], Topology())
     with pytest.raises(ConfigError, match="The members are folds"):
         greedy_soup(folds[:2])
+    with pytest.raises(ConfigError, match=r"is named 2 times, so that it would count as often"):
+        evaluate_ensemble([classifiers[0], *classifiers[:2]], [], Topology())
     with pytest.raises(ConfigError, match=r"objective\.type=causal_lm, and an ensemble is of classifiers"):
         evaluate_ensemble([classifiers[0], str(pretrained)], [], Topology())
 

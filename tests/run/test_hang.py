@@ -88,9 +88,9 @@ def sleep_in_data(topology: Topology, raw: dict[str, Any], hung_rank: int) -> No
 
 
 def hang_on_gpu(topology: Topology, raw: dict[str, Any], hung_rank: int, phase: str) -> None:
-    """Both ranks have a fake GPU, that of `hung_rank` hangs in `phase`; the other waits for it in NCCL.
+    """Each rank has a fake GPU, that of `hung_rank` hangs in `phase`; the other waits for it in NCCL.
 
-    Both hosts have enqueued the step, and wait for their own device: no frame of a collective.
+    All hosts have enqueued the step, and wait for their own device: no frame of a collective.
     """
     from distft.engine.zero import ZeroEngine
 
@@ -138,6 +138,24 @@ def test_a_hung_gpu_is_named_though_every_host_only_waits_for_its_device(
         "its own work",
     )
     assert HANG_TIMEOUT_S <= event["unmoved_s"] < 3 * HANG_TIMEOUT_S
+
+
+@pytest.mark.ranks
+def test_the_hung_gpu_of_a_single_rank_is_named_and_ends_the_run(data: Path, tmp_path: Path) -> None:
+    batch = {"global_batch_size": 8, "micro_batch_size": 4, "seq_len": 24}
+    with start_ranks(hang_on_gpu, 1, _config(data, tmp_path, batch=batch), 0, "forward") as ranks:
+        with pytest.raises(RanksError) as caught:
+            ranks.wait(timeout_s=LIMIT_S)
+        pid = ranks.pids[0]
+    failure = caught.value.failures[0]
+    assert "exited with code 1 before it returned" in failure
+    assert re.search(
+        rf"training error: rank 0 \(.*pid {pid}\) stands still for [12]\.\d s, in step {HANG_STEP}, forward, "
+        "its GPU in its own work; its Python stack was:",
+        failure,
+    ), failure
+    [event] = (event for event in events(tmp_path) if event["kind"] == "hang")
+    assert (event["rank"], event["reason"], event["phase"]) == (0, "device", "forward")
 
 
 @dataclass(frozen=True)

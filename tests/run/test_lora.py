@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from support.rank_pool import run_ranks
 from support.small_runs import fine_tuning, logged, pretraining, run, run_until_power_cut
 from torch import Tensor
@@ -20,7 +23,7 @@ from distft.errors import CheckpointError, ConfigError
 from distft.run.check import check_run
 from distft.run.config import RunConfig
 from distft.run.inputs import read_inputs
-from distft.run.pretrained import evaluate_checkpoint
+from distft.run.pretrained import evaluate_checkpoint, load_model, open_model
 from distft.run.training_module import build_training_module
 from distft.topology import BatchPlan, Topology
 
@@ -82,6 +85,33 @@ def test_a_run_with_adapters_resumes_on_other_ranks(
     run_until_power_cut(raw, 6)
     run_ranks(_run, 2, {**raw, "engine": {"type": "zero", "zero_stage": stage}}, timeout_s=180)
     assert logged(tmp_path / "cut") == pytest.approx(logged(adapted / kind), abs=1e-6)
+
+
+# PEFT uses what the installed transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.ranks
+def test_peft_opens_adapters_that_two_ranks_trained_at_stage_3(
+    data: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    """Each rank has a part of every adapter; trl#4416 saved empty ones. All linear layers have one."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    assert main(["checkpoint", "convert", str(pretrained), str(base), "--to", "huggingface"]) == 0
+    raw = pretraining(data, tmp_path / "run", init_from=str(base), lora={"rank": 3, "dora": True})
+    raw |= {"train": {"max_steps": 2}, "optim": {"peak_lr": 0.1}, "validation": None}
+    del raw["model"]
+    run_ranks(_run, 2, {**raw, "engine": {"type": "zero", "zero_stage": 3, "compile": False}}, timeout_s=180)
+    assert main(["checkpoint", "convert", str(tmp_path / "run"), str(adapter), "--to", "peft"]) == 0
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 3, "A, B and magnitude of 7 linear layers in 2 blocks"
+    assert [name for name, values in tensors.items() if not values.count_nonzero()] == []
+    ids = torch.arange(24).view(2, 12) % 13
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    expected = load_model(open_model(str(tmp_path / "run")), CPU)
+    with torch.no_grad():
+        before, logits = plain(ids).logits, expected(ids)["lm_head"]
+        found = peft.PeftModel.from_pretrained(plain, adapter).eval()(ids).logits
+    torch.testing.assert_close(found, logits[..., : found.shape[2]], atol=1e-5, rtol=1e-5)
+    assert float((found - before).abs().max()) > 0.01, "they have learnt something"
 
 
 def test_every_tool_opens_it_like_any_other(adapted: Path, tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from support.rank_pool import run_ranks
 from support.small_runs import events, fine_tuning, logged, pretraining, run
 
 from distft.checkpoint.config import CheckpointConfig
 from distft.checkpoint.manifest import MANIFEST, Manifest
 from distft.cli.main import main
-from distft.collectives import require_same_device
+from distft.collectives import ProcessGroup, require_same_device
 from distft.config import dump_yaml, parse
 from distft.config.yaml_text import to_yaml
 from distft.errors import ConfigError, DistftError, ErrorCollector, TrainingError
@@ -125,6 +128,26 @@ def test_a_run_whose_steps_were_skipped_fails_instead_of_completing(
     assert events(tmp_path)[-1] == {**events(tmp_path)[-1], "kind": "finish", "status": "failed"}
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        (1, 12, r"Steps 1 to 8 all had .* still those of step 0 .*; at the end of the run it is 2\)"),
+        (6, 12, r"Steps 6 to 8 all had .* still those of step 5"),
+        (2, 6, r"5 of 8 steps had gradients that are not finite .* train\.max_skipped_share=0\.5"),
+    ],
+)
+def test_a_run_that_stalls_since_its_steps_were_skipped_fails_instead_of_stopping_early(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, last: int, message: str
+) -> None:
+    _poison(monkeypatch, first=first, last=last)
+    stopping = {"patience": 1, "min_delta": 100.0}
+    train = {"max_steps": 12, "log_every_steps": 100, "early_stopping": stopping}
+    with pytest.raises(TrainingError, match=message):
+        run(Topology(), pretraining(data, tmp_path, train=train, evaluation={"every_steps": 4}))
+    assert events(tmp_path)[-1] == {**events(tmp_path)[-1], "kind": "finish", "status": "failed"}
+    assert not {"early_stop", "best"} & {event["kind"] for event in events(tmp_path)}
+
+
 def test_a_few_skipped_steps_let_a_run_complete_and_are_counted(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +160,21 @@ def test_ranks_on_different_devices_are_named() -> None:
     require_same_device(["cuda"] * 4)
     with pytest.raises(ConfigError, match=r"rank 2 \(cpu\), the others cuda"):
         require_same_device(["cuda", "cuda", "cpu", "cuda"])
+
+
+def _join_the_group_of_ray(topology: Topology, kinds: list[str]) -> str:
+    """The error of a rank whose process group exists, as under Ray, before it has chosen a device."""
+    dist.init_process_group("gloo")
+    with pytest.raises(ConfigError) as caught:
+        ProcessGroup(topology, torch.device(kinds[topology.rank]), 60)
+    return str(caught.value)
+
+
+@pytest.mark.ranks
+def test_ranks_on_different_devices_are_named_when_their_group_exists_already() -> None:
+    found = run_ranks(_join_the_group_of_ray, 2, ["cuda", "cpu"], timeout_s=240)
+    assert found[0] == found[1]
+    assert found[0].startswith("Ranks chose different devices: rank ")
 
 
 @pytest.fixture

@@ -250,6 +250,10 @@ def test_a_run_stops_early_and_keeps_its_best_commit(data: Path, tmp_path: Path)
         ({"phases": [{"steps": 2, "epochs": 1.0}, {}]}, "set steps or epochs, not both"),
         ({"phases": [{"steps": 2}, {}]}, "phases.1 trains the same parameters with the same settings"),
         (
+            {"phases": [{"steps": 2, "trainable": ["norm.*"]}, {"trainable": ["norm.weight"]}]},
+            "phases.1 trains the same parameters with the same settings",
+        ),
+        (
             {"phases": [{"steps": 12, "trainable": ["norm.*"]}, {}]},
             "phases.1 has no room: it begins at step 12",
         ),

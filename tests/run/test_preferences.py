@@ -12,15 +12,19 @@ import torch
 from support.rank_pool import run_ranks
 from support.small_runs import WORDS, events, logged, pretraining, run, run_until_power_cut
 
+from distft.cli.main import main
 from distft.config import parse
 from distft.data.batch import Batch
+from distft.data.preferences import PreferencesConfig
 from distft.data.targets import ANSWER
 from distft.errors import CheckpointError, ConfigError, DataError
 from distft.objective.preference import Preference
 from distft.run import reference
 from distft.run.config import RunConfig
 from distft.run.inputs import read_inputs
+from distft.run.prediction_rows import PredictOptions
 from distft.run.pretrained import evaluate_checkpoint, load_model, open_model
+from distft.run.text_predictor import read_texts
 from distft.topology import Topology
 
 NUM_PAIRS, NUM_HELD_OUT = 24, 7
@@ -220,6 +224,49 @@ def test_a_changed_reference_is_refused_and_changed_data_computed_anew(
         evaluate_checkpoint(str(tmp_path / "run"), [f"validation.path={new}"], Topology())
 
 
+def test_runs_share_what_an_equal_reference_gives_equal_rows(
+    data: Path, pairs: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those of a search over beta and seeds; nothing damaged or of another reference is used."""
+    values_of, num_computed, shared = Preference.reference_values, 0, tmp_path / "shared"
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal num_computed
+        num_computed += 1
+        return values_of(*arguments)
+
+    monkeypatch.setattr(Preference, "reference_values", counted)
+
+    def tuned(name: str, **changes: Any) -> int:
+        """The number of micro-batches that the run computed of its reference."""
+        nonlocal num_computed
+        num_computed = 0
+        objective = {"type": "preference", "reference_dir": str(shared), **changes.pop("objective", {})}
+        short = {"train": {"max_steps": 1, "log_every_steps": 1}, "validation": None}
+        run(
+            Topology(),
+            tuning(data, pairs, tmp_path / name, pretrained, objective=objective, **short, **changes),
+        )
+        return num_computed
+
+    whole = NUM_PAIRS // 2
+    assert tuned("first") == whole
+    (block,) = shared.rglob("rows_*.jsonl")
+    text = block.read_text()
+    assert tuned("second", objective={"beta": 0.7, "loss": "ipo"}, seed=5) == 0
+    assert list(_files(tmp_path / "second").values()) == [text], "a run has all that it needs"
+    assert tuned("precise", engine={"type": "local", "param_dtype": "bf16"}) == whole
+    block.write_text(text.replace("1", "2", 1))
+    assert tuned("third") == whole
+    assert block.read_text() == text
+    (block.parent / "predictions.json").write_text("{}")
+    with pytest.raises(ConfigError, match="has predictions of another model"):
+        tuned("fourth")
+    assert num_computed == 0
+    shutil.rmtree(shared)
+    assert tuned("second", objective={"beta": 0.7, "loss": "ipo"}, seed=5) == 0, "it has its own copy"
+
+
 def test_new_pairs_are_evaluated_with_any_reference(
     data: Path, pairs: Path, pretrained: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +343,12 @@ def test_messages_become_text_by_the_chat_template(
     assert [decode(ids[ids >= 0].tolist()) for ids in labels] == ["tree", "a mat"]
     assert [int(ids[ids >= 0][-1]) for ids in labels] == [eos, eos]
     assert "cata satu ona tree" in decode(batch.input_ids[0].tolist())
+    run(Topology(), {**raw, "train": {"max_steps": 1}})
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    rows.write_text(json.dumps({"prompt" if has_prompt else "messages": before[:1]}) + "\n")
+    options = ["-o", str(output), "--max-new-tokens", "2"]
+    assert main(["predict", str(tmp_path / "run"), str(rows), *options]) == 0
+    assert json.loads(output.read_text())["messages"] == before[:1]
     bad = {**row, "rejected": answers["chosen"] if has_prompt else before + answers["chosen"]}
     foreign = {**row, "chosen": [_message("user", "tree")]}
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row, bad, foreign)))
@@ -307,6 +360,13 @@ def test_messages_become_text_by_the_chat_template(
     assert (
         "must go on behind the prompt with a message of the assistant" in second or "has no prompt" in second
     )
+
+
+def test_texts_to_continue_are_in_the_column_of_the_prompts(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "why", "prompt": 1}\n')
+    path = str(tmp_path / "rows.jsonl")
+    data = PreferencesConfig(path="train.jsonl", prompt="question")
+    assert read_texts(data, path, PredictOptions()) == ([{"line": 1, "question": "why"}], ["why"])
 
 
 def test_with_adapters_the_base_is_the_reference(

@@ -106,6 +106,58 @@ def test_the_parts_of_a_mixture_take_the_numbers_of_their_own_streams(data: Path
     assert (parts["b"]["objective"]["offset"], parts["b"]["objective"]["scale"]) == (pytest.approx(0.1), 1.0)
 
 
+def aligned(data: Path, run_dir: Path, **objective: Any) -> dict[str, Any]:
+    """Pseudo-labels beside the first 12 labelled rows."""
+    raw = pretraining(data, run_dir, tokenizer=str(data / "tokenizer.model"), validation=None)
+    own = {"type": "labelled", "path": str(data / "train.jsonl")}
+    streams = {"topic": {"data": {**own, "max_rows": 12}}, "texts": {"data": {**own, "label": None}}}
+    part = {"type": "pseudo_label", "head": "topic", "threshold": 0.34, "align": True, **objective}
+    return raw | {
+        "data": {"type": "streams", "streams": streams},
+        "objective": {
+            "type": "mixture",
+            "parts": {"topic": {"objective": {"type": "classification"}}, "texts": {"objective": part}},
+        },
+        "compare_with_supervised": False,
+        "num_threads": 1,
+        "train": {"max_steps": 4, "log_every_steps": 1},
+        "checkpoint": {"every_steps": 2},
+    }
+
+
+def class_shares(saved: dict[str, Any]) -> Any:
+    return saved["objective"]["parts"]["texts"]["objective"]["class_shares"]
+
+
+def test_an_alignment_has_the_shares_of_the_labelled_rows_and_its_checkpoint_has_them(
+    data: Path, tmp_path: Path
+) -> None:
+    raw = aligned(data, tmp_path)
+    run_until_power_cut(raw, 3)
+    run(Topology(), raw)  # the same settings resume
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()[:12]]
+    labels = [row["label"] for row in rows]
+    shares = [labels.count(label) / 12 for label in ("bird", "cat", "dog")]
+    assert len(set(shares)) > 1
+    assert class_shares(find_checkpoint(str(tmp_path)).manifest.config) == pytest.approx(shares)
+    assert class_shares(load_yaml(tmp_path / "config.yaml")) == pytest.approx(shares)
+    lines = [event["summary"] for event in events(tmp_path) if event["kind"] == "data"]
+    shown = ", ".join(f"{share:.3g}" for share in shares)
+    assert f"texts: predictions are aligned with the class shares {shown}" in lines
+
+
+def test_a_run_that_aligned_with_equal_shares_keeps_them(data: Path, tmp_path: Path) -> None:
+    """As one of a version in which these were the default: it saved null."""
+    before = aligned(data, tmp_path, class_shares=None)
+    run_until_power_cut(before, 3)
+    saved = load_yaml(tmp_path / "config.yaml")
+    assert class_shares(saved) is None
+    with pytest.raises(ConfigError, match=r"texts\.objective\.class_shares was (None|null) and is now "):
+        run(Topology(), aligned(data, tmp_path))
+    run(Topology(), saved)
+    assert max(logged(tmp_path)) == 4
+
+
 @pytest.mark.parametrize(("attention", "pooling"), [("causal", "last"), ("bidirectional", "mean")])
 @pytest.mark.parametrize("objective", ["classification", "contrastive", "sentence_order"])
 def test_the_pooling_depends_on_the_model_alone_and_is_saved(

@@ -39,13 +39,16 @@ def test_a_run_trains_on_the_rest_and_is_evaluated_on_the_split_again(
     assert found.is_exact
     (use,) = found.uses_per_row or ()
     assert (use.num_rows, use.least, use.most) == (36, 2, 2)  # two epochs of 48 rows but a quarter
-    measured = evaluate_checkpoint(str(tmp_path), [], Topology())
+    notes: list[str] = []
+    measured = evaluate_checkpoint(str(tmp_path), [], Topology(), on_note=notes.append)
+    assert not any("have trained the model" in note for note in notes)
     assert measured["accuracy"] == logged(tmp_path, "validation/accuracy")[9]
     given = ["validation.type=labelled", f"validation.path={data / 'test.jsonl'}"]
     assert evaluate_checkpoint(str(tmp_path), given, Topology()) == evaluate_checkpoint(
         str(tmp_path), given[1:], Topology()
     )
-    other = evaluate_checkpoint(str(tmp_path), ["validation.split_seed=1"], Topology())
+    other = evaluate_checkpoint(str(tmp_path), ["validation.split_seed=1"], Topology(), on_note=notes.append)
+    assert any("rows that are measured here may have trained the model" in note for note in notes)
     assert other["loss"] != measured["loss"]
     changed = raw | {"validation": {"type": "split", "share": 0.5}}
     with pytest.raises(ConfigError, match=r"validation\.share was 0\.25 and is now 0\.5"):

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 from support.rank_pool import run_ranks
-from support.small_runs import events, logged, pretraining, run
+from support.small_runs import events, fine_tuning, logged, pretraining, run
 
+from distft.checkpoint.manifest import Manifest
 from distft.config import parse
 from distft.data.packing import PackedRows
 from distft.data.targets import IGNORE_INDEX, NEXT_TOKEN
 from distft.errors import ConfigError, Interrupted, Preempted
 from distft.run.audit import audit_run
 from distft.run.config import RunConfig
+from distft.run.resume import changed_settings, require_resumable
 from distft.run.stop_signals import stop_on_signals
 from distft.run.train import run_training
 from distft.topology import Topology
@@ -206,22 +208,37 @@ def test_a_run_resumes_from_a_copy_of_its_data_elsewhere_but_not_from_other_data
         run(Topology(), {**longer, "train": {"max_steps": 20}, "data": other})
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"model": {"qk_norm": True}}, "model.qk_norm was False and is now True"),
+        ({"lora": {"rslora": True}}, "lora.rslora was False and is now True"),
+        ({"validation": {"split_seed": 7}}, "validation.split_seed was 0 and is now 7"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_setting_that_the_saved_configuration_lacks_counts_as_its_default(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, change: dict[str, Any], problem: str
 ) -> None:
-    from distft.checkpoint.committed import find_checkpoint
-    from distft.run.resume import require_resumable
-
-    raw = pretraining(data, tmp_path)
-    run(Topology(), raw)
-    manifest = find_checkpoint(str(tmp_path)).manifest
-    saved = {
-        **manifest.config,
-        "model": {k: v for k, v in manifest.config["model"].items() if k != "qk_norm"},
-    }
-    config: RunConfig = parse(RunConfig, {**manifest.config, "run_dir": str(tmp_path)})
-    require_resumable(manifest.model_copy(update={"config": saved}), config, None)
-    assert config.model is not None
-    changed = config.model_copy(update={"model": config.model.model_copy(update={"qk_norm": True})})
-    with pytest.raises(ConfigError, match=r"model\.qk_norm was False and is now True"):
-        require_resumable(manifest.model_copy(update={"config": saved}), changed, None)
+    """In every section, also in the items of a list: what is left out of the file is left out of the dump."""
+    raw = fine_tuning(
+        data,
+        tmp_path,
+        tmp_path,
+        model=pretraining(data, tmp_path)["model"],
+        lora={"rank": 2},
+        validation={"type": "split", "share": 0.2},
+        phases=[{"steps": 2, "random_blocks": {"num_blocks": 1, "every_steps": 1}}, {"dropout": 0.1}],
+    )
+    config: RunConfig = parse(RunConfig, raw)
+    written = config.model_dump(mode="json", exclude_unset=True)
+    assert "rslora" not in written["lora"]
+    assert "until_stalled" not in written["phases"][0]
+    saved = Manifest.model_construct(config=written, data_fingerprint=None)
+    require_resumable(saved, config, None)
+    assert changed_settings(written, config) == []
+    changed = {key: {**raw[key], **new} if isinstance(new, dict) else new for key, new in change.items()}
+    with pytest.raises(ConfigError) as caught:
+        require_resumable(saved, parse(RunConfig, {**raw, **changed}), None)
+    assert str(caught.value).splitlines()[0] == f"{problem}."

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.rank_pool import run_ranks
 from support.small_runs import events, logged, pretraining, run, run_until_power_cut
 
 from distft.config import parse
@@ -113,6 +114,60 @@ def test_running_means_are_those_of_a_run_that_was_not_cut_off(
     assert found.keys() == {"texts/confident_share"}
     assert found["texts/confident_share"] == pytest.approx(expected["texts/confident_share"], abs=1e-6)
     assert sum(found["texts/confident_share"]) > 0
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "mean_teacher": {"type": "mean_teacher", "loss": "kl"},
+    "pseudo_label": {"type": "pseudo_label", "threshold": 0.34, "per_class": True, "align": True},
+}
+ON_TWO_RANKS = {"type": "zero", "zero_stage": 2}
+
+
+def _cut_off_after_3_steps(topology: Topology, raw: dict[str, Any]) -> None:
+    run_until_power_cut(raw, 3, topology)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("objective", "alternate", "world_sizes"),
+    [
+        ("mean_teacher", False, (1, 2)),
+        ("mean_teacher", True, (2, 1)),
+        ("pseudo_label", True, (1, 2)),
+    ],
+)
+def test_a_resume_at_another_world_size_goes_on_exactly(
+    data: Path, tmp_path: Path, objective: str, alternate: bool, world_sizes: tuple[int, int]
+) -> None:
+    """With a teacher whose average and its decay, and running means, come from the checkpoint."""
+
+    def config(name: str, num_ranks: int) -> dict[str, Any]:
+        raw = semi_supervised(data, tmp_path / name, compare_with_supervised=False, num_threads=1)
+        raw["validation"] = None
+        raw["data"]["alternate"] = alternate
+        raw["model"]["dropout"] = 0.2
+        raw["batch"]["global_batch_size"] = 7
+        raw["optim"]["ema_decay"] = [[1, 0.2], [6, 0.9]]
+        part = {"objective": {**RESUMED[objective], "head": "topic"}, "weight": [[0, 1.0], [5, 3.0]]}
+        raw["objective"]["parts"]["texts"] = part
+        return {**raw, "train": {"max_steps": 6, "log_every_steps": 1}} | (
+            {"engine": ON_TWO_RANKS} if num_ranks == 2 else {}
+        )
+
+    run(Topology(), config("straight", 1))
+    first, second = world_sizes
+    if first == 1:
+        _cut_off_after_3_steps(Topology(), config("resumed", 1))
+        run_ranks(run, second, config("resumed", 2), timeout_s=200)
+    else:
+        run_ranks(_cut_off_after_3_steps, first, config("resumed", 2), timeout_s=200)
+        run(Topology(), config("resumed", 1))
+    assert [event["step"] for event in events(tmp_path / "resumed") if event["kind"] == "resume"] == [2]
+    for name in ("loss", "grad_norm", "texts/loss"):
+        straight, resumed = logged(tmp_path / "straight", name), logged(tmp_path / "resumed", name)
+        # A part that is not in the first step after the resume has no last loss in that step.
+        assert len(resumed) == 6 or name == "texts/loss"
+        assert resumed == pytest.approx({step: straight[step] for step in resumed}, abs=2e-6), name
 
 
 def test_the_comparison_may_be_left_out(data: Path, tmp_path: Path) -> None:

@@ -43,6 +43,23 @@ def test_a_step_of_a_whole_run_waits_only_where_it_logs(
     assert len(waits) == 4
 
 
+def test_a_step_of_a_contrastive_run_waits_only_where_it_logs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = pretraining(
+        data,
+        tmp_path,
+        tokenizer=str(data / "tokenizer.model"),
+        objective={"type": "contrastive", "views": "dropout", "learns_temperature": True},
+        data={"type": "pairs", "path": str(data / "train.jsonl"), "text": "text", "positive": None},
+        validation=None,
+        train={"max_steps": 3, "log_every_steps": 3},
+    )
+    raw["model"] |= {"dropout": 0.1, "attention": "bidirectional"}
+    waits = _waits_of_run(raw, monkeypatch)
+    assert [step for step, found in waits.items() if found] == [3]
+
+
 def test_a_step_of_a_fine_tune_waits_only_where_it_logs(
     data: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,8 +96,8 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
 
-def run_until_power_cut(raw: dict[str, Any], step: int) -> None:
-    """Run until `step` steps are complete, then fail without saving."""
+def run_until_power_cut(raw: dict[str, Any], step: int, topology: Topology | None = None) -> None:
+    """Run until `step` steps are complete, then fail without saving. Each of several ranks calls it."""
     run_step = Trainer._run_step
 
     def run_step_or_fail(trainer: Trainer, *arguments: Any) -> Any:
@@ -108,4 +108,4 @@ def run_until_power_cut(raw: dict[str, Any], step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_run_step", run_step_or_fail)
         with pytest.raises(RuntimeError, match="power cut"):
-            run(Topology(), raw)
+            run(topology or Topology(), raw)

@@ -82,3 +82,14 @@ def test_texts_that_look_like_wide_formats_are_formatted() -> None:
         "{{ '** {} ** 123456 {:>4}'.format(1, 2) }}{{ '** %s ** 123456 %4d' % (1, 2) }}{{ '*%s'|format(3) }}"
     )
     assert ChatTemplate(source, {}).render([]) == "** 1 ** 123456    2** 1 ** 123456    2*3"
+
+
+def test_an_array_of_texts_is_not_written_as_python_would() -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+    ]
+    knows = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+    assert ChatTemplate(knows, {}).render(messages) == "ab"
+    with pytest.raises(DataError, match="knows no arrays of texts, and writes that of message 2 with its"):
+        ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {}).render(messages)

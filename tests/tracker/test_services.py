@@ -1,8 +1,12 @@
-"""MLflow and Trackio show one run over restarts, with what evaluations found, and send nothing away."""
+"""Services show one run over restarts, with what evaluations found, and none of its secrets."""
 
 import json
+import struct
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 
 from distft.tracker import MlflowConfig, TensorBoardConfig, Trackers, TrackioConfig, WandbConfig
 from distft.tracker.evaluation_tables import pictures_of, tables_of
+from distft.tracker.logged_steps import LoggedSteps
 
 SECRET = "hunter2hunter2hunter2hunter2hunter2hunter"
 RECORD = {
@@ -131,6 +136,115 @@ def test_trackio_shows_one_run_whose_steps_never_go_back(
     assert [line["step"] for line in logs if "samples" in line] == [5, 7]
     assert "Trackio" not in capsys.readouterr().out
     _require_no_secret(tmp_path)
+
+
+def test_trackio_in_a_space_is_sent_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trackio itself is a double here: a Space is a server elsewhere."""
+    trackio = pytest.importorskip("trackio")
+    sent: list[tuple[int, dict[str, Any]]] = []
+    names = set()
+
+    def init(**settings: Any) -> SimpleNamespace:
+        names.add((settings["space_id"], settings["name"]))
+        return SimpleNamespace(log=lambda values, step: sent.append((step, dict(values))))
+
+    monkeypatch.setattr(trackio, "init", init)
+    monkeypatch.setattr(trackio, "finish", lambda: None)
+    _two_starts(TrackioConfig(space_id="me/words"), tmp_path)
+    assert names == {("me/words", "0123abcd")}
+    assert [(step, values["loss"]) for step, values in sent if "loss" in values] == [
+        *((step, float(step)) for step in range(1, 6)),
+        *((step, 10.0 * step) for step in (6, 7)),
+    ]
+    assert [step for step, values in sent if "samples" in values] == [5, 7]
+
+
+def test_wandb_shows_one_run_whose_steps_never_go_back(tmp_path: Path) -> None:
+    _two_starts(WandbConfig(mode="offline", project="p", name="mine"), tmp_path / "run")
+    run_id = (tmp_path / "run" / "wandb" / "run_id.txt").read_text().strip()
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"), key=_first_time)
+    assert [path.stem for path in files] == [f"run-{run_id}"] * 2, "of one run"
+    rows = [row for path in files for row in _wandb_rows(path)]
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [
+        *((step, float(step)) for step in range(1, 6)),
+        *((step, 10.0 * step) for step in (6, 7)),
+    ]
+    assert [row["step"] for row in rows if any(name.startswith("samples") for name in row)] == [5, 7]
+    _require_no_secret(tmp_path)
+
+
+def test_an_evaluation_in_which_a_start_ended_is_logged_by_the_next(tmp_path: Path) -> None:
+    """The training's metrics of that step are there already."""
+    config = WandbConfig(mode="offline")
+    for loss, accuracy in ((1.0, None), (2.0, 0.5)):
+        trackers = Trackers([], [config.build()])
+        trackers.start("0123abcd", {}, tmp_path)
+        trackers.log({"loss": loss}, step=5)
+        if accuracy is not None:
+            trackers.log({"validation/accuracy": accuracy}, step=5)
+        trackers.finish("failed", step=5)
+    rows = [row for path in sorted(tmp_path.rglob("*.wandb"), key=_first_time) for row in _wandb_rows(path)]
+    assert [{name: row[name] for name in row if name[0] != "_"} for row in rows] == [
+        {"loss": 1.0, "step": 5},
+        {"validation/accuracy": 0.5, "step": 5},
+    ]
+
+
+def test_what_a_disabled_wandb_was_not_sent_is_logged_later(tmp_path: Path) -> None:
+    for mode in ("disabled", "offline"):
+        trackers = Trackers([], [WandbConfig(mode=mode).build()])
+        trackers.start("0123abcd", {}, tmp_path)
+        trackers.log({"loss": 1.0}, step=5)
+        trackers.finish("failed", step=5)
+        assert trackers._optional, "it did not fail"
+    (file,) = tmp_path.rglob("*.wandb")
+    assert [row["step"] for row in _wandb_rows(file)] == [5]
+
+
+@pytest.mark.parametrize(
+    "damage", [None, b"", b"[]", b"{", b'{"run": "a", "steps": 1}', b"[" * 9_000], ids=range(6)
+)
+def test_steps_count_for_the_run_that_was_sent_them(tmp_path: Path, damage: bytes | None) -> None:
+    path = tmp_path / "logged_steps.json"
+    assert LoggedSteps(path, "a").new_of({"loss": 1.0}, 5) == {"loss": 1.0}
+    assert LoggedSteps(path, "a").new_of({"loss": 1.0, "lr": 2.0}, 5) == {"lr": 2.0}
+    assert LoggedSteps(path, "a").new_of({"loss": 1.0}, 6) == {"loss": 1.0}
+    if damage is not None:
+        path.write_bytes(damage)
+    assert LoggedSteps(path, "b" if damage is None else "a").new_of({"loss": 1.0}, 1) == {"loss": 1.0}
+
+
+def _wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The points in wandb's file of an offline run, which a process of wandb's ends after `finish`."""
+    give_up_s = time.monotonic() + 60
+    while not any(record.HasField("exit") for record in _wandb_records(path)):
+        assert time.monotonic() < give_up_s, f"{path} has no end"
+        time.sleep(0.05)
+    for record in _wandb_records(path):
+        if record.HasField("history"):
+            items = record.history.item
+            yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _first_time(path: Path) -> float:
+    return min(row["_timestamp"] for row in _wandb_rows(path))
+
+
+def _wandb_records(path: Path) -> Iterator[Any]:
+    """A log in LevelDB's format of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts = path.read_bytes(), 7, b""  # after the file's own header
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # no header fits: zeros to the block's end
+            place += 32768 - place % 32768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in {1, 4} and place <= len(data):  # a whole record, or the last part of one
+            yield Record.FromString(parts)
+            parts = b""
 
 
 def test_tensorboard_and_wandb_take_tables_and_pictures(tmp_path: Path) -> None:

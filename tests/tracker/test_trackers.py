@@ -195,17 +195,17 @@ def test_wandb_works_offline_continues_its_run_and_writes_no_secret(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setattr(sys, "argv", ["distft", f"service.password={SECRET}"])
-    for resume_step in (None, 3):
+    for resume_step, last_step in ((None, 5), (3, 8)):
         tracker = WandbConfig(mode="offline", tags=("a",)).build()
         trackers = Trackers([], [tracker])
         trackers.start("run", CONFIG, tmp_path, resume_step=resume_step)
         assert tracker._run is not None
         assert tracker._run.id == (tmp_path / "wandb" / "run_id.txt").read_text().strip()
         print(f"password is {SECRET}")
-        for step in range((resume_step or 0) + 1, 6):
+        for step in range((resume_step or 0) + 1, last_step + 1):
             trackers.log({"loss": 1 / step, "bad": float("nan")}, step=step)
         trackers.event("save", step=3)
-        assert dict(tracker._run.summary)["loss"] == pytest.approx(0.2)
+        assert dict(tracker._run.summary)["loss"] == pytest.approx(1 / last_step)
         trackers.finish("completed", step=1)
         assert trackers._optional == [tracker]  # it did not fail
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

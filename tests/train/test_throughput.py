@@ -7,7 +7,7 @@ import torch
 
 from distft.data.batch import Batch, MixedBatch
 from distft.model.counts import Flops
-from distft.train.throughput import Throughput
+from distft.train.throughput import Throughput, peak_flops_per_s
 
 FLOPS = {"text": Flops(100.0, 1.0), "topic": Flops(7.0, 3.0)}
 
@@ -68,3 +68,33 @@ def test_pairs_in_a_window_have_a_cost_of_their_own() -> None:
     elapsed_s = 8 / found["tokens_per_s"]
     assert found["mfu"] == pytest.approx(2 * (16 + 3 * 10) / (2 * 1e6 * elapsed_s), rel=1e-6)
     assert found["hfu"] - found["mfu"] == pytest.approx(2 * 2 * 10 / (2 * 1e6 * elapsed_s), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40G", None),  # known by none of these names: measured
+        ("NVIDIA H100", None),
+        ("NVIDIA A100", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_that_of_its_exact_name_or_measured(
+    monkeypatch: pytest.MonkeyPatch, name: str, tflops: float | None
+) -> None:
+    """By the data sheets: dense products in bf16."""
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", {device: name}.__getitem__)
+    monkeypatch.setattr("distft.train.throughput.measured_flops_per_s", lambda *_: 1.5e12)
+    expected = 1.5e12 if tflops is None else tflops * 1e12
+    assert peak_flops_per_s(device, torch.bfloat16) == expected
+    assert peak_flops_per_s(device, torch.float16) == expected
+    assert peak_flops_per_s(device, torch.float32) == 1.5e12

@@ -106,6 +106,22 @@ def test_ranks_with_recent_heartbeats_and_progress_are_not_reported(
     assert all(_find(*seen, observer=observer) is None for observer in range(len(seen)))
 
 
+@pytest.mark.parametrize(
+    ("seen", "is_hung"),
+    [
+        (_seen(unmoved_s=10.0, device="its own work"), True),
+        (_seen(unmoved_s=10.0, device="its own work", phase="backward and update"), True),
+        (_seen(unmoved_s=9.9, device="its own work"), False),
+        (_seen(unmoved_s=999.0, device=""), False),  # the host stands still: in a debugger, or to compile
+        (_seen(unmoved_s=999.0, device="its own work", phase="evaluation"), False),
+        (_seen(unmoved_s=999.0, device="its own work", work=OwnWork()), False),  # the first step may compile
+        (_seen(unmoved_s=999.0, device="its own work", phase="end"), False),
+    ],
+)
+def test_of_a_single_rank_only_a_device_that_stands_still_is_reported(seen: LastSeen, is_hung: bool) -> None:
+    assert _find(seen) == (Hang(reason="device", ranks=(0,)) if is_hung else None)
+
+
 def test_a_new_heartbeat_resets_the_silent_time_and_a_new_position_resets_both_times() -> None:
     seen = LastSeen(heartbeat=_heartbeat()).advanced(2.0)
     same = seen.updated(_heartbeat())

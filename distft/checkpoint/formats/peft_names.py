@@ -13,6 +13,7 @@ from distft.model.lora_config import MAGNITUDE, A, B
 PREFIX = "base_model.model."  # of every name
 A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 SUFFIXES = {A: A_SUFFIX, B: B_SUFFIX, MAGNITUDE: MAGNITUDE_SUFFIX}
+_REGULAR_EXPRESSION = set("\\^$*+?{}[]()|")  # in a pattern, which may be one in PEFT
 # Settings that change what the tensors mean, and the values that distft knows them by.
 _NEUTRAL: dict[str, Any] = {
     "bias": ("none",),
@@ -59,6 +60,12 @@ def parse_adapter_config(raw: dict[str, Any], where: str) -> AdapterKeys:
             f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)
         ]
         raise CheckpointError("\n".join(problems)) from None
+    patterns = [pattern for pattern in keys.alpha_pattern if _REGULAR_EXPRESSION & set(pattern)]
+    if patterns:
+        problems.append(
+            f"{where}: alpha_pattern has the regular expression {patterns[0][:60]!r}, which is not "
+            "supported: write the names of the layers, whole or from a dot on."
+        )
     if problems:
         raise CheckpointError("\n".join(problems))
     return keys

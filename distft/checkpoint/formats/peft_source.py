@@ -23,7 +23,7 @@ from distft.checkpoint.formats.huggingface_tensors import (
     read_parameter,
 )
 from distft.checkpoint.formats.huggingface_tokenizer import find_tokenizer
-from distft.checkpoint.formats.names import ADAPTER_CONFIG, ADAPTER_FILE
+from distft.checkpoint.formats.names import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_MODEL
 from distft.checkpoint.formats.peft_names import (
     A_SUFFIX,
     B_SUFFIX,
@@ -82,7 +82,12 @@ class PeftCheckpoint(ManifestSource):
         where = storage.join(path, ADAPTER_CONFIG)
         keys = parse_adapter_config(read_json(where), where)
         base = _open_base(path, keys, where)
-        file = storage.join(path, ADAPTER_FILE)
+        file, pickled = storage.join(path, ADAPTER_FILE), storage.join(path, f"{ADAPTER_MODEL}.bin")
+        if not storage.exists(file) and storage.exists(pickled):
+            raise CheckpointError(
+                f"{pickled} is a pickle, which can run code when it is read, and there is no {ADAPTER_FILE}: "
+                "load the adapter with peft and save it again (save_pretrained)."
+            )
         stored = read_safetensors_header(file)
         matched, spec = _match(base, keys, stored, file)
         return cls(path, base, _manifest(path, base, spec, matched), matched)
@@ -173,7 +178,7 @@ def _match(
     if problems:
         shown = "\n".join(problems[:_MOST_PROBLEMS])
         raise CheckpointError(f"{file} does not belong to the base {base.path}:\n{shown}")
-    found.lora, found.scales = _settings(keys, found)
+    found.lora, found.scales = _settings(keys, found, prefix)
     return found, spec
 
 
@@ -200,12 +205,17 @@ def _fits(layer: AdaptedTensor, module: str, stored: Mapping[str, TensorLocation
     )
 
 
-def _settings(keys: AdapterKeys, found: _Matched) -> tuple[LoraConfig, dict[str, float]]:
-    """The adapters' settings as those of a run, and the scale of each layer."""
+def _settings(keys: AdapterKeys, found: _Matched, prefix: str) -> tuple[LoraConfig, dict[str, float]]:
+    """The adapters' settings as those of a run, and the scale of each layer.
+
+    A layer's name of transformers may have `prefix` or not; a pattern is the whole name, or its end from a
+    dot on.
+    """
     ranks = {module: found.stored[module + A_SUFFIX].shape[0] for module in found.layers}
     scales = {}
     for module, rank in ranks.items():
-        alphas = [alpha for end, alpha in keys.alpha_pattern.items() if f".{module}".endswith(f".{end}")]
+        whole_name = f".{prefix}{module}"
+        alphas = [alpha for end, alpha in keys.alpha_pattern.items() if whole_name.endswith(f".{end}")]
         scales[module] = keys.scale(alphas[0] if alphas else keys.lora_alpha, rank)
     rank = max(ranks.values())
     first = scales[next(module for module, own in ranks.items() if own == rank)]

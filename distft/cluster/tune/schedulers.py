@@ -43,8 +43,8 @@ def build_scheduler(
 ) -> Any:
     """The scheduler of a search that has `past` results by trial; those of `ended` trials do not come again.
 
-    `max_steps` of a run; None: its length is given in epochs. `every_steps` there is a result. `on_fork` gets the number of a trial of a
-    population, that of its new parent, and its new settings.
+    `max_steps` of a run; None: its length is given in epochs. Every `every_steps` steps there is a result.
+    `on_fork` gets the number of a trial of a population, that of its new parent, and its new settings.
     """
     config = search.scheduler
     options = {"time_attr": STEP, "metric": VALUE, "mode": "max"}

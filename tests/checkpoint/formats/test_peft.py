@@ -200,6 +200,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported: only LORA is"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"r": 0}, "r: Input should be greater than or equal to 1"),
+        ({"alpha_pattern": {"layers.[01].q": 2}}, r"alpha_pattern has the regular expression 'layers"),
     ],
 )
 def test_other_adapters_are_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
