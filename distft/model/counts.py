@@ -186,14 +186,32 @@ def recomputed_flops(config: TransformerConfig, trainable: Collection[str] | Non
     numel = 0.0
     for index in recomputed:
         experts = config.experts_of(index)
-        numels = [p.numel for p in config.block_products(blocks[index], has_window=False, experts=experts)]
-        numel += sum(numels[:-1] if config.norm_position == "pre" and experts is None else numels)
+        products = list(config.block_products(blocks[index], has_window=False, experts=experts))
+        if config.norm_position == "pre" and experts is None:
+            products.pop()
+        elif names is not None and index == first and config.norm_position == "pre":
+            products = _up_to_shared_expert(products, blocks[index], names)
+        numel += sum(product.numel for product in products)
     num_local = sum(config.has_window(index) for index in recomputed)
     return Flops(
         2.0 * numel,
         config.flops_per_pair * (len(recomputed) - num_local),
         config.flops_per_pair * num_local,
     )
+
+
+def _up_to_shared_expert(products: list[Product], block: str, trainable: Sequence[str]) -> list[Product]:
+    """Those that are computed again in the first block with a backward, one of experts.
+
+    If its shared expert alone trains, nothing behind that, and not its last product unless a gate follows.
+    """
+    shared, gate = f"{block}mlp.shared.", f"{block}mlp.shared_gate."
+    own = [name for name in trainable if name.startswith(block)]
+    if not own or not all(name.startswith((shared, gate)) for name in own):
+        return products
+    has_gate = any(product.name == gate for product in products)
+    needed = [p for p in products if p.name.startswith((f"{block}attn.", shared, gate))]
+    return [p for p in needed if has_gate or p.name != f"{shared}down."]
 
 
 def _has_prefix(names: Sequence[str], prefix: str) -> bool:

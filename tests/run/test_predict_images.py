@@ -1,6 +1,7 @@
 """`distft predict` for models of images: folders and Parquet files, on any ranks, after an interruption."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -118,7 +119,8 @@ def test_an_ensemble_of_image_classifiers_predicts_together(
 ) -> None:
     rows = str(digits / "flat")
     predict_file(str(classifier), rows, str(tmp_path / "one.jsonl"), Topology())
-    both = PredictOptions(others=[str(classifier)])
+    shutil.copytree(classifier, tmp_path / "its copy")
+    both = PredictOptions(others=[str(tmp_path / "its copy")])
     predict_file(str(classifier), rows, str(tmp_path / "both.jsonl"), Topology(), both)
     for found, expected in zip(*map(json_lines, tmp_path.glob("*.jsonl")), strict=True):
         assert found["image"] == expected["image"]
