@@ -2,8 +2,8 @@
 
 TRL has an environment of its own, which needs no distft:
 
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install -c constraints.txt trl
-    /tmp/trl/bin/python tools/trl_losses.py tests/golden/trl
+    python -m venv build/trl && build/trl/bin/pip install -c constraints.txt trl
+    build/trl/bin/python tools/trl_losses.py tests/golden/trl
 
 Losses are those of the first steps on all rows, in fp32 on the CPU. The same versions write the same files,
 but for how another CPU rounds.
