@@ -97,6 +97,13 @@ def test_shipped_configurations_have_different_run_dirs() -> None:
     assert len(set(run_dirs)) == len(run_dirs)
 
 
+def test_a_search_that_is_unset_leaves_a_run() -> None:
+    path = ROOT / "configs" / "tune_trec.yaml"
+    with pytest.raises(ConfigError, match="it describes a search"):
+        load_run_config(path)
+    assert load_run_config(path, ["search=null"]).train.num_epochs is not None
+
+
 def test_a_setting_of_the_engine_alone_changes_the_default_engine(tmp_path: Path) -> None:
     raw = load_yaml(ROOT / "configs" / "demo_pretrain.yaml")
     del raw["engine"]

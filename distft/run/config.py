@@ -182,7 +182,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     `model` and `lora` may give single fields: the others are those of the checkpoint.
     """
     raw = apply_overrides(load_yaml(path), overrides)
-    if SEARCH_SECTION in raw:
+    if raw.pop(SEARCH_SECTION, None) is not None:
         raise ConfigError(
             f"{path} has a section {SEARCH_SECTION}, so it describes a search: start it with "
             f"`distft tune {path}`."

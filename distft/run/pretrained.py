@@ -29,6 +29,13 @@ from distft.objective.interface import Objective, ObjectiveContext
 from distft.run.config import RunConfig
 from distft.run.data_context import data_context, require_inputs_of_model, split_notes, tokenizer_notes
 from distft.run.engines import choose_device
+from distft.run.evaluation_overrides import (
+    NO_PATH,
+    check_overrides,
+    empty_validation,
+    keys_of,
+    names_validation,
+)
 from distft.run.model import build_module, parameter_shapes, require_parameters, saved_label_names
 from distft.run.reference import Computation, ReferenceValues, reference_identity
 from distft.run.reference_source import open_reference
@@ -39,28 +46,10 @@ from distft.topology import Topology
 from distft.tracker import progress
 from distft.train.evaluation import evaluate
 
-# The settings that have an effect on an evaluation.
-_EFFECTIVE = (
-    "batch.micro_batch_size",
-    "batch.seq_len",
-    "device",
-    "engine.allow_tf32",
-    "engine.param_dtype",
-    "evaluation.max_sequences",
-    "evaluation.micro_batch_size",
-    "model.attention_kernel",
-    "num_threads",
-    "objective",
-    "timeout_s",
-    "tokenizer",
-    "chat",
-    "validation",
-)
 # What needs evaluations in training, and so would not fit a configuration without them.
 _NOTHING_TO_TRAIN = ("evaluation.every_steps=null", "train.early_stopping=null", "phases=[]")
 _SEQ_LEN = 1024  # of a model without a run, at most: longer rows take more memory
 _MICRO_BATCH_SIZE = 8
-_NO_PATH = "none"  # stands for data that a substitute does not have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +79,7 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
     `overrides` change the run's configuration. `trust` imports classes outside distft that it names, which
     runs their code. Raises `ConfigError` for an override without effect.
     """
-    _check_overrides(overrides)
+    check_overrides(overrides)
     source = open_source(path, trust=trust, weights_only=True)
     require_undamaged(source)
     notes = notes_of(source)
@@ -102,8 +91,8 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
             f"{source.path} has no configuration of a run: rows have batch.seq_len="
             f"{saved['batch']['seq_len']} tokens, objective.type is {saved['objective']['type']}."
         )
-    if _names_validation(saved.get("validation"), _keys(overrides)):
-        saved = {**saved, "validation": _empty_validation(saved["data"]["type"], overrides)}
+    if names_validation(saved.get("validation"), keys_of(overrides)):
+        saved = {**saved, "validation": empty_validation(saved["data"], overrides)}
     raw: dict[str, Any] = apply_overrides(saved, [*overrides, *_NOTHING_TO_TRAIN])
     raw["batch"]["global_batch_size"] = max(
         raw["batch"]["global_batch_size"], raw["batch"]["micro_batch_size"]
@@ -113,12 +102,12 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
     except ConfigError as error:
         hint = _validation_hint(source, raw, overrides)
         raise ConfigError(f"In the configuration of {source.path}:\n{error}{hint}") from None
-    has_other_tokenizer = any(key == "tokenizer" for key in _keys(overrides))
+    has_other_tokenizer = any(key == "tokenizer" for key in keys_of(overrides))
     assert config.model is not None  # of a checkpoint, or of the substitute
     model, tokenizer = config.model, None
     if model.reads_tokens:
         tokenizer = _load_tokenizer(source, config.tokenizer if has_other_tokenizer else None)
-        if config.chat.template is not None and "chat.template" in _keys(overrides):
+        if config.chat.template is not None and "chat.template" in keys_of(overrides):
             tokenizer = tokenizer.with_chat_template(read_template(config.chat.template))
         notes += [*tokenizer.notes, *tokenizer_notes(tokenizer, source)]
         model = model.for_vocabulary(tokenizer.vocab_size)
@@ -131,38 +120,6 @@ def open_model(path: str, overrides: Sequence[str] = (), *, trust: bool = False)
     )
 
 
-def _keys(overrides: Sequence[str]) -> list[str]:
-    """The keys of the overrides that have one: `apply_overrides` reports the others."""
-    return [key for key, equals, _ in map(split_override, overrides) if equals]
-
-
-def _names_validation(saved: Any, keys: Sequence[str]) -> bool:
-    """Whether overrides name validation data for a run that has none of its own, or a split of its data."""
-    own = [key.removeprefix("validation.") for key in keys if key.startswith("validation.")]
-    if isinstance(saved, dict) and saved.get("type") == "split":
-        return any(key == "type" or key not in SplitConfig.model_fields for key in own)
-    return saved is None and bool(own)
-
-
-def _empty_validation(kind: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What overrides of single fields complete: of the kind of the training data, unless they say another."""
-    has_sources = any(key.startswith("validation.sources.") for key in _keys(overrides))
-    return {"type": kind, **({"sources": [{"path": _NO_PATH}]} if has_sources else {})}
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    idle = [
-        key
-        for key in _keys(overrides)
-        if not any(f"{key}.".startswith(f"{known}.") or known.startswith(f"{key}.") for known in _EFFECTIVE)
-    ]
-    if idle:
-        raise ConfigError(
-            f"{', '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect on an evaluation: leave "
-            f"{'them' if len(idle) > 1 else 'it'} out. These have: {', '.join(_EFFECTIVE)}."
-        )
-
-
 def _substitute_config(source: CheckpointSource, path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """A configuration for a model that has none: of a run with the same kind of head."""
     model = source.manifest.config.get("model")
@@ -173,9 +130,9 @@ def _substitute_config(source: CheckpointSource, path: str, overrides: Sequence[
             "convert it with `distft checkpoint convert --run-config`."
         )
     is_classifier = source.manifest.label_names is not None
-    data: dict[str, Any] = {"type": "labelled", "path": _NO_PATH}
+    data: dict[str, Any] = {"type": "labelled", "path": NO_PATH}
     if not is_classifier:
-        data = {"type": "tokens", "sources": [{"path": _NO_PATH}]}
+        data = {"type": "tokens", "sources": [{"path": NO_PATH}]}
     return {
         "run_dir": source.path,
         "model": model,
@@ -196,7 +153,7 @@ def _language_model_objective(model: dict[str, Any], overrides: Sequence[str]) -
     """What fits the model; an encoder with a decoder translates prompts, or fills in spans of other rows."""
     if model.get("type") == "encoder_decoder":
         has_prompts = any(split_override(own) == ("validation.type", "=", "completion") for own in overrides)
-        has_type = any(key.startswith("objective") for key in _keys(overrides))
+        has_type = any(key.startswith("objective") for key in keys_of(overrides))
         if has_prompts and not has_type:
             return {"type": "prefix_lm", "prefix": "prompt"}
         return {"type": "span_corruption"}
@@ -208,7 +165,7 @@ def _validation_hint(source: CheckpointSource, raw: dict[str, Any], overrides: S
     validation = raw.get("validation")
     if not isinstance(validation, dict) or validation.get("type") != "tokens":
         return ""
-    if not any(key == "validation.path" for key in _keys(overrides)):
+    if not any(key == "validation.path" for key in keys_of(overrides)):
         return ""
     tokenizer = _tokenizer_path(source)
     return (

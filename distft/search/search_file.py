@@ -137,6 +137,10 @@ def _problems(search: SearchConfig, config: RunConfig) -> Iterator[str]:
                 )
     if isinstance(search.scheduler, HyperbandConfig) and config.train.max_steps is None:
         yield "search.scheduler.type=hyperband plans each trial's length in steps: set train.max_steps."
+    if search.repeat_best is not None and set(search.repeat_best.seeds) <= set(
+        search.seeds or (config.seed,)
+    ):
+        yield "search.repeat_best.seeds: each trial trains with these seeds anyway: name others."
     is_split = config.validation is None or config.validation.type == "split"
     if search.folds is not None and not is_split:
         yield (

@@ -46,10 +46,11 @@ def members(search: SearchConfig) -> list[Member]:
     ]
 
 
-def repeat_members(search: SearchConfig) -> list[Member]:
+def repeat_members(search: SearchConfig, config: RunConfig) -> list[Member]:
     """The runs of each repeated trial; those with seeds that the trial itself had are not there again."""
     assert search.repeat_best is not None
-    seeds = [seed for seed in search.repeat_best.seeds if seed not in search.seeds]
+    before = search.seeds or (config.seed,)
+    seeds = [seed for seed in search.repeat_best.seeds if seed not in before]
     folds = range(search.folds) if search.folds is not None else (None,)
     return [Member(seed, fold) for seed in seeds for fold in folds]
 

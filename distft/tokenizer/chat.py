@@ -12,7 +12,7 @@ import numpy as np
 from distft.errors import ConfigError, DataError
 from distft.tokenizer.chat_template import ChatTemplate, Message, Tool
 from distft.tokenizer.interface import Tokenizer
-from distft.tokenizer.template_files import DEFAULT, PLAIN_TEMPLATE, TOOL_USE
+from distft.tokenizer.template_files import DEFAULT, PLAIN_ROLES, PLAIN_TEMPLATE, TOOL_USE
 from distft.tokenizer.template_sandbox import Spans
 
 ASSISTANT = "assistant"
@@ -62,6 +62,7 @@ class Chat:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
         """The ids of the messages, up to where the assistant begins to write. Raises `DataError`."""
+        self._require_plain(messages, tools)
         text = self._template(tools).render(messages, tools, add_generation_prompt=True)
         ids: list[int] = self._tokenizer.encode_with_offsets(text)[0].tolist()
         return ids
@@ -75,6 +76,7 @@ class Chat:
         a turn's rendering adds to that of the messages before it with the generation prompt. Raises
         `DataError` if the template fails, or changes what was there before when a conversation goes on.
         """
+        self._require_plain(messages, tools)
         text, spans = self._template(tools).render_with_spans(messages, tools)
         last = max((i for i, m in enumerate(messages) if m["role"] == ASSISTANT), default=None)
         if last is None:
@@ -98,6 +100,7 @@ class Chat:
 
         Raises `DataError` as `conversation`.
         """
+        self._require_plain([*prompt, *completion], tools)
         template = self._template(tools)
         text = template.render([*prompt, *completion], tools)
         before = template.render(prompt, tools, add_generation_prompt=True)
@@ -122,6 +125,24 @@ class Chat:
         if len(ids) and behind[slice(*offsets[0].tolist())].strip():
             ends.append(int(ids[0]))
         return tuple(dict.fromkeys(ends))
+
+    def _require_plain(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
+        """Raise `DataError` for what `PLAIN_TEMPLATE` would leave out without a word, or cannot write."""
+        if self._tokenizer.chat_templates:
+            return
+        problems = ["has tools"] if tools else []
+        for number, message in enumerate(messages, start=1):
+            if message.get("tool_calls"):
+                problems.append(f"message {number} has tool_calls")
+            if message["role"] not in PLAIN_ROLES:
+                problems.append(f"message {number} has role {message['role']}")
+            elif not isinstance(message["content"], str) and not message.get("tool_calls"):
+                problems.append(f"message {number} has an array of texts, which must be one text here")
+        if problems:
+            raise DataError(
+                f"{'; '.join(problems)}: the plain template has the roles {', '.join(PLAIN_ROLES)}, and no "
+                "tools. Set chat.template."
+            )
 
     def _template(self, tools: Sequence[Tool] | None) -> ChatTemplate:
         return self._templates[TOOL_USE if tools and TOOL_USE in self._templates else DEFAULT]

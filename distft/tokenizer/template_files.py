@@ -10,6 +10,7 @@ from distft.tokenizer.files import CHAT_TEMPLATE_FILE, CONFIG_FILE, json_object,
 
 DEFAULT, TOOL_USE = "default", "tool_use"  # names, where a model has several templates
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest in use have 30 KiB
+PLAIN_ROLES = ("system", "user", "assistant")  # those of the template below
 # For a tokenizer without one. No special tokens but bos and eos, so that any vocabulary can write it.
 PLAIN_TEMPLATE = """\
 {{- bos_token }}

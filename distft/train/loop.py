@@ -1,5 +1,6 @@
 """The training loop: pretraining and fine-tuning run the same one with different configurations."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -238,6 +239,8 @@ class Trainer:
             metrics = self._services.evaluate(self.step)
             self._early_stopping.add(metrics, self.step)
             self._services.log({f"validation/{name}": value for name, value in metrics.items()}, self.step)
+        if self._is_run_over:
+            _require_finite_loss(metrics, self.step)
         self._throughput.restart()
 
     def _save(self) -> None:
@@ -273,3 +276,21 @@ class Trainer:
         if "drain" in reasons:
             raise Resized(f"Saved at step {self.step}, since a node is about to leave.")
         raise Resized(f"Saved at step {self.step}, to continue with another number of ranks.")
+
+
+def _require_finite_loss(metrics: Mapping[str, float], step: int) -> None:
+    """Raise `DivergedError` if a run ends with a validation loss that is no number.
+
+    Its last steps may be fewer than those without finite gradients that fail a run, or have none.
+    """
+    lost = {
+        name: value
+        for name, value in metrics.items()
+        if name.rpartition("/")[2] == "loss" and not math.isfinite(value)
+    }
+    if lost:
+        shown = ", ".join(f"validation/{name}={value}" for name, value in lost.items())
+        raise DivergedError(
+            f"The run ends at step {step} with {shown}: its weights are useless. Lower optim.peak_lr or warm "
+            "up longer, and train in another run_dir: this one goes on from what it has saved."
+        )

@@ -148,6 +148,21 @@ def test_a_run_that_stalls_since_its_steps_were_skipped_fails_instead_of_stoppin
     assert not {"early_stop", "best"} & {event["kind"] for event in events(tmp_path)}
 
 
+@pytest.mark.parametrize("stopping", [None, {"patience": 1, "metric": "accuracy"}])
+def test_a_run_that_ends_with_a_validation_loss_of_nan_fails_however_short_it_is(
+    data: Path, tmp_path: Path, stopping: dict[str, Any] | None
+) -> None:
+    train = {"max_steps": 2, "log_every_steps": 1, "early_stopping": stopping}
+    optim = {"peak_lr": 1e30, "schedule": {"type": "constant"}}
+    raw = pretraining(data, tmp_path, train=train, optim=optim, evaluation={"every_steps": 1})
+    raw["model"] = {"type": "deep_averaging", "max_seq_len": 24, "d_model": 16, "num_layers": 1}  # has no norm
+    with pytest.raises(
+        TrainingError, match=r"ends at step \d with validation/loss=(nan|inf).*another run_dir"
+    ):
+        run(Topology(), raw)
+    assert events(tmp_path)[-1] == {**events(tmp_path)[-1], "kind": "finish", "status": "failed"}
+
+
 def test_a_few_skipped_steps_let_a_run_complete_and_are_counted(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,3 +86,17 @@ def test_another_rank_than_the_adapters_is_refused(root: Path, data: Path, tmp_p
     config = load_run_config(_file(data, tmp_path, str(root / "adapter"), lora={"rank": 4}))
     with pytest.raises(ConfigError, match=r"lora.rank is 2 in .*adapter and 4 here"):
         run_training(config, Topology())
+
+
+@pytest.mark.parametrize("kind", ["adapter", "run"])
+def test_adapters_that_went_on_are_exported_for_the_model_below_all_of_them(
+    root: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    changes = {"lora": {}, "trainable": ["@lora", "classifier.*"]}
+    run_training(load_run_config(_file(data, tmp_path, str(root / kind), **changes)), Topology())
+    target = tmp_path / "adapter"
+    assert main(["checkpoint", "convert", str(tmp_path / "run"), str(target), "--to", "peft"]) == 0
+    base = json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(root / "hf")
+    assert "The base is" not in capsys.readouterr().err
+    torch.testing.assert_close(_weight(target), _weight(tmp_path / "run"), atol=1e-6, rtol=0)

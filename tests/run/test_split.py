@@ -88,3 +88,23 @@ def test_a_label_seen_only_in_a_validation_file_is_an_error_before_training(
 def test_token_shards_are_not_split(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds out whole documents"):
         parse(RunConfig, pretraining(data, tmp_path, validation={"type": "split", "share": 0.1}))
+
+
+def test_another_file_is_read_by_the_columns_of_the_training_data(
+    data: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+        renamed = [{"text": "none", "label": "x", "body": row["text"], "topic": row["label"]} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    own = {"type": "labelled", "path": str(tmp_path / "train.jsonl"), "text": "body", "label": "topic"}
+    run(Topology(), config_of(data, tmp_path / "run", pretrained) | {"data": own})
+    path = f"validation.path={tmp_path / 'test.jsonl'}"
+    for overrides in ([path], ["validation.type=labelled", path]):
+        found = evaluate_checkpoint(str(tmp_path / "run"), overrides, Topology())
+        plain = [
+            f"validation.path={data / 'test.jsonl'}",
+            "validation.text=text",
+            "validation.label=label",
+        ]
+        assert found == evaluate_checkpoint(str(tmp_path / "run"), plain, Topology())

@@ -50,6 +50,10 @@ def refused(folder: Path, search: Any, *overrides: str, **changes: Any) -> str:
         ({"space": {"search.ranks": [1]}, "num_trials": 2}, "search.ranks is of the search itself"),
         ({"space": {"optim": [{}], **RATE}, "num_trials": 2}, "is a part of optim"),
         ({"space": RATE}, "num_trials is missing"),
+        (
+            {"space": RATE, "num_trials": 2, "repeat_best": {"count": 1, "seeds": [0]}},
+            "repeat_best.seeds: each trial trains with these seeds anyway",
+        ),
         ({"space": RATE, "sampler": {"type": "grid"}, "num_trials": 3}, "the grid has 2 combinations"),
         (
             {

@@ -252,7 +252,7 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one(ours: dict[str, Tokeniz
     own = [i for i, is_own in zip(ids, mask, strict=True) if is_own]
     assert ours["sentencepiece"].decode(own) == "A\n\n"
     assert ours["sentencepiece"].eos_id in own
-    with pytest.raises(DataError, match=r"system, user and assistant, and no tools: set chat\.template"):
+    with pytest.raises(DataError, match=r"system, user, assistant, and no tools\. Set chat\.template"):
         Chat(ours["sentencepiece"]).prompt([{"role": "tool", "content": "x"}])
 
 
@@ -339,6 +339,24 @@ def test_an_imported_tokenizer_has_its_template_beside_it(ours: dict[str, Tokeni
     (tmp_path / "sentencepiece" / "imported" / "chat_template.jinja").write_text(CHATML)
     with pytest.raises(ConfigError, match="has another chat template than the tokenizer"):
         import_tokenizer(tmp_path / "sentencepiece" / "from", tmp_path / "sentencepiece" / target)
+
+
+def test_the_plain_template_leaves_nothing_out_in_silence(ours: dict[str, Tokenizer]) -> None:
+    chat = Chat(ours["sentencepiece"])
+    call = {"function": {"name": "f", "arguments": {}}}
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    chat.conversation([question, answer])
+    cases: list[tuple[dict[str, Any], Any, str]] = [
+        (answer | {"tool_calls": [call]}, None, "message 2 has tool_calls: the plain template has"),
+        (answer, [{"type": "function"}], "^has tools: the plain template has the roles system, user"),
+        ({"role": "tool", "content": "b"}, None, "message 2 has role tool: the plain"),
+        (answer | {"content": [{"type": "text", "text": "b"}]}, None, "message 2 has an array of texts"),
+    ]
+    for message, tools, problem in cases:
+        with pytest.raises(DataError, match=problem):
+            chat.conversation([question, message, answer], tools)
+        with pytest.raises(DataError, match=problem):
+            chat.prompt([question, message], tools)
 
 
 def test_the_plain_template_needs_an_eos(tmp_path: Path) -> None:

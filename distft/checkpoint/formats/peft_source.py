@@ -92,6 +92,11 @@ class PeftCheckpoint(ManifestSource):
         matched, spec = _match(base, keys, stored, file)
         return cls(path, base, _manifest(path, base, spec, matched), matched)
 
+    @property
+    def base_path(self) -> str:
+        """The directory of the base."""
+        return self._base.path
+
     def read(self, parameter: str, state: str, start: int, stop: int) -> Tensor:
         if not self.has(parameter, state):
             raise CheckpointError(f"{self.path} has no {state} of {parameter!r}.")

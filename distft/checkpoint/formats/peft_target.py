@@ -24,6 +24,7 @@ from distft.checkpoint.formats.huggingface_target import (
 )
 from distft.checkpoint.formats.huggingface_tensors import TensorMap, map_tensors
 from distft.checkpoint.formats.names import ADAPTER_CONFIG, ADAPTER_FILE
+from distft.checkpoint.formats.peft_base import base_below_adapters
 from distft.checkpoint.formats.peft_names import (
     PREFIX,
     SUFFIXES,
@@ -191,10 +192,21 @@ def _whole_tensor(source: CheckpointSource, tensor_map: TensorMap, name: str) ->
     return joined.T.contiguous() if tensor.is_transposed else joined
 
 
+_MOST_RUNS = 100  # one after the other, with the same adapters
+
+
 def _base(source: CheckpointSource) -> tuple[str | None, list[str]]:
-    """The directory of transformers that the adapters belong to, if the run began with one."""
+    """The directory of transformers that the adapters belong to, if the run began with one.
+
+    A run that goes on with adapters began with what they belong to.
+    """
     init_from = source.manifest.config.get("init_from")
     try:
+        for _ in range(_MOST_RUNS):
+            below = None if not isinstance(init_from, str) else base_below_adapters(init_from)
+            if below is None:
+                break
+            init_from = below
         if isinstance(init_from, str) and detect_format(init_from) == "huggingface":
             return absolute(init_from), []
     except UnsupportedFormatError:

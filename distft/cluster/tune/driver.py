@@ -136,7 +136,7 @@ class _Search:
             if not any(not trial.has_ended for trial in again.values()):
                 return None
             search = self._file.search.model_copy(update={"scheduler": NoSchedulerConfig()})
-            task = _changed(self._task, search=search, members=repeat_members(search))
+            task = _changed(self._task, search=search, members=repeat_members(search, self._file.config))
             values = {number: trial.values for number, trial in again.items()}
             return TuneRun(task, self._journal, self._show, self.write, stop, values)
 
@@ -169,7 +169,7 @@ class _Search:
         """The trials that repeat the best ones, once all others have ended."""
         search, trials = self._file.search, self._journal.trials
         again = {number: trial for number, trial in trials.items() if trial.repeat_of is not None}
-        if again or search.repeat_best is None or self._own_left() or not repeat_members(search):
+        if again or search.repeat_best is None or self._own_left():
             return again
         for row in self.outcome().rows[: search.repeat_best.count]:
             if row.trial.state == "completed" and row.is_feasible:
