@@ -155,7 +155,7 @@ def test_a_run_that_ends_with_a_validation_loss_of_nan_fails_however_short_it_is
     train = {"max_steps": 2, "log_every_steps": 1, "early_stopping": stopping}
     optim = {"peak_lr": 1e30, "schedule": {"type": "constant"}}
     raw = pretraining(data, tmp_path, train=train, optim=optim, evaluation={"every_steps": 1})
-    raw["model"] = {"type": "deep_averaging", "max_seq_len": 24, "d_model": 16, "num_layers": 1}  # has no norm
+    raw["model"] = {"type": "deep_averaging", "max_seq_len": 24, "d_model": 16}  # has no norm
     with pytest.raises(
         TrainingError, match=r"ends at step \d with validation/loss=(nan|inf).*another run_dir"
     ):
