@@ -69,11 +69,15 @@ def ranked(
 
 
 def best_of(rows: Sequence[Ranked]) -> Ranked | None:
-    """The best trial that is complete; None if there is none that keeps the constraints."""
-    for row in rows:
-        if row.trial.state == "completed" and row.value is not None and row.is_feasible:
-            return row
-    return None
+    """The best trial that is complete; None if there is none that keeps the constraints.
+
+    Once the best have been repeated, it is one of them: the mean of several runs is less lucky than one run.
+    """
+    complete = [
+        row for row in rows if row.trial.state == "completed" and row.value is not None and row.is_feasible
+    ]
+    most_runs = max((row.num_runs for row in complete), default=0)
+    return next((row for row in complete if row.num_runs == most_runs), None)
 
 
 def search_json(

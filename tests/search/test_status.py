@@ -63,6 +63,20 @@ def test_the_exit_code_says_whether_there_is_a_best_trial(
     assert main(["tune", "search.yaml", "--json"]) == exit_code
 
 
+def test_the_best_is_one_of_those_that_were_repeated() -> None:
+    lucky, repeated, worse = (TrialRecord(number, {}, state="completed") for number in range(3))
+    rows = [
+        Ranked(lucky, 0.60, None, 1, ()),
+        Ranked(repeated, 0.59, 0.02, 3, ()),
+        Ranked(worse, 0.57, 0.01, 3, ()),
+    ]
+    best, alone = best_of(rows), best_of(rows[:1])
+    assert best is not None
+    assert alone is not None
+    assert (best.trial, alone.trial) == (repeated, lucky)
+    assert best_of([]) is None
+
+
 def test_what_is_damaged_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = {"kind": "result", "number": 0, "run": "run", "run_dir": "a", "metrics": {"f1": "x"}}
     _write(tmp_path, [*RUNNING, damaged])
