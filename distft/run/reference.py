@@ -121,7 +121,13 @@ class ReferenceValues:
         collectives, (blocks, _) = self.context.collectives, self._blocks(rows)
         with all_or_none(collectives, ConfigError):
             if collectives.rank == 0:
-                blocks.open()
+                try:
+                    blocks.open()
+                except (ConfigError, NotADirectoryError) as error:
+                    raise ConfigError(
+                        f"{self.root} holds something else than this reference's values: remove it, or name "
+                        f"another objective.reference_dir. ({error})"
+                    ) from error
         with all_or_none(collectives, StorageError):
             for start, values in found.items() if collectives.rank == 0 else ():
                 if not blocks.has(start, len(values)):
