@@ -260,7 +260,7 @@ def test_runs_share_what_an_equal_reference_gives_equal_rows(
     assert tuned("third") == whole
     assert block.read_text() == text
     (block.parent / "predictions.json").write_text("{}")
-    with pytest.raises(ConfigError, match="name another objective.reference_dir"):
+    with pytest.raises(ConfigError, match=r"name another objective\.reference_dir"):
         tuned("fourth")
     assert num_computed == 0
     shutil.rmtree(shared)
