@@ -33,11 +33,12 @@ class OriginalWeights:
         assert self._source is not None
         dtype = self._source.dtype(name, WEIGHT)
         return UnloadedFragment(
-            name, start, stop, dtype, partial(_read, self._source, name, start, stop, dtype)
+            name, start, stop, dtype, partial(read_weight, self._source, name, start, stop, dtype)
         )
 
 
-def _read(source: StateSource, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def read_weight(source: StateSource, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Elements [start, stop) of a weight in `dtype`, on the CPU."""
     values = torch.empty(stop - start, dtype=dtype)
     read_state(source, name, WEIGHT, values, start)
     return values

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from distft.checkpoint.fragments import WEIGHT, Fragment, even_slice
-from distft.checkpoint.sources import StateSource, read_state
-from distft.engine.original_weights import OriginalWeights
+from distft.checkpoint.fragments import Fragment, even_slice
+from distft.checkpoint.sources import StateSource
+from distft.engine.original_weights import OriginalWeights, read_weight
 from distft.model.layers import Linear
 from distft.model.lora import LoraLinear
 from distft.model.quantized import QuantizedMatrix
@@ -43,8 +43,7 @@ class QuantizedWeights:
     def load(self, source: StateSource) -> None:
         """Read each weight and round it; only one of them is in memory whole at a time."""
         for name, matrix in self._matrices.items():
-            values = torch.empty(matrix.shape.numel(), dtype=self._dtype)
-            read_state(source, name, WEIGHT, values, 0)
+            values = read_weight(source, name, 0, matrix.shape.numel(), self._dtype)
             matrix.set(values.view(matrix.shape))
 
     def fragments(self, originals: OriginalWeights, rank: int = 0, world_size: int = 1) -> Iterator[Fragment]:

@@ -91,9 +91,9 @@ def require_questions(chats: Sequence[ChatPrompt], errors: RowErrors | None = No
     """Raise `DataError` for each that the assistant has answered already; with `errors` it goes there."""
     problem = "the last message is the assistant's, so that there is nothing to answer: remove it."
     answered = [chat for chat in chats if chat.messages[-1]["role"] == "assistant"]
-    for chat in answered if errors is not None else ():
-        assert errors is not None
-        errors.add(chat.line, problem)
-    if answered and errors is None:
+    if errors is not None:
+        for chat in answered:
+            errors.add(chat.line, problem)
+    elif answered:
         others = other_lines([chat.line for chat in answered])
         raise DataError(f"{answered[0].where} {problem}{others}")

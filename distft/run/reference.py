@@ -113,7 +113,7 @@ class ReferenceValues:
                 found[start] = self._compute(rows, start, stop, computation)
                 with all_or_none(collectives, StorageError):
                     if stores and collectives.rank == 0:
-                        blocks.write(start, ({"values": row} for row in found[start].tolist()))
+                        _write(blocks, start, found[start])
         return found
 
     def keep(self, rows: SequenceDataset, found: Mapping[int, Values]) -> None:
@@ -131,7 +131,7 @@ class ReferenceValues:
         with all_or_none(collectives, StorageError):
             for start, values in found.items() if collectives.rank == 0 else ():
                 if not blocks.has(start, len(values)):
-                    blocks.write(start, ({"values": row} for row in values.tolist()))
+                    _write(blocks, start, values)
 
     @torch.no_grad()
     def _compute(self, rows: SequenceDataset, start: int, stop: int, computation: Computation) -> Values:
@@ -284,6 +284,10 @@ def _shared(values: ReferenceValues, inputs: RunInputs, device: torch.device) ->
 
 def _starts(num_sequences: int) -> range:
     return range(0, num_sequences, _BLOCK_SEQUENCES)
+
+
+def _write(blocks: BlockFiles, start: int, values: Values) -> None:
+    blocks.write(start, ({"values": row} for row in values.tolist()))
 
 
 def _values(blocks: BlockFiles, start: int, num_sequences: int) -> Values:

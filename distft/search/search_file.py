@@ -137,9 +137,7 @@ def _problems(search: SearchConfig, config: RunConfig) -> Iterator[str]:
                 )
     if isinstance(search.scheduler, HyperbandConfig) and config.train.max_steps is None:
         yield "search.scheduler.type=hyperband plans each trial's length in steps: set train.max_steps."
-    if search.repeat_best is not None and set(search.repeat_best.seeds) <= set(
-        search.seeds or (config.seed,)
-    ):
+    if search.repeat_best is not None and set(search.repeat_best.seeds) <= set(own_seeds(search, config)):
         yield "search.repeat_best.seeds: each trial trains with these seeds anyway: name others."
     is_split = config.validation is None or config.validation.type == "split"
     if search.folds is not None and not is_split:
@@ -181,6 +179,11 @@ def fixed_points(search: SearchConfig) -> list[Values] | None:
     if search.sampler.type == "random":
         return [random_point(search.space, search.sampler.seed, i) for i in range(search.num_points)]
     return None
+
+
+def own_seeds(search: SearchConfig, config: RunConfig) -> tuple[int, ...]:
+    """With which each trial trains, before any is repeated."""
+    return search.seeds or (config.seed,)
 
 
 def ranks_of(search: SearchConfig, values: Values) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from distft import storage
 from distft.config import apply_overrides
 from distft.run.config import RunConfig
-from distft.search.search_file import fold_settings, with_values
+from distft.search.search_file import fold_settings, own_seeds, with_values
 from distft.search.settings import PopulationConfig, SearchConfig
 from distft.search.space import Values
 from distft.tracker.named_run import NamedRun
@@ -49,8 +49,8 @@ def members(search: SearchConfig) -> list[Member]:
 def repeat_members(search: SearchConfig, config: RunConfig) -> list[Member]:
     """The runs of each repeated trial; those with seeds that the trial itself had are not there again."""
     assert search.repeat_best is not None
-    before = search.seeds or (config.seed,)
-    seeds = [seed for seed in search.repeat_best.seeds if seed not in before]
+    own = own_seeds(search, config)
+    seeds = [seed for seed in search.repeat_best.seeds if seed not in own]
     folds = range(search.folds) if search.folds is not None else (None,)
     return [Member(seed, fold) for seed in seeds for fold in folds]
 

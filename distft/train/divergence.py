@@ -1,6 +1,7 @@
-"""What to do about steps whose gradients are not finite, as far as the run's own numbers tell the cause."""
+"""Whether a run has diverged, and what to do about it, as far as the run's own numbers tell the cause."""
 
 import math
+from collections.abc import Mapping
 
 
 def advice(*, loss: float, num_updates: int, loss_scale: float | None) -> str:
@@ -27,3 +28,15 @@ def advice(*, loss: float, num_updates: int, loss_scale: float | None) -> str:
         f"The last loss is {loss}, {nothing_yet}: the gradients overflow where the loss does not. Inspect "
         "the first weights and the data for values that are very large."
     )
+
+
+def losses_that_are_no_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of an evaluation, by name: of the whole, and of the parts of a mixture.
+
+    A short run may end so without enough steps of gradients that are not finite, or without any.
+    """
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name.rpartition("/")[2] == "loss" and not math.isfinite(value)
+    }

@@ -1,6 +1,5 @@
 """The training loop: pretraining and fine-tuning run the same one with different configurations."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from distft.errors import DivergedError, Preempted, Resized
 from distft.objective.interface import Model, Objective, ObjectiveContext
 from distft.optim.loss_scale import DynamicLossScale
 from distft.topology import BatchPlan, MicroBatch
-from distft.train.divergence import advice
+from distft.train.divergence import advice, losses_that_are_no_numbers
 from distft.train.early_stopping import EarlyStopping
 from distft.train.experts import ExpertLoad
 from distft.train.progress import IntervalSums, LatestTerms, ProgressCounter
@@ -186,11 +185,7 @@ class Trainer:
         """Raise `DivergedError` if too many steps updated nothing, so that no failure counts as completed."""
         in_a_row, skipped = self._progress.skipped_in_a_row, self._progress.skipped_steps
         is_over = self._is_run_over
-        remedy = advice(
-            loss=float(result.loss),
-            num_updates=self.step - skipped - self._progress.steps_without_targets,
-            loss_scale=None if self._loss_scale is None else float(self._loss_scale.scale),
-        )
+        remedy = self._remedy(float(result.loss))
         if in_a_row >= self._schedule.max_skipped_in_a_row or (is_over and in_a_row >= _MAX_SKIPPED_AT_END):
             limit = f"the limit is train.max_skipped_in_a_row={self._schedule.max_skipped_in_a_row}"
             at_end = f"at the end of the run it is {_MAX_SKIPPED_AT_END - 1}"
@@ -239,9 +234,23 @@ class Trainer:
             metrics = self._services.evaluate(self.step)
             self._early_stopping.add(metrics, self.step)
             self._services.log({f"validation/{name}": value for name, value in metrics.items()}, self.step)
-        if self._is_run_over:
-            _require_finite_loss(metrics, self.step)
+        if self._is_run_over and (lost := losses_that_are_no_numbers(metrics)):
+            shown = ", ".join(f"validation/{name}={value}" for name, value in lost.items())
+            raise DivergedError(
+                f"The run ends at step {self.step} with {shown}: its weights are useless. "
+                f"{self._remedy(next(iter(lost.values())))} Train in another run_dir: this one goes on from "
+                "what it has saved."
+            )
         self._throughput.restart()
+
+    def _remedy(self, loss: float) -> str:
+        """Advice on a run that diverged, whose last loss this is."""
+        progress = self._progress
+        return advice(
+            loss=loss,
+            num_updates=self.step - progress.skipped_steps - progress.steps_without_targets,
+            loss_scale=None if self._loss_scale is None else float(self._loss_scale.scale),
+        )
 
     def _save(self) -> None:
         with self._heartbeat.phase("save"):
@@ -276,21 +285,3 @@ class Trainer:
         if "drain" in reasons:
             raise Resized(f"Saved at step {self.step}, since a node is about to leave.")
         raise Resized(f"Saved at step {self.step}, to continue with another number of ranks.")
-
-
-def _require_finite_loss(metrics: Mapping[str, float], step: int) -> None:
-    """Raise `DivergedError` if a run ends with a validation loss that is no number.
-
-    Its last steps may be fewer than those without finite gradients that fail a run, or have none.
-    """
-    lost = {
-        name: value
-        for name, value in metrics.items()
-        if name.rpartition("/")[2] == "loss" and not math.isfinite(value)
-    }
-    if lost:
-        shown = ", ".join(f"validation/{name}={value}" for name, value in lost.items())
-        raise DivergedError(
-            f"The run ends at step {step} with {shown}: its weights are useless. Lower optim.peak_lr or warm "
-            "up longer, and train in another run_dir: this one goes on from what it has saved."
-        )

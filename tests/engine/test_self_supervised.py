@@ -1,8 +1,7 @@
 """Self-supervised objectives: a step of ranks at a ZeRO stage is that of one process on the whole batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from support.engine_scenarios import SEQ_LEN, VOCAB_SIZE, Scenario
@@ -41,40 +40,29 @@ DATA = DataContext(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    name: str
-    stage: int | None = None
-    micro_batch_size: int = 2
-
-    @property
-    def scenario(self) -> Scenario:
-        return Scenario(
-            stage=self.stage,
-            micro_batch_size=self.micro_batch_size,
-            global_batch_size=NUM_SEQUENCES,
-            attention="causal" if self.name in CAUSAL else "bidirectional",
-            max_grad_norm=None,
-            dropout=0.2,
-        )
+def scenario_of(name: str, **settings: Any) -> Scenario:
+    attention: Literal["causal", "bidirectional"] = "causal" if name in CAUSAL else "bidirectional"
+    return Scenario(
+        global_batch_size=NUM_SEQUENCES, attention=attention, max_grad_norm=None, dropout=0.2, **settings
+    )
 
 
-def step_by_engine(topology: Topology, cases: Sequence[Case]) -> list[Outcome]:
+def step_by_engine(topology: Topology, cases: Sequence[tuple[str, Scenario]]) -> list[Outcome]:
     outcomes = []
-    for case in cases:
-        objective: Objective = parse(ObjectiveConfig, OBJECTIVES[case.name])
+    for name, scenario in cases:
+        objective: Objective = parse(ObjectiveConfig, OBJECTIVES[name])
         feed = objective.transform_feed(Feed.for_training(TokenRows(), seed=5, shuffle=True), DATA, seed=11)
         assert isinstance(feed, Feed)
-        outcomes.append(first_step(case.scenario, objective, objective.heads(None), feed, topology, 9))
+        outcomes.append(first_step(scenario, objective, objective.heads(None), feed, topology, 9))
     return outcomes
 
 
 @pytest.mark.ranks
 def test_ranks_take_the_step_of_one_process_on_the_whole_batch() -> None:
     """With dropout. Stages 1 and 3 train in the whole runs of objective/test_self_supervised_runs.py."""
-    whole = [Case(name=name, micro_batch_size=NUM_SEQUENCES) for name in OBJECTIVES]
+    whole = [(name, scenario_of(name, micro_batch_size=NUM_SEQUENCES)) for name in OBJECTIVES]
     expected = step_by_engine(Topology(), whole)
-    cases = [Case(name=name, stage=stage) for stage in (0, 2) for name in OBJECTIVES]
+    cases = [(name, scenario_of(name, stage=stage)) for stage in (0, 2) for name in OBJECTIVES]
     for outcomes in run_ranks(step_by_engine, 2, cases, timeout_s=240):
         for case, found, one in zip(cases, outcomes, expected * 2, strict=True):
             assert found.loss == pytest.approx(one.loss, abs=1e-6), case

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distft import storage
 from distft.checkpoint.adapters import adapters_of
-from distft.checkpoint.formats.detect import detect_format
+from distft.checkpoint.formats.detect import detect_format, open_source
 from distft.checkpoint.formats.huggingface_classifier import head_files
 from distft.checkpoint.formats.huggingface_config import HeadKind, choose_architecture
 from distft.checkpoint.formats.huggingface_encoders import ENCODERS
@@ -24,7 +24,6 @@ from distft.checkpoint.formats.huggingface_target import (
 )
 from distft.checkpoint.formats.huggingface_tensors import TensorMap, map_tensors
 from distft.checkpoint.formats.names import ADAPTER_CONFIG, ADAPTER_FILE
-from distft.checkpoint.formats.peft_base import base_below_adapters
 from distft.checkpoint.formats.peft_names import (
     PREFIX,
     SUFFIXES,
@@ -32,6 +31,7 @@ from distft.checkpoint.formats.peft_names import (
     has_transposed_layers,
     linear_tensors,
 )
+from distft.checkpoint.formats.peft_source import PeftCheckpoint
 from distft.checkpoint.fragments import WEIGHT
 from distft.checkpoint.rank_file import bytes_of
 from distft.checkpoint.safetensors_header import safetensors_header
@@ -203,7 +203,7 @@ def _base(source: CheckpointSource) -> tuple[str | None, list[str]]:
     init_from = source.manifest.config.get("init_from")
     try:
         for _ in range(_MOST_RUNS):
-            below = None if not isinstance(init_from, str) else base_below_adapters(init_from)
+            below = None if not isinstance(init_from, str) else _base_below_adapters(init_from)
             if below is None:
                 break
             init_from = below
@@ -215,3 +215,18 @@ def _base(source: CheckpointSource) -> tuple[str | None, list[str]]:
         f"The base is {init_from}, not a model of transformers: convert it with `distft checkpoint convert "
         f"{init_from} BASE --to huggingface`, and give peft BASE."
     ]
+
+
+def _base_below_adapters(path: str) -> str | None:
+    """Where the weights are to which the adapters at `path` add; None: there are none at `path`.
+
+    Raises as `open_source`.
+    """
+    if detect_format(path) == "peft":
+        return PeftCheckpoint.open(path).base_path
+    source = open_source(path, weights_only=True)
+    if adapters_of(source) is None:
+        return None
+    base, config = source.manifest.base, source.manifest.config
+    found = config.get("init_from") if base is None else base.path
+    return absolute(found) if isinstance(found, str) else None
